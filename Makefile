@@ -1,0 +1,63 @@
+# Every target is one line that calls the command line; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= auto
+RUN ?= latest
+ARGS ?=
+BIN := $(VENV)/bin
+# The requirements file follows the machine: CUDA present or not.
+CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+REQUIREMENTS ?= $(if $(CUDA),requirements.txt,requirements-cpu.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev setup-unsloth data preview train eval score test lint gpu-check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo '  variables: PRESET=auto|cpu|smoke|t4|l4|a100|paper|seed  RUN=latest  ARGS="--train.epochs 4"'
+
+$(VENV)/.installed: requirements.txt requirements-cpu.txt pyproject.toml
+	@echo "setting up $(VENV) from $(REQUIREMENTS) ($(if $(CUDA),CUDA found,no CUDA device found))"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-unsloth: $(VENV)/.installed requirements-cpu-unsloth.txt
+	$(if $(CUDA),,$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu-unsloth.txt)
+	@touch $@
+
+setup: $(VENV)/.installed ## set up .venv from the requirements file that fits this machine
+setup-dev: $(VENV)/.installed-dev ## add the tools for tests, lint and types
+setup-unsloth: $(VENV)/.installed-unsloth ## without CUDA: add Unsloth's CPU backend
+
+data: setup ## download the published dataset into data/
+	$(BIN)/tinyagent-fast data download $(ARGS)
+
+preview: setup ## show rows with their supervised tokens in colour
+	$(BIN)/tinyagent-fast preview $(ARGS)
+
+train: setup ## train (PRESET=auto picks the preset for this machine)
+	$(BIN)/tinyagent-fast train --preset $(PRESET) $(ARGS)
+
+eval: setup ## measure plan success of a run (RUN=latest)
+	$(BIN)/tinyagent-fast eval --run $(RUN) $(ARGS)
+
+score: setup ## score a run's predictions again
+	$(BIN)/tinyagent-fast score runs/$(RUN) $(ARGS)
+
+test: setup-dev setup-unsloth ## run the tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+lint: setup-dev ## ruff and mypy --strict
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+gpu-check: ## on a CUDA machine: measure, and write one JSON into benchmarks/results/
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
+
+clean: ## remove caches; runs and data stay
+	rm -rf .cache .mypy_cache .ruff_cache .hypothesis unsloth_compiled_cache

@@ -1,0 +1,171 @@
+"""The figures of `data check`: counts, lengths, shared beginnings, leaks, problems."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyagent_fast.data.report import check_file, summarise_lengths
+from tinyagent_fast.errors import DataError
+
+
+def make_entry(query: str, system: str, *calls: str, join: bool = False) -> dict[str, Any]:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": query}]
+    names = [*calls, "join"]
+    output: list[dict[str, Any]] = [
+        {
+            "type": "plan",
+            "raw_input": repr(messages),
+            "raw_output": "\n".join(f"{at}. {name}()" for at, name in enumerate(names, start=1)),
+            "parsed_output": [{"tool_name": name, "tool_args": []} for name in names],
+            "id": "p",
+            "index": 0,
+        }
+    ]
+    if join:
+        output.append({**output[0], "type": "join", "raw_input": "u v", "raw_output": "x"})
+        output[-1]["parsed_output"] = {}
+    return {"input": query, "output": output}
+
+
+def write(path: Path, *entries: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({f"k{at}": entry for at, entry in enumerate(entries)}))
+    return path
+
+
+def characters(texts: list[str]) -> list[list[int]]:
+    return [list(text.encode()) for text in texts]
+
+
+def test_points_steps_and_tools_are_counted(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "d.json",
+        make_entry("q", "s", "open_note", "open_note", join=True),
+        make_entry("r", "s", "send_sms"),
+    )
+    check = check_file(path, encode=None)
+    assert check.point_counts == {"plan": 2, "join": 1}
+    assert check.steps_per_plan == {1: 1, 2: 1}
+    assert check.tool_counts == {"open_note": 2, "send_sms": 1}
+
+
+def test_lengths_are_tokens_when_a_tokenizer_is_given(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "d.json", make_entry("abc", "sys", "t"), make_entry("abcde", "sys", "t")
+    )
+    check = check_file(path, encode=characters, max_length_tokens=23)
+    lengths = check.lengths["plan"]
+    output = len("1. t()\n2. join()")
+    assert check.unit == "tokens"
+    assert (lengths.parts["user"].minimum, lengths.parts["user"].maximum) == (3, 5)
+    assert lengths.parts["system"].mean == len("sys\n\n")
+    assert lengths.parts["output"].mean == output
+    assert lengths.parts["total"].maximum == len("sys\n\nabcde") + output
+    assert lengths.supervised_share == pytest.approx(2 * output / (2 * output + 8 + 10))
+    assert lengths.over_long_rows == 2
+    assert lengths.shared_prefix == len("sys\n\nabc")
+
+
+def test_over_long_rows_are_those_beyond_the_limit(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "d.json", make_entry("abc", "sys", "t"), make_entry("abcde", "sys", "t")
+    )
+    check = check_file(path, encode=characters, max_length_tokens=8 + 16)
+    assert check.lengths["plan"].over_long_rows == 1
+
+
+def test_without_a_tokenizer_words_are_counted_and_labelled(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", make_entry("call Ann!", "do it", "t"))
+    check = check_file(path, encode=None, max_length_tokens=1)
+    assert check.unit == "words"
+    assert check.lengths["plan"].parts["user"].maximum == 3
+    assert check.lengths["plan"].over_long_rows is None
+    text = check.render_text()
+    assert "words per plan row" in text
+    assert "unknown, no tokenizer" in text
+
+
+@given(st.lists(st.text("ab", max_size=6), min_size=1, max_size=90))
+def test_the_shared_beginning_is_the_longest_one(
+    tmp_path_factory: pytest.TempPathFactory, systems: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("prefix") / "d.json"
+    write(path, *(make_entry("q", system, "t") for system in systems))
+    check = check_file(path, encode=characters)
+    prompts = [f"{system}\n\nq" for system in systems]
+    shared = 0
+    while shared < min(map(len, prompts)) and len({prompt[shared] for prompt in prompts}) == 1:
+        shared += 1
+    assert check.lengths["plan"].shared_prefix == shared
+    assert check.lengths["plan"].parts["total"].rows == len(systems)
+
+
+def test_the_prompt_is_what_the_caller_renders(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", make_entry("abc", "sys", "t"))
+    check = check_file(path, encode=characters, render=lambda example: ("<" + example.user, "!!"))
+    parts = check.lengths["plan"].parts
+    assert (parts["system"].mean, parts["user"].mean, parts["output"].mean) == (1, 3, 2)
+
+
+def test_rows_are_encoded_in_small_batches(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", *(make_entry(f"q{at}", "s", "t") for at in range(300)))
+    sizes: list[int] = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        sizes.append(len(texts))
+        return characters(texts)
+
+    check = check_file(path, encode=encode)
+    assert check.lengths["plan"].parts["total"].rows == 300
+    assert max(sizes) <= 3 * 64
+
+
+def test_leaks_into_other_files_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", make_entry("Call Ann", "s", "t"), make_entry("b", "s", "t"))
+    other = write(tmp_path / "o.json", make_entry("call ann!", "s", "t"), {"input": "x"})
+    check = check_file(path, encode=None, others={"test": other})
+    (pair,) = check.leaks.between
+    assert (pair.first, pair.second, pair.exact, pair.normalised) == ("this file", "test", 0, 1)
+    text = check.render_text()
+    assert "this file and test share: 0 / 1" in text
+    assert "test: 1 unusable entries were not compared" in text
+
+
+def test_problems_are_listed_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", make_entry("q", "s", "t"), *({} for _ in range(15)))
+    check = check_file(path, encode=None)
+    text = check.render_text()
+    assert "entries: 1 usable, 15 not" in text
+    assert "problems: 30 in 15 entries" in text
+    assert "k1 input: is missing" in text
+    assert "and 10 more" in text
+
+
+def test_the_json_form_has_every_figure(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", make_entry("q", "s", "t"))
+    decoded = json.loads(json.dumps(check_file(path, encode=characters).to_json()))
+    assert decoded["read"]["entries"] == 1
+    assert decoded["lengths"]["plan"]["parts"]["total"]["rows"] == 1
+    assert decoded["steps_per_plan"] == {"1": 1}
+
+
+def test_a_file_without_a_usable_entry_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be used"):
+        check_file(write(tmp_path / "d.json", {}), encode=None)
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=200))
+def test_a_summary_agrees_with_the_lengths(lengths: list[int]) -> None:
+    summary = summarise_lengths(lengths)
+    assert (summary.minimum, summary.maximum) == (min(lengths), max(lengths))
+    assert sum(rows for *_, rows in summary.bins) == summary.rows == len(lengths)
+    assert summary.bins[0][0] == min(lengths)
+    assert summary.bins[-1][1] == max(lengths)
+    for share, value in ((0.5, summary.p50), (0.9, summary.p90), (0.99, summary.p99)):
+        assert sum(length <= value for length in lengths) >= share * len(lengths)
+        assert sum(length < value for length in lengths) < share * len(lengths)

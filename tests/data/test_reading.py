@@ -1,0 +1,329 @@
+"""Reading a dataset file: validation, problems, damaged files, memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.data.reading import (
+    PROBLEMS_KEPT,
+    ReadReport,
+    entry_from_json,
+    read_entries,
+)
+from tinyagent_fast.data.schema import Entry, Message
+from tinyagent_fast.errors import DataError
+
+PEAK_MIB = 512
+
+
+def make_entry(query: str = "Call Ann", system: str = "Plan it.") -> dict[str, Any]:
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": f"Question: {query}"},
+    ]
+    return {
+        "input": query,
+        "output": [
+            {
+                "type": "plan",
+                "raw_input": repr(messages),
+                "raw_output": '1. get_phone_number("Ann")\n2. join()',
+                "parsed_output": [
+                    {"tool_name": "get_phone_number", "tool_args": ["Ann"]},
+                    {"tool_name": "join", "tool_args": []},
+                ],
+                "id": "p",
+                "index": 0,
+            },
+            {
+                "type": "join",
+                "raw_input": "Follow the rules.",
+                "raw_output": "Action: Finish(Done)",
+                "parsed_output": {"thought": "", "action": "Finish", "message": "Done"},
+                "id": "j",
+                "index": 1,
+            },
+        ],
+        "closest_5_queries": ["Call Bob"],
+    }
+
+
+def write(path: Path, entries: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(entries, indent=4), encoding="utf-8")
+    return path
+
+
+def test_a_good_entry_becomes_typed_values() -> None:
+    entry = entry_from_json("k", make_entry())
+    assert isinstance(entry, Entry)
+    assert entry.query == "Call Ann"
+    assert entry.closest_queries == ("Call Bob",)
+    assert [point.kind for point in entry.points] == ["plan", "join"]
+    assert entry.points[0].messages == (
+        Message("system", "Plan it."),
+        Message("user", "Question: Call Ann"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "field", "reason"),
+    [
+        (("input",), None, "input", "is missing"),
+        (("input",), 3, "input", "must be a text, not a whole number"),
+        (("input",), "  ", "input", "is empty"),
+        (("output",), None, "output", "is missing"),
+        (("output",), {}, "output", "must be a list, not an object"),
+        (("output",), [], "output", "is empty"),
+        (("output", 0), 5, "output[0]", "must be an object"),
+        (("output", 0, "type"), "thing", "output[0].type", "must be plan, join or replan"),
+        (("output", 0, "type"), "replan", "output[0].type", "must be 'plan', it is 'replan'"),
+        (("output", 0, "type"), None, "output[0].type", "is missing"),
+        (("output", 0, "raw_input"), None, "output[0].raw_input", "is missing"),
+        (("output", 0, "raw_input"), "[{'role'", "output[0].raw_input", "neither a Python"),
+        (("output", 0, "raw_input"), "", "output[0].raw_input", "empty user message"),
+        (("output", 0, "raw_output"), "", "output[0].raw_output", "is empty"),
+        (("output", 0, "raw_output"), "1. join()", "output[0].raw_output", "has 1 steps but"),
+        (("output", 0, "parsed_output"), {}, "output[0].parsed_output", "must be a list"),
+        (("output", 1, "parsed_output"), [], "output[1].parsed_output", "must be an object"),
+        (("output", 0, "id"), None, "output[0].id", "is missing"),
+        (("output", 0, "index"), True, "output[0].index", "not true or false"),
+        (("closest_5_queries",), [1], "closest_5_queries", "list of texts"),
+        (("closest_5_queries",), "q", "closest_5_queries", "list of texts"),
+    ],
+)
+def test_each_defect_is_named_with_its_field(
+    place: tuple[Any, ...], value: object, field: str, reason: str
+) -> None:
+    entry = make_entry()
+    inner: Any = entry
+    for step in place[:-1]:
+        inner = inner[step]
+    if value is None:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    problems = entry_from_json("k", entry)
+    assert isinstance(problems, list)
+    assert [problem.field for problem in problems] == [field]
+    assert reason in problems[0].reason
+
+
+def test_all_problems_of_an_entry_are_found_at_once() -> None:
+    entry = make_entry()
+    del entry["input"]
+    entry["output"][0]["raw_output"] = ""
+    entry["output"][1]["type"] = 1
+    problems = entry_from_json("k", entry)
+    assert isinstance(problems, list)
+    fields = [problem.field for problem in problems]
+    assert fields[:3] == ["input", "output[0].raw_output", "output[1].type"]
+
+
+@pytest.mark.parametrize("missing", [[], None])
+def test_closest_queries_are_optional(missing: object) -> None:
+    entry = make_entry()
+    entry["closest_5_queries"] = missing
+    read = entry_from_json("k", entry)
+    assert isinstance(read, Entry)
+    assert read.closest_queries == ()
+    del entry["closest_5_queries"]
+    assert isinstance(entry_from_json("k", entry), Entry)
+
+
+def test_an_entry_that_is_no_object_is_a_problem() -> None:
+    problems = entry_from_json("k", [1])
+    assert isinstance(problems, list)
+    assert problems[0].reason == "must be an object, not a list"
+
+
+def test_a_file_is_read_in_order_with_a_report_and_progress(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", {f"k{at}": make_entry() for at in range(50)})
+    reports: list[ReadReport] = []
+    seen: list[tuple[int, int]] = []
+    entries = list(
+        read_entries(
+            path,
+            on_bad_entry="error",
+            progress=lambda *at: seen.append(at),
+            on_report=reports.append,
+        )
+    )
+    size_bytes = path.stat().st_size
+    assert [entry.key for entry in entries] == [f"k{at}" for at in range(50)]
+    assert seen[-1] == (size_bytes, size_bytes)
+    assert (reports[0].entries, reports[0].skipped) == (50, 0)
+    assert reports[0].size_bytes == size_bytes
+    assert reports[0].file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def bad_file(path: Path, bad: int) -> Path:
+    entries: dict[str, Any] = {f"good{at}": make_entry() for at in range(3)}
+    entries.update({f"bad{at}": {"input": "q"} for at in range(bad)})
+    return write(path, entries)
+
+
+def test_bad_entries_stop_the_reading_at_its_end_with_all_counts(tmp_path: Path) -> None:
+    path = bad_file(tmp_path / "d.json", 30)
+    with pytest.raises(DataError) as caught:
+        list(read_entries(path, on_bad_entry="error"))
+    message = str(caught.value)
+    assert "30 of 33 entries cannot be used (30 problems; output 30)" in message
+    assert "bad0 output: is missing" in message
+    assert "bad19 output" in message
+    assert "bad20 output" not in message
+    assert "and 10 more problems" in message
+
+
+def test_bad_entries_are_skipped_and_counted_if_asked(tmp_path: Path) -> None:
+    path = bad_file(tmp_path / "d.json", PROBLEMS_KEPT + 5)
+    reports: list[ReadReport] = []
+    entries = list(read_entries(path, on_bad_entry="skip", on_report=reports.append))
+    assert [entry.key for entry in entries] == ["good0", "good1", "good2"]
+    assert reports[0].skipped == reports[0].problem_count == PROBLEMS_KEPT + 5
+    assert len(reports[0].problems) == PROBLEMS_KEPT
+
+
+def test_a_key_that_occurs_twice_is_a_problem(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    entry = json.dumps(make_entry())
+    path.write_text(f'{{"k": {entry}, "k": {entry}}}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"1 of 2 entries[^$]*k entry: has a key"):
+        list(read_entries(path, on_bad_entry="error"))
+
+
+def test_a_file_with_no_usable_entry_is_refused_even_when_skipping(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", {"k": 1})
+    with pytest.raises(DataError, match="1 of 1 entries"):
+        list(read_entries(path, on_bad_entry="skip"))
+
+
+GOOD = json.dumps({"k": make_entry()}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty"),
+        (b"{}", "has no entry"),
+        (GOOD[:-20], "ends too early"),
+        (GOOD + b"x", "not valid JSON"),
+        (GOOD + b"\n" + GOOD, "not valid JSON"),
+        (GOOD.replace(b"Call", b"C\xff\xfell"), "not valid JSON"),
+        (b'{"k": NaN}', "not valid JSON"),
+        (b"[" + GOOD + b"]", "not a JSON object"),
+        (b'  "text"', "not a JSON object"),
+        (b"\x1f\x8b\x08 zipped", "not a JSON object"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs pointer"),
+        (b"\xef\xbb\xbf" + GOOD, "byte order mark"),
+        (GOOD.decode().encode("utf-16"), "UTF-16"),
+        (GOOD.decode().encode("utf-16-be"), "zero bytes"),
+        (b'{"k": ' + b"[" * 300_000, "nested 1,000 levels deep"),
+        (b'{"k": ' + b'{"a":[' * 300_000, "nested 1,000 levels deep"),
+    ],
+)
+def test_a_file_that_is_no_dataset_is_refused_with_the_reason(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
+    path = tmp_path / "d.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read_entries(path, on_bad_entry="skip"))
+    assert what in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        list(read_entries(tmp_path / "none.json", on_bad_entry="error"))
+    with pytest.raises(DataError, match="is a folder"):
+        list(read_entries(tmp_path, on_bad_entry="error"))
+
+
+def test_importing_the_data_modules_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, tinyagent_fast.data.report, tinyagent_fast.data.download\n"
+        "heavy = {'ijson', 'pyarrow', 'numpy', 'torch', 'huggingface_hub', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# VmHWM and not ru_maxrss: the latter starts at the size of the process that started this one.
+MEASURE = """
+import sys
+from pathlib import Path
+{imports}
+{work}
+status = Path("/proc/self/status").read_text()
+print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+"""
+READ = MEASURE.format(
+    imports="from tinyagent_fast.data.reading import read_entries",
+    work="sum(1 for _ in read_entries(sys.argv[1], on_bad_entry='error'))",
+)
+LOAD = MEASURE.format(
+    imports="from tinyagent_fast.data.cache import load_examples",
+    work="load_examples(sys.argv[1], on_bad_entry='error', cache_dir=sys.argv[2])",
+)
+
+
+def peak_mib(code: str, *args: Path) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def write_large(path: Path, size_bytes: int) -> Path:
+    """Write entries of about 18 kB with prompts that differ, until the size is reached."""
+    written = 2
+    with path.open("w", encoding="ascii") as file:
+        file.write("{")
+        at = 0
+        while written < size_bytes:
+            rules = "".join(f' - rule {n} isn\'t "{at}"\n' for n in range(650))
+            text = json.dumps(make_entry(f"Call Ann about {at}", rules), indent=4)
+            written += file.write(f'{"," if at else ""}\n"key{at}": {text}')
+            at += 1
+        file.write("}")
+    return path
+
+
+linux_only = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from /proc"
+)
+
+
+@linux_only
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    small = write_large(tmp_path / "small.json", 2_000_000)
+    large = write_large(tmp_path / "large.json", 24_000_000)
+    assert peak_mib(READ, large) < peak_mib(READ, small) + 12
+
+
+@linux_only
+@pytest.mark.slow
+def test_a_file_of_the_published_size_needs_less_than_512_mib(tmp_path: Path) -> None:
+    path = write_large(tmp_path / "large.json", 734_000_000)
+    assert peak_mib(READ, path) < PEAK_MIB
+    assert peak_mib(LOAD, path, tmp_path / "cache") < PEAK_MIB
+
+
+REAL_DATA = os.environ.get("TINYAGENT_FAST_REAL_DATA", "")
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="TINYAGENT_FAST_REAL_DATA names no folder of data files")
+@pytest.mark.parametrize("name", ["training_data.json", "testing_data.json"])
+def test_real_data_has_no_problem(name: str) -> None:
+    reports: list[ReadReport] = []
+    path = Path(REAL_DATA) / name
+    count = sum(1 for _ in read_entries(path, on_bad_entry="error", on_report=reports.append))
+    assert count == reports[0].entries > 0

@@ -1,0 +1,99 @@
+"""The command line: finds the command, and turns errors into messages and exit codes.
+
+Exit codes: 0 done, 1 a gate failed, 2 the user can repair it, 3 a bug.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("train", "train an adapter: data, rows, LoRA, best checkpoint by plan success"),
+    "eval": ("evaluate", "generate plans for the test file with a run's adapter and score them"),
+    "score": ("score", "score predictions or a list of label/prediction pairs; needs no torch"),
+    "preview": ("preview", "show rows with their supervised tokens in colour"),
+    "data check": ("data_check", "report on a data file: counts, lengths, leaks, faults"),
+    "data generate": ("data_generate", "write a generated dataset in the published schema"),
+    "data download": ("data_download", "download the published dataset"),
+}
+"""Command to its module in `tinyagent_fast.commands` and its one-line help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Without the program's name; none takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from tinyagent_fast import __version__
+
+        print(f"tinyagent-fast {__version__}")
+        return 0
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return _run(name, words[length:])
+    print(_unknown(words), file=sys.stderr)
+    return 2
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    from tinyagent_fast.errors import GateError, UserError
+
+    # Waiting threads that spin would starve each other on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        module = importlib.import_module(f"tinyagent_fast.commands.{COMMANDS[name][0]}")
+        return int(module.run(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except GateError as error:
+        print(f"gate failed: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 2
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 2
+    except Exception:
+        traceback.print_exc()
+        print("this is a bug: please report it with the lines above", file=sys.stderr)
+        return 3
+
+
+def _help() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = ["usage: tinyagent-fast COMMAND [flags]", "", "commands:"]
+    lines += [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "tinyagent-fast COMMAND --help lists a command's flags."]
+    return "\n".join(lines)
+
+
+def _unknown(words: list[str]) -> str:
+    import difflib
+
+    asked = " ".join(words[:2]) if words[0] == "data" else words[0]
+    near = difflib.get_close_matches(asked, COMMANDS, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    return f"error: unknown command {asked!r}{hint}\n\n{_help()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""`preview`: rows as the trainer sees them, supervised tokens in colour."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from tinyagent_fast.commands.config_flags import resolve_config
+
+_ROWS = 3
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Show rows.
+
+    Args:
+        arguments: Flags of the command: those of `train`, and `--rows`.
+
+    Returns:
+        0 when they are shown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--rows", type=int, default=_ROWS)
+    known, rest = parser.parse_known_args(list(arguments))
+    config = resolve_config("preview", rest, "cpu")
+    from rich.console import Console
+
+    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.prompts.templates import render
+    from tinyagent_fast.prompts.tokens import PromptTokenizer, common_prefix_tokens
+    from tinyagent_fast.training.bases import base_tokenizer
+    from tinyagent_fast.training.inputs import load_run_examples
+
+    console = Console(highlight=False)
+    examples = load_run_examples(config)
+    hf = base_tokenizer(config, examples.train)
+    if hf is None:
+        hf = load_tokenizer(resolve_tokenizer_folder(config.model.base, config.model.revision))
+    tokenizer = PromptTokenizer(hf, config.model.prompt_format)
+    chat = tokenizer.chat if config.model.prompt_format == "chat" else None
+    chosen = [examples.train[i] for i in range(min(known.rows, len(examples.train)))]
+    rows = tokenizer.encode_rows(
+        [(e.key, render(e, config.model.prompt_format, chat)) for e in chosen]
+    )
+    for row in rows:
+        _show(console, tokenizer, row)
+    supervised = sum(row.supervised_tokens for row in rows)
+    tokens = sum(len(row.input_ids) for row in rows)
+    console.print(
+        f"{len(rows)} rows: {tokens} tokens, {supervised} supervised "
+        f"({100 * supervised / max(1, tokens):.1f} %), shared prefix "
+        f"{common_prefix_tokens([row.input_ids for row in rows])} tokens",
+        markup=False,
+    )
+    return 0
+
+
+def _show(console: Any, tokenizer: Any, row: Any) -> None:
+    """Print one row: the prompt dim, each supervised token on green in turn light and dark."""
+    from rich.text import Text
+
+    text = Text()
+    prompt = row.input_ids[: row.prompt_tokens]
+    text.append(tokenizer.decode(prompt), style="dim")
+    shown = ""
+    supervised = row.input_ids[row.prompt_tokens :]
+    for count in range(1, len(supervised) + 1):
+        # Decoded from the start each time: a piece of a character shows with its last token.
+        now = tokenizer.decode_continuation(prompt, supervised[:count])
+        if now.endswith("\ufffd") and count < len(supervised):
+            continue
+        style = "black on green" if count % 2 else "black on bright_green"
+        text.append(now[len(shown) :], style=style)
+        shown = now
+    console.rule(
+        f"{row.key}: {row.prompt_tokens} prompt + {row.supervised_tokens} supervised tokens"
+    )
+    console.print(text)

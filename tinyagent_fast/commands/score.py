@@ -1,0 +1,121 @@
+"""`score`: score predictions or pairs again, on a machine without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.plans.tools import Tool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags:
+    """Flags of `score`."""
+
+    predictions: Path | None = None
+    """A predictions.jsonl, or a folder (a run, an evaluation) that holds one; default: runs/latest."""
+    pairs: Path | None = None
+    """A JSON list of objects with the texts `label` and `prediction`, instead."""
+    catalogue: Path | None = None
+    """YAML catalogue with the tools that plans may call; none stands for TinyAgent's 16."""
+    json: bool = False
+    """Print JSON: one object a line for --pairs, all figures for predictions."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Score.
+
+    Args:
+        arguments: Flags of the command; a predictions file may come first without a flag.
+
+    Returns:
+        0 when everything was scored.
+    """
+    import tyro
+
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--predictions")
+    flags = tyro.cli(ScoreFlags, args=words, prog="tinyagent-fast score")
+    tools = _tools(flags.catalogue)
+    if flags.pairs is not None:
+        return _score_pairs(flags.pairs, tools, as_json=flags.json)
+    return _score_predictions(flags.predictions or Path("runs/latest"), tools, as_json=flags.json)
+
+
+def _tools(catalogue: Path | None) -> Mapping[str, Tool] | None:
+    if catalogue is None:
+        return None
+    from tinyagent_fast.data.generation.catalogue import load_catalogue
+
+    return {tool.name: tool.plan_tool() for tool in load_catalogue(catalogue).tools}
+
+
+def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:
+    from tinyagent_fast.evaluation.report import percent
+    from tinyagent_fast.evaluation.scoring import score_pair, summarise
+
+    scores = [score_pair(label, prediction, tools) for label, prediction in _read_pairs(path)]
+    if not as_json:
+        metrics = summarise(scores)
+        print(f"success      {percent(metrics.success)}  n = {metrics.n}")
+        print(f"success_dag  {percent(metrics.success_dag)}")
+        print(f"tool recall  {percent(metrics.tool_recall)}")
+        for code, count in metrics.failures.items():
+            print(f"  {code}: {count}")
+        return 0
+    for score in scores:
+        line = {
+            "success": float(score.success),
+            "success_dag": float(score.success_dag),
+            "tool_recall": score.tool_recall,
+            "failure": score.failure,
+        }
+        sys.stdout.write(json.dumps(line) + "\n")
+    return 0
+
+
+def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        pairs: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"pairs file {path}", f"it cannot be read as JSON: {error}", "check path and content"
+        ) from error
+    if not isinstance(pairs, list):
+        raise DataError(
+            f"pairs file {path}", "the top level is no list", "write [{label, prediction}, ...]"
+        )
+    for number, pair in enumerate(pairs):
+        texts = [pair.get(n) if isinstance(pair, dict) else None for n in ("label", "prediction")]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"pairs file {path}, item {number}",
+                "it has no texts `label` and `prediction`",
+                "write {label, prediction} objects",
+            )
+        yield texts[0], texts[1]
+
+
+def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:
+    from tinyagent_fast.evaluation.predictions import PredictionFile
+    from tinyagent_fast.evaluation.report import markdown_report
+    from tinyagent_fast.evaluation.scoring import score_predictions
+
+    folder = path.parent if path.is_file() else path
+    if not path.is_file() and not (folder / "predictions.jsonl").exists():
+        folder = folder / "eval"
+    predictions = PredictionFile(
+        folder, path.name if path.is_file() else "predictions.jsonl"
+    ).read()
+    metrics = score_predictions(predictions, tools)
+    if as_json:
+        print(json.dumps(metrics.to_json(), indent=2))
+    else:
+        print(markdown_report(str(path), metrics, predictions, tools))
+    return 0

@@ -1,0 +1,103 @@
+"""`train`: choose a preset for this machine unless one is named, then train."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.config import Config
+from tinyagent_fast.presets import REAL_TRAIN
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train an adapter.
+
+    Args:
+        arguments: Flags of the command.
+
+    Returns:
+        0 when training has finished.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", metavar="RUN")
+    parser.add_argument("--preset")
+    known, _ = parser.parse_known_args(list(arguments))
+    rest = _without(arguments, "--resume")
+    if "-h" in rest or "--help" in rest:
+        resolve_config("train", [a for a in rest if a != "auto"], "cpu")
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if known.resume:
+        from tinyagent_fast.runs import find_run
+
+        resumed = find_run(known.resume, _runs_folder(rest))
+        config = resolve_config("train", rest, "cpu", start=resumed.config())
+        from tinyagent_fast.training.fit import train
+
+        train(config, console, resume=resumed)
+        return 0
+    if known.preset in (None, "auto"):
+        rest = _without(rest, "--preset")
+        preset, reason = choose_preset()
+        console.print(f"preset {preset}: {reason}", markup=False)
+        console.print('another one: make train PRESET=l4 ARGS="--train.epochs 4"', markup=False)
+    else:
+        preset = known.preset
+    config = resolve_config("train", rest, preset)
+    _download_if_absent(config, console)
+    from tinyagent_fast.training.fit import train
+
+    train(config, console)
+    return 0
+
+
+def choose_preset() -> tuple[str, str]:
+    """Choose the preset for this machine.
+
+    Returns:
+        Its name and the reason, as a sentence for the user.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", "no CUDA device was found, so a small model learns generated data"
+    properties = torch.cuda.get_device_properties(0)
+    memory_gib = properties.total_memory / 2**30
+    preset = "t4" if memory_gib < 18 else "l4" if memory_gib < 36 else "a100"
+    if properties.major < 8 and preset != "t4":
+        preset = "t4"
+    return preset, f"{properties.name} with {memory_gib:.0f} GiB was found"
+
+
+def _download_if_absent(config: Config, console: object) -> None:
+    """Fetch the published files when the config names them and they are not there."""
+    if config.data.train != REAL_TRAIN or REAL_TRAIN.exists():
+        return
+    from tinyagent_fast.commands import data_download
+
+    data_download.run([])
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    """Take a flag and its value out of a list of arguments."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == flag:
+            skip = True
+        elif not argument.startswith(f"{flag}="):
+            kept.append(argument)
+    return kept
+
+
+def _runs_folder(arguments: Sequence[str]) -> Path:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    known, _ = parser.parse_known_args(list(arguments))
+    folder: Path = known.runs
+    return folder

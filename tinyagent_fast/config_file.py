@@ -1,0 +1,133 @@
+"""Configs as strict YAML: every unknown key is an error with the nearest known name.
+
+The resolved config is written into the run's folder, and `read_config(text_of(config)) == config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.errors import ConfigError
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Turn a config into plain values for YAML.
+
+    Args:
+        config: A config dataclass.
+
+    Returns:
+        Nested dicts of strings, numbers, booleans and None.
+    """
+    plain: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            plain[item.name] = to_mapping(value)
+        else:
+            plain[item.name] = str(value) if isinstance(value, Path) else value
+    return plain
+
+
+def text_of(config: Config) -> str:
+    """Write a config as YAML.
+
+    Args:
+        config: The config.
+
+    Returns:
+        YAML that `read_config` turns back into an equal config.
+    """
+    import yaml
+
+    text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_config(text: str, base: Config | None = None, source: str = "config") -> Config:
+    """Read YAML over a base config; every unknown key and wrong type is an error.
+
+    Args:
+        text: YAML, a mapping of the sections of `Config`; sections and keys may be left out.
+        base: What holds for the keys left out.
+        source: Named in messages.
+
+    Returns:
+        The new config.
+
+    Raises:
+        ConfigError: Lists all problems, with the nearest known name for each unknown key.
+    """
+    import yaml
+
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(source, f"it is no valid YAML: {error}", "correct the file") from error
+    problems: list[str] = []
+    config: Config = _merge(base or Config(), {} if raw is None else raw, "", problems)
+    if problems:
+        raise ConfigError(
+            f"{source} has {len(problems)} problem(s)",
+            "\n       ".join(problems),
+            "`tinyagent-fast train --help` lists every setting",
+        )
+    return config
+
+
+def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(raw, Mapping):
+        problems.append(f"{path.rstrip('.') or 'the top level'}: must be a mapping, got {raw!r}")
+        return base
+    hints = typing.get_type_hints(type(base))
+    changes = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(hints)}"
+            problems.append(f"{path}{key}: unknown setting{hint}")
+        elif is_dataclass(hints[name]):
+            changes[name] = _merge(getattr(base, name), value, f"{path}{name}.", problems)
+        else:
+            try:
+                changes[name] = _convert(value, hints[name])
+            except (TypeError, ValueError):
+                wanted = getattr(hints[name], "__name__", str(hints[name]))
+                problems.append(f"{path}{key}: {value!r} is no {wanted}")
+    return replace(base, **changes)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Convert a YAML value to a field's type; `2e-4` is a string to YAML 1.1."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        # YAML 1.1 reads a bare true as a boolean, which here is one of the choices' names.
+        text = str(value).lower() if isinstance(value, bool) else value
+        if text not in typing.get_args(hint):
+            raise ValueError(f"not one of {typing.get_args(hint)}")
+        return text
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(value, next(a for a in typing.get_args(hint) if a is not type(None)))
+    if isinstance(value, bool):
+        if hint is bool:
+            return value
+        raise TypeError(f"{value!r} is no {hint}")
+    if hint is float:
+        return float(value)
+    if hint is int and isinstance(value, int):
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is str and isinstance(value, str):
+        return value
+    raise TypeError(f"{value!r} is no {hint}")

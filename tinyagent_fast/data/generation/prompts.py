@@ -1,0 +1,95 @@
+"""Prompt texts of the generated dataset, in our own words."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Literal
+
+from tinyagent_fast.data.generation.catalogue import Catalogue
+
+PromptStyle = Literal["short", "full"]
+
+
+def short_planner_prompt(tool_names: Sequence[str]) -> str:
+    """Write a system prompt that only names the retrieved tools, for small models.
+
+    Args:
+        tool_names: Tools in catalogue order.
+
+    Returns:
+        One line of text.
+    """
+    return f"Plan with: {', '.join(tool_names)}"
+
+
+def full_planner_prompt(
+    catalogue: Catalogue,
+    tool_names: Sequence[str],
+    examples: Sequence[str],
+    rng: random.Random,
+) -> str:
+    """Write a system prompt of the published data's build and length: tools, rules, examples.
+
+    Args:
+        catalogue: Where signatures and descriptions come from.
+        tool_names: Tools to list.
+        examples: Solved requests, each `Question: ...` and its plan.
+        rng: For the date, which differs from prompt to prompt.
+
+    Returns:
+        The text; everything before the date is the same for the same tools.
+    """
+    tools = [catalogue.tools[i] for i, t in enumerate(catalogue.tools) if t.name in tool_names]
+    lines = [
+        "You turn a request into a plan: a numbered list of function calls that may run side by "
+        f"side wherever they can. You may call these {len(tools) + 1} functions:",
+    ]
+    for number, tool in enumerate(tools, start=1):
+        lines.append(f"{number}. {tool.signature}")
+        lines += [f" - {text}" for text in tool.description]
+        lines.append("")
+    lines += [
+        f"{len(tools) + 1}. join() -> str",
+        " - Gathers the results of the calls before it. It is always the last call of a plan.",
+        " - Call it when the request is answered, or when a result is needed to go on.",
+        "",
+        "Rules:",
+        " - Number the calls from 1 upwards, one call a line.",
+        " - Give every function exactly the arguments that its signature lists, in that order.",
+        " - Write arguments as Python literals: strings in double quotes, lists in brackets.",
+        " - Use $1, $2 and so on, inside a string, for the result of an earlier call.",
+        " - Call nothing that is not listed, and nothing that the request does not need.",
+        " - Calls that do not need each other's results must not refer to each other.",
+        " - Look addresses and numbers up by name; never make them up.",
+        " - Write no comments and no explanation.",
+        " - End with join() and then <END_OF_PLAN>.",
+    ]
+    moment = datetime(2024, 1, 1) + timedelta(minutes=rng.randrange(2 * 365 * 24 * 60))
+    lines += [f" - Now it is {moment:%A %Y-%m-%d %H:%M}.", "", "Examples:", ""]
+    lines += [f"{example}<END_OF_PLAN>\n###" for example in examples]
+    return "\n".join(lines) + "\n"
+
+
+def joiner_prompt(query: str, calls: Sequence[str], observations: Sequence[str]) -> str:
+    """Write the prompt that asks for a verdict on a plan's results.
+
+    Args:
+        query: The user's request.
+        calls: Rendered calls without join.
+        observations: What each call gave back.
+
+    Returns:
+        One text, used as the only user message.
+    """
+    steps = "\n".join(
+        f"{call}\nObservation: {seen}" for call, seen in zip(calls, observations, strict=True)
+    )
+    return (
+        "Look at the results of a plan and decide what comes next.\n"
+        " - Write a line `Thought: ` and then a line `Action: `.\n"
+        " - Action is Finish(Task completed!) when all was done, Finish(<answer>) when the user "
+        "asked a question, and Replan when a result shows that another plan is needed.\n\n"
+        f"Question: {query}\n\n{steps}\n"
+    )

@@ -1,0 +1,340 @@
+"""Streams the entries of a dataset file, each one checked, in bounded memory.
+
+Second stage of the data flow: `schema` has the values and text forms, `cache` and `report` are
+the callers. The file is decoded with ijson, which is imported on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from tinyagent_fast.data.schema import (
+    JSON_NAMES,
+    Entry,
+    EntryProblem,
+    Message,
+    Point,
+    PointKind,
+    conversation_problem,
+    is_encodable,
+    parse_messages,
+    plan_disagreement,
+    short_text,
+)
+from tinyagent_fast.errors import DataError
+
+OnBadEntry = Literal["error", "skip"]
+Progress = Callable[[int, int], None]
+
+PROBLEMS_SHOWN = 20
+PROBLEMS_KEPT = 1000
+_CHUNK_BYTES = 64 * 1024
+_KINDS = ("plan", "join", "replan")
+_HEAD_PROBLEMS = (
+    (b"version https://git-lfs", "it is a git-lfs pointer, not the data", "run `git lfs pull`"),
+    (b"\xef\xbb\xbf", "it starts with a byte order mark", "save it as UTF-8 without BOM"),
+    (b"\xff\xfe", "it is UTF-16 text", "save it as UTF-8"),
+    (b"\xfe\xff", "it is UTF-16 text", "save it as UTF-8"),
+)
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+# ijson's memory grows with the square of the depth; the schema needs a depth of about ten.
+_TOO_DEEP = re.compile(rb"[\[{]{1000}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadReport:
+    """What one pass over a file found; `problems` holds the first PROBLEMS_KEPT of them."""
+
+    entries: int
+    skipped: int
+    problems: tuple[EntryProblem, ...]
+    problem_count: int
+    size_bytes: int
+    seconds: float
+    file_sha256: str
+
+
+class _Source:
+    """The file as ijson reads it: hashed, counted and guarded against deep nesting."""
+
+    def __init__(self, file: BinaryIO, path: Path, progress: Progress | None) -> None:
+        self.sha256 = hashlib.sha256()
+        self.read_bytes = 0
+        self._file, self._path, self._progress = file, path, progress
+        self._total_bytes = path.stat().st_size
+        self._open_brackets = b""
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = self._file.read(size)
+        self.sha256.update(chunk)
+        self.read_bytes += len(chunk)
+        brackets = self._open_brackets + chunk.translate(None, _ALL_BUT_BRACKETS)
+        if _TOO_DEEP.search(brackets):
+            raise DataError(
+                f"{self._path}: nested 1,000 levels deep near byte {self.read_bytes:,}",
+                "no entry of this schema nests more than about ten levels",
+                "remove the damaged entry, or export the file again",
+            )
+        self._open_brackets = brackets[len(brackets.rstrip(b"[{")) :]
+        if self._progress is not None:
+            self._progress(self.read_bytes, self._total_bytes)
+        return chunk
+
+
+class _Tally:
+    """Counts entries and problems of one pass."""
+
+    def __init__(self) -> None:
+        self.entries = self.skipped = self.problem_count = 0
+        self.problems: list[EntryProblem] = []
+        self.fields: Counter[str] = Counter()
+
+    def add(self, problems: list[EntryProblem]) -> None:
+        self.skipped += 1
+        self.problem_count += len(problems)
+        self.fields.update(re.sub(r"\d+", "", item.field) or "entry" for item in problems)
+        self.problems.extend(problems[: max(0, PROBLEMS_KEPT - len(self.problems))])
+
+
+def read_entries(
+    path: str | Path,
+    *,
+    on_bad_entry: OnBadEntry,
+    progress: Progress | None = None,
+    on_report: Callable[[ReadReport], None] | None = None,
+) -> Iterator[Entry]:
+    """Yield the good entries of a dataset file in file order, one at a time.
+
+    Args:
+        path: The JSON file.
+        on_bad_entry: "error" raises at the end of the file with all problems counted; good
+            entries have been yielded by then, so callers must not keep them. "skip" leaves bad
+            entries out and counts them in the report.
+        progress: Called with (bytes read, bytes in all) after each block.
+        on_report: Called once with the report when the file has been read to its end.
+
+    Yields:
+        Checked entries with distinct keys.
+
+    Raises:
+        DataError: The file cannot be read as one JSON object, has no usable entry, or has bad
+            entries and `on_bad_entry` is "error".
+    """
+    path = Path(path)
+    started = time.perf_counter()
+    tally = _Tally()
+    try:
+        _check_head(path)
+        with path.open("rb") as file:
+            source = _Source(file, path, progress)
+            for entry in _checked(_decoded(source, path, tally), tally):
+                tally.entries += 1
+                yield entry
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read", str(error), "check path and rights") from error
+    report = ReadReport(
+        entries=tally.entries,
+        skipped=tally.skipped,
+        problems=tuple(tally.problems),
+        problem_count=tally.problem_count,
+        size_bytes=source.read_bytes,
+        seconds=time.perf_counter() - started,
+        file_sha256=source.sha256.hexdigest(),
+    )
+    if on_report is not None:
+        on_report(report)
+    if not tally.entries and not tally.skipped:
+        raise DataError(f"{path}: has no entry", "the object is empty", "give a full data file")
+    if tally.skipped and (on_bad_entry == "error" or not tally.entries):
+        raise _bad_entries_error(path, tally)
+
+
+def _check_head(path: Path) -> None:
+    """Raise a DataError if the first bytes show that this is no dataset file."""
+    if not path.is_file():
+        raise DataError(
+            f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}",
+            "a dataset is one JSON file",
+            "give the path of the file, or fetch it as data/README.md says",
+        )
+    with path.open("rb") as file:
+        head = file.read(4096)
+    for mark, why, fix in _HEAD_PROBLEMS:
+        if head.startswith(mark):
+            raise DataError(f"{path}: is not a dataset file", why, fix)
+    if not head:
+        raise DataError(f"{path}: is empty", "it has no bytes", "fetch or export it again")
+    if b"\0" in head:
+        raise DataError(f"{path}: is not UTF-8 text", "it holds zero bytes", "save it as UTF-8")
+    if not head.lstrip().startswith(b"{"):
+        start = short_text(head.lstrip()[:20].decode("utf-8", "replace"))
+        raise DataError(
+            f"{path}: is not a JSON object",
+            f"it starts with {start}, not with '{{'",
+            "give the file as published: one object that maps entry keys to entries",
+        )
+
+
+def _decoded(source: _Source, path: Path, tally: _Tally) -> Iterator[tuple[str, object]]:
+    """Yield (key, value) of the top-level object, with decoding errors made clear."""
+    import ijson
+
+    try:
+        yield from ijson.kvitems(source, "", use_float=True, buf_size=_CHUNK_BYTES)
+    except ijson.JSONError as error:
+        done = f"after {tally.entries + tally.skipped:,} entries, near byte {source.read_bytes:,}"
+        text = str(error)
+        if "premature EOF" in text:
+            raise DataError(
+                f"{path}: ends too early ({done})",
+                "the JSON object is not closed, so the file was cut off",
+                "fetch or copy it again and compare the sizes",
+            ) from error
+        reason = text.removeprefix("b'").removeprefix('b"').split("\n")[0].split("\\n")[0]
+        raise DataError(
+            f"{path}: is not valid JSON ({done})",
+            short_text(reason, 200),
+            "repair that place, or fetch the file again",
+        ) from error
+
+
+def _checked(pairs: Iterator[tuple[str, object]], tally: _Tally) -> Iterator[Entry]:
+    keys: set[str] = set()
+    for key, value in pairs:
+        if key in keys:
+            tally.add([EntryProblem(key, "", "has a key that an earlier entry has")])
+            continue
+        keys.add(key)
+        entry = entry_from_json(key, value)
+        if isinstance(entry, Entry):
+            yield entry
+        else:
+            tally.add(entry)
+
+
+def _bad_entries_error(path: Path, tally: _Tally) -> DataError:
+    shown = [
+        f"{item.key} {item.field or 'entry'}: {item.reason}"
+        for item in tally.problems[:PROBLEMS_SHOWN]
+    ]
+    if tally.problem_count > len(shown):
+        shown.append(f"and {tally.problem_count - len(shown):,} more problems")
+    counts = ", ".join(f"{field} {count:,}" for field, count in tally.fields.most_common())
+    return DataError(
+        f"{path}: {tally.skipped:,} of {tally.entries + tally.skipped:,} entries cannot be used "
+        f"({tally.problem_count:,} problems; {counts})",
+        "\n    ".join(shown),
+        "repair or remove these entries, or leave them out with on_bad_entry = skip",
+    )
+
+
+class _Fields:
+    """Reads typed fields of one entry and keeps every problem met on the way."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.problems: list[EntryProblem] = []
+
+    def add(self, field: str, reason: str) -> None:
+        self.problems.append(EntryProblem(self.key, field, reason))
+
+    def take(self, values: Mapping[str, object], name: str, kind: type, where: str = "") -> object:
+        """Return the field if it is there with this type, else None and a problem."""
+        if name not in values:
+            self.add(where + name, "is missing")
+            return None
+        value = values[name]
+        if type(value) is not kind:
+            self.add(where + name, f"must be {JSON_NAMES[kind]}, not {JSON_NAMES[type(value)]}")
+            return None
+        return value
+
+    def take_text(self, values: Mapping[str, object], name: str, where: str = "") -> str:
+        """Return a text that is not blank, else an empty one and a problem."""
+        value = cast("str | None", self.take(values, name, str, where))
+        if value is not None and not value.strip():
+            self.add(where + name, "is empty")
+        elif value is not None and not is_encodable(value):
+            self.add(where + name, "holds half of a surrogate pair, which cannot be encoded")
+        return value or ""
+
+
+def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
+    """Check one decoded entry of the file and turn it into an `Entry`.
+
+    Fields that the schema does not name are ignored.
+
+    Args:
+        key: The entry's key in the file.
+        value: The decoded JSON value under that key.
+
+    Returns:
+        The entry, or all of its problems.
+    """
+    fields = _Fields(key)
+    if not isinstance(value, dict):
+        return [EntryProblem(key, "", f"must be an object, not {JSON_NAMES[type(value)]}")]
+    query = fields.take_text(value, "input")
+    output = cast("list[object] | None", fields.take(value, "output", list))
+    points = [_point(item, at, fields) for at, item in enumerate(output or ())]
+    if output is not None and not output:
+        fields.add("output", "is empty")
+    elif points and points[0] is not None and points[0].kind != "plan":
+        fields.add("output[0].type", f"must be 'plan', it is '{points[0].kind}'")
+    closest = value.get("closest_5_queries") or []
+    if not isinstance(closest, list) or not all(isinstance(item, str) for item in closest):
+        fields.add("closest_5_queries", "must be a list of texts")
+    if fields.problems:
+        return fields.problems
+    return Entry(
+        key=key,
+        query=query,
+        points=tuple(point for point in points if point is not None),
+        closest_queries=tuple(closest),
+    )
+
+
+def _point(item: object, at: int, fields: _Fields) -> Point | None:
+    """Read one point; None where its kind is unknown. Problems are added to `fields`."""
+    where = f"output[{at}]."
+    if not isinstance(item, dict):
+        fields.add(where[:-1], f"must be an object, not {JSON_NAMES[type(item)]}")
+        return None
+    kind = cast("str | None", fields.take(item, "type", str, where))
+    if kind is not None and kind not in (*_KINDS,):
+        fields.add(where + "type", f"must be plan, join or replan, it is {short_text(kind)}")
+    messages: tuple[Message, ...] = ()
+    if "raw_input" not in item:
+        fields.add(where + "raw_input", "is missing")
+    else:
+        try:
+            messages = parse_messages(item["raw_input"])
+            reason = conversation_problem(messages)
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            fields.add(where + "raw_input", reason)
+    raw_output = fields.take_text(item, "raw_output", where)
+    parsed = fields.take(item, "parsed_output", dict if kind == "join" else list, where)
+    if kind != "join" and isinstance(parsed, list) and raw_output.strip():
+        reason = plan_disagreement(raw_output, parsed)
+        if reason:
+            fields.add(where + "raw_output", reason)
+    identifier = cast("str | None", fields.take(item, "id", str, where))
+    index = cast("int | None", fields.take(item, "index", int, where))
+    if kind not in (*_KINDS,):
+        return None
+    return Point(
+        kind=cast(PointKind, kind),
+        messages=messages,
+        raw_output=raw_output,
+        index=index or 0,
+        id=identifier or "",
+    )

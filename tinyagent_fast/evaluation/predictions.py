@@ -1,0 +1,95 @@
+"""predictions.jsonl: appended while plans are generated, resumed after a stop, scored at will."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.evaluation.scoring import Prediction
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """A folder's predictions and what they were made with."""
+
+    folder: Path
+    name: str = "predictions.jsonl"
+
+    @property
+    def path(self) -> Path:
+        """The predictions, one JSON object a line."""
+        return self.folder / self.name
+
+    @property
+    def made_with_path(self) -> Path:
+        """What the predictions depend on; others are never mixed with them."""
+        return self.folder / "made_with.json"
+
+    def start(self, made_with: Mapping[str, Any]) -> dict[str, Prediction]:
+        """Open for appending: keep predictions made with the same things, put others aside.
+
+        Args:
+            made_with: Adapter, data and settings.
+
+        Returns:
+            The predictions that are there already, by key.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps(made_with))
+        if self.made_with_path.exists() and self.path.exists():
+            there = json.loads(self.made_with_path.read_text(encoding="utf-8"))
+            if there == wanted:
+                return {p.key: p for p in self.read(repair=True)}
+            self.path.replace(self.path.with_suffix(".previous.jsonl"))
+        self.path.unlink(missing_ok=True)
+        self.made_with_path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        return {}
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Add predictions at the end.
+
+        Args:
+            predictions: Those of one batch.
+        """
+        with self.path.open("a", encoding="utf-8") as stream:
+            for prediction in predictions:
+                stream.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
+
+    def read(self, *, repair: bool = False) -> list[Prediction]:
+        """Read all predictions.
+
+        Args:
+            repair: Cut off a last line that a stop has left half-written.
+
+        Returns:
+            The predictions in file order.
+
+        Raises:
+            DataError: The file is missing, or a line is no prediction.
+        """
+        if not self.path.exists() and not repair:
+            raise DataError(
+                f"{self.path}", "it is not there", "generate it with `tinyagent-fast eval`"
+            )
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        whole, _, rest = text.rpartition("\n")
+        if rest and repair:
+            self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+            text = whole
+        return [_parse(self.path, n, line) for n, line in enumerate(text.splitlines(), 1) if line]
+
+
+def _parse(path: Path, number: int, line: str) -> Prediction:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}", f"it is no JSON: {error}", "remove the line, or generate anew"
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}", "it is no JSON object", "remove the line")
+    return Prediction.from_json(row)

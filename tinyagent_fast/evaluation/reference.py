@@ -1,0 +1,297 @@
+"""The published success metric of TinyAgent, with its peculiarities.
+
+Figures that are to be compared with published ones need the same verdict on every pair, also
+where that verdict is odd. This module reaches it by the same mechanism, in its own code; any
+failure of the original counts as no success. `plans.graph` holds the plain comparison.
+
+Where the original differs from "same calls, same dependencies":
+
+- Anything that is no step is skipped; a step whose arguments are no literals keeps them as one
+  string. A repeated number replaces the earlier step in its place. Reading stops after join.
+- Steps from the first unknown tool on are dropped.
+- `$N` means the N-th step in order, whatever the numbers written before the steps.
+- Only string arguments and strings directly in list arguments can depend on a step, each through
+  its first `$N`; `${N}`, tuples, dicts and deeper lists do not count.
+- A step must also agree in its dependencies as a list, repetitions included, ordered by tool name
+  and, within a name, as written, and so on down to the first steps.
+- `$0` makes a node that equals no other. A step that depends on itself, a cycle or a dependency on
+  a step that is not there raises an error.
+- Two plans without any step that counts are a success.
+
+Source: SqueezeAILab/TinyAgent, src/utils/plan_utils.py and src/utils/graph_utils.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from tinyagent_fast.plans.graph import Dag, same_dag
+from tinyagent_fast.plans.tools import JOIN, TINYAGENT
+
+# The look-behind keeps the search linear in long runs of digits and changes no match.
+_STEP = re.compile(r"(?<!\d)(\d+)\. (\w+)\(")
+_THOUGHT = "Thought: "
+_SOMETHING = re.compile(r"\S")
+_FIRST_REFERENCE = re.compile(r"\$(\d+)")
+_MAX_DIGITS = 4300
+"""Python's own limit (3.11 and later) on the digits of an int it reads from text."""
+_MAX_DEPTH = 990
+"""A longer chain of dependencies meets Python's recursion limit of 1,000 in the original."""
+
+
+class ReferenceFailure(Exception):
+    """The original would raise; `error` is the name of its exception."""
+
+    def __init__(self, error: str, message: str) -> None:
+        """Keep the name of the exception apart.
+
+        Args:
+            error: Name of the exception class of the original.
+            message: What sets it off.
+        """
+        self.error = error
+        super().__init__(f"{error}: {message}")
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    """A step as the metric reads it; `raw_arguments` is what stands between the parentheses."""
+
+    tool: str
+    raw_arguments: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceScores:
+    """Both scores of a pair; an error is the name of the exception that the original raises.
+
+    `label_error` concerns the label alone: with one, no prediction can succeed, unless the label
+    has no step at all ("ZeroDivisionError").
+    """
+
+    success: float
+    tool_recall: float
+    label_error: str | None
+    prediction_error: str | None
+
+
+def reference_success(
+    label: str, prediction: str, known_tools: Collection[str] = TINYAGENT
+) -> float:
+    """Score a prediction as the published metric does.
+
+    Args:
+        label: The plan that was wanted, as text.
+        prediction: The planner's output.
+        known_tools: Names of the tools; join is always known.
+
+    Returns:
+        1.0 or 0.0; 0.0 also where the original raises, be it through the label.
+    """
+    return reference_scores(label, prediction, known_tools).success
+
+
+def reference_tool_recall(
+    label: str, prediction: str, known_tools: Collection[str] = TINYAGENT
+) -> float:
+    """Score the tools of a prediction as the published metric does.
+
+    Args:
+        label: The plan that was wanted, as text.
+        prediction: The planner's output.
+        known_tools: Names of the tools; join is always known.
+
+    Returns:
+        The share of the label's distinct tools, join among them, that the prediction uses; 0.0
+        where the original raises, as it does for a label without any step.
+    """
+    return reference_scores(label, prediction, known_tools).tool_recall
+
+
+def reference_scores(
+    label: str, prediction: str, known_tools: Collection[str] = TINYAGENT
+) -> ReferenceScores:
+    """Score a prediction as the published metric does, and keep what goes wrong.
+
+    Args:
+        label: The plan that was wanted, as text.
+        prediction: The planner's output.
+        known_tools: Names of the tools; join is always known.
+
+    Returns:
+        Success, tool recall and the errors of the original.
+    """
+    shapes: dict[tuple[object, ...], int] = {}
+    wanted, wanted_dag, label_error = _read(label, known_tools, shapes)
+    found, found_dag, prediction_error = _read(prediction, known_tools, shapes)
+    success = wanted_dag is not None and found_dag is not None and same_dag(wanted_dag, found_dag)
+    tools = {step.tool for step in wanted}
+    shared = tools & {step.tool for step in found}
+    return ReferenceScores(
+        success=float(success),
+        tool_recall=len(shared) / len(tools) if tools else 0.0,
+        label_error=label_error if tools or label_error else "ZeroDivisionError",
+        prediction_error=prediction_error,
+    )
+
+
+def _read(
+    text: str, known_tools: Collection[str], shapes: dict[tuple[object, ...], int]
+) -> tuple[list[ReferenceStep], Dag | None, str | None]:
+    steps: list[ReferenceStep] = []
+    try:
+        steps = reference_steps(text, known_tools)
+        return steps, _graph(steps, shapes), None
+    except ReferenceFailure as failure:
+        return steps, None, failure.error
+
+
+def reference_steps(text: str, known_tools: Collection[str] = TINYAGENT) -> list[ReferenceStep]:
+    """Read a plan as the published metric reads it.
+
+    Args:
+        text: A plan as text.
+        known_tools: Names of the tools; join is always known.
+
+    Returns:
+        The steps up to join or up to the first unknown tool.
+
+    Raises:
+        ReferenceFailure: If a step number has too many digits to be an int.
+    """
+    by_number: dict[int, tuple[str, str]] = {}
+    for digits, tool, raw in _matches(text):
+        by_number[_integer(digits)] = (tool, raw)
+        if tool == JOIN:
+            break
+    steps: list[ReferenceStep] = []
+    for tool, raw in by_number.values():
+        if tool != JOIN and tool not in known_tools:
+            break
+        steps.append(ReferenceStep(tool, raw))
+    return steps
+
+
+def _matches(text: str) -> list[tuple[str, str, str]]:
+    """Find the steps (number, tool, arguments) as the original's one pattern finds them.
+
+    That pattern is an optional thought line, white space, then a step, whose arguments reach to
+    the last closing parenthesis of the line. So a line holds one step at most, the first that is
+    closed. A thought takes its whole line with it, but only if a step follows right after.
+    Scanning line by line has the same outcome in linear time.
+    """
+    found: list[tuple[str, str, str]] = []
+    start = 0
+    while start <= len(text):
+        end = _line_end(text, start)
+        step = _closed_step(text, start, end)
+        if step is not None and not _is_thought(text, start, step.start(), end):
+            digits, tool = step.groups()
+            found.append((digits, tool, text[step.end() : text.rfind(")", step.end(), end)]))
+        start = end + 1
+    return found
+
+
+def _line_end(text: str, start: int) -> int:
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
+
+
+def _closed_step(text: str, start: int, end: int) -> re.Match[str] | None:
+    step = _STEP.search(text, start, end)
+    return step if step is not None and text.find(")", step.end(), end) >= 0 else None
+
+
+def _is_thought(text: str, line_start: int, step_start: int, line_end: int) -> bool:
+    """Say whether what looks like a step belongs to a thought that has a step after it."""
+    if text.find(_THOUGHT, line_start, step_start) < 0 or line_end == len(text):
+        return False
+    after = _SOMETHING.search(text, line_end)
+    if after is None:
+        return False
+    following = _closed_step(text, after.start(), _line_end(text, after.start()))
+    return following is not None and following.start() == after.start()
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ReferenceFailure("ValueError", "a number has too many digits")
+    return int(digits)
+
+
+def _arguments(raw: str) -> tuple[object, ...]:
+    """Read arguments as a literal, else keep the text; a lone list stands for its items."""
+    if raw == "":
+        return ()
+    try:
+        with warnings.catch_warnings():
+            # An odd escape warns, and under an "error" filter would change the verdict.
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(raw)
+    except Exception:  # the original takes any failure for text that is no literal
+        return (raw,)
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _references(raw: str) -> list[int]:
+    """List the positions (from 1) that a step depends on, repetitions included."""
+    if "$" not in raw and "\\" not in raw:  # a shortcut: only an escape could spell the sign
+        return []
+    found: list[int] = []
+    for argument in _arguments(raw):
+        for text in argument if isinstance(argument, list) else (argument,):
+            match = _FIRST_REFERENCE.search(text) if isinstance(text, str) else None
+            if match is not None:
+                found.append(_integer(match.group(1)))
+    return found
+
+
+def _graph(steps: list[ReferenceStep], shapes: dict[tuple[object, ...], int]) -> Dag:
+    """Build the graph whose labels say all that two nodes must agree in.
+
+    `shapes` numbers each tool with its dependencies and is shared by the two graphs.
+    """
+    befores: list[list[int]] = []
+    for position, step in enumerate(steps, start=1):
+        numbers = _references(step.raw_arguments)
+        if 0 in numbers:
+            raise ReferenceFailure("KeyError", f"step {position} depends on $0, a nameless node")
+        if max(numbers, default=0) > len(steps):
+            raise ReferenceFailure("IndexError", f"step {position} depends on a missing step")
+        if position in numbers:
+            raise ReferenceFailure("ValueError", f"step {position} depends on itself")
+        befores.append([number - 1 for number in numbers])
+    labels = [""] * len(steps)
+    shape_of = [0] * len(steps)
+    for node in _ordered(befores):
+        # Stable order by tool name: equal names are compared as written, as in the original.
+        before = sorted(befores[node], key=lambda other: steps[other].tool)
+        shape = (steps[node].tool, tuple(shape_of[other] for other in before))
+        shape_of[node] = shapes.setdefault(shape, len(shapes))
+        labels[node] = str(shape_of[node])
+    edges = {(before, node) for node, nodes in enumerate(befores) for before in nodes}
+    return Dag(tuple(labels), frozenset(edges))
+
+
+def _ordered(befores: list[list[int]]) -> list[int]:
+    """Order steps after what they depend on; fail on a cycle or a chain that is too long."""
+    waiting = [len(set(nodes)) for nodes in befores]
+    after: list[list[int]] = [[] for _ in befores]
+    for node, nodes in enumerate(befores):
+        for before in set(nodes):
+            after[before].append(node)
+    order = [node for node, count in enumerate(waiting) if count == 0]
+    depth = [0] * len(befores)
+    for node in order:
+        for other in after[node]:
+            depth[other] = max(depth[other], depth[node] + 1)
+            waiting[other] -= 1
+            if waiting[other] == 0:
+                order.append(other)
+    if len(order) < len(befores) or max(depth, default=0) > _MAX_DEPTH:
+        raise ReferenceFailure("RecursionError", "the dependencies form a cycle")
+    return order

@@ -1,0 +1,95 @@
+"""Metrics as text: a Markdown report for terminals and pull requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tinyagent_fast.evaluation.scoring import (
+    FAILURE_CODES,
+    PROBLEMS,
+    Metrics,
+    Prediction,
+    score_prediction,
+)
+from tinyagent_fast.evaluation.statistics import Mean, Proportion
+from tinyagent_fast.plans.grammar import PlanError, parse_plan
+from tinyagent_fast.plans.graph import DagError, plan_dag, why_different
+from tinyagent_fast.plans.tools import Tool
+
+_SHOWN_FAILURES = 10
+
+
+def percent(value: Proportion | Mean) -> str:
+    """Write a share with its interval, as `61.5 % (58.1 - 64.8)`.
+
+    Args:
+        value: A proportion, or a mean of shares.
+
+    Returns:
+        Per cent with a 95 % interval.
+    """
+    share = value.mean if isinstance(value, Mean) else value.share
+    low, high = value.interval
+    return f"{100 * share:.1f} % ({100 * low:.1f} - {100 * high:.1f})"
+
+
+def headline(metrics: Metrics) -> str:
+    """Say the result in one line.
+
+    Args:
+        metrics: The figures.
+
+    Returns:
+        Success with interval and count.
+    """
+    return f"plan success {percent(metrics.success)}, n = {metrics.n}"
+
+
+def markdown_report(
+    title: str,
+    metrics: Metrics,
+    predictions: Sequence[Prediction],
+    tools: Mapping[str, Tool] | None,
+) -> str:
+    """Write the report.
+
+    Args:
+        title: Heading.
+        metrics: The figures.
+        predictions: What they were computed from; the first failing ones are shown.
+        tools: Tools by name; none stands for TinyAgent's own.
+
+    Returns:
+        Markdown.
+    """
+    lines = [f"# {title}", "", f"**{headline(metrics)}** (95 % Wilson interval)", ""]
+    lines += ["| figure | value |", "|---|---|"]
+    lines.append(f"| success (the published metric) | {percent(metrics.success)} |")
+    lines.append(f"| success_dag (pure graph isomorphism) | {percent(metrics.success_dag)} |")
+    lines.append(f"| tool recall (mean, conservative interval) | {percent(metrics.tool_recall)} |")
+    for name, meaning in PROBLEMS.items():
+        lines.append(f"| {name}: {meaning} | {percent(getattr(metrics, name))} |")
+    if metrics.bad_labels.count:
+        lines.append(f"| labels that cannot be scored themselves | {percent(metrics.bad_labels)} |")
+    lines += ["", "## Why plans fail", "", "| reason | plans | meaning |", "|---|---|---|"]
+    lines += [f"| {code} | {n} | {FAILURE_CODES[code]} |" for code, n in metrics.failures.items()]
+    lines += ["", "## Success by number of calls", "", "| calls | success | n |", "|---|---|---|"]
+    for steps, share in sorted(metrics.success_by_steps.items()):
+        lines.append(f"| {steps} | {percent(share)} | {share.total} |")
+    lines += ["", f"## The first {_SHOWN_FAILURES} failing plans", ""]
+    shown = 0
+    for row in predictions:
+        score = score_prediction(row, tools)
+        if score.success or shown == _SHOWN_FAILURES:
+            continue
+        shown += 1
+        lines += [f"**{row.query}**", "", f"{score.failure}: {_why(row)}", ""]
+        lines += ["```text", row.label, "--- predicted", row.prediction, "```", ""]
+    return "\n".join(lines) + "\n"
+
+
+def _why(row: Prediction) -> str:
+    try:
+        return why_different(plan_dag(parse_plan(row.label)), plan_dag(parse_plan(row.prediction)))
+    except (PlanError, DagError) as error:
+        return str(error)

@@ -1,0 +1,166 @@
+"""Generate plans for examples and score them: prompts in, predictions.jsonl and metrics out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.config import EvalConfig
+from tinyagent_fast.data.schema import Example
+from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.report import markdown_report
+from tinyagent_fast.evaluation.scoring import Metrics, Prediction, score_predictions
+from tinyagent_fast.generation.decoding import complete, generating
+from tinyagent_fast.generation.parity import ParityReport, compare_batches
+from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.prompts.templates import render_prompt
+from tinyagent_fast.runs import write_json, write_text
+from tinyagent_fast.training.models import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """What an evaluation measured and how."""
+
+    metrics: Metrics
+    predictions: Sequence[Prediction]
+    parity: ParityReport | None
+    """None when every prediction was there already."""
+    reused: int
+    """Predictions kept from an earlier, broken-off evaluation."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for metrics.json."""
+        return {
+            **self.metrics.to_json(),
+            "generation": {
+                "reused_predictions": self.reused,
+                "seconds": round(self.seconds, 3),
+                "parity": self.parity.to_json() if self.parity else None,
+            },
+        }
+
+
+def prompt_ids(loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
+    """Encode the prompts of examples, exactly as training rows begin.
+
+    Args:
+        loaded: Its tokenizer holds the prompt format.
+        examples: What to answer.
+
+    Returns:
+        Token ids of each prompt.
+    """
+    tokenizer = loaded.tokenizer
+    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    return tokenizer.encode_prompts(
+        [render_prompt(e.system, e.user, tokenizer.prompt_format, chat) for e in examples]
+    )
+
+
+def evaluate_examples(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    settings: EvalConfig,
+    folder: Path,
+    *,
+    made_with: Mapping[str, Any],
+    tools: Mapping[str, Tool] | None = None,
+    title: str = "evaluation",
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> EvaluationResult:
+    """Generate the plans that are missing, then score all of them.
+
+    Args:
+        loaded: The model.
+        examples: Plans to predict; their outputs are the labels.
+        settings: Batch, limits and the comparison of batches.
+        folder: Gets predictions.jsonl, metrics.json and report.md.
+        made_with: What the predictions depend on besides settings, such as the adapter's hash.
+        tools: Tools by name for scoring; none stands for TinyAgent's own.
+        title: Heading of the report.
+        on_progress: Called with predictions done and in all.
+        say: Prints one line for the user.
+
+    Returns:
+        Metrics, predictions and how they came about.
+    """
+    started = time.perf_counter()
+    identity = {**made_with, "max_new_tokens": settings.max_new_tokens}
+    file = PredictionFile(folder)
+    there = file.start(identity)
+    missing = [example for example in examples if example.key not in there]
+    if there:
+        say(f"{len(there)} predictions are there, made with the same things; they are kept")
+    parity = None
+    if missing:
+        parity = _generate(loaded, missing, settings, file, len(there), on_progress, say)
+    by_key = {prediction.key: prediction for prediction in file.read()}
+    predictions = [by_key[example.key] for example in examples]
+    result = EvaluationResult(
+        metrics=score_predictions(predictions, tools),
+        predictions=predictions,
+        parity=parity,
+        reused=len(there),
+        seconds=time.perf_counter() - started,
+    )
+    write_json(folder / "metrics.json", result.to_json())
+    write_text(folder / "report.md", markdown_report(title, result.metrics, predictions, tools))
+    return result
+
+
+def _generate(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    settings: EvalConfig,
+    file: PredictionFile,
+    done: int,
+    on_progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> ParityReport:
+    """Compare batches, then sweep; each batch is appended as soon as it is finished."""
+    prompts = prompt_ids(loaded, examples)
+    total = done + len(examples)
+    with generating(loaded.model, loaded.backend):
+        parity = compare_batches(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            batch=settings.batch,
+            max_new_tokens=settings.max_new_tokens,
+            stop=END_OF_PLAN,
+            sample=settings.parity_prompts,
+        )
+        say(parity.sentence())
+        batch_started = time.perf_counter()
+        for pairs in complete(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            batch=parity.safe_batch,
+            max_new_tokens=settings.max_new_tokens,
+            stop=END_OF_PLAN,
+        ):
+            seconds = (time.perf_counter() - batch_started) / len(pairs)
+            file.append(
+                Prediction(
+                    key=examples[index].key,
+                    query=examples[index].query,
+                    label=examples[index].output,
+                    prediction=completion.text,
+                    stop_reason=completion.stop_reason,
+                    new_tokens=completion.new_tokens,
+                    seconds=round(seconds, 4),
+                )
+                for index, completion in pairs
+            )
+            done += len(pairs)
+            on_progress(done, total)
+            batch_started = time.perf_counter()
+    return parity

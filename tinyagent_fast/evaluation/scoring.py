@@ -1,0 +1,350 @@
+"""Scores of predicted plans: one pair at a time, and summed up for a report.
+
+Last stage of an evaluation: generation writes predictions, this module compares each with its
+label and says how often and why a planner fails. `success` is the published metric
+(`evaluation.reference`); `success_dag` is the plain comparison of dependency graphs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.evaluation.reference import reference_scores
+from tinyagent_fast.evaluation.statistics import Mean, Proportion
+from tinyagent_fast.plans.grammar import Plan, PlanReading, Step, read_plan
+from tinyagent_fast.plans.graph import Dag, DagError, plan_dag, same_dag
+from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, accepts
+
+FAILURE_CODES: dict[str, str] = {
+    "bad_label": "The label itself cannot be read or scored; the prediction may be right.",
+    "empty": "The planner wrote nothing.",
+    "truncated": "The length limit cut the plan off before join().",
+    "no_join": "The plan does not end with join().",
+    "unparsable": "A line is no step, a step number is wrong, or join has arguments.",
+    "bad_arguments": "The arguments of a step are not Python literals.",
+    "unknown_tool": "The plan calls a tool that does not exist.",
+    "bad_reference": "The plan refers to a step that is missing, later or the step itself.",
+    "missing_tool": "A call of the label is missing; there may be others that the label lacks.",
+    "extra_tool": "The plan has all calls of the label and more.",
+    "wrong_edges": "The calls are right, but they depend on each other in another way.",
+    "reference_quirk": "The dependency graph is right; only the published metric differs.",
+}
+"""Why a prediction fails, by the published metric: the first code that applies, in this order."""
+
+PROBLEMS: dict[str, str] = {
+    "unparsable": "The text, or a part of it, cannot be read as steps of a plan.",
+    "bad_arguments": "The arguments of a step are not Python literals (also unparsable).",
+    "no_join": "The plan does not end with join().",
+    "truncated": "The length limit ended the generation.",
+    "unknown_tool": "A called tool does not exist.",
+    "wrong_arity": "A call has more or fewer arguments than the tool has parameters.",
+    "wrong_argument_type": "An argument has another type than its parameter.",
+    "bad_reference": "A reference leads to no earlier step.",
+}
+"""What can be wrong with a plan; each kind is looked for on its own, also on a success."""
+
+StopReason = Literal["stop", "eos", "length"]
+"""Why a generation ended: a stop string, the end-of-sequence token, or the length limit."""
+_STOP_REASONS = get_args(StopReason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """The scores of one prediction against its label.
+
+    `success` and `tool_recall` are the published metric's; `failure` is a key of `FAILURE_CODES`,
+    or None on a success; `problems` and `label_problems` are keys of `PROBLEMS`. `bad_label`
+    says that the label has no dependency graph or makes the published metric fail. `label_steps`
+    counts the calls of the label without join.
+    """
+
+    success: bool
+    success_dag: bool
+    tool_recall: float
+    failure: str | None
+    problems: tuple[str, ...]
+    bad_label: bool
+    label_problems: tuple[str, ...]
+    label_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One generated plan with its label, a line of a predictions file."""
+
+    key: str
+    query: str
+    label: str
+    prediction: str
+    stop_reason: StopReason
+    new_tokens: int
+    seconds: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Write the prediction for a predictions file.
+
+        Returns:
+            The fields by name.
+        """
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, object]) -> Prediction:
+        """Read a prediction from a predictions file.
+
+        Args:
+            row: The fields by name; others are ignored, so that files may carry notes.
+
+        Returns:
+            The prediction.
+
+        Raises:
+            DataError: If a field is missing or has the wrong type.
+        """
+        key = row.get("key")
+        for name in ("key", "query", "label", "prediction"):
+            if not isinstance(row.get(name), str):
+                raise _bad_field(key, name, row.get(name), "a string")
+        stop_reason, new_tokens = row.get("stop_reason"), row.get("new_tokens")
+        if stop_reason not in _STOP_REASONS:
+            raise _bad_field(key, "stop_reason", stop_reason, f"one of {', '.join(_STOP_REASONS)}")
+        if not isinstance(new_tokens, int) or isinstance(new_tokens, bool) or new_tokens < 0:
+            raise _bad_field(key, "new_tokens", new_tokens, "a number of tokens")
+        seconds = row.get("seconds")
+        if seconds is not None and (
+            isinstance(seconds, bool) or not isinstance(seconds, (int, float))
+        ):
+            raise _bad_field(key, "seconds", seconds, "a number or null")
+        return cls(
+            key=str(key),
+            query=str(row["query"]),
+            label=str(row["label"]),
+            prediction=str(row["prediction"]),
+            stop_reason=cast(StopReason, stop_reason),
+            new_tokens=new_tokens,
+            seconds=None if seconds is None else float(seconds),
+        )
+
+
+def _bad_field(key: object, name: str, value: object, wanted: str) -> DataError:
+    return DataError(
+        f"prediction {key!r}: {name} is {value!r}",
+        f"it must be {wanted}",
+        "write the predictions file again, or repair this row",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What a report says about a set of predictions.
+
+    `success` is the headline: the published metric. The shares from `unparsable` on count
+    predictions with that problem, successes included. `failures` counts codes of `FAILURE_CODES`,
+    most frequent first. `success_by_steps` goes by the number of calls in the label, join not
+    counted. `bad_labels` counts labels that have no dependency graph or that make the published
+    metric fail: their predictions are in all figures, nearly always as failures.
+    `label_problems` counts the kinds of slips in labels, good or bad.
+    """
+
+    n: int
+    success: Proportion
+    success_dag: Proportion
+    tool_recall: Mean
+    unparsable: Proportion
+    bad_arguments: Proportion
+    unknown_tool: Proportion
+    wrong_arity: Proportion
+    wrong_argument_type: Proportion
+    bad_reference: Proportion
+    no_join: Proportion
+    truncated: Proportion
+    failures: dict[str, int]
+    success_by_steps: dict[int, Proportion]
+    bad_labels: Proportion
+    label_problems: dict[str, int]
+
+    def to_json(self) -> dict[str, object]:
+        """Write the figures for a report file.
+
+        Returns:
+            The fields by name, with shares and 95 % intervals spelled out.
+        """
+        figures: dict[str, object] = {
+            name: value.to_json() if isinstance(value, (Proportion, Mean)) else value
+            for name, value in vars(self).items()
+        }
+        figures["success_by_steps"] = {
+            str(steps): share.to_json() for steps, share in self.success_by_steps.items()
+        }
+        return figures
+
+
+def score_pair(
+    label: str,
+    prediction: str,
+    tools: Mapping[str, Tool] | None = TINYAGENT,
+    *,
+    truncated: bool = False,
+) -> PairScore:
+    """Score one prediction.
+
+    Args:
+        label: The plan that was wanted, as text.
+        prediction: The planner's output.
+        tools: All tools of the dataset by name; None stands for TinyAgent's own.
+        truncated: Whether the length limit ended the generation.
+
+    Returns:
+        The scores; no text makes this raise.
+    """
+    tools = TINYAGENT if tools is None else tools
+    published = reference_scores(label, prediction, tools)
+    wanted, found = _Side.of(label, tools), _Side.of(prediction, tools)
+    success = published.success == 1.0
+    bad_label = wanted.dag is None or published.label_error is not None
+    success_dag = (
+        wanted.dag is not None and found.dag is not None and same_dag(wanted.dag, found.dag)
+    )
+    failure = None
+    if not success:
+        failure = "bad_label" if bad_label else _failure(wanted, found, success_dag, truncated)
+    return PairScore(
+        success=success,
+        success_dag=success_dag,
+        tool_recall=published.tool_recall,
+        failure=failure,
+        problems=(*found.problems, "truncated") if truncated else found.problems,
+        bad_label=bad_label,
+        label_problems=wanted.problems,
+        label_steps=sum(step.tool != JOIN for step in wanted.reading.steps),
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two texts of a pair, read by the strict grammar."""
+
+    reading: PlanReading
+    dag: Dag | None
+    problems: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str, tools: Mapping[str, Tool]) -> _Side:
+        reading = read_plan(text)
+        codes = {problem.code for problem in reading.problems}
+        problems = codes & {"bad_arguments", "no_join"}
+        if codes - {"no_join"}:
+            problems.add("unparsable")
+        if "empty" in codes:
+            problems.add("no_join")
+        for step in reading.steps:
+            problems.update(_call_problems(step, tools))
+        dag = None
+        try:
+            # A graph of the readable steps tells bad references even where a line is unreadable.
+            dag = plan_dag(Plan(reading.steps))
+        except DagError as error:
+            # Where lines could not be read, a step that seems to be missing may be one of them.
+            if not codes - {"no_join"} or error.code in ("self_reference", "zero_reference"):
+                problems.add("bad_reference")
+        known = tuple(kind for kind in PROBLEMS if kind in problems)
+        return cls(reading, None if codes else dag, known)
+
+
+def _call_problems(step: Step, tools: Mapping[str, Tool]) -> Iterator[str]:
+    if step.tool == JOIN:
+        return
+    tool = tools.get(step.tool)
+    if tool is None:
+        yield "unknown_tool"
+        return
+    if len(step.arguments) != len(tool.parameters):
+        yield "wrong_arity"
+    if not all(map(accepts, tool.parameters, step.arguments)):
+        yield "wrong_argument_type"
+
+
+def _failure(wanted: _Side, found: _Side, success_dag: bool, truncated: bool) -> str:
+    """Choose the most telling reason for a failure, in the order of `FAILURE_CODES`."""
+    codes = {problem.code for problem in found.reading.problems}
+    calls, label_calls = (
+        Counter(step.tool for step in side.reading.steps) for side in (found, wanted)
+    )
+    reasons = {
+        "empty": "empty" in codes,
+        "truncated": truncated and "no_join" in codes,
+        "no_join": "no_join" in codes,
+        "unparsable": bool(codes - {"bad_arguments"}),
+        "bad_arguments": bool(codes),
+        "unknown_tool": "unknown_tool" in found.problems,
+        "bad_reference": found.dag is None,
+        "missing_tool": bool(label_calls - calls),
+        "extra_tool": bool(calls - label_calls),
+        "wrong_edges": not success_dag,
+        "reference_quirk": True,
+    }
+    return next(code for code, applies in reasons.items() if applies)
+
+
+def score_predictions(
+    rows: Sequence[Prediction], tools: Mapping[str, Tool] | None = TINYAGENT
+) -> Metrics:
+    """Score a set of predictions.
+
+    Args:
+        rows: The predictions with their labels.
+        tools: All tools of the dataset by name; None stands for TinyAgent's own.
+
+    Returns:
+        The figures of a report.
+    """
+    return summarise([score_prediction(row, tools) for row in rows])
+
+
+def score_prediction(row: Prediction, tools: Mapping[str, Tool] | None = TINYAGENT) -> PairScore:
+    """Score one row of a predictions file.
+
+    Args:
+        row: The prediction with its label.
+        tools: All tools of the dataset by name; None stands for TinyAgent's own.
+
+    Returns:
+        The scores.
+    """
+    return score_pair(row.label, row.prediction, tools, truncated=row.stop_reason == "length")
+
+
+def summarise(scores: Sequence[PairScore]) -> Metrics:
+    """Sum up the scores of single predictions.
+
+    Args:
+        scores: One per prediction.
+
+    Returns:
+        The figures of a report.
+    """
+    n = len(scores)
+    by_steps: defaultdict[int, list[bool]] = defaultdict(list)
+    for score in scores:
+        by_steps[score.label_steps].append(score.success)
+    found = Counter(kind for score in scores for kind in score.problems)
+    in_labels = Counter(kind for score in scores for kind in score.label_problems)
+    failures = Counter(score.failure for score in scores if score.failure is not None)
+    return Metrics(
+        n=n,
+        success=Proportion(sum(score.success for score in scores), n),
+        success_dag=Proportion(sum(score.success_dag for score in scores), n),
+        tool_recall=Mean.of(score.tool_recall for score in scores),
+        **{kind: Proportion(found[kind], n) for kind in PROBLEMS},
+        failures=dict(failures.most_common()),
+        success_by_steps={
+            steps: Proportion(sum(successes), len(successes))
+            for steps, successes in sorted(by_steps.items())
+        },
+        bad_labels=Proportion(sum(score.bad_label for score in scores), n),
+        label_problems=dict(in_labels.most_common()),
+    )

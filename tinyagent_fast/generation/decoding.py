@@ -1,0 +1,182 @@
+"""Batched greedy generation: longest prompts first, left padding, stop on text or EOS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+StopReason = Literal["stop", "eos", "length"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote for one prompt, without the stop string and EOS."""
+
+    text: str
+    stop_reason: StopReason
+    new_tokens: int
+
+
+@contextmanager
+def generating(model: Any, backend: str = "transformers") -> Iterator[None]:
+    """Switch a model to generation and put everything back, so training goes on as if untouched.
+
+    Args:
+        model: The model, in training or not.
+        backend: `unsloth` models have switches of their own.
+
+    Yields:
+        Nothing; inside, the model is in evaluation mode with its KV cache on, without gradients.
+    """
+    import torch
+
+    was_training = model.training
+    use_cache = model.config.use_cache
+    cpu_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    if backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
+    model.eval()
+    model.config.use_cache = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if backend == "unsloth" and was_training:
+            FastLanguageModel.for_training(model)
+        model.train(was_training)
+        model.config.use_cache = use_cache
+        torch.set_rng_state(cpu_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def complete(
+    model: Any,
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[list[int]],
+    *,
+    batch: int,
+    max_new_tokens: int,
+    stop: str,
+) -> Iterator[list[tuple[int, Completion]]]:
+    """Complete prompts greedily, one batch after the other; call it inside `generating`.
+
+    Args:
+        model: A causal language model with `generate`.
+        tokenizer: Encoded the prompts.
+        prompts: Token ids of each prompt.
+        batch: Prompts generated together.
+        max_new_tokens: Where a completion is broken off.
+        stop: Text that ends a completion.
+
+    Yields:
+        For each batch the prompts' indices and completions, longest prompts first.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), batch):
+        indices = order[start : start + batch]
+        rows = [prompts[index] for index in indices]
+        completions = _complete_batch(model, tokenizer, rows, max_new_tokens, stop)
+        yield list(zip(indices, completions, strict=True))
+
+
+def left_padded(
+    rows: Sequence[list[int]], pad_id: int, device: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad prompts on the left, so that all end where generation begins.
+
+    Args:
+        rows: Token ids.
+        pad_id: The id that fills up.
+        device: Where the tensors go.
+
+    Returns:
+        input_ids_BT and attention_mask_BT.
+    """
+    import torch
+
+    longest = max(len(row) for row in rows)
+    ids = [[pad_id] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _complete_batch(
+    model: Any, tokenizer: PromptTokenizer, rows: list[list[int]], max_new_tokens: int, stop: str
+) -> list[Completion]:
+    from transformers import StoppingCriteriaList
+
+    input_ids_BT, mask_BT = left_padded(rows, tokenizer.pad_id, model.device)
+    prompt_tokens = input_ids_BT.shape[1]
+    stopper = _StopOnText(tokenizer, stop, prompt_tokens, len(rows))
+    output_BT = model.generate(
+        input_ids=input_ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=tokenizer.eos_id,
+        stopping_criteria=StoppingCriteriaList([stopper]),
+    )
+    return [
+        _finish(tokenizer, row, new_ids, stopper.finished_at[index], stop)
+        for index, (row, new_ids) in enumerate(
+            zip(rows, output_BT[:, prompt_tokens:].tolist(), strict=True)
+        )
+    ]
+
+
+def _finish(
+    tokenizer: PromptTokenizer,
+    prompt: list[int],
+    new_ids: list[int],
+    stopped: int | None,
+    stop: str,
+) -> Completion:
+    ids, reason = new_ids, "length"
+    if stopped is not None:
+        ids, reason = new_ids[:stopped], "stop"
+    elif tokenizer.eos_id in new_ids:
+        ids, reason = new_ids[: new_ids.index(tokenizer.eos_id)], "eos"
+    text = tokenizer.decode_continuation(prompt, ids).split(stop)[0]
+    return Completion(text, reason, len(ids))  # type: ignore[arg-type]
+
+
+class _StopOnText:
+    """Marks a row as done when its new text holds the stop string, however that was tokenised."""
+
+    def __init__(
+        self, tokenizer: PromptTokenizer, stop: str, prompt_tokens: int, rows: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.prompt_tokens = prompt_tokens
+        self.finished_at: list[int | None] = [None] * rows
+        # Every token holds a byte or more, so this many hold the stop string and what precedes it.
+        self.window_tokens = len(stop.encode()) + 4
+
+    def __call__(self, input_ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        import torch
+
+        new_tokens = input_ids_BT.shape[1] - self.prompt_tokens
+        window = min(self.window_tokens, new_tokens)
+        for index, ids in enumerate(input_ids_BT[:, -window:].tolist()):
+            if self.finished_at[index] is not None:
+                continue
+            ended = self.tokenizer.eos_id in ids
+            if not ended and self.stop in self.tokenizer.decode(ids):
+                self.finished_at[index] = new_tokens
+        return torch.tensor(
+            [done is not None for done in self.finished_at], device=input_ids_BT.device
+        )

@@ -1,0 +1,279 @@
+"""Text to token ids and labels: exactly one BOS, EOS always supervised, nothing ever cut.
+
+A row is `BOS prompt completion EOS`. The prompt is encoded alone, as it is when the model is
+served, and the completion is encoded as its continuation, so the prompt's ids are an exact prefix
+of the row; `encode_row` proves that on every row, and that the labels decode to the completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.prompts.templates import ChatRenderer, PromptFormat, RenderedExample
+
+IGNORED = -100
+"""The label of tokens without loss."""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One training row: token ids and labels of equal length, prompt labels all `IGNORED`."""
+
+    key: str
+    input_ids: list[int]
+    labels: list[int]
+    prompt_tokens: int
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Count the tokens that carry loss."""
+        return len(self.input_ids) - self.prompt_tokens
+
+
+class PromptTokenizer:
+    """A tokenizer with the project's rules for prompts and completions.
+
+    Special tokens never come out of ordinary text: `</s>` typed by a user is five characters.
+    Only the `chat` format reads them from the text, because its template writes them.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_format: PromptFormat = "alpaca") -> None:
+        """Wrap a loaded tokenizer.
+
+        Args:
+            tokenizer: A transformers fast tokenizer (see `prompts.loading`).
+            prompt_format: Decides whether special tokens are read from prompt text.
+        """
+        from tokenizers import Tokenizer
+
+        self.hf = tokenizer
+        self.prompt_format = prompt_format
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+        self.vocab_size = len(tokenizer)
+        self._core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._core.no_truncation()
+        self._core.no_padding()
+        self._core.encode_special_tokens = True
+        self._special = Tokenizer.from_str(self._core.to_str())
+        self._adds_prefix_space = self._core.encode("x", add_special_tokens=False).tokens[0] != "x"
+
+    @property
+    def chat(self) -> ChatRenderer | None:
+        """The tokenizer's chat template as a function, or none if it has none."""
+        if self.hf.chat_template is None:
+            return None
+
+        def render_chat(messages: Sequence[Mapping[str, str]]) -> str:
+            text: str = self.hf.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+            )
+            return text.removeprefix(self.hf.bos_token or "")
+
+        return render_chat
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encode text as it stands at the start of a sequence, without BOS or EOS.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            Token ids.
+        """
+        return list(self._core.encode(text, add_special_tokens=False).ids)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts at once, as `encode_text` does each.
+
+        Args:
+            texts: Any texts.
+
+        Returns:
+            Token ids of each.
+        """
+        encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
+        return [list(e.ids) for e in encoded]
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Encode a prompt for training and for generation alike.
+
+        Args:
+            prompt: Text of `templates.render_prompt`.
+
+        Returns:
+            Token ids, beginning with BOS if the tokenizer has one.
+
+        Raises:
+            DataError: The chat template writes a second BOS.
+        """
+        return self.encode_prompts([prompt])[0]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Encode many prompts at once, which uses all cores.
+
+        Args:
+            prompts: Texts of `templates.render_prompt`.
+
+        Returns:
+            Token ids of each, beginning with BOS if the tokenizer has one.
+
+        Raises:
+            DataError: The chat template writes a second BOS.
+        """
+        core = self._special if self.prompt_format == "chat" else self._core
+        begin = [] if self.bos_id is None else [self.bos_id]
+        rows = [
+            begin + list(e.ids) for e in core.encode_batch(list(prompts), add_special_tokens=False)
+        ]
+        for row, prompt in zip(rows, prompts, strict=True):
+            if self.bos_id is not None and row.count(self.bos_id) != 1:
+                raise DataError(
+                    f"a prompt with {row.count(self.bos_id)} BOS tokens: {prompt[:80]!r}",
+                    "the chat template writes BOS inside the text, and a row must have exactly one",
+                    "use --model.prompt-format alpaca, or a template without BOS",
+                )
+        return rows
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode text that follows other text, so without a space put before it.
+
+        Args:
+            text: A completion.
+
+        Returns:
+            Token ids.
+        """
+        if not self._adds_prefix_space:
+            return self.encode_text(text)
+        line_break = self.encode_text("\n")
+        ids = self.encode_text("\n" + text)
+        assert ids[: len(line_break)] == line_break, "a line break is a token of its own"
+        return ids[len(line_break) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids with special tokens shown.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            Their text.
+        """
+        text: str = self._core.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def decode_continuation(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+        """Decode ids that follow a prompt; a leading space is kept, as it is in the text.
+
+        Args:
+            prompt_ids: What stands before them; only its last token is looked at.
+            ids: Token ids, special tokens among them shown.
+
+        Returns:
+            The continuation's text.
+        """
+        anchor = list(prompt_ids[-1:])
+        return self.decode(anchor + list(ids))[len(self.decode(anchor)) :]
+
+    def encode_row(self, key: str, example: RenderedExample) -> EncodedRow:
+        """Encode one row and prove it.
+
+        Args:
+            key: Names the row in messages.
+            example: Prompt and completion.
+
+        Returns:
+            The row.
+
+        Raises:
+            DataError: No token would be supervised, or the labels do not decode to the completion.
+        """
+        return self.encode_rows([(key, example)])[0]
+
+    def encode_rows(self, examples: Sequence[tuple[str, RenderedExample]]) -> list[EncodedRow]:
+        """Encode many rows and prove each.
+
+        Args:
+            examples: Key and text of each row.
+
+        Returns:
+            The rows in order.
+
+        Raises:
+            DataError: As in `encode_row`.
+        """
+        prompts = self.encode_prompts([example.prompt for _, example in examples])
+        return [
+            self._finish_row(key, example.completion, prompt_ids)
+            for (key, example), prompt_ids in zip(examples, prompts, strict=True)
+        ]
+
+    def _finish_row(self, key: str, completion: str, prompt_ids: list[int]) -> EncodedRow:
+        if not completion:
+            raise DataError(
+                f"row {key}: its completion is empty",
+                "a row without supervised tokens teaches nothing and makes the loss 0/0",
+                "correct the entry, or skip it with --data.on-bad-entry skip",
+            )
+        supervised = [*self.encode_continuation(completion), self.eos_id]
+        ids = prompt_ids + supervised
+        row = EncodedRow(key, ids, [IGNORED] * len(prompt_ids) + supervised, len(prompt_ids))
+        self.prove_row(row, prompt_ids, completion)
+        return row
+
+    def prove_row(self, row: EncodedRow, prompt_ids: Sequence[int], completion: str) -> None:
+        """Prove that a row is what it claims to be.
+
+        Args:
+            row: The row.
+            prompt_ids: The prompt as it is encoded for generation.
+            completion: The text that the labels must decode to.
+
+        Raises:
+            DataError: The prompt is no exact prefix, a prompt token is supervised, EOS is not the
+                last label, or the labels decode to another text.
+        """
+        wrong = None
+        end = row.prompt_tokens
+        supervised = row.labels[end:]
+        if row.input_ids[:end] != list(prompt_ids):
+            wrong = "the prompt's ids are no prefix of the row's"
+        elif any(label != IGNORED for label in row.labels[:end]):
+            wrong = "a prompt token is supervised"
+        elif not supervised or supervised != row.input_ids[end:]:
+            wrong = "the labels differ from the completion's ids"
+        elif supervised[-1] != self.eos_id:
+            wrong = "the last supervised token is not EOS"
+        elif (seen := self.decode_continuation(prompt_ids, supervised[:-1])) != completion:
+            wrong = f"the labels decode to {seen[:200]!r}, not to {completion[:200]!r}"
+        if wrong:
+            raise DataError(
+                f"row {row.key}",
+                f"{wrong}, so the model would be taught something else",
+                "remove characters that the tokenizer cannot give back, or use another tokenizer",
+            )
+
+
+def common_prefix_tokens(rows: Iterable[Sequence[int]]) -> int:
+    """Measure the token prefix that all rows share.
+
+    Args:
+        rows: Token ids of each row.
+
+    Returns:
+        Its length in tokens; 0 for no rows.
+    """
+    prefix: list[int] | None = None
+    for row in rows:
+        if prefix is None:
+            prefix = list(row)
+        length = min(len(prefix), len(row))
+        while length and prefix[:length] != list(row[:length]):
+            length -= 1
+        prefix = prefix[:length]
+    return len(prefix or ())

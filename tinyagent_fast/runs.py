@@ -1,0 +1,237 @@
+"""Run folders: everything a run was made from and gave, under `runs/<name>/`.
+
+config.yaml, environment.json, data.json (hashes and counts), history.jsonl, samples/, checkpoints/,
+best/ (the chosen adapter and best.json), adapter/ (a copy to use), training.png, eval/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.config_file import read_config, text_of
+from tinyagent_fast.errors import ConfigError
+
+_PACKAGES = ["tinyagent-fast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo", "xformers", "tokenizers", "sentencepiece", "pyarrow", "tyro"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def history_path(self) -> Path:
+        """One JSON object a line for every logged step and evaluation."""
+        return self.path / "history.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable checkpoints of the trainer."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The best adapter so far; rotation never touches it."""
+        return self.path / "best"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter that evaluation and export use."""
+        return self.path / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        """Predictions and metrics on the test file."""
+        return self.path / "eval"
+
+    def config(self) -> Config:
+        """Read the run's resolved config.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: It is missing or was edited into something unreadable.
+        """
+        if not self.config_path.exists():
+            raise ConfigError(
+                f"run {self.path}",
+                "it holds no config.yaml, so it is no run of this program",
+                "name a folder under runs/, or train one",
+            )
+        text = self.config_path.read_text(encoding="utf-8")
+        return read_config(text, source=str(self.config_path))
+
+    def append_history(self, record: Mapping[str, Any]) -> None:
+        """Add one line to history.jsonl.
+
+        Args:
+            record: Plain values.
+        """
+        with self.history_path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Read history.jsonl.
+
+        Returns:
+            Its records in order; none if the file is absent.
+        """
+        if not self.history_path.exists():
+            return []
+        lines = self.history_path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def create_run(config: Config) -> Run:
+    """Make a new run's folder and point `latest` to it.
+
+    Args:
+        config: The resolved config; its `name` is used, or preset and time.
+
+    Returns:
+        The run, with config.yaml and environment.json written.
+
+    Raises:
+        ConfigError: A run of that name exists.
+    """
+    name = config.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = Run(config.runs / name)
+    if run.config_path.exists():
+        raise ConfigError(
+            f"run name {name!r}",
+            f"{run.path} exists, and a run is never overwritten",
+            f"go on with it (--resume {name}), or take another --name",
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_text(run.config_path, text_of(config))
+    write_json(run.path / "environment.json", environment())
+    point_latest(run)
+    return run
+
+
+def find_run(name: str, runs: Path = Path("runs")) -> Run:
+    """Find a run by name, by path, or as `latest`.
+
+    Args:
+        name: `latest`, a folder under `runs`, or a path.
+        runs: Folder of all runs.
+
+    Returns:
+        The run.
+
+    Raises:
+        ConfigError: There is none; the message lists those that are there.
+    """
+    for path in (runs / name, Path(name)):
+        if (path / "config.yaml").exists():
+            return Run(path.resolve())
+    there = sorted(p.parent.name for p in runs.glob("*/config.yaml") if p.parent.name != "latest")
+    raise ConfigError(
+        f"run {name!r}",
+        f"there is no such run under {runs}/; there: {', '.join(there) or 'none'}",
+        "train one first (make train), or name one of these",
+    )
+
+
+def point_latest(run: Run) -> None:
+    """Let `runs/latest` point to a run, in one step.
+
+    Args:
+        run: The run.
+    """
+    link = run.path.parent / "latest"
+    temporary = run.path.parent / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(run.path.name)
+    os.replace(temporary, link)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or not there.
+
+    Args:
+        path: Target.
+        text: Content.
+    """
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write plain values as indented JSON, whole or not at all.
+
+    Args:
+        path: Target.
+        value: What `json` can write.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Record what a result depends on besides config and data.
+
+    Returns:
+        Versions, platform, GPU if torch is loaded and sees one, git commit and whether it is clean.
+    """
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+        "gpu": _gpu(),
+        "git": _git(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _gpu() -> dict[str, Any] | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 2),
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*arguments: str) -> str:
+        here = Path(__file__).parent
+        done = subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "clean": not ask("status", "--porcelain")}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,261 @@
+"""What happens around the trainer's steps: guard, display, plan success, best adapter, stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tinyagent_fast.runs import Run, write_json
+from tinyagent_fast.training.trainer import refuse_non_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One measurement on the validation sample during training."""
+
+    step: int
+    success: float
+    success_dag: float
+    loss: float
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best evaluation so far and why it is the best; written to best/best.json."""
+
+    step: int
+    success: float
+    loss: float
+    reason: str
+
+
+def is_better(new: Evaluation, best: Best | None) -> bool:
+    """Decide whether an evaluation beats the best one: by success, ties by loss; NaN never wins.
+
+    Args:
+        new: The new evaluation.
+        best: The best so far.
+
+    Returns:
+        Whether the adapter of `new` becomes the best one.
+    """
+    if math.isnan(new.loss) or math.isnan(new.success):
+        return False
+    if best is None:
+        return True
+    if new.success != best.success:
+        return new.success > best.success
+    return new.loss < best.loss
+
+
+def read_best(run: Run) -> Best | None:
+    """Read best/best.json.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The best evaluation, or none if none was made.
+    """
+    path = run.best / "best.json"
+    if not path.exists():
+        return None
+    return Best(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> None:
+    """Save adapter and tokenizer under their final name only when whole.
+
+    Args:
+        model: A PEFT model.
+        tokenizer: Its transformers tokenizer.
+        folder: Target; replaced if it exists.
+        notes: Written as JSON files, by file name.
+    """
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(str(temporary))
+    tokenizer.save_pretrained(str(temporary))
+    for name, value in notes.items():
+        write_json(temporary / name, value)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+class StepGuard(TrainerCallback):  # type: ignore[misc]
+    """Stops before the optimizer step when a gradient is not finite."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Look at every gradient just before it is used.
+
+        Raises:
+            TrainingError: One is not finite.
+        """
+        import torch
+
+        norms = [torch.linalg.vector_norm(p.grad) for p in model.parameters() if p.grad is not None]
+        if norms:
+            refuse_non_finite("gradient norm", torch.stack(norms).sum(), state.global_step + 1)
+
+
+class PlanSuccess(TrainerCallback):  # type: ignore[misc]
+    """Measures plan success every so many steps and keeps the best adapter outside rotation."""
+
+    def __init__(
+        self,
+        run: Run,
+        measure: Callable[[int], Evaluation],
+        save: Callable[[Path, Best], None],
+        show: Callable[[Evaluation, bool], None],
+        *,
+        every_steps: int,
+        patience: int | None,
+    ) -> None:
+        """Keep what is needed at each evaluation.
+
+        Args:
+            run: Holds history and the best adapter.
+            measure: Measures the model as it stands at a step.
+            save: Saves the adapter into a folder with its best.json.
+            show: Tells the user; the flag says whether it is the best so far.
+            every_steps: Optimizer steps between evaluations; the last step has one too.
+            patience: Evaluations without a better one after which training stops.
+        """
+        self.run, self.measure, self.save, self.show = run, measure, save, show
+        self.every_steps, self.patience = every_steps, patience
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate when it is time."""
+        if state.global_step % self.every_steps and state.global_step != state.max_steps:
+            return
+        self.evaluate(state.global_step)
+        if self.patience is not None and self._evaluations_since_best() >= self.patience:
+            self.run.append_history({"event": "early stop", "step": state.global_step})
+            control.should_training_stop = True
+            control.should_save = True
+
+    def evaluate(self, step: int) -> Evaluation:
+        """Measure, record, and keep the adapter if it is the best.
+
+        Args:
+            step: Optimizer steps made so far.
+
+        Returns:
+            The measurement.
+        """
+        new = self.measure(step)
+        best = read_best(self.run)
+        better = is_better(new, best)
+        self.run.append_history({"event": "evaluation", **asdict(new), "best": better})
+        if better:
+            before = "none before it" if best is None else f"{best.success:.4f} at step {best.step}"
+            tie = best is not None and best.success == new.success
+            rule = "equal success, lower loss" if tie else "higher success"
+            reason = "first evaluation" if best is None else f"{rule} than {before}"
+            kept = Best(step=step, success=new.success, loss=new.loss, reason=reason)
+            self.save(self.run.best, kept)
+        self.show(new, better)
+        return new
+
+    def _evaluations_since_best(self) -> int:
+        flags = [r["best"] for r in self.run.history() if r.get("event") == "evaluation"]
+        return flags[::-1].index(True) if True in flags else len(flags)
+
+
+class History(TrainerCallback):  # type: ignore[misc]
+    """Writes every logged step to history.jsonl and hands it to a display."""
+
+    def __init__(self, run: Run, tokens_seen: Callable[[], int], show: Callable[..., None]) -> None:
+        """Keep where to write and what to call.
+
+        Args:
+            run: The run.
+            tokens_seen: Tokens, padding apart, that went through the model so far.
+            show: Called with each record.
+        """
+        self.run, self.tokens_seen, self.show = run, tokens_seen, show
+        self.last_time_s = 0.0
+        self.last_tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.last_time_s, self.last_tokens = time.perf_counter(), self.tokens_seen()
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was not spent on training out of tokens per second.
+
+        Args:
+            seconds: How long, for example, an evaluation took.
+        """
+        self.last_time_s += seconds
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Record loss, learning rate, gradient norm and tokens per second."""
+        if not logs or "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), self.tokens_seen()
+        record = {
+            "event": "step",
+            "step": state.global_step,
+            "of": state.max_steps,
+            "epoch": logs.get("epoch"),
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "token_accuracy": logs.get("mean_token_accuracy"),
+            "tokens_per_s": (tokens - self.last_tokens) / max(1e-9, now - self.last_time_s),
+        }
+        self.last_time_s, self.last_tokens = now, tokens
+        self.run.append_history(record)
+        self.show(record)
+
+
+class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
+    """Turns the first Ctrl-C into a saved checkpoint at the end of the step."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        """Keep whom to tell.
+
+        Args:
+            show: Prints one line.
+        """
+        self.show = show
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listen for Ctrl-C; only the main thread may."""
+        try:
+            self._previous = signal.signal(signal.SIGINT, self._note)
+        except ValueError:
+            self._previous = None
+
+    def _note(self, *_: Any) -> None:
+        self.interrupted = True
+        self.show("Ctrl-C: saving a checkpoint after this step; once more stops at once")
+        signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop if asked to."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hand Ctrl-C back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)

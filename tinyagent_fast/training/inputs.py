@@ -1,0 +1,261 @@
+"""Files to rows for one run: reading, split, leaks, encoding, with every count kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.data import generation
+from tinyagent_fast.data.cache import ExampleTable, cache_folder, load_examples
+from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
+from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
+from tinyagent_fast.data.schema import Example
+from tinyagent_fast.data.splits import LeakReport, leak_report, split_validation
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.prompts.rows import RowFile, encode_examples
+from tinyagent_fast.prompts.templates import template_hash
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+GENERATED = Path("data/generated")
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of a run and whether they were generated for it."""
+
+    train: Path
+    test: Path | None
+    generated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunExamples:
+    """The examples of a run, split."""
+
+    files: DataFiles
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    """Plans of the fixed validation sample."""
+    test: Sequence[Example]
+    """Plans of the test file."""
+    summary: dict[str, Any]
+    """Hashes and counts, written to data.json; a resumed run must have the same."""
+    leaks: LeakReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRows:
+    """The encoded rows of a run."""
+
+    train: RowFile
+    validation: RowFile | None
+
+
+def data_files(config: Config) -> DataFiles:
+    """Find the run's files; generate them when none are named.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The files.
+
+    Raises:
+        DataError: A named file is missing, or only the test file is named.
+    """
+    data = config.data
+    if data.train is None:
+        if data.test is not None:
+            raise DataError(
+                f"test file {data.test} without a training file",
+                "a generated training file may hold its queries",
+                "name --data.train too, or neither",
+            )
+        spec = GenerationSpec(
+            train_entries=data.generated_entries,
+            seed=data.seed,
+            catalogue=data.catalogue or BUILT_IN_CATALOGUE,
+        )
+        key = hashlib.sha256(_generation_key(spec).encode()).hexdigest()[:10]
+        folder = GENERATED / f"seed{data.seed}-{data.generated_entries}-{key}"
+        train, test = folder / "training_data.json", folder / "testing_data.json"
+        if not (train.exists() and test.exists()):
+            generate_dataset(spec, folder)
+        return DataFiles(train, test, True)
+    for path in (data.train, data.test):
+        if path is not None and not path.exists():
+            raise DataError(
+                f"data file {path}",
+                "it is not there",
+                "make data downloads the published files; --data.train and --data.test name others",
+            )
+    return DataFiles(data.train, data.test, False)
+
+
+def _generation_key(spec: GenerationSpec) -> str:
+    """Name the generated files by all they depend on: spec, catalogue and the generator's code."""
+    sources = sorted(Path(generation.__path__[0]).glob("*.py"))
+    contents = [path.read_bytes() for path in (*sources, spec.catalogue)]
+    settings = repr(replace(spec, catalogue=Path()))
+    return settings + hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def load_run_examples(config: Config) -> RunExamples:
+    """Read, split and sample the examples of a run.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The examples; validation entries and test queries are kept out of training.
+
+    Raises:
+        DataError: A file is faulty or too small.
+    """
+    files = data_files(config)
+    data = config.data
+    table = _load(files.train, config, data.points)
+    split = split_validation(table, validation_entries=data.validation_entries, seed=data.seed)
+    test = _load(files.test, config, "plan") if files.test else None
+    test_examples = _limited(test, config.eval.limit) if test else ()
+    train_indices = list(split.train)
+    if data.limit_entries is not None:
+        train_indices = _limit(table, train_indices, data.limit_entries, data.seed)
+    train = table.select(train_indices)
+    plans = _plans(table, list(split.validation), data.points)
+    sample = plans
+    if config.eval.sample < len(plans):
+        sample = sorted(random.Random(data.seed).sample(plans, config.eval.sample))
+    validation = table.select(sample)
+    leaks = leak_report(
+        {
+            "train": train.queries(),
+            "validation": table.select(split.validation).queries(),
+            "test": [e.query for e in test_examples],
+        }
+    )
+    summary = {
+        "train_file": {"path": str(files.train), "sha256": table.sha256},
+        "test_file": {"path": str(files.test), "sha256": test.sha256} if test else None,
+        "examples": {
+            "train": len(train),
+            "validation": len(split.validation),
+            "sample": len(validation),
+            "test": len(test_examples),
+        },
+        "read": {"train": asdict(table.report), "test": asdict(test.report) if test else None},
+        "leaks": asdict(leaks),
+    }
+    return RunExamples(
+        files=files,
+        train=train,
+        validation=validation,
+        test=test_examples,
+        summary=summary,
+        leaks=leaks,
+    )
+
+
+def load_test_examples(config: Config) -> tuple[Sequence[Example], str]:
+    """Read the plans of a config's test file alone.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The plans and the file's sha256.
+
+    Raises:
+        DataError: There is no test file, or it is faulty.
+    """
+    test_file = config.data.test or data_files(config).test
+    if test_file is None:
+        raise DataError("no test file", "the run's config names none", "name one with --test FILE")
+    test = _load(test_file, config, "plan")
+    return _limited(test, config.eval.limit), test.sha256
+
+
+def _limited(table: ExampleTable, limit: int | None) -> ExampleTable:
+    return table if limit is None else table[:limit]
+
+
+def _load(path: Path, config: Config, points: Any) -> ExampleTable:
+    return load_examples(
+        path,
+        on_bad_entry=config.data.on_bad_entry,
+        cache_dir=cache_folder(),
+        points=points,
+    )
+
+
+def _limit(table: ExampleTable, indices: list[int], entries: int, seed: int) -> list[int]:
+    """Keep the points of `entries` entries, chosen with the seed, in file order."""
+    keys = table.select(indices).entry_keys()
+    different = sorted(set(keys))
+    chosen = set(random.Random(seed).sample(different, min(entries, len(different))))
+    return [index for index, key in zip(indices, keys, strict=True) if key in chosen]
+
+
+def _plans(table: ExampleTable, indices: list[int], points: str) -> list[int]:
+    """Keep the plans, on which success is measured; with `points: join` there are none."""
+    if points == "plan":
+        return indices
+    return [index for index in indices if table[index].kind == "plan"]
+
+
+def encode_run_rows(
+    config: Config,
+    examples: RunExamples,
+    tokenizer: PromptTokenizer,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> RunRows:
+    """Encode the rows of a run, or open those that an equal run has left.
+
+    Args:
+        config: The run's config.
+        examples: Its examples.
+        tokenizer: Its tokenizer.
+        on_progress: Called with the number of training rows done.
+
+    Returns:
+        Training and validation rows.
+
+    Raises:
+        DataError: Rows are over-long or cannot be proved.
+    """
+    model, data = config.model, config.data
+    chat = tokenizer.chat if model.prompt_format == "chat" else None
+    vocabulary = hashlib.sha256(tokenizer.hf.backend_tokenizer.to_str().encode()).hexdigest()
+    key_parts = [
+        examples.summary["train_file"]["sha256"],
+        vocabulary,
+        model.prompt_format,
+        template_hash(model.prompt_format, chat),
+        model.max_length_tokens,
+        asdict(data, dict_factory=lambda items: {k: str(v) for k, v in items}),
+        config.eval.sample,
+    ]
+    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:20]
+    folder = cache_folder() / "rows"
+
+    def encode(name: str, chosen: Sequence[Example], report: Callable[[int], None]) -> RowFile:
+        return encode_examples(
+            chosen,
+            tokenizer,
+            folder / f"{key}-{name}.arrow",
+            max_length_tokens=model.max_length_tokens,
+            over_long=data.over_long,
+            on_progress=report,
+        )
+
+    train = encode("train", examples.train, on_progress)
+    validation = None
+    if examples.validation:
+        validation = encode("validation", examples.validation, lambda _: None)
+    return RunRows(train=train, validation=validation)

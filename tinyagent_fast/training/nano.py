@@ -1,0 +1,209 @@
+"""The small models that need no download: `nano` is trained on the spot, `random` is not.
+
+`nano` is a Llama of two million parameters with its own byte-level BPE. It is pretrained for a few
+minutes on requests that a single call answers, so it knows the tools one by one but not how to
+plan; LoRA then teaches it to plan through the same code that trains the real model.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow
+
+if TYPE_CHECKING:
+    import torch
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+
+# How Llama 3 cuts text into words: llama.cpp knows it by name, and `_email` stays one word.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NanoShape:
+    """Size of a small Llama; a hidden size that 256 divides keeps real K-quants possible."""
+
+    vocab_pieces: int = 2048
+    hidden: int = 256
+    intermediate: int = 512
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    max_position_tokens: int = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSpec:
+    """How the nano base is pretrained; part of its cache key."""
+
+    entries: int = 6000
+    steps: int = 500
+    batch: int = 16
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainProgress:
+    """What a progress display needs while the base is trained."""
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+
+
+def train_bpe_tokenizer(texts: Sequence[str], vocab_pieces: int) -> Any:
+    """Train a byte-level BPE tokenizer, so that every text can be encoded and given back.
+
+    Args:
+        texts: What to train on.
+        vocab_pieces: Vocabulary size, special tokens included.
+
+    Returns:
+        A transformers fast tokenizer with `<unk>`, `<s>` and `</s>`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_pieces,
+        special_tokens=[UNK, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=UNK
+    )
+
+
+def random_llama(shape: NanoShape, tokenizer: Any, seed: int) -> Any:
+    """Build a Llama with random weights.
+
+    Args:
+        shape: Its size.
+        tokenizer: Gives the vocabulary size and the special ids.
+        seed: Seed of the weights.
+
+    Returns:
+        A transformers LlamaForCausalLM in fp32.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.max_position_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def pretrain(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    pad_id: int,
+    spec: PretrainSpec,
+    on_progress: Callable[[PretrainProgress], None] = lambda _: None,
+) -> None:
+    """Train all weights in place, with loss on completions.
+
+    Args:
+        model: A causal language model.
+        rows: Encoded single-call rows.
+        pad_id: Token that fills rows up; its labels are ignored.
+        spec: Steps, batch and learning rate.
+        on_progress: Called every few steps.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=spec.learning_rate,
+        total_steps=spec.steps,
+        pct_start=0.1,
+        cycle_momentum=False,
+    )
+    model.train()
+    started = time.perf_counter()
+    for step, (input_ids_BT, labels_BT) in enumerate(_batches(rows, pad_id, spec), start=1):
+        # Padding stands on the right, where a causal model does not look: no mask is needed.
+        hidden_BTH = model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        supervised_BT = labels_BT[:, 1:] != IGNORED
+        logits_NV = model.lm_head(hidden_BTH[:, :-1][supervised_BT])
+        loss = cross_entropy(logits_NV, labels_BT[:, 1:][supervised_BT])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0 or step == spec.steps:
+            on_progress(
+                PretrainProgress(step, spec.steps, loss.item(), time.perf_counter() - started)
+            )
+    model.eval()
+
+
+def _batches(
+    rows: Sequence[EncodedRow], pad_id: int, spec: PretrainSpec
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ids and labels of `spec.steps` batches of similar length, in seeded random order."""
+    import torch
+
+    rng = random.Random(spec.seed)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+    starts = list(range(0, len(by_length) - spec.batch + 1, spec.batch))
+    order: list[int] = []
+    for _ in range(spec.steps):
+        if not order:
+            order = rng.sample(starts, len(starts))
+        start = order.pop()
+        chosen = [rows[i] for i in by_length[start : start + spec.batch]]
+        longest = max(len(row.input_ids) for row in chosen)
+        ids = [[*row.input_ids, *[pad_id] * (longest - len(row.input_ids))] for row in chosen]
+        labels = [[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in chosen]
+        yield torch.tensor(ids), torch.tensor(labels)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a small model as the hub's own layout, so that it loads like any base model.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+        folder: Target folder.
+    """
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))

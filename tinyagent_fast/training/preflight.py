@@ -1,0 +1,181 @@
+"""Checks before the first step, so that what can fail fails in the first minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.generation.decoding import complete, generating
+from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.training.models import LoadedModel
+from tinyagent_fast.training.trainer import collate, refuse_non_finite
+
+_EVALUATION_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """What the checks measured."""
+
+    checked_rows: int
+    longest_batch_tokens: int
+    longest_batch_s: float
+    evaluation_batch_s: float | None
+    peak_gib: float | None
+
+
+def preflight(
+    trainer: Any,
+    loaded: LoadedModel,
+    rows: Any,
+    evaluation_prompts: Sequence[list[int]],
+    evaluation_batch: int,
+) -> PreflightReport:
+    """Compare a real batch with ours, then run the longest batch and one evaluation batch.
+
+    Args:
+        trainer: The trainer, not yet started.
+        loaded: Its model.
+        rows: The dataset that went into the trainer.
+        evaluation_prompts: Prompts of the validation sample.
+        evaluation_batch: Prompts generated together.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        TrainingError: The trainer's batch is not ours, the loss is not finite, or memory runs out.
+    """
+    import torch
+
+    checked = check_collator(trainer, rows, loaded.tokenizer.pad_id)
+    cpu_state = torch.get_rng_state()
+    try:
+        tokens, train_s = _longest_batch(trainer, loaded)
+        evaluation_s = _evaluation_batch(loaded, evaluation_prompts, evaluation_batch)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(trainer, evaluation_batch, error) from error
+    torch.set_rng_state(cpu_state)
+    peak = None
+    if loaded.device == "cuda":
+        peak = torch.cuda.max_memory_reserved() / 2**30
+    return PreflightReport(checked, tokens, train_s, evaluation_s, peak)
+
+
+def check_collator(trainer: Any, rows: Any, pad_id: int) -> int:
+    """Push rows through the trainer's own dataset and collator and compare with ours.
+
+    Args:
+        trainer: The trainer.
+        rows: The dataset that went into it.
+        pad_id: The id that fills up.
+
+    Returns:
+        How many rows were compared.
+
+    Raises:
+        TrainingError: Ids or labels differ.
+    """
+    count = min(len(trainer.train_dataset), max(2, trainer.args.per_device_train_batch_size))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
+    if trainer.args.packing:
+        return _check_packed(batch, rows)
+    expected = collate([rows[i] for i in range(count)], pad_id)
+    for name, ours in expected.items():
+        if name not in batch or batch[name].tolist() != ours.tolist():
+            raise _other_batch(name)
+    return count
+
+
+def _check_packed(batch: Any, rows: Any) -> int:
+    """Cut a packed batch at its positions' zeros; each piece must be one of our rows."""
+    ids = batch["input_ids"][0].tolist()
+    labels = batch["labels"][0].tolist()
+    positions = batch["position_ids"][0].tolist()
+    starts = [index for index, position in enumerate(positions) if position == 0]
+    pieces = list(zip(starts, [*starts[1:], len(ids)], strict=True))
+    lengths = list(rows["length"])
+    for start, end in pieces:
+        same_length = [i for i, length in enumerate(lengths) if length == end - start]
+        found = any(
+            rows[i]["input_ids"] == ids[start:end] and rows[i]["labels"] == labels[start:end]
+            for i in same_length
+        )
+        if not found:
+            raise _other_batch("packed rows")
+    return len(pieces)
+
+
+def _other_batch(name: str) -> TrainingError:
+    return TrainingError(
+        f"the trainer's batch differs from the rows in {name}",
+        "the installed trl or unsloth masks, cuts or packs rows in its own way, so the model would "
+        "be trained on something else than what was proved",
+        "install the versions of the requirements file (make setup)",
+    )
+
+
+def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, float]:
+    """Run forward and backward on the longest micro-batch; no step is made."""
+    dataset = trainer.train_dataset
+    batch_rows = trainer.args.per_device_train_batch_size
+    if trainer.args.packing:
+        rows = [dataset[i] for i in range(min(batch_rows, len(dataset)))]
+    else:
+        lengths = list(dataset["length"])
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_rows]
+        rows = [dataset[i] for i in longest]
+    started = time.perf_counter()
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    loaded.model.train()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(loaded.model, inputs)
+    refuse_non_finite("loss", loss.detach(), 1)
+    trainer.accelerator.backward(loss)
+    loaded.model.zero_grad(set_to_none=True)
+    trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
+    return int(inputs["input_ids"].numel()), time.perf_counter() - started
+
+
+def _evaluation_batch(
+    loaded: LoadedModel, prompts: Sequence[list[int]], batch: int
+) -> float | None:
+    """Generate a few tokens for the longest validation prompts."""
+    if not prompts:
+        return None
+    longest = sorted(prompts, key=len)[-batch:]
+    started = time.perf_counter()
+    with generating(loaded.model, loaded.backend):
+        for _ in complete(
+            loaded.model,
+            loaded.tokenizer,
+            longest,
+            batch=batch,
+            max_new_tokens=_EVALUATION_TOKENS,
+            stop=END_OF_PLAN,
+        ):
+            pass
+    return time.perf_counter() - started
+
+
+def _out_of_memory(trainer: Any, evaluation_batch: int, error: Exception) -> TrainingError:
+    import torch
+
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
+    batch, accumulation = (
+        trainer.args.per_device_train_batch_size,
+        trainer.args.gradient_accumulation_steps,
+    )
+    smaller = max(1, batch // 2)
+    return TrainingError(
+        f"out of memory in the longest batch ({peak:.1f} GiB reserved; batch {batch}, "
+        f"evaluation batch {evaluation_batch}): {str(error).splitlines()[0]}",
+        "the longest rows do not fit together; this was found before the first step",
+        f"--train.batch {smaller} --train.accumulation {accumulation * batch // smaller} "
+        f"--eval.batch {max(1, evaluation_batch // 2)}, or "
+        "--model.gradient-checkpointing unsloth",
+    )

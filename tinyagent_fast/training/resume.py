@@ -1,0 +1,117 @@
+"""Resume only what is the same run: config, data and trainable parameters are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.config_file import to_mapping
+from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.runs import Run, write_json
+
+_LISTED = 20
+
+
+def last_checkpoint(run: Run) -> Path:
+    """Find the newest whole checkpoint of a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        TrainingError: There is none.
+    """
+    found = [
+        path
+        for path in run.checkpoints.glob("checkpoint-*")
+        if (path / "trainer_state.json").exists() and path.name.rpartition("-")[2].isdigit()
+    ]
+    if not found:
+        raise TrainingError(
+            f"run {run.path.name}",
+            "it has no checkpoint to resume from",
+            "train anew; --train.save-every-steps saves earlier",
+        )
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def refuse_changed_config(run: Run, config: Config) -> None:
+    """Compare the config of a resumed run with the one it was started with.
+
+    Args:
+        run: The run.
+        config: The config now.
+
+    Raises:
+        TrainingError: They differ; every difference is listed.
+    """
+    before, now = _flat(to_mapping(run.config())), _flat(to_mapping(config))
+    _refuse(run, "config", before, now)
+
+
+def trainable_parameters(model: Any) -> dict[str, list[int]]:
+    """List what is trained.
+
+    Args:
+        model: A model with its adapter.
+
+    Returns:
+        Name and shape of each trainable parameter.
+    """
+    return {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def remember_or_compare(
+    run: Run, data: Mapping[str, Any], parameters: Mapping[str, Any], *, resumed: bool
+) -> None:
+    """Write what a later resume must find unchanged, or compare with what was written.
+
+    Args:
+        run: The run.
+        data: Hashes and counts of data and rows.
+        parameters: Names and shapes of trainable parameters.
+        resumed: Whether this run goes on from a checkpoint.
+
+    Raises:
+        TrainingError: Data or parameters differ; every difference is listed.
+    """
+    for name, now in (("data", data), ("parameters", parameters)):
+        path = run.path / f"{name}.json"
+        plain = json.loads(json.dumps(now))
+        if resumed and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            _refuse(run, name, _flat(before), _flat(plain))
+        else:
+            write_json(path, plain)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif key != "seconds":  # how long reading took is no part of the data
+            flat[prefix + key] = value
+    return flat
+
+
+def _refuse(run: Run, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    absent = "(absent)"
+    different = [
+        f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}"
+        for key in sorted({*before, *now})
+        if before.get(key, absent) != now.get(key, absent)
+    ]
+    if different:
+        more = f"\n       and {len(different) - _LISTED} more" if len(different) > _LISTED else ""
+        raise TrainingError(
+            f"run {run.path.name} cannot be resumed: its {what} changed",
+            "\n       ".join(different[:_LISTED]) + more,
+            "undo the change, or start a new run under another --name",
+        )

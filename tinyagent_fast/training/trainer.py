@@ -1,0 +1,257 @@
+"""TRL's SFTTrainer, fed with proved rows: completion-only loss, seeded order, no silent NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyagent_fast.config import TrainConfig
+from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.training.models import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def optimizer_steps(rows: int, train: TrainConfig) -> int:
+    """Count the optimizer steps of a run.
+
+    Args:
+        rows: Training rows, or packed rows.
+        train: Batch, accumulation, epochs and max_steps.
+
+    Returns:
+        Optimizer steps, as the trainer counts them.
+    """
+    if train.max_steps is not None:
+        return train.max_steps
+    micro_batches = math.ceil(rows / train.batch)
+    return math.ceil(train.epochs * max(1, math.ceil(micro_batches / train.accumulation)))
+
+
+def build_trainer(
+    loaded: LoadedModel,
+    dataset: Any,
+    train: TrainConfig,
+    *,
+    max_length_tokens: int,
+    output_dir: Path,
+    save_every_steps: int,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """Wire the trainer; nothing of the rows is changed, cut or masked by it.
+
+    Args:
+        loaded: Model and tokenizer.
+        dataset: Rows with input_ids, labels and length.
+        train: The optimisation.
+        max_length_tokens: Length of packed rows; other rows are within it already.
+        output_dir: Folder for resumable checkpoints.
+        save_every_steps: How often one is saved.
+        callbacks: Trainer callbacks.
+
+    Returns:
+        A `trl.SFTTrainer`.
+    """
+    if loaded.backend == "unsloth":
+        import unsloth  # noqa: F401  # patches trl, so it must come first
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import SFTConfig
+
+    packed = train.batching == "packed"
+    cuda = loaded.device == "cuda"
+    steps = optimizer_steps(len(dataset), train)
+    arguments = SFTConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=train.batch,
+        gradient_accumulation_steps=train.accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps if train.max_steps is not None else -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=_SCHEDULES[train.schedule],
+        warmup_steps=math.ceil(steps * train.warmup),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_8bit" if train.optimizer == "adamw_8bit" else "adamw_torch",
+        seed=train.seed,
+        data_seed=train.seed,
+        use_cpu=not cuda,
+        bf16=cuda and loaded.compute_dtype == "bfloat16",
+        fp16=cuda and loaded.compute_dtype == "float16",
+        dataloader_pin_memory=cuda,
+        gradient_checkpointing=False,  # models.py has set it up already
+        logging_steps=max(1, min(10, steps // 20)),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_every_steps,
+        save_total_limit=2,
+        max_length=max_length_tokens if packed or loaded.backend == "unsloth" else None,
+        packing=packed,
+        padding_free=False,
+        disable_tqdm=True,
+        report_to="none",
+        dataset_num_proc=None,
+    )
+    trainer = _trainer_class()(
+        model=loaded.model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=loaded.tokenizer.hf,
+        callbacks=list(callbacks),
+    )
+    trainer.group_by_length = train.batching == "length-grouped"
+    for display in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(display)
+    return trainer
+
+
+def _trainer_class() -> Any:
+    """Subclass SFTTrainer as it is now: Unsloth replaces it when it is imported."""
+    from torch.utils.data import RandomSampler
+    from trl import SFTTrainer
+
+    class PlanTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer with a seeded order of rows, token counts and a guard on the loss."""
+
+        group_by_length = False
+        tokens_seen = 0
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if not self.group_by_length:
+                return RandomSampler(self.train_dataset, generator=_generator(self.args.seed))
+            group = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedOrder(list(self.train_dataset["length"]), group, self.args.seed)
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            self.tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            refuse_non_finite("loss", loss, self.state.global_step + 1)
+            return loss
+
+    return PlanTrainer
+
+
+def refuse_non_finite(name: str, value: torch.Tensor, step: int) -> None:
+    """Stop before an optimizer step that would spoil the adapter.
+
+    Args:
+        name: `loss` or `gradient norm`.
+        value: A scalar tensor.
+        step: The optimizer step that was about to be made.
+
+    Raises:
+        TrainingError: The value is not finite.
+    """
+    import torch
+
+    if not torch.isfinite(value).all():
+        raise TrainingError(
+            f"the {name} is {float(value)} before optimizer step {step}",
+            "one such step would turn every adapter weight into NaN; none was made",
+            "lower --train.learning-rate, look at the rows of that step with "
+            "`tinyagent-fast preview`, and resume from the last checkpoint with --resume",
+        )
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+class LengthGroupedOrder:
+    """Rows of similar length together, in an order that depends on seed and epoch alone."""
+
+    def __init__(self, lengths: Sequence[int], group_rows: int, seed: int) -> None:
+        """Keep what the order is made from.
+
+        Args:
+            lengths: Tokens of each row.
+            group_rows: Rows of one optimizer step, which are taken together.
+            seed: With the epoch it decides the order, also when training is resumed.
+        """
+        self.lengths = list(lengths)
+        self.group_rows = group_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next.
+
+        Args:
+            epoch: Counted from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield every row's index once, in groups of similar length, the groups shuffled."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        shuffled: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
+        # Stable, so that rows of equal length come in another order in every epoch.
+        shuffled.sort(key=lambda index: self.lengths[index] // 8)
+        starts = range(0, len(shuffled), self.group_rows)
+        groups = [shuffled[start : start + self.group_rows] for start in starts]
+        for index in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[index]
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad rows on the right: what every batch of the trainer must be equal to.
+
+    Args:
+        rows: With input_ids and labels.
+        pad_id: The id that fills up; its labels are ignored.
+
+    Returns:
+        input_ids, labels and attention_mask, each of shape B x T.
+    """
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(column: str, fill: int) -> torch.Tensor:
+        return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])
+
+    mask = [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
+    return {
+        "input_ids": padded("input_ids", pad_id),
+        "labels": padded("labels", -100),
+        "attention_mask": torch.tensor(mask),
+    }
+
+
+def validation_loss(
+    trainer: Any, rows: Sequence[dict[str, Any]], pad_id: int, batch: int, each: Callable[[], None]
+) -> float:
+    """Measure the mean loss of a supervised token over rows.
+
+    Args:
+        trainer: Holds the model and puts batches on its device.
+        rows: With input_ids and labels.
+        pad_id: The id that fills up.
+        batch: Rows at a time.
+        each: Called after each batch.
+
+    Returns:
+        Loss in nats per supervised token.
+    """
+    total = tokens = 0.0
+    for start in range(0, len(rows), batch):
+        inputs = trainer._prepare_inputs(collate(rows[start : start + batch], pad_id))
+        supervised = int((inputs["labels"][:, 1:] != -100).sum())
+        with trainer.compute_loss_context_manager():
+            total += float(trainer.model(**inputs, use_cache=False).loss) * supervised
+        tokens += supervised
+        each()
+    return total / tokens
