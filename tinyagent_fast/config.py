@@ -164,34 +164,40 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: Lists every problem.
     """
-    c, problems = config, []
-    for name, value in (
-        ("model.max-length-tokens", c.model.max_length_tokens),
-        ("lora.rank", c.lora.rank),
-        ("lora.alpha", c.lora.alpha),
-        ("train.batch", c.train.batch),
-        ("train.accumulation", c.train.accumulation),
-        ("eval.batch", c.eval.batch),
-        ("eval.max-new-tokens", c.eval.max_new_tokens),
-        ("data.generated-entries", c.data.generated_entries),
-        ("data.limit-entries", c.data.limit_entries),
-        ("train.max-steps", c.train.max_steps),
-        ("train.save-every-steps", c.train.save_every_steps),
-        ("train.early-stopping", c.train.early_stopping),
-        ("train.threads", c.train.threads),
-        ("eval.limit", c.eval.limit),
-    ):
-        if value is not None and value < 1:
-            problems.append(f"{name} must be 1 or more, got {value}")
-    for name, value in (
-        ("data.validation-entries", c.data.validation_entries),
-        ("train.evaluations", c.train.evaluations),
-        ("eval.sample", c.eval.sample),
-        ("eval.parity-prompts", c.eval.parity_prompts),
-        ("train.weight-decay", c.train.weight_decay),
-    ):
-        if value < 0:
-            problems.append(f"{name} must be 0 or more, got {value}")
+    c = config
+    counts = {
+        "model.max-length-tokens": c.model.max_length_tokens,
+        "lora.rank": c.lora.rank,
+        "lora.alpha": c.lora.alpha,
+        "train.batch": c.train.batch,
+        "train.accumulation": c.train.accumulation,
+        "eval.batch": c.eval.batch,
+        "eval.max-new-tokens": c.eval.max_new_tokens,
+        "data.generated-entries": c.data.generated_entries,
+        "data.limit-entries": c.data.limit_entries,
+        "train.max-steps": c.train.max_steps,
+        "train.save-every-steps": c.train.save_every_steps,
+        "train.early-stopping": c.train.early_stopping,
+        "train.threads": c.train.threads,
+        "eval.limit": c.eval.limit,
+    }
+    not_negative = {
+        "data.validation-entries": c.data.validation_entries,
+        "train.evaluations": c.train.evaluations,
+        "eval.sample": c.eval.sample,
+        "eval.parity-prompts": c.eval.parity_prompts,
+        "train.weight-decay": c.train.weight_decay,
+    }
+    problems = [
+        f"{name} must be 1 or more, got {value}"
+        for name, value in counts.items()
+        if value is not None and value < 1
+    ]
+    problems += [
+        f"{name} must be 0 or more, got {value}"
+        for name, value in not_negative.items()
+        if value < 0
+    ]
     if not 0 < c.train.learning_rate < 1:
         problems.append(f"train.learning-rate must be in (0, 1), got {c.train.learning_rate}")
     if not 0 <= c.train.warmup < 1:

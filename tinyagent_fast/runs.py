@@ -22,7 +22,23 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.config_file import read_config, text_of
 from tinyagent_fast.errors import ConfigError
 
-_PACKAGES = ["tinyagent-fast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo", "xformers", "tokenizers", "sentencepiece", "pyarrow", "tyro"]
+_PACKAGES = [
+    "tinyagent-fast",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "unsloth",
+    "unsloth_zoo",
+    "xformers",
+    "tokenizers",
+    "sentencepiece",
+    "pyarrow",
+    "tyro",
+]
 
 
 @dataclass(frozen=True)
@@ -161,7 +177,7 @@ def point_latest(run: Run) -> None:
     temporary = run.path.parent / f".latest-{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(run.path.name)
-    os.replace(temporary, link)
+    temporary.replace(link)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -173,7 +189,7 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -192,7 +208,7 @@ def environment() -> dict[str, Any]:
     Returns:
         Versions, platform, GPU if torch is loaded and sees one, git commit and whether it is clean.
     """
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

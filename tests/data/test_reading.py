@@ -227,6 +227,7 @@ GOOD = json.dumps({"k": make_entry()}).encode()
         (GOOD.decode().encode("utf-16-be"), "zero bytes"),
         (b'{"k": ' + b"[" * 300_000, "nested 1,000 levels deep"),
         (b'{"k": ' + b'{"a":[' * 300_000, "nested 1,000 levels deep"),
+        (b'{"k": ' + (b"[" + b" " * 500) * 2_000, "nested 1,000 levels deep"),
     ],
 )
 def test_a_file_that_is_no_dataset_is_refused_with_the_reason(

@@ -123,6 +123,7 @@ def test_other_spellings_of_the_same_list_are_read(raw: object) -> None:
     [
         ("[{'role': 'user', 'content': 'q'", "neither a Python literal nor JSON"),
         ("[{'role': 'user', 'content': q}]", "neither a Python literal nor JSON"),
+        ("[{'role': 'user', 'content': '\ud800'}]", "neither a Python literal nor JSON"),
         ("[{'role': 'tool', 'content': 'q'}]", "unknown role 'tool'"),
         ("[{'role': 'user'}]", "must have just 'role' and 'content'"),
         ("[{'role': 'user', 'content': 'q', 'name': 'n'}]", "must have just"),

@@ -51,7 +51,8 @@ def resolve_config(
         default=config,
         args=rest,
         prog=f"tinyagent-fast {command}",
-        description=f"Flags override --config FILE, which overrides --preset NAME. Presets: {names}.",
+        description="Flags override --config FILE, which overrides --preset NAME. "
+        f"Presets: {names}.",
     )
     check_config(config)
     return config

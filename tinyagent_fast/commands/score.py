@@ -18,7 +18,7 @@ class ScoreFlags:
     """Flags of `score`."""
 
     predictions: Path | None = None
-    """A predictions.jsonl, or a folder (a run, an evaluation) that holds one; default: runs/latest."""
+    """A predictions.jsonl, or a run or evaluation that holds one; default: runs/latest."""
     pairs: Path | None = None
     """A JSON list of objects with the texts `label` and `prediction`, instead."""
     catalogue: Path | None = None
@@ -92,14 +92,16 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
             f"pairs file {path}", "the top level is no list", "write [{label, prediction}, ...]"
         )
     for number, pair in enumerate(pairs):
-        texts = [pair.get(n) if isinstance(pair, dict) else None for n in ("label", "prediction")]
-        if not all(isinstance(text, str) for text in texts):
+        label, prediction = (
+            pair.get(name) if isinstance(pair, dict) else None for name in ("label", "prediction")
+        )
+        if not isinstance(label, str) or not isinstance(prediction, str):
             raise DataError(
                 f"pairs file {path}, item {number}",
                 "it has no texts `label` and `prediction`",
                 "write {label, prediction} objects",
             )
-        yield texts[0], texts[1]
+        yield label, prediction
 
 
 def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:

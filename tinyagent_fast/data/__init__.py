@@ -1,0 +1,1 @@
+"""Data files to examples: reading, checking, caching, splitting, generating."""

@@ -1,0 +1,1 @@
+"""Predictions to scores: the published metric, our own, intervals, reports."""

@@ -1,0 +1,1 @@
+"""Prompts to text: batched greedy decoding, and the proof that batching changes nothing."""

@@ -1,0 +1,1 @@
+"""Plans: tools, grammar and dependency graph."""

@@ -1,0 +1,1 @@
+"""Examples to token ids and labels: the one renderer, tokenizers, proved rows."""

@@ -1,0 +1,1 @@
+"""Rows to adapter: models, trainer, checks, resume."""

@@ -114,9 +114,10 @@ class TrainingDisplay:
             best: Whether it is the best so far.
         """
         self._paused_s += new.seconds
+        mark = "  <- best" if best else ""
         self.say(
-            f"step {new.step:>6}  plan success {100 * new.success:.1f} % on {new.samples} validation "
-            f"queries, loss {new.loss:.4f} ({new.seconds:.1f} s){'  <- best' if best else ''}"
+            f"step {new.step:>6}  plan success {100 * new.success:.1f} % on {new.samples} "
+            f"validation queries, loss {new.loss:.4f} ({new.seconds:.1f} s){mark}"
         )
 
 

@@ -164,7 +164,7 @@ def pretrain(
         supervised_BT = labels_BT[:, 1:] != IGNORED
         logits_NV = model.lm_head(hidden_BTH[:, :-1][supervised_BT])
         loss = cross_entropy(logits_NV, labels_BT[:, 1:][supervised_BT])
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

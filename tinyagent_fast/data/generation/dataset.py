@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import uuid
 from collections.abc import Callable, Iterator
@@ -85,7 +84,7 @@ def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
         temporary = path.with_name(f"{path.name}.part")
         with temporary.open("w", encoding="utf-8") as stream:
             _write_object(stream.write, generate_entries(catalogue, spec, count, rng, taken))
-        os.replace(temporary, path)
+        temporary.replace(path)
     return files
 
 

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -16,38 +18,29 @@ class Value:
     argument: object
 
 
-_FIRST_NAMES = ["Anna", "Ben", "Carla", "David", "Elena", "Farid", "Grace", "Hugo", "Iris", "Jonas", "Kira", "Liam", "Mona", "Nora", "Omar", "Paula", "Quinn", "Rosa", "Sami", "Tara", "Umar", "Vera", "Willem", "Xenia", "Yusuf", "Zoe", "Amir", "Bea", "Cleo", "Dario", "Emil", "Freya", "Gino", "Hana"]
-_LAST_NAMES = ["Adler", "Brandt", "Costa", "Dahl", "Evans", "Fischer", "Gomez", "Haas", "Ito", "Jensen", "Keller", "Lopez"]
-_SUBJECTS = ["Budget", "Design", "Garden", "Harbor", "Launch", "Marketing", "Museum", "Nursery", "Orchard", "Product", "Quarterly", "River", "Safety", "School", "Sprint", "Summer", "Team", "Travel", "Village", "Winter"]
-_EVENTS = (
-    ["Review", "Meeting", "Workshop", "Dinner", "Rehearsal", "Kickoff", "Retrospective", "Picnic", "Training", "Call"]
-)
-_FILE_NOUNS = ["Report", "Plan", "Summary", "Budget", "Agenda", "Invoice", "Contract", "Brochure", "Schedule", "Notes"]
-_NOTE_NOUNS = (
-    ["Ideas", "Checklist", "Minutes", "Questions", "Shopping", "Packing", "Draft", "Goals", "Recipes", "Journal"]
-)
-_FOLDERS = ["Work", "Private", "Travel", "Projects", "Archive", "Family"]
-_STREETS = ["Station Street", "Old Mill Road", "Harbor Square", "Lake View", "North Bridge", "Market Place"]
-_CITIES = ["Bergen", "Cork", "Delft", "Ghent", "Lyon", "Malmo", "Porto", "Turin"]
-_PLACES = ["the airport", "the central station", "the town hall", "City Park", "the public library"]
-_CHORES = ["water the plants", "call the dentist", "pay the rent", "renew my passport", "return the books", "book the tickets", "send the invoice", "clean the kitchen", "charge the camera", "order new filters"]
-_REMARKS = ["I will be ten minutes late", "thanks for the quick answer", "please have a look", "see you on Monday", "the room has changed", "bring your own laptop", "everything is ready", "I agree with the proposal", "we start without you", "the numbers are final", "call me when you are free", "sounds good to me"]
-_DOMAINS = ["example.com", "example.org", "mail.example"]
+@cache
+def _words(kind: str) -> list[str]:
+    """Read one of the lists of words.yaml, which lies beside this module."""
+    import yaml
+
+    path = Path(__file__).with_name("words.yaml")
+    lists: dict[str, list[str]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return lists[kind]
 
 
 def _event_name(rng: random.Random) -> str:
-    return f"{rng.choice(_SUBJECTS)} {rng.choice(_EVENTS)}"
+    return f"{rng.choice(_words('subjects'))} {rng.choice(_words('events'))}"
 
 
 def _person(rng: random.Random) -> Value:
-    name = rng.choice(_FIRST_NAMES)
+    name = rng.choice(_words("first_names"))
     if rng.random() < 0.3:
-        name = f"{name} {rng.choice(_LAST_NAMES)}"
+        name = f"{name} {rng.choice(_words('last_names'))}"
     return Value(name, name)
 
 
 def _email(rng: random.Random) -> Value:
-    address = f"{rng.choice(_FIRST_NAMES).lower()}@{rng.choice(_DOMAINS)}"
+    address = f"{rng.choice(_words('first_names')).lower()}@{rng.choice(_words('domains'))}"
     return Value(address, address)
 
 
@@ -65,20 +58,21 @@ def _plain(make: Callable[[random.Random], str]) -> Callable[[random.Random], Va
 
 
 def _path(rng: random.Random) -> Value:
-    path = f"/docs/{rng.choice(_SUBJECTS)}{rng.choice(_FILE_NOUNS)}.pdf"
+    path = f"/docs/{rng.choice(_words('subjects'))}{rng.choice(_words('file_nouns'))}.pdf"
     return Value(path, path)
 
 
 def _remark(rng: random.Random) -> Value:
-    remark = rng.choice(_REMARKS)
+    remark = rng.choice(_words("remarks"))
     return Value(f'"{remark}"', remark)
 
 
 def _place(rng: random.Random) -> Value:
     if rng.random() < 0.5:
-        place = rng.choice(_PLACES)
+        place = rng.choice(_words("places"))
     else:
-        place = f"{rng.randrange(1, 100)} {rng.choice(_STREETS)}, {rng.choice(_CITIES)}"
+        street, city = rng.choice(_words("streets")), rng.choice(_words("cities"))
+        place = f"{rng.randrange(1, 100)} {street}, {city}"
     return Value(place, place)
 
 
@@ -106,24 +100,33 @@ def _priority(rng: random.Random) -> Value:
     return rng.choice((Value("high-priority", 1), Value("urgent", 1)))
 
 
+def _number(rng: random.Random) -> Value:
+    number = rng.randrange(1, 100)
+    return Value(str(number), number)
+
+
 BUILT_IN_VALUES: Mapping[str, Callable[[random.Random], Value]] = {
     "person": _person,
     "email": _email,
     "phone": _phone,
     "event": _plain(_event_name),
     "subject": _plain(lambda rng: f"the {_event_name(rng).lower()}"),
-    "file": _plain(lambda rng: f"{rng.choice(_SUBJECTS)} {rng.choice(_FILE_NOUNS)}.pdf"),
+    "file": _plain(
+        lambda rng: f"{rng.choice(_words('subjects'))} {rng.choice(_words('file_nouns'))}.pdf"
+    ),
     "path": _path,
-    "note": _plain(lambda rng: f"{rng.choice(_SUBJECTS)} {rng.choice(_NOTE_NOUNS)}"),
-    "folder": _plain(lambda rng: rng.choice(_FOLDERS)),
+    "note": _plain(
+        lambda rng: f"{rng.choice(_words('subjects'))} {rng.choice(_words('note_nouns'))}"
+    ),
+    "folder": _plain(lambda rng: rng.choice(_words("folders"))),
     "place": _place,
-    "chore": _plain(lambda rng: rng.choice(_CHORES)),
+    "chore": _plain(lambda rng: rng.choice(_words("chores"))),
     "remark": _remark,
     "start": _start,
     "minutes": _minutes,
     "transport": _transport,
     "priority": _priority,
-    "number": lambda rng: (lambda n: Value(str(n), n))(rng.randrange(1, 100)),
+    "number": _number,
 }
 """Kinds of value that every catalogue can name; a catalogue adds its own word lists to them."""
 
