@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = " ".join(words[:length])
         if name in COMMANDS:
             return _run(name, words[length:])
+    if words[0] == "data" and words[1:2] in (["-h"], ["--help"]):
+        print(_help())
+        return 0
     print(_unknown(words), file=sys.stderr)
     return 2
 
@@ -71,11 +74,35 @@ def _run(name: str, arguments: list[str]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 2
     except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else 2
+        if leave.code is None or isinstance(leave.code, int):
+            return leave.code or 0
+        print(leave.code, file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or "." in error.name or error.name == "tinyagent_fast":
+            return _bug()
+        print(_not_installed(name, error), file=sys.stderr)
+        return 2
     except Exception:
-        traceback.print_exc()
-        print("this is a bug: please report it with the lines above", file=sys.stderr)
-        return 3
+        return _bug()
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    print("this is a bug: please report it with the lines above", file=sys.stderr)
+    return 3
+
+
+def _not_installed(name: str, error: ModuleNotFoundError) -> str:
+    from tinyagent_fast.errors import UserError
+
+    return "error: " + str(
+        UserError(
+            f"tinyagent-fast {name}",
+            f"it needs the package {error.name!r}, which is not installed here",
+            "install the project with its `train` extra (make setup does)",
+        )
+    )
 
 
 def _help() -> str:
@@ -91,7 +118,9 @@ def _unknown(words: list[str]) -> str:
 
     asked = " ".join(words[:2]) if words[0] == "data" else words[0]
     near = difflib.get_close_matches(asked, COMMANDS, n=1)
-    hint = f"; did you mean `{near[0]}`?" if near else ""
+    if words == ["data"]:
+        near = [name for name in COMMANDS if name.startswith("data ")]
+    hint = f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
     return f"error: unknown command {asked!r}{hint}\n\n{_help()}"
 
 

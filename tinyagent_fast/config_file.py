@@ -6,6 +6,7 @@ The resolved config is written into the run's folder, and `read_config(text_of(c
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.strict_yaml import load_yaml
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -65,11 +67,9 @@ def read_config(text: str, base: Config | None = None, source: str = "config") -
     Raises:
         ConfigError: Lists all problems, with the nearest known name for each unknown key.
     """
-    import yaml
-
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = load_yaml(text)
+    except ValueError as error:
         raise ConfigError(source, f"it is no valid YAML: {error}", "correct the file") from error
     problems: list[str] = []
     config: Config = _merge(base or Config(), {} if raw is None else raw, "", problems)
@@ -87,22 +87,41 @@ def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path.rstrip('.') or 'the top level'}: must be a mapping, got {raw!r}")
         return base
     hints = typing.get_type_hints(type(base))
-    changes = {}
+    changes: dict[str, Any] = {}
+    seen: set[str] = set()
     for key, value in raw.items():
         name = str(key).replace("-", "_")
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(hints)}"
             problems.append(f"{path}{key}: unknown setting{hint}")
+        elif name in seen:
+            problems.append(f"{path}{key}: given twice, with - and with _")
         elif is_dataclass(hints[name]):
             changes[name] = _merge(getattr(base, name), value, f"{path}{name}.", problems)
         else:
             try:
                 changes[name] = _convert(value, hints[name])
             except (TypeError, ValueError):
-                wanted = getattr(hints[name], "__name__", str(hints[name]))
-                problems.append(f"{path}{key}: {value!r} is no {wanted}")
+                problems.append(f"{path}{key}: {value!r} is not {_described(hints[name])}")
+        seen.add(name)
     return replace(base, **changes)
+
+
+def _described(hint: Any) -> str:
+    """Name a field's type as someone who writes YAML knows it."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [a for a in typing.get_args(hint) if a is not type(None)]
+        return f"{' or '.join(map(_described, kinds))} or null"
+    return {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text (put it in quotes)",
+        Path: "a path",
+    }[hint]
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -112,22 +131,21 @@ def _convert(value: Any, hint: Any) -> Any:
         # YAML 1.1 reads a bare true as a boolean, which here is one of the choices' names.
         text = str(value).lower() if isinstance(value, bool) else value
         if text not in typing.get_args(hint):
-            raise ValueError(f"not one of {typing.get_args(hint)}")
+            raise ValueError("none of the choices")
         return text
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
         return _convert(value, next(a for a in typing.get_args(hint) if a is not type(None)))
-    if isinstance(value, bool):
-        if hint is bool:
-            return value
-        raise TypeError(f"{value!r} is no {hint}")
-    if hint is float:
-        return float(value)
-    if hint is int and isinstance(value, int):
-        return value
+    if isinstance(value, bool) and hint is not bool:
+        raise TypeError("a truth value is no number")
+    if hint is float and isinstance(value, int | float | str):
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError("no limit holds for it")
+        return number
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is str and isinstance(value, str):
+    if hint in (bool, int, str) and isinstance(value, hint):
         return value
-    raise TypeError(f"{value!r} is no {hint}")
+    raise TypeError("another type")

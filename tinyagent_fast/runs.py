@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ _PACKAGES = [
     "pyarrow",
     "tyro",
 ]
+
+
+_RESERVED = ("latest", "bases")
+"""Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +114,24 @@ class Run:
 
         Returns:
             Its records in order; none if the file is absent.
+
+        Raises:
+            ConfigError: A line is no JSON object, such as one that was cut off by a full disk.
         """
         if not self.history_path.exists():
             return []
+        records: list[dict[str, Any]] = []
         lines = self.history_path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(
+                    f"{self.history_path}, line {number}",
+                    f"it is no JSON object: {error}",
+                    "delete that line",
+                ) from error
+        return records
 
 
 def create_run(config: Config) -> Run:
@@ -126,21 +144,50 @@ def create_run(config: Config) -> Run:
         The run, with config.yaml and environment.json written.
 
     Raises:
-        ConfigError: A run of that name exists.
+        ConfigError: A run of that name exists, or no folder can have the name.
     """
-    name = config.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Run(config.runs / name)
-    if run.config_path.exists():
-        raise ConfigError(
-            f"run name {name!r}",
-            f"{run.path} exists, and a run is never overwritten",
-            f"go on with it (--resume {name}), or take another --name",
-        )
-    run.path.mkdir(parents=True, exist_ok=True)
+    run = _claim(config)
     write_text(run.config_path, text_of(config))
     write_json(run.path / "environment.json", environment())
     point_latest(run)
     return run
+
+
+def _claim(config: Config) -> Run:
+    """Make the folder of a run, so that no other run can get it."""
+    name = config.name
+    if name is None:
+        start = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # Two runs may start within one second.
+        names = (start if number == 1 else f"{start}-{number}" for number in count(1))
+        return Run(next(config.runs / name for name in names if _make_folder(config.runs / name)))
+    if name in _RESERVED or not name or name.startswith(".") or name != Path(name).name:
+        raise ConfigError(
+            f"run name {name!r}",
+            f"it must be the name of one folder, and not {' or '.join(_RESERVED)}",
+            "take another --name",
+        )
+    path = config.runs / name
+    if not _make_folder(path) and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"run name {name!r}",
+            f"{path} exists, and a run is never overwritten",
+            f"go on with it (--resume {name}), or take another --name",
+        )
+    return Run(path)
+
+
+def _make_folder(path: Path) -> bool:
+    """Make a folder and say whether it is new."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {path}", f"it cannot be made: {error}", "name another folder with --runs"
+        ) from error
+    return True
 
 
 def find_run(name: str, runs: Path = Path("runs")) -> Run:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.data import cache
-from tinyagent_fast.data.cache import ExampleTable, Points, entry_examples, load_examples
+from tinyagent_fast.data.cache import Points, entry_examples, load_examples
 from tinyagent_fast.data.reading import read_entries
 from tinyagent_fast.data.schema import Example
+from tinyagent_fast.data.table import ExampleTable
 from tinyagent_fast.errors import DataError
 
 

@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.data.schema import (
-    Message,
-    conversation_problem,
-    parse_messages,
-    plan_disagreement,
-    plan_steps,
-    scan_repr,
-)
+from tinyagent_fast.data.messages import conversation_problem, parse_messages, scan_repr
+from tinyagent_fast.data.schema import Message, plan_disagreement, plan_steps
 
 ANY_TEXT = st.text(
     st.characters(exclude_categories=()) | st.sampled_from("'\"\\\n\r\t\0 \x7f\x85{},:[]Nnxu04")

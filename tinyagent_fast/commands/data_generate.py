@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tinyagent_fast.data.generation.dataset import GenerationSpec
+from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
+from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
+from tinyagent_fast.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,8 @@ class GenerateFlags:
 
     out: Path = Path("data/generated")
     """Folder for training_data.json and testing_data.json."""
+    overwrite: bool = False
+    """Replace files that are in that folder."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -29,9 +33,6 @@ def run(arguments: Sequence[str]) -> int:
     """
     import tyro
 
-    from tinyagent_fast.data.generation.dataset import generate_dataset
-    from tinyagent_fast.errors import ConfigError
-
     both = tuple[
         Annotated[GenerationSpec, tyro.conf.arg(name="")],
         Annotated[GenerateFlags, tyro.conf.arg(name="")],
@@ -40,8 +41,25 @@ def run(arguments: Sequence[str]) -> int:
         spec, flags = tyro.cli(both, args=list(arguments), prog="tinyagent-fast data generate")
     except ValueError as error:
         raise ConfigError("data generate", str(error), "change the flag") from error
+    _keep_what_is_there(flags)
     files = generate_dataset(spec, flags.out)
     for path, entries in ((files.train, spec.train_entries), (files.test, spec.test_entries)):
         print(f"{path}: {entries} entries, {path.stat().st_size / 1e6:.1f} MB")
-    print(f"train on them: make train ARGS='--data.train {files.train} --data.test {files.test}'")
+    names = [f"--data.train {files.train}"]
+    if spec.test_entries:
+        names.append(f"--data.test {files.test}")
+    if spec.catalogue != BUILT_IN_CATALOGUE:
+        names.append(f"--data.catalogue {spec.catalogue}")
+    print(f"train on them: make train ARGS='{' '.join(names)}'")
     return 0
+
+
+def _keep_what_is_there(flags: GenerateFlags) -> None:
+    """Refuse to replace files unasked: the published dataset has the same names."""
+    there = [n for n in ("training_data.json", "testing_data.json") if (flags.out / n).exists()]
+    if there and not flags.overwrite:
+        raise ConfigError(
+            f"data generate --out {flags.out}",
+            f"{' and '.join(there)} would be replaced",
+            "name another folder with --out, or add --overwrite",
+        )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.errors import ConfigError
 
 _ROWS = 3
 
@@ -20,10 +21,16 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0 when they are shown.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="tinyagent-fast preview", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--rows", type=int, default=_ROWS)
     known, rest = parser.parse_known_args(list(arguments))
-    config = resolve_config("preview", rest, "cpu")
+    config = resolve_config(
+        "preview", rest, lambda: "cpu", more_flags="--rows N shows that many rows."
+    )
+    if known.rows < 1:
+        raise ConfigError(f"--rows {known.rows}", "there is nothing to show", "ask for 1 or more")
     from rich.console import Console
 
     from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder

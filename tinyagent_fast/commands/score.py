@@ -62,6 +62,8 @@ def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool)
 
     scores = [score_pair(label, prediction, tools) for label, prediction in _read_pairs(path)]
     if not as_json:
+        if not scores:
+            raise DataError(f"pairs file {path}", "the list is empty", "write at least one pair")
         metrics = summarise(scores)
         print(f"success      {percent(metrics.success)}  n = {metrics.n}")
         print(f"success_dag  {percent(metrics.success_dag)}")
@@ -83,7 +85,7 @@ def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool)
 def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
         pairs: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"pairs file {path}", f"it cannot be read as JSON: {error}", "check path and content"
         ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.config import Config
 from tinyagent_fast.presets import REAL_TRAIN
+from tinyagent_fast.runs import find_run
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -20,37 +21,34 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0 when training has finished.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="tinyagent-fast train", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--resume", metavar="RUN")
-    parser.add_argument("--preset")
-    known, _ = parser.parse_known_args(list(arguments))
-    rest = _without(arguments, "--resume")
-    if "-h" in rest or "--help" in rest:
-        resolve_config("train", [a for a in rest if a != "auto"], "cpu")
+    known, rest = parser.parse_known_args(list(arguments))
     from rich.console import Console
 
     console = Console(highlight=False)
-    if known.resume:
-        from tinyagent_fast.runs import find_run
 
-        resumed = find_run(known.resume, _runs_folder(rest))
-        config = resolve_config("train", rest, "cpu", start=resumed.config())
-        from tinyagent_fast.training.fit import train
-
-        train(config, console, resume=resumed)
-        return 0
-    if known.preset in (None, "auto"):
-        rest = _without(rest, "--preset")
+    def preset_of_this_machine() -> str:
         preset, reason = choose_preset()
         console.print(f"preset {preset}: {reason}", markup=False)
         console.print('another one: make train PRESET=l4 ARGS="--train.epochs 4"', markup=False)
-    else:
-        preset = known.preset
-    config = resolve_config("train", rest, preset)
-    _download_if_absent(config, console)
+        return preset
+
+    resumed = find_run(known.resume, _runs_folder(rest)) if known.resume else None
+    config = resolve_config(
+        "train",
+        rest,
+        preset_of_this_machine,
+        start=resumed.config() if resumed else None,
+        more_flags="--resume RUN goes on with a run that was broken off.",
+    )
+    if resumed is None:
+        _download_if_absent(config, console)
     from tinyagent_fast.training.fit import train
 
-    train(config, console)
+    train(config, console, resume=resumed)
     return 0
 
 
@@ -79,20 +77,6 @@ def _download_if_absent(config: Config, console: object) -> None:
     from tinyagent_fast.commands import data_download
 
     data_download.run([])
-
-
-def _without(arguments: Sequence[str], flag: str) -> list[str]:
-    """Take a flag and its value out of a list of arguments."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == flag:
-            skip = True
-        elif not argument.startswith(f"{flag}="):
-            kept.append(argument)
-    return kept
 
 
 def _runs_folder(arguments: Sequence[str]) -> Path:

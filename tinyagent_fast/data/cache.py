@@ -1,7 +1,7 @@
 """Keeps the checked rows of a dataset file in an Arrow file, so that a second start is instant.
 
 Third stage of the data flow: `reading` streams the entries in, training and evaluation take an
-`ExampleTable` out, which decodes single rows from a memory map. pyarrow is imported on first use.
+`ExampleTable` out (see `table`). pyarrow is imported on first use.
 
 In the cache folder, `<sha256>-v<version>-<on_bad_entry>.arrow` holds the rows and the `.json`
 beside it the report; `sources/` remembers the sha256 of each data file by size and times.
@@ -14,166 +14,33 @@ import json
 import logging
 import os
 import time
-import zlib
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate, chain
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, overload
+from typing import Literal
 
 from tinyagent_fast.data.reading import OnBadEntry, Progress, ReadReport, read_entries
-from tinyagent_fast.data.schema import Entry, EntryProblem, Example, PointKind
+from tinyagent_fast.data.schema import Entry, EntryProblem, Example
+from tinyagent_fast.data.table import (
+    COLUMNS,
+    DamagedCache,
+    ExampleTable,
+    RowStore,
+    encoded_row,
+    row_crc32,
+)
 from tinyagent_fast.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Points = Literal["plan", "join", "all"]
 
 SCHEMA_VERSION = 1
 CACHE_VARIABLE = "TINYAGENT_FAST_CACHE"
-_COLUMNS = ("key", "entry_key", "kind", "query", "system", "user", "output")
 _BATCH_BYTES = 8 * 1024 * 1024
 _BATCH_ROWS = 4096
 _STALE_S = 24 * 3600.0
 
 _log = logging.getLogger(__name__)
-
-
-class _Damaged(Exception):
-    """A cache file is not as it was written."""
-
-
-class ExampleTable(Sequence[Example]):
-    """The rows of one data file: an immutable sequence that decodes a row when it is asked for.
-
-    Slices and `select` give tables over the same memory map. Tables can be pickled; the copy
-    opens the cache file again.
-    """
-
-    def __init__(self, store: _Store, rows: Sequence[int]) -> None:
-        """Show some rows of a store; `load_examples` is the way to get a table.
-
-        Args:
-            store: The opened cache file.
-            rows: The positions of the rows in it.
-        """
-        self._store = store
-        self._rows = rows
-
-    @property
-    def sha256(self) -> str:
-        """The sha256 of the data file, for run records."""
-        return self._store.report.file_sha256
-
-    @property
-    def report(self) -> ReadReport:
-        """What reading the data file found, skipped entries included."""
-        return self._store.report
-
-    @property
-    def point_counts(self) -> Mapping[str, int]:
-        """How many points of each kind the data file has, whatever this table shows."""
-        return self._store.point_counts
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> ExampleTable: ...
-    def __getitem__(self, index: int | slice) -> Example | ExampleTable:
-        """Return one row, or a table over a slice of the rows."""
-        if isinstance(index, slice):
-            return ExampleTable(self._store, self._rows[index])
-        return self._store.example(self._rows[index])
-
-    def select(self, indices: Iterable[int]) -> ExampleTable:
-        """Return a table over some rows, such as one side of a split.
-
-        Args:
-            indices: Positions in this table, in the wanted order.
-
-        Returns:
-            A table over the same file.
-        """
-        return ExampleTable(self._store, [self._rows[index] for index in indices])
-
-    def queries(self) -> list[str]:
-        """Return the query of each row without decoding the prompts."""
-        return self._store.column("query", self._rows)
-
-    def entry_keys(self) -> list[str]:
-        """Return the entry key of each row without decoding the prompts."""
-        return self._store.column("entry_key", self._rows)
-
-
-@dataclass
-class _Store:
-    """One opened cache file."""
-
-    path: Path
-    report: ReadReport
-    point_counts: Mapping[str, int]
-    row_count: int
-    _batches: list[pa.RecordBatch] = field(default_factory=list)
-    _starts: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        import pyarrow as pa
-
-        try:
-            with pa.memory_map(str(self.path)) as mapped:
-                reader = pa.ipc.open_file(mapped)
-                batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
-            for batch in batches:
-                if tuple(batch.schema.names) != (*_COLUMNS, "crc32"):
-                    raise _Damaged("its columns are not those of this version")
-                for column in batch.columns[:-1]:
-                    # As bytes, a full check reads the offsets only, and not the texts.
-                    column.view(pa.large_binary()).validate(full=True)
-        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-            raise _Damaged(str(error).split("\n")[0]) from error
-        self._batches = batches
-        self._starts = [0, *accumulate(batch.num_rows for batch in batches)]
-        if self._starts[-1] != self.row_count:
-            raise _Damaged(f"it has {self._starts[-1]} rows, not {self.row_count}")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _Store, (self.path, self.report, self.point_counts, self.row_count)
-
-    def example(self, row: int) -> Example:
-        batch_at = bisect_right(self._starts, row) - 1
-        batch, at = self._batches[batch_at], row - self._starts[batch_at]
-        *texts, crc32 = (column[at] for column in batch.columns)
-        values = [None if text.as_buffer() is None else bytes(text.as_buffer()) for text in texts]
-        if _crc32(values) != crc32.as_py():
-            raise DataError(
-                f"{self.path}: row {row} is damaged",
-                "its checksum differs from the one written with it",
-                "delete this cache file; the next start writes it again",
-            )
-        key, entry_key, kind, query, system, user, output = (
-            None if value is None else value.decode() for value in values
-        )
-        return Example(
-            key=key or "",
-            entry_key=entry_key or "",
-            kind=cast(PointKind, kind),
-            query=query or "",
-            system=system,
-            user=user or "",
-            output=output or "",
-        )
-
-    def column(self, name: str, rows: Sequence[int]) -> list[str]:
-        parts = (batch.column(name).to_pylist() for batch in self._batches)
-        values = cast("list[str]", list(chain.from_iterable(parts)))
-        return [values[row] for row in rows]
 
 
 def cache_folder() -> Path:
@@ -290,7 +157,7 @@ def _write_text(target: Path, text: str) -> None:
     temporary.replace(target)
 
 
-def _open_store(stem: Path) -> _Store | None:
+def _open_store(stem: Path) -> RowStore | None:
     """Open a complete and sound cache file, else return None and say why it is not used."""
     arrow, about = Path(f"{stem}.arrow"), Path(f"{stem}.json")
     if not arrow.exists() and not about.exists():
@@ -298,11 +165,11 @@ def _open_store(stem: Path) -> _Store | None:
     try:
         record = json.loads(about.read_text(encoding="utf-8"))
         if arrow.stat().st_size != record["arrow_bytes"]:
-            raise _Damaged(f"it has {arrow.stat().st_size} bytes, not {record['arrow_bytes']}")
+            raise DamagedCache(f"it has {arrow.stat().st_size} bytes, not {record['arrow_bytes']}")
         problems = tuple(EntryProblem(**item) for item in record["report"].pop("problems"))
         report = ReadReport(problems=problems, **record["report"])
-        return _Store(arrow, report, record["point_counts"], record["rows"])
-    except (_Damaged, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return RowStore(arrow, report, record["point_counts"], record["rows"])
+    except (DamagedCache, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("%s: the cache is damaged (%s) and is written again", arrow, error)
         return None
 
@@ -343,7 +210,7 @@ def _write_rows(target: Path, entries: Iterator[Entry]) -> Counter[str]:
     """Write one row per point in batches of bounded size; return the points per kind."""
     import pyarrow as pa
 
-    fields: list[pa.Field] = [pa.field(name, pa.large_string()) for name in _COLUMNS]
+    fields: list[pa.Field] = [pa.field(name, pa.large_string()) for name in COLUMNS]
     schema = pa.schema([*fields, pa.field("crc32", pa.uint32())])
     counts: Counter[str] = Counter()
     rows: list[tuple[object, ...]] = []
@@ -360,9 +227,9 @@ def _write_rows(target: Path, entries: Iterator[Entry]) -> Counter[str]:
 
         for entry in entries:
             for example in entry_examples(entry):
-                values = _encoded(example)
+                values = encoded_row(example)
                 counts[example.kind] += 1
-                rows.append((*values, _crc32(values)))
+                rows.append((*values, row_crc32(values)))
                 size_bytes += sum(len(value) for value in values if value)
             if size_bytes > _BATCH_BYTES or len(rows) >= _BATCH_ROWS:
                 flush()
@@ -370,18 +237,6 @@ def _write_rows(target: Path, entries: Iterator[Entry]) -> Counter[str]:
         if rows:
             flush()
     return counts
-
-
-def _encoded(example: Example) -> list[bytes | None]:
-    values: list[str | None] = [getattr(example, name) for name in _COLUMNS]
-    return [None if value is None else value.encode() for value in values]
-
-
-def _crc32(values: list[bytes | None]) -> int:
-    crc32 = 0
-    for value in values:
-        crc32 = zlib.crc32(b"\0" if value is None else value + b"\xff", crc32)
-    return crc32
 
 
 def entry_examples(entry: Entry) -> list[Example]:

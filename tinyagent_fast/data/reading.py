@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from tinyagent_fast.data.messages import conversation_problem, parse_messages
 from tinyagent_fast.data.schema import (
     JSON_NAMES,
     Entry,
@@ -22,9 +23,7 @@ from tinyagent_fast.data.schema import (
     Message,
     Point,
     PointKind,
-    conversation_problem,
     is_encodable,
-    parse_messages,
     plan_disagreement,
     short_text,
 )

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tinyagent_fast.data.cache import ExampleTable
 from tinyagent_fast.data.schema import Example
+from tinyagent_fast.data.table import ExampleTable
 from tinyagent_fast.errors import ConfigError, DataError
 
 _SEPARATORS = re.compile(r"[\W_]+")

@@ -75,18 +75,22 @@ class PredictionFile:
             raise DataError(
                 f"{self.path}", "it is not there", "generate it with `tinyagent-fast eval`"
             )
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        whole, _, rest = text.rpartition("\n")
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole, line_break, rest = content.rpartition(b"\n")
         if rest and repair:
-            self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-            text = whole
-        return [_parse(self.path, n, line) for n, line in enumerate(text.splitlines(), 1) if line]
+            # A stop may also fall into the middle of a character, so bytes are cut, not text.
+            with self.path.open("r+b") as stream:
+                stream.truncate(len(whole + line_break))
+            content = whole
+        # Not splitlines: a query may hold a separator that JSON leaves as it is, such as U+2028.
+        lines = content.split(b"\n")
+        return [_parse(self.path, n, line) for n, line in enumerate(lines, 1) if line]
 
 
-def _parse(path: Path, number: int, line: str) -> Prediction:
+def _parse(path: Path, number: int, line: bytes) -> Prediction:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise DataError(
             f"{path}, line {number}", f"it is no JSON: {error}", "remove the line, or generate anew"
         ) from error

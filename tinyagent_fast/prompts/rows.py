@@ -90,14 +90,16 @@ def encode_examples(
         raw["dropped"] = tuple((key, tokens) for key, tokens in raw["dropped"])
         return RowFile(path, RowStatistics(**raw))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary, about = (p.with_name(f"{p.name}.{os.getpid()}.part") for p in (path, sidecar))
     try:
         statistics = _write(_rows(examples, tokenizer, on_progress), temporary, max_length_tokens)
         _refuse(statistics, len(examples), max_length_tokens, over_long)
+        about.write_text(json.dumps(asdict(statistics)), encoding="utf-8")
         temporary.replace(path)
+        about.replace(sidecar)
     finally:
         temporary.unlink(missing_ok=True)
-    sidecar.write_text(json.dumps(asdict(statistics)), encoding="utf-8")
+        about.unlink(missing_ok=True)
     return RowFile(path, statistics)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, ModelError
 from tinyagent_fast.prompts.templates import ChatRenderer, PromptFormat, RenderedExample
 
 IGNORED = -100
@@ -61,6 +61,7 @@ class PromptTokenizer:
         self._core.encode_special_tokens = True
         self._special = Tokenizer.from_str(self._core.to_str())
         self._adds_prefix_space = self._core.encode("x", add_special_tokens=False).tokens[0] != "x"
+        self._letter = self.encode_text("x")
 
     @property
     def chat(self) -> ChatRenderer | None:
@@ -147,12 +148,21 @@ class PromptTokenizer:
 
         Returns:
             Token ids.
+
+        Raises:
+            ModelError: The tokenizer puts a space before text and joins line breaks with it.
         """
         if not self._adds_prefix_space:
             return self.encode_text(text)
         line_break = self.encode_text("\n")
         ids = self.encode_text("\n" + text)
-        assert ids[: len(line_break)] == line_break, "a line break is a token of its own"
+        if ids[: len(line_break)] != line_break:
+            raise ModelError(
+                f"a tokenizer that joins a line break with {text[:20]!r}",
+                "it also puts a space before text, so text that follows a prompt has no ids of "
+                "its own",
+                "use a base model with a Llama tokenizer or a byte-level one",
+            )
         return ids[len(line_break) :]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -178,6 +188,9 @@ class PromptTokenizer:
             The continuation's text.
         """
         anchor = list(prompt_ids[-1:])
+        if not anchor or "\ufffd" in self.decode(anchor):
+            # Part of a character would be read together with the first bytes that follow.
+            anchor = self._letter
         return self.decode(anchor + list(ids))[len(self.decode(anchor)) :]
 
     def encode_row(self, key: str, example: RenderedExample) -> EncodedRow:

@@ -57,6 +57,7 @@ from tinyagent_fast.training.trainer import (
     build_trainer,
     collate,
     optimizer_steps,
+    steps_between,
     validation_loss,
 )
 
@@ -217,15 +218,14 @@ def _header(session: _Session) -> None:
 def _fit(session: _Session, checkpoint: Path | None) -> None:
     config, loaded, display, run = session.config, session.loaded, session.display, session.run
     dataset = session.rows.train.dataset()
-    steps = optimizer_steps(len(dataset), config.train)
-    every = max(1, -(-steps // config.train.evaluations)) if config.train.evaluations else 0
     trainer = build_trainer(
         loaded,
         dataset,
         config.train,
         max_length_tokens=config.model.max_length_tokens,
         output_dir=run.checkpoints,
-        save_every_steps=config.train.save_every_steps or every or max(1, steps // 6),
+        save_every_steps=config.train.save_every_steps,
+        evaluations=config.train.evaluations,
     )
     if loaded.device == "cpu":
         _choose_threads(session, trainer, dataset)
@@ -242,7 +242,9 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
     history = History(run, lambda: trainer.tokens_seen, display.step)
     interrupt = StopOnInterrupt(display.say)
     callbacks = [StepGuard(), history, interrupt]
-    if every and session.rows.validation is not None:
+    if config.train.evaluations and session.rows.validation is not None:
+        steps = optimizer_steps(len(trainer.train_dataset), config.train)
+        every = steps_between(steps, config.train.evaluations)
         success = _plan_success(session, trainer, history, every)
         callbacks.append(success)
         if checkpoint is None:

@@ -12,11 +12,12 @@ from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data import generation
-from tinyagent_fast.data.cache import ExampleTable, cache_folder, load_examples
+from tinyagent_fast.data.cache import cache_folder, load_examples
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import LeakReport, leak_report, split_validation
+from tinyagent_fast.data.table import ExampleTable
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
 from tinyagent_fast.prompts.templates import template_hash

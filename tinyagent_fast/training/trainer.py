@@ -33,6 +33,19 @@ def optimizer_steps(rows: int, train: TrainConfig) -> int:
     return math.ceil(train.epochs * max(1, math.ceil(micro_batches / train.accumulation)))
 
 
+def steps_between(steps: int, evaluations: int) -> int:
+    """Spread evaluations over a run.
+
+    Args:
+        steps: Optimizer steps of the run.
+        evaluations: How many; the last one comes at the end.
+
+    Returns:
+        Optimizer steps from one to the next.
+    """
+    return max(1, math.ceil(steps / evaluations))
+
+
 def build_trainer(
     loaded: LoadedModel,
     dataset: Any,
@@ -40,8 +53,8 @@ def build_trainer(
     *,
     max_length_tokens: int,
     output_dir: Path,
-    save_every_steps: int,
-    callbacks: Sequence[Any] = (),
+    save_every_steps: int | None = None,
+    evaluations: int = 0,
 ) -> Any:
     """Wire the trainer; nothing of the rows is changed, cut or masked by it.
 
@@ -51,8 +64,8 @@ def build_trainer(
         train: The optimisation.
         max_length_tokens: Length of packed rows; other rows are within it already.
         output_dir: Folder for resumable checkpoints.
-        save_every_steps: How often one is saved.
-        callbacks: Trainer callbacks.
+        save_every_steps: How often one is saved; none saves with every evaluation.
+        evaluations: How many evaluations there will be.
 
     Returns:
         A `trl.SFTTrainer`.
@@ -64,7 +77,6 @@ def build_trainer(
 
     packed = train.batching == "packed"
     cuda = loaded.device == "cuda"
-    steps = optimizer_steps(len(dataset), train)
     arguments = SFTConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=train.batch,
@@ -73,7 +85,6 @@ def build_trainer(
         max_steps=train.max_steps if train.max_steps is not None else -1,
         learning_rate=train.learning_rate,
         lr_scheduler_type=_SCHEDULES[train.schedule],
-        warmup_steps=math.ceil(steps * train.warmup),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_8bit" if train.optimizer == "adamw_8bit" else "adamw_torch",
@@ -84,10 +95,8 @@ def build_trainer(
         fp16=cuda and loaded.compute_dtype == "float16",
         dataloader_pin_memory=cuda,
         gradient_checkpointing=False,  # models.py has set it up already
-        logging_steps=max(1, min(10, steps // 20)),
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=save_every_steps,
         save_total_limit=2,
         max_length=max_length_tokens if packed or loaded.backend == "unsloth" else None,
         packing=packed,
@@ -101,8 +110,12 @@ def build_trainer(
         args=arguments,
         train_dataset=dataset,
         processing_class=loaded.tokenizer.hf,
-        callbacks=list(callbacks),
     )
+    # Only now is the number of packed rows known.
+    steps = optimizer_steps(len(trainer.train_dataset), train)
+    trainer.args.warmup_steps = math.ceil(steps * train.warmup)
+    trainer.args.logging_steps = max(1, min(10, steps // 20))
+    trainer.args.save_steps = save_every_steps or steps_between(steps, evaluations or 6)
     trainer.group_by_length = train.batching == "length-grouped"
     for display in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(display)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.data.generation.values import BUILT_IN_VALUES
+from tinyagent_fast.data.generation.rules import SLOT, catalogue_problems
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.plans.tools import Parameter, Tool
+from tinyagent_fast.plans.tools import PARAMETER_TYPES, Parameter, Tool, signature
+from tinyagent_fast.strict_yaml import load_yaml
 
 BUILT_IN_CATALOGUE = Path(__file__).with_name("tinyagent.yaml")
-PARAMETER_TYPES = ("str", "int", "bool", "list[str]")
 REQUIRED = object()
 """Marks a parameter without a default."""
 
-_SLOT = re.compile(r"\{(\w+)(:literal)?\}")
+_DOCUMENT_KEYS = ("name", "tools", "values")
+_TOOL_KEYS = ("name", "parameters", "returns", "mention", "phrases", "description", "weight")
+_PARAMETER_KEYS = ("name", "type", "value", "follows", "from", "as", "default", "nullable")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,11 @@ class SlotParameter:
     embed: tuple[str, ...] = ("{}",)
     default: object = REQUIRED
     nullable: bool = False
+
+    @property
+    def may_be_left_out(self) -> bool:
+        """Whether a phrase need not name it: it has a default, or follows another parameter."""
+        return self.default is not REQUIRED or self.value == "end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +62,7 @@ class CatalogueTool:
     @property
     def signature(self) -> str:
         """The tool as a prompt shows it."""
-        arguments = ", ".join(f"{p.name}: {p.type}" for p in self.parameters)
-        return f"{self.name}({arguments}) -> str"
+        return signature(self.plan_tool())
 
     def plan_tool(self) -> Tool:
         """Give the tool as the scorer knows it: name, parameters and their types.
@@ -73,11 +80,37 @@ class Catalogue:
 
     name: str
     tools: tuple[CatalogueTool, ...]
-    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    words: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
     def providers(self, kind: str) -> list[CatalogueTool]:
         """List the tools whose result is of a kind and that can be mentioned in a phrase."""
         return [t for t in self.tools if t.returns == kind and t.mention is not None]
+
+    @cached_property
+    def chain_lengths(self) -> Mapping[str, float]:
+        """Calls that a tool's mention needs at least before it, by the tool's name.
+
+        Infinite where every chain of providers comes back to the tool itself.
+        """
+        lengths: dict[str, float] = {t.name: math.inf for t in self.tools if t.mention is not None}
+        for _ in lengths:
+            for tool in self.tools:
+                if tool.mention is not None:
+                    named = {match[1] for match in SLOT.finditer(tool.mention)}
+                    slots = [p for p in tool.parameters if p.name in named]
+                    lengths[tool.name] = max((self._calls(p, lengths) for p in slots), default=0)
+        return lengths
+
+    def calls_before(self, parameter: SlotParameter) -> float:
+        """Count the calls that a slot needs at least; 0 if it has literal values."""
+        return self._calls(parameter, self.chain_lengths)
+
+    def _calls(self, parameter: SlotParameter, lengths: Mapping[str, float]) -> float:
+        if parameter.value is not None:
+            return 0
+        providers = [tool for kind in parameter.sources for tool in self.providers(kind)]
+        # Without any provider the rules report the slot, and it is no part of a circle.
+        return min((1 + lengths[tool.name] for tool in providers), default=0)
 
 
 def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
@@ -92,22 +125,19 @@ def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
     Raises:
         DataError: The file is missing, no YAML, or breaks a rule; all problems are listed.
     """
-    import yaml
-
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
             f"tool catalogue {path}", f"it cannot be read: {error.strerror}", "check the path"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DataError(
             f"tool catalogue {path}", f"it is no valid YAML: {error}", "correct the YAML"
         ) from error
     problems: list[str] = []
     catalogue = _read_document(document, path, problems)
-    if not problems:
-        problems += _check_links(catalogue)
+    problems += catalogue_problems(catalogue)
     if problems:
         raise DataError(
             f"tool catalogue {path} has {len(problems)} problem(s)",
@@ -118,52 +148,70 @@ def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
 
 
 def _read_document(document: Any, path: Path, problems: list[str]) -> Catalogue:
-    if not isinstance(document, dict) or not isinstance(document.get("tools"), list):
-        problems.append("the top level must be a mapping with a list `tools`")
+    tools = document.get("tools") if isinstance(document, dict) else None
+    if not isinstance(tools, list) or not tools:
+        problems.append("the top level must be a mapping with a list `tools` that is not empty")
         return Catalogue(path.stem, ())
-    _unknown_keys(document, ("name", "tools", "values"), "the top level", problems)
-    words = {}
-    for kind, entries in (document.get("values") or {}).items():
-        if not isinstance(entries, list) or not entries:
-            problems.append(f"values.{kind}: must be a list of words that is not empty")
-            continue
-        words[str(kind)] = tuple(str(entry) for entry in entries)
-    tools = tuple(
-        tool
-        for index, raw in enumerate(document["tools"])
-        if (tool := _read_tool(raw, index, problems)) is not None
+    _unknown_keys(document, _DOCUMENT_KEYS, "the top level", problems)
+    read = [_read_tool(raw, index, problems) for index, raw in enumerate(tools)]
+    return Catalogue(
+        str(document.get("name", path.stem)),
+        tuple(tool for tool in read if tool is not None),
+        _read_words(document.get("values"), problems),
     )
-    return Catalogue(str(document.get("name", path.stem)), tools, words)
+
+
+def _read_words(raw: Any, problems: list[str]) -> dict[str, tuple[str | int, ...]]:
+    """Read the word lists; YAML turns a bare `yes`, `1.5` or date into something else."""
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        problems.append("values: must be a mapping of a kind to a list of words")
+        return {}
+    words: dict[str, tuple[str | int, ...]] = {}
+    for kind, entries in raw.items():
+        where = f"values.{kind}"
+        words[str(kind)] = ()
+        if not isinstance(entries, list) or not entries:
+            problems.append(f"{where}: must be a list of words that is not empty")
+            continue
+        odd = [entry for entry in entries if type(entry) not in (str, int)]
+        problems += [f"{where}: {o!r} is no text; put it in quotes" for o in odd]
+        if not odd and len({type(entry) for entry in entries}) > 1:
+            problems.append(f"{where}: holds texts and numbers; put the numbers in quotes")
+        words[str(kind)] = tuple(entries)
+    return words
 
 
 def _read_tool(raw: Any, index: int, problems: list[str]) -> CatalogueTool | None:
-    where = f"tools[{index}]"
     if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
-        problems.append(f"{where}: must be a mapping with a `name`")
+        problems.append(f"tools[{index}]: must be a mapping with a `name`")
         return None
     where = raw["name"]
-    keys = ("name", "parameters", "returns", "mention", "phrases", "description", "weight")
-    _unknown_keys(raw, keys, where, problems)
-    if not re.fullmatch(r"[A-Za-z_]\w*", where) or where == "join":
-        problems.append(f"{where}: a name is a word of letters, digits and _, and not `join`")
-    phrases = raw.get("phrases")
-    if not isinstance(phrases, list) or not all(isinstance(p, str) for p in phrases) or not phrases:
+    _unknown_keys(raw, _TOOL_KEYS, where, problems)
+    if not _is_list_of_texts(raw.get("phrases")):
         problems.append(f"{where}.phrases: must be a list of sentences that is not empty")
-        phrases = []
-    if not isinstance(raw.get("returns", ""), str):
-        problems.append(f"{where}.returns: must be a word or two for the kind of result")
+    parameters = [] if raw.get("parameters") is None else raw["parameters"]
+    if not isinstance(parameters, list):
+        problems.append(f"{where}.parameters: must be a list")
+        parameters = []
+    description = raw.get("description", [])
+    description = [description] if isinstance(description, str) else description
+    if description and not _is_list_of_texts(description):
+        problems.append(f"{where}.description: must be a text or a list of texts")
     weight = raw.get("weight", 1)
-    if not isinstance(weight, int | float) or weight < 0:
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
         problems.append(f"{where}.weight: must be a number of 0 or more, got {weight!r}")
         weight = 1
-    parameters = tuple(_read_parameter(p, where, problems) for p in raw.get("parameters") or [])
+    mention = _text(raw, "mention", where, problems)
+    read = [_read_parameter(p, where, problems) for p in parameters]
     return CatalogueTool(
         name=where,
-        parameters=tuple(p for p in parameters if p is not None),
-        returns=str(raw.get("returns", "")),
-        mention=raw.get("mention"),
-        phrases=tuple(phrases),
-        description=tuple(str(line) for line in raw.get("description") or ()),
+        parameters=tuple(p for p in read if p is not None),
+        returns=_text(raw, "returns", where, problems) or "",
+        mention=mention,
+        phrases=tuple(raw["phrases"]) if _is_list_of_texts(raw.get("phrases")) else (),
+        description=tuple(description) if _is_list_of_texts(description) else (),
         weight=float(weight),
     )
 
@@ -173,24 +221,46 @@ def _read_parameter(raw: Any, tool: str, problems: list[str]) -> SlotParameter |
         problems.append(f"{tool}.parameters: each must be a mapping with a `name`")
         return None
     where = f"{tool}.{raw['name']}"
-    keys = ("name", "type", "value", "follows", "from", "as", "default", "nullable")
-    _unknown_keys(raw, keys, where, problems)
-    if raw.get("type") not in PARAMETER_TYPES:
+    _unknown_keys(raw, _PARAMETER_KEYS, where, problems)
+    type_name = raw.get("type")
+    if type_name not in PARAMETER_TYPES:
         problems.append(f"{where}.type: must be one of {', '.join(PARAMETER_TYPES)}")
-    sources = raw.get("from", ())
+        type_name = "str"
+    sources = raw.get("from", [])
+    sources = [sources] if isinstance(sources, str) else sources
+    if "from" in raw and not _is_list_of_texts(sources):
+        problems.append(f"{where}.from: must be a kind of result, or a list of them")
+        sources = []
     embed = raw.get("as", ["{}"])
-    if not isinstance(embed, list) or any("{}" not in str(text) for text in embed):
+    if not _is_list_of_texts(embed) or any("{}" not in text for text in embed):
         problems.append(f"{where}.as: must be a list of texts that contain {{}}")
+        embed = ["{}"]
+    if not isinstance(raw.get("nullable", False), bool):
+        problems.append(f"{where}.nullable: must be true or false")
     return SlotParameter(
         name=raw["name"],
-        type=str(raw.get("type")),
-        value=raw.get("value"),
-        follows=raw.get("follows"),
-        sources=(sources,) if isinstance(sources, str) else tuple(sources),
-        embed=tuple(str(text) for text in embed),
+        type=type_name,
+        value=_text(raw, "value", where, problems),
+        follows=_text(raw, "follows", where, problems),
+        sources=tuple(sources),
+        embed=tuple(embed),
         default=raw.get("default", REQUIRED),
-        nullable=bool(raw.get("nullable", False)),
+        nullable=raw.get("nullable") is True,
     )
+
+
+def _is_list_of_texts(raw: Any) -> bool:
+    return (
+        isinstance(raw, list) and bool(raw) and all(isinstance(t, str) and t.strip() for t in raw)
+    )
+
+
+def _text(raw: Mapping[str, Any], key: str, where: str, problems: list[str]) -> str | None:
+    value = raw.get(key)
+    if value is None or (isinstance(value, str) and value.strip() and "\n" not in value):
+        return value
+    problems.append(f"{where}.{key}: must be one line of text, got {value!r}")
+    return None
 
 
 def _unknown_keys(
@@ -201,55 +271,3 @@ def _unknown_keys(
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
             problems.append(f"{where}: unknown key `{key}`{hint}")
-
-
-def _check_links(catalogue: Catalogue) -> list[str]:
-    problems = []
-    names = [tool.name for tool in catalogue.tools]
-    problems += [
-        f"{name}: defined twice" for name in sorted({n for n in names if names.count(n) > 1})
-    ]
-    for tool in catalogue.tools:
-        for parameter in tool.parameters:
-            problems += _check_parameter(catalogue, tool, parameter)
-        problems += _check_phrases(tool)
-    return problems
-
-
-def _check_parameter(
-    catalogue: Catalogue, tool: CatalogueTool, parameter: SlotParameter
-) -> list[str]:
-    where = f"{tool.name}.{parameter.name}"
-    problems = []
-    known = sorted({*catalogue.words, *BUILT_IN_VALUES, "end"})
-    if parameter.value is not None and parameter.value not in known:
-        problems.append(
-            f"{where}.value: unknown kind {parameter.value!r}; known: {', '.join(known)}"
-        )
-    if parameter.value == "end" and parameter.follows not in [p.name for p in tool.parameters]:
-        problems.append(f"{where}.follows: must name the parameter that holds the start")
-    for kind in parameter.sources:
-        if not catalogue.providers(kind):
-            problems.append(f"{where}.from: no tool with a `mention` returns {kind!r}")
-    return problems
-
-
-def _check_phrases(tool: CatalogueTool) -> list[str]:
-    problems = []
-    names = {p.name for p in tool.parameters}
-    for phrase in (*tool.phrases, *([tool.mention] if tool.mention else [])):
-        slots = {match[1] for match in _SLOT.finditer(phrase)}
-        always = {m[1] for m in _SLOT.finditer(re.sub(r"\[[^\]]*\]", "", phrase))}
-        problems += [
-            f"{tool.name}: phrase {phrase!r} names no parameter {s!r}" for s in slots - names
-        ]
-        for parameter in tool.parameters:
-            fillable = parameter.default is not REQUIRED or parameter.value == "end"
-            if not fillable and parameter.name not in always:
-                problems.append(
-                    f"{tool.name}: phrase {phrase!r} leaves out {{{parameter.name}}}, "
-                    "which has no default"
-                )
-        if phrase.count("[") != phrase.count("]"):
-            problems.append(f"{tool.name}: phrase {phrase!r} has unbalanced brackets")
-    return problems

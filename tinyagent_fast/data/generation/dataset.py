@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from tinyagent_fast.data.generation.prompts import (
     short_planner_prompt,
 )
 from tinyagent_fast.data.generation.queries import SINGLE_CALLS, Call, Mix, Request, write_request
+from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.plans.grammar import END_OF_PLAN, render_call
+from tinyagent_fast.plans.grammar import render_call
 from tinyagent_fast.plans.tools import JOIN
 
 _MAX_REPEATS = 2000
@@ -72,19 +75,33 @@ def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
         The two paths.
 
     Raises:
-        DataError: The catalogue is faulty or too small for that many different queries.
+        DataError: The catalogue is faulty or too small for that many different queries, or the
+            folder cannot be written.
     """
     catalogue = load_catalogue(spec.catalogue)
-    out_dir.mkdir(parents=True, exist_ok=True)
     files = GeneratedFiles(out_dir / "training_data.json", out_dir / "testing_data.json")
     taken: set[str] = set()
     parts = ((files.test, spec.test_entries, "test"), (files.train, spec.train_entries, "train"))
-    for path, count, part in parts:
-        rng = random.Random(f"{spec.seed}/{part}")
-        temporary = path.with_name(f"{path.name}.part")
-        with temporary.open("w", encoding="utf-8") as stream:
-            _write_object(stream.write, generate_entries(catalogue, spec, count, rng, taken))
-        temporary.replace(path)
+    temporaries = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path, _, _ in parts}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for path, count, part in parts:
+            rng = random.Random(f"{spec.seed}/{part}")
+            with temporaries[path].open("w", encoding="utf-8", newline="\n") as stream:
+                _write_object(stream.write, generate_entries(catalogue, spec, count, rng, taken))
+        # Only now, as each file's queries were chosen for the other's.
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"generated files in {out_dir}",
+            f"they cannot be written: {error}",
+            "name another folder",
+        ) from error
+    finally:
+        for temporary in temporaries.values():
+            with suppress(OSError):
+                temporary.unlink()
     return files
 
 
@@ -102,7 +119,8 @@ def generate_entries(
         spec: Prompt style, mix and failures.
         count: How many entries.
         rng: Source of randomness.
-        taken: Normalised queries that may not come again; new ones are added to it.
+        taken: Normalised queries that may not come again, nor as an example in a full prompt; the
+            new ones are added to it.
 
     Yields:
         Key and entry, in the published schema.
@@ -111,20 +129,28 @@ def generate_entries(
         DataError: No new query came out of many attempts.
     """
     mix = SINGLE_CALLS if spec.single_calls else Mix()
+    held_out = frozenset(taken)
     for done in range(count):
-        for _ in range(_MAX_REPEATS):
-            request = write_request(catalogue, mix, rng)
-            key = " ".join(request.query.casefold().split())
-            if key not in taken:
-                taken.add(key)
-                break
-        else:
-            raise DataError(
-                f"{count} queries asked for, {done} different ones found",
-                f"catalogue {catalogue.name!r} has too few phrases and values for more",
-                "ask for fewer entries, or add phrases and values to the catalogue",
-            )
-        yield _key(rng), _entry(catalogue, spec, request, rng)
+        asked = f"{count} queries asked for, {done} different ones found"
+        request = _new_request(catalogue, mix, rng, taken.__contains__, asked)
+        query = normalise_query(request.query)
+        taken.add(query)
+        yield _key(rng), _entry(catalogue, spec, request, held_out, rng)
+
+
+def _new_request(
+    catalogue: Catalogue, mix: Mix, rng: random.Random, is_taken: Callable[[str], bool], asked: str
+) -> Request:
+    """Write a request whose query is new by the measure of splits and leak reports."""
+    for _ in range(_MAX_REPEATS):
+        request = write_request(catalogue, mix, rng)
+        if not is_taken(normalise_query(request.query)):
+            return request
+    raise DataError(
+        asked,
+        f"catalogue {catalogue.name!r} has too few phrases and values for more",
+        "ask for fewer entries, or add phrases and values to the catalogue",
+    )
 
 
 def _write_object(
@@ -144,13 +170,19 @@ def _key(rng: random.Random) -> str:
 
 
 def _entry(
-    catalogue: Catalogue, spec: GenerationSpec, request: Request, rng: random.Random
+    catalogue: Catalogue,
+    spec: GenerationSpec,
+    request: Request,
+    held_out: Set[str],
+    rng: random.Random,
 ) -> dict[str, Any]:
     tool_names = _retrieved_tools(catalogue, request, rng)
     if spec.prompt_style == "short":
         system = short_planner_prompt(tool_names)
     else:
-        examples = [_example(catalogue, rng) for _ in range(_EXAMPLES_PER_PROMPT)]
+        examples = [
+            _example(catalogue, request, held_out, rng) for _ in range(_EXAMPLES_PER_PROMPT)
+        ]
         all_names = [tool.name for tool in catalogue.tools]
         system = full_planner_prompt(catalogue, all_names, examples, rng)
     messages = [
@@ -174,8 +206,15 @@ def _retrieved_tools(catalogue: Catalogue, request: Request, rng: random.Random)
     return [tool.name for tool in catalogue.tools if tool.name in needed]
 
 
-def _example(catalogue: Catalogue, rng: random.Random) -> str:
-    request = write_request(catalogue, Mix(), rng)
+def _example(
+    catalogue: Catalogue, asked_for: Request, held_out: Set[str], rng: random.Random
+) -> str:
+    """Solve another request than the one that is asked for, and none of the test file's."""
+    own = normalise_query(asked_for.query)
+    asked = f"{_EXAMPLES_PER_PROMPT} examples asked for in each full prompt"
+    request = _new_request(
+        catalogue, Mix(), rng, lambda query: query == own or query in held_out, asked
+    )
     return f"Question: {request.query}\n{render_request(request)}"
 
 
@@ -245,8 +284,3 @@ def _join_point(
     parsed = {"thought": thought, "action": action, "message": message}
     output = f"Thought: {thought}\nAction: {answer}"
     return _point("join", repr(messages), output, parsed, 1, rng)
-
-
-def plan_with_stop(request: Request) -> str:
-    """Render a request's plan with the stop string that ends it."""
-    return render_request(request) + END_OF_PLAN

@@ -18,6 +18,7 @@ from tinyagent_fast.data.generation.catalogue import (
     SlotParameter,
 )
 from tinyagent_fast.data.generation.values import REUSABLE_KINDS, Value, draw, one_hour_after
+from tinyagent_fast.errors import DataError
 
 _PART = re.compile(r"\[[^\]]*\]|\{\w+(?::literal)?\}")
 _OPENERS = ("", "", "", "Please ", "Can you ", "I need you to ")
@@ -89,7 +90,7 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
         The request; its calls are in an order in which references point back only.
 
     Raises:
-        ValueError: The catalogue cannot give a request within `mix.max_calls` calls.
+        DataError: The catalogue cannot give a request within `mix.max_calls` calls.
     """
     tools = [tool for tool in catalogue.tools if tool.weight > 0]
     weights = [tool.weight for tool in tools]
@@ -104,9 +105,11 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
             clauses.append(text)
         if len(draft.calls) <= mix.max_calls and len(set(clauses)) == len(clauses):
             return Request(_sentence(clauses, rng), tuple(draft.calls))
-    raise ValueError(
-        f"catalogue {catalogue.name!r}: no request with at most {mix.max_calls} calls "
-        f"came out of {_MAX_ATTEMPTS} attempts"
+    raise DataError(
+        f"tool catalogue {catalogue.name!r}",
+        f"no request with at most {mix.max_calls} call(s) came out of {_MAX_ATTEMPTS} attempts, "
+        "as its tools need results of too many others",
+        "give parameters that have `from` a `value` too, so that a literal can end the chain",
     )
 
 
@@ -150,25 +153,34 @@ def _fill_slot(
     if is_list:
         weights = draft.mix.list_weights
         count = rng.choices(range(1, len(weights) + 1), weights)[0]
-    can_depend = bool(parameter.sources) and not literal and depth < _MAX_DEPTH
-    must_depend = parameter.value is None
-    if can_depend and (must_depend or rng.random() < draft.mix.dependency_share):
-        texts, references = _provide(draft, rng.choice(parameter.sources), count, depth)
+    may_depend = bool(parameter.sources) and not literal and depth < _MAX_DEPTH
+    if parameter.value is None or (may_depend and rng.random() < draft.mix.dependency_share):
+        texts, references = _provide(draft, parameter, count, depth)
         if is_list:
             return _enumerate(texts), references
         return texts[0], rng.choice(parameter.embed).replace("{}", references[0])
-    values = _draw_distinct(draft, parameter.value or "remark", count)
+    values = _draw_distinct(draft, parameter.value, count)
     if is_list:
         return _enumerate([v.text for v in values]), [v.argument for v in values]
     return values[0].text, values[0].argument
 
 
-def _provide(draft: _Draft, kind: str, count: int, depth: int) -> tuple[list[str], list[str]]:
-    """Call providers of a kind; a list never names the same result twice."""
+def _provide(
+    draft: _Draft, parameter: SlotParameter, count: int, depth: int
+) -> tuple[list[str], list[str]]:
+    """Call providers of one kind; a list never names the same result twice."""
+    catalogue = draft.catalogue
+    kind = draft.rng.choice(parameter.sources)
     texts: list[str] = []
     references: list[str] = []
     for _ in range(count):
-        provider = draft.rng.choice(draft.catalogue.providers(kind))
+        if depth < _MAX_DEPTH:
+            provider = draft.rng.choice(catalogue.providers(kind))
+        else:
+            # Without a literal value the chain must go on, now by the shortest way.
+            lengths, sources = catalogue.chain_lengths, parameter.sources
+            providers = [tool for kind in sources for tool in catalogue.providers(kind)]
+            provider = min(providers, key=lambda tool: lengths[tool.name])
         assert provider.mention is not None, "providers() lists only tools with a mention"
         text, call = _expand(draft, provider, provider.mention, depth + 1)
         reference = draft.reference(call)

@@ -130,11 +130,14 @@ BUILT_IN_VALUES: Mapping[str, Callable[[random.Random], Value]] = {
 }
 """Kinds of value that every catalogue can name; a catalogue adds its own word lists to them."""
 
+INTEGER_KINDS = frozenset({"minutes", "priority", "number"})
+"""Kinds whose argument is a whole number; all others give texts."""
+
 REUSABLE_KINDS = frozenset({"person", "file", "note"})
 """Kinds that a query mentions again at times, so that calls share a result."""
 
 
-def draw(kind: str, own_words: Mapping[str, Sequence[str]], rng: random.Random) -> Value:
+def draw(kind: str, own_words: Mapping[str, Sequence[str | int]], rng: random.Random) -> Value:
     """Draw one value of a kind, so that a query says one thing and the plan passes it.
 
     Args:
@@ -147,7 +150,7 @@ def draw(kind: str, own_words: Mapping[str, Sequence[str]], rng: random.Random) 
     """
     if kind in own_words:
         word = rng.choice(own_words[kind])
-        return Value(word, word)
+        return Value(str(word), word)
     return BUILT_IN_VALUES[kind](rng)
 
 

@@ -1,0 +1,246 @@
+"""What `gpu_check` measures: sizes, models, measurements and their order of importance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+COMPLETION_TOKENS = 88
+"""Supervised tokens of a synthetic row, as many as a published plan has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Every size of a run; `FULL` is the real model's shape, `TINY` goes through in seconds."""
+
+    hidden: int = 2048
+    layers: int = 22
+    heads: int = 32
+    kv_heads: int = 4
+    ffn: int = 5632
+    vocab_pieces: int = 32000
+    trained_pieces: int = 600
+    max_position_tokens: int = 32768
+    matmul_sizes: tuple[int, ...] = (4096, 8192)
+    matmul_repeats: int = 30
+    prompt_style: str = "full"
+    rows: int = 128
+    row_mean_tokens: int = 3500
+    row_deviation_tokens: int = 420
+    row_max_tokens: int = 4600
+    checkpointed_shapes: tuple[tuple[int, int], ...] = (
+        (1, 4608),
+        (2, 4608),
+        (8, 4608),
+        (1, 16384),
+        (1, 32768),
+        (2, 32768),
+        (4, 32768),
+    )
+    plain_shapes: tuple[tuple[int, int], ...] = ((4, 4608), (1, 16384))
+    main_shape: tuple[int, int] = (4, 4608)
+    seed_rows_per_step: int = 8
+    steps: int = 5
+    steps_s: float = 12.0
+    recipe_steps: int = 6
+    recipe_s: float = 25.0
+    prompts: int = 32
+    prompt_tokens: int = 1800
+    new_tokens: int = 64
+    batches: tuple[int, ...] = (16, 32)
+    single_prompts: int = 8
+    memorised_rows: int = 16
+    memorise_steps: int = 120
+    memorise_s: float = 30.0
+    test_paths: tuple[str, ...] = ("tests",)
+
+
+FULL = Scale()
+TINY = Scale(
+    hidden=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    ffn=256,
+    vocab_pieces=1100,
+    max_position_tokens=1024,
+    matmul_sizes=(64, 128),
+    matmul_repeats=2,
+    prompt_style="short",
+    rows=48,
+    row_mean_tokens=140,
+    row_deviation_tokens=10,
+    row_max_tokens=170,
+    checkpointed_shapes=((1, 144), (2, 144)),
+    plain_shapes=((2, 144),),
+    main_shape=(3, 144),
+    steps=2,
+    recipe_steps=2,
+    prompts=6,
+    prompt_tokens=60,
+    new_tokens=6,
+    batches=(3, 6),
+    single_prompts=2,
+    memorised_rows=4,
+    memorise_steps=6,
+    test_paths=("tests/plans",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model as the project loads it: a preset, and what differs from it."""
+
+    preset: str = "l4"
+    backend: str = "unsloth"
+    weights: str | None = None
+    checkpointing: str | None = None
+    max_length_tokens: int = 4608
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One measurement: a function of `gpu_check_parts` or `gpu_check_decoding` and its limits."""
+
+    name: str
+    kind: str
+    least_s: float
+    """With less time left it is not started."""
+    limit_s: float
+    """After so long it is killed."""
+    model: ModelSpec | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for the worker's job file and for the results."""
+        return {**asdict(self), "arguments": dict(self.arguments)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Measurements that share a process, because they share a model that takes long to load."""
+
+    name: str
+    measurements: tuple[Measurement, ...]
+    needs: tuple[str, ...] = ()
+    """Measurements without whose success none of these can run."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_INPUTS = ("base", "rows")
+
+
+def groups(scale: Scale) -> list[Group]:
+    """List all measurements, the most important first.
+
+    Args:
+        scale: The sizes.
+
+    Returns:
+        Groups in the order in which they run.
+    """
+    longest = scale.max_position_tokens
+    l4 = ModelSpec()
+    long_l4 = ModelSpec(max_length_tokens=longest)
+    plain = ModelSpec(checkpointing="false", max_length_tokens=longest)
+    bf16 = ModelSpec(weights="bf16")
+    bf16_plain = ModelSpec(weights="bf16", checkpointing="false")
+    seed = ModelSpec(preset="seed", backend="transformers")
+    reference = ModelSpec(backend="transformers")
+    shapes = [_shape("unsloth checkpointing", s, long_l4) for s in scale.checkpointed_shapes]
+    plain_shapes = [_shape("no checkpointing", s, plain) for s in scale.plain_shapes]
+    return [
+        _group(
+            "inputs",
+            _simple("matmul", "matmul", 5, 40),
+            _simple("base", "base", 10, 90),
+            _simple("rows", "rows", 5, 60),
+            needs=(),
+        ),
+        _group(
+            "l4",
+            _on("load: l4 preset", "load", l4, 30, 120),
+            _on("train: l4 preset", "train_rows", l4, 40, 240),
+            _shape("unsloth checkpointing", scale.main_shape, l4),
+            _on("generate", "generate", l4, 20, 120),
+            _on("numerics: unsloth", "numerics", l4, 15, 120),
+        ),
+        _group("seed", _on("train: seed preset", "train_rows", seed, 40, 150)),
+        _group("shapes", *shapes),
+        _group("reference", _on("numerics: transformers", "numerics", reference, 25, 90)),
+        _group("plain", *plain_shapes),
+        _group(
+            "bf16",
+            _on("load: bf16 weights", "load", bf16, 25, 90),
+            _on("train: bf16 weights", "train_rows", bf16, 25, 120),
+        ),
+        _group(
+            "no block compile",
+            _on("train: l4 preset without block compile", "train_rows", l4, 35, 120),
+            environment={"UNSLOTH_BLOCK_COMPILE": "0"},
+        ),
+        _group(
+            "whole way",
+            _on("preflight", "preflight", l4, 35, 150),
+            _on("memorise", "memorise", l4, 30, 120),
+        ),
+        _group(
+            "bf16 plain",
+            _on("train: bf16 weights, no checkpointing", "train_rows", bf16_plain, 35, 120),
+        ),
+        _group(
+            "packed",
+            _on("train: packed rows", "train_rows", long_l4, 35, 150, packed=True),
+        ),
+        _group("reference generation", _on("generate: transformers", "generate", reference, 40, 150)),
+        _group("tests", _simple("tests", "gpu_tests", 20, 240), needs=()),
+    ]
+
+
+def as_one_process(every: list[Group]) -> list[Group]:
+    """Put all measurements into one group, so that a quick run loads its libraries once.
+
+    Args:
+        every: The groups.
+
+    Returns:
+        One group with no needs and no environment of its own.
+    """
+    measurements = tuple(m for group in every for m in group.measurements)
+    return [Group(name="all", measurements=measurements)]
+
+
+def _group(
+    name: str,
+    *measurements: Measurement,
+    needs: tuple[str, ...] = _INPUTS,
+    environment: Mapping[str, str] | None = None,
+) -> Group:
+    return Group(
+        name=name, measurements=measurements, needs=needs, environment=environment or {}
+    )
+
+
+def _simple(name: str, kind: str, least_s: float, limit_s: float) -> Measurement:
+    return Measurement(name=name, kind=kind, least_s=least_s, limit_s=limit_s)
+
+
+def _on(
+    name: str, kind: str, model: ModelSpec, least_s: float, limit_s: float, **arguments: Any
+) -> Measurement:
+    return Measurement(
+        name=name, kind=kind, least_s=least_s, limit_s=limit_s, model=model, arguments=arguments
+    )
+
+
+def _shape(prefix: str, shape: tuple[int, int], model: ModelSpec) -> Measurement:
+    batch, tokens = shape
+    return Measurement(
+        name=f"step {batch} x {tokens}: {prefix}",
+        kind="train_shape",
+        least_s=20,
+        limit_s=100,
+        model=model,
+        arguments={"batch": batch, "tokens": tokens},
+    )
