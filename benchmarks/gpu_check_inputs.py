@@ -195,7 +195,9 @@ def write_rows(base: Path, path: Path, scale: Scale) -> RowFile:
                 break
             system += blocks[chosen]
         filled.append(replace(example, system=system))
-    return encode_examples(filled, tokenizer, path, max_length_tokens=2 * scale.row_max_tokens)
+    return encode_examples(
+        filled, tokenizer, path, max_length_tokens=scale.row_max_tokens, over_long="drop"
+    )
 
 
 def exact_rows(rows: Any, batch: int, tokens: int, steps: int) -> Any:

@@ -111,6 +111,8 @@ class Measurement:
     """After so long it is killed."""
     model: ModelSpec | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    """Measurements without whose success this one cannot run."""
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for the worker's job file and for the results."""
@@ -123,8 +125,6 @@ class Group:
 
     name: str
     measurements: tuple[Measurement, ...]
-    needs: tuple[str, ...] = ()
-    """Measurements without whose success none of these can run."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -155,8 +155,7 @@ def groups(scale: Scale) -> list[Group]:
             "inputs",
             _simple("matmul", "matmul", 5, 40),
             _simple("base", "base", 10, 90),
-            _simple("rows", "rows", 5, 60),
-            needs=(),
+            _simple("rows", "rows", 5, 60, needs=("base",)),
         ),
         _group(
             "l4",
@@ -164,10 +163,10 @@ def groups(scale: Scale) -> list[Group]:
             _on("train: l4 preset", "train_rows", l4, 40, 240),
             _shape("unsloth checkpointing", scale.main_shape, l4),
             _on("generate", "generate", l4, 20, 120),
-            _on("numerics: unsloth", "numerics", l4, 15, 120),
         ),
         _group("seed", _on("train: seed preset", "train_rows", seed, 40, 150)),
         _group("shapes", *shapes),
+        _group("numerics", _on("numerics: unsloth", "numerics", l4, 30, 150)),
         _group("reference", _on("numerics: transformers", "numerics", reference, 25, 90)),
         _group("plain", *plain_shapes),
         _group(
@@ -194,7 +193,7 @@ def groups(scale: Scale) -> list[Group]:
             _on("train: packed rows", "train_rows", long_l4, 35, 150, packed=True),
         ),
         _group("reference generation", _on("generate: transformers", "generate", reference, 40, 150)),
-        _group("tests", _simple("tests", "gpu_tests", 20, 240), needs=()),
+        _group("tests", _simple("tests", "gpu_tests", 20, 240)),
     ]
 
 
@@ -205,42 +204,39 @@ def as_one_process(every: list[Group]) -> list[Group]:
         every: The groups.
 
     Returns:
-        One group with no needs and no environment of its own.
+        One group without an environment of its own.
     """
     measurements = tuple(m for group in every for m in group.measurements)
     return [Group(name="all", measurements=measurements)]
 
 
 def _group(
-    name: str,
-    *measurements: Measurement,
-    needs: tuple[str, ...] = _INPUTS,
-    environment: Mapping[str, str] | None = None,
+    name: str, *measurements: Measurement, environment: Mapping[str, str] | None = None
 ) -> Group:
-    return Group(
-        name=name, measurements=measurements, needs=needs, environment=environment or {}
-    )
+    return Group(name=name, measurements=measurements, environment=environment or {})
 
 
-def _simple(name: str, kind: str, least_s: float, limit_s: float) -> Measurement:
-    return Measurement(name=name, kind=kind, least_s=least_s, limit_s=limit_s)
+def _simple(
+    name: str, kind: str, least_s: float, limit_s: float, needs: tuple[str, ...] = ()
+) -> Measurement:
+    return Measurement(name=name, kind=kind, least_s=least_s, limit_s=limit_s, needs=needs)
 
 
 def _on(
     name: str, kind: str, model: ModelSpec, least_s: float, limit_s: float, **arguments: Any
 ) -> Measurement:
     return Measurement(
-        name=name, kind=kind, least_s=least_s, limit_s=limit_s, model=model, arguments=arguments
+        name=name,
+        kind=kind,
+        least_s=least_s,
+        limit_s=limit_s,
+        model=model,
+        arguments=arguments,
+        needs=_INPUTS,
     )
 
 
 def _shape(prefix: str, shape: tuple[int, int], model: ModelSpec) -> Measurement:
     batch, tokens = shape
-    return Measurement(
-        name=f"step {batch} x {tokens}: {prefix}",
-        kind="train_shape",
-        least_s=20,
-        limit_s=100,
-        model=model,
-        arguments={"batch": batch, "tokens": tokens},
-    )
+    name = f"step {batch} x {tokens}: {prefix}"
+    return _on(name, "train_shape", model, 20, 100, batch=batch, tokens=tokens)

@@ -116,14 +116,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path
     return folder
 
 
-@pytest.fixture
-def tiny_config(
-    tmp_path: Path, tiny_base: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Config]:
-    """Return a maker of complete configs for the tiny base; keywords change sections' fields.
+@pytest.fixture(scope="session")
+def config_in(tiny_base: Path, tiny_data: Path) -> Callable[..., Config]:
+    """Return a maker of complete configs for the tiny base, with runs in the folder given.
 
-    The test runs in its own folder, where runs and caches go. A keyword is a section with a
-    mapping of fields, as in `tiny_config(train={"batch": 4})`, or a field of `Config` itself.
+    A keyword is a section with a mapping of fields, as in `config_in(folder, train={"batch": 4})`,
+    or a field of `Config` itself.
     """
     from tinyagent_fast.config import (
         Config,
@@ -134,12 +132,9 @@ def tiny_config(
         TrainConfig,
     )
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TINYAGENT_FAST_CACHE", str(tmp_path / "cache"))
     plain = Config(
         preset="smoke",
         name="tiny",
-        runs=tmp_path / "runs",
         data=DataConfig(
             train=tiny_data / "training_data.json",
             test=tiny_data / "testing_data.json",
@@ -163,12 +158,50 @@ def tiny_config(
         eval=EvalConfig(batch=4, max_new_tokens=6, sample=3, parity_prompts=0),
     )
 
-    def make(**changes: Any) -> Config:
+    def make(folder: Path, **changes: Any) -> Config:
         sections = {
             name: replace(getattr(plain, name), **value) if isinstance(value, dict) else value
             for name, value in changes.items()
         }
-        return replace(plain, **sections)
+        return replace(plain, **{"runs": folder / "runs", **sections})
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(
+    tmp_path: Path, config_in: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Config]:
+    """Return `config_in` for a test that trains: it runs in its own folder, with its own cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYAGENT_FAST_CACHE", str(tmp_path / "cache"))
+    return lambda **changes: config_in(tmp_path, **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return a maker of encoded plan rows, all different and of different lengths."""
+    from tinyagent_fast.data.schema import Example
+    from tinyagent_fast.prompts.rows import encode_examples
+
+    def make(tokenizer: Any, count: int, *, max_length_tokens: int = 768) -> Any:
+        examples = []
+        for at in range(count):
+            calls = [f'{n + 1}. open_note("{"ab" * (at + n)}", "")' for n in range(1 + at % 3)]
+            examples.append(
+                Example(
+                    key=f"k{at}/0",
+                    entry_key=f"k{at}",
+                    kind="plan",
+                    query=f"open note {at}",
+                    system="tools: open_note",
+                    user=f"Question: open note {at}" + " now" * (at * 7 % 5),
+                    output="\n".join([*calls, f"{len(calls) + 1}. join()"]),
+                )
+            )
+        path = tmp_path_factory.mktemp("rows") / "rows.arrow"
+        file = encode_examples(examples, tokenizer, path, max_length_tokens=max_length_tokens)
+        return file.dataset()
 
     return make
 

@@ -59,7 +59,9 @@ def _run(name: str, arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         module = importlib.import_module(f"tinyagent_fast.commands.{COMMANDS[name][0]}")
-        return int(module.run(arguments))
+        code = int(module.run(arguments))
+        sys.stdout.flush()  # here, where a closed pipe is no error yet
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -123,14 +123,19 @@ class Run:
         records: list[dict[str, Any]] = []
         lines = self.history_path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
-                records.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
                 raise ConfigError(
                     f"{self.history_path}, line {number}",
-                    f"it is no JSON object: {error}",
+                    f"it is no JSON object: {line[:80]!r}",
                     "delete that line",
-                ) from error
+                )
+            records.append(record)
         return records
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.plans.tools import Tool
 
 
@@ -42,6 +42,12 @@ def run(arguments: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--predictions")
     flags = tyro.cli(ScoreFlags, args=words, prog="tinyagent-fast score")
+    if flags.pairs is not None and flags.predictions is not None:
+        raise ConfigError(
+            f"score {flags.predictions} --pairs {flags.pairs}",
+            "one call scores one file",
+            "leave one of them out",
+        )
     tools = _tools(flags.catalogue)
     if flags.pairs is not None:
         return _score_pairs(flags.pairs, tools, as_json=flags.json)
@@ -117,6 +123,8 @@ def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json:
     predictions = PredictionFile(
         folder, path.name if path.is_file() else "predictions.jsonl"
     ).read()
+    if not predictions:
+        raise DataError(f"predictions {path}", "there is none", "let `tinyagent-fast eval` finish")
     metrics = score_predictions(predictions, tools)
     if as_json:
         print(json.dumps(metrics.to_json(), indent=2))

@@ -96,18 +96,21 @@ def evaluate_examples(
     file = PredictionFile(folder)
     there = file.start(identity)
     missing = [example for example in examples if example.key not in there]
-    if there:
-        say(f"{len(there)} predictions are there, made with the same things; they are kept")
+    kept = len(examples) - len(missing)
+    if kept:
+        say(f"{kept} predictions are there, made with the same things; they are kept")
+    if len(there) > kept:
+        say(f"{len(there) - kept} predictions of other queries are there; no figure counts them")
     parity = None
     if missing:
-        parity = _generate(loaded, missing, settings, file, len(there), on_progress, say)
+        parity = _generate(loaded, missing, settings, file, kept, on_progress, say)
     by_key = {prediction.key: prediction for prediction in file.read()}
     predictions = [by_key[example.key] for example in examples]
     result = EvaluationResult(
         metrics=score_predictions(predictions, tools),
         predictions=predictions,
         parity=parity,
-        reused=len(there),
+        reused=kept,
         seconds=time.perf_counter() - started,
     )
     write_json(folder / "metrics.json", result.to_json())

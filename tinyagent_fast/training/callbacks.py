@@ -17,6 +17,9 @@ from transformers import TrainerCallback
 from tinyagent_fast.runs import Run, write_json
 from tinyagent_fast.training.trainer import refuse_non_finite
 
+# The loss scaler starts at 2 ** 16 and halves: after so many steps in a row it has no way left.
+_FP16_OVERFLOWS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -59,6 +62,18 @@ def is_better(new: Evaluation, best: Best | None) -> bool:
     return new.loss < best.loss
 
 
+def _reason(new: Evaluation, best: Best | None) -> str:
+    """Say why an evaluation is the best so far."""
+    if best is None:
+        return "first evaluation"
+    if new.success == best.success:
+        return (
+            f"equal success {new.success:.4f}, loss {new.loss:.4f} lower than {best.loss:.4f} "
+            f"at step {best.step}"
+        )
+    return f"success {new.success:.4f} higher than {best.success:.4f} at step {best.step}"
+
+
 def read_best(run: Run) -> Best | None:
     """Read best/best.json.
 
@@ -95,7 +110,15 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]
 
 
 class StepGuard(TrainerCallback):  # type: ignore[misc]
-    """Stops before the optimizer step when a gradient is not finite."""
+    """Stops before the optimizer step when a gradient is not finite.
+
+    In fp16 the loss scaler skips such a step itself and halves its scale until gradients fit; only
+    when that does not help is training stopped.
+    """
+
+    def __init__(self) -> None:
+        """Start with no overflow seen."""
+        self.overflows = 0
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -108,8 +131,12 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         import torch
 
         norms = [torch.linalg.vector_norm(p.grad) for p in model.parameters() if p.grad is not None]
-        if norms:
-            refuse_non_finite("gradient norm", torch.stack(norms).sum(), state.global_step + 1)
+        if not norms:
+            return
+        norm = torch.stack(norms).sum()
+        self.overflows = 0 if bool(torch.isfinite(norm)) else self.overflows + 1
+        if not args.fp16 or self.overflows > _FP16_OVERFLOWS:
+            refuse_non_finite("gradient norm", norm, state.global_step + 1)
 
 
 class PlanSuccess(TrainerCallback):  # type: ignore[misc]
@@ -160,20 +187,21 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         new = self.measure(step)
         best = read_best(self.run)
         better = is_better(new, best)
-        self.run.append_history({"event": "evaluation", **asdict(new), "best": better})
+        # A resumed run measures steps again that a stopped one measured behind its checkpoint.
+        again = best is not None and best.step == step
+        self.run.append_history({"event": "evaluation", **asdict(new), "best": better or again})
         if better:
-            before = "none before it" if best is None else f"{best.success:.4f} at step {best.step}"
-            tie = best is not None and best.success == new.success
-            rule = "equal success, lower loss" if tie else "higher success"
-            reason = "first evaluation" if best is None else f"{rule} than {before}"
+            reason = _reason(new, best)
             kept = Best(step=step, success=new.success, loss=new.loss, reason=reason)
             self.save(self.run.best, kept)
         self.show(new, better)
         return new
 
     def _evaluations_since_best(self) -> int:
-        flags = [r["best"] for r in self.run.history() if r.get("event") == "evaluation"]
-        return flags[::-1].index(True) if True in flags else len(flags)
+        best = read_best(self.run)
+        since = -1 if best is None else best.step
+        steps = {r["step"] for r in self.run.history() if r.get("event") == "evaluation"}
+        return sum(step > since for step in steps)
 
 
 class History(TrainerCallback):  # type: ignore[misc]

@@ -47,10 +47,12 @@ from tinyagent_fast.training.models import LoadedModel, load_for_training
 from tinyagent_fast.training.plots import plot_training
 from tinyagent_fast.training.preflight import preflight
 from tinyagent_fast.training.resume import (
+    forget_after,
     last_checkpoint,
     refuse_changed_config,
     remember_or_compare,
     trainable_parameters,
+    training_is_over,
 )
 from tinyagent_fast.training.threads import fastest_threads
 from tinyagent_fast.training.trainer import (
@@ -239,11 +241,11 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
     if config.eval.before_and_after and checkpoint is None:
         before = _test(session, "before")
         display.say(f"before training: {headline(before.metrics)} test queries")
+    steps = optimizer_steps(len(trainer.train_dataset), config.train)
     history = History(run, lambda: trainer.tokens_seen, display.step)
     interrupt = StopOnInterrupt(display.say)
     callbacks = [StepGuard(), history, interrupt]
     if config.train.evaluations and session.rows.validation is not None:
-        steps = optimizer_steps(len(trainer.train_dataset), config.train)
         every = steps_between(steps, config.train.evaluations)
         success = _plan_success(session, trainer, history, every)
         callbacks.append(success)
@@ -251,6 +253,13 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
             success.evaluate(0)
     for callback in callbacks:
         trainer.add_callback(callback)
+    if checkpoint is not None:
+        if training_is_over(run, checkpoint, steps):
+            _load_adapter_weights(loaded, checkpoint)
+            display.say(f"{checkpoint.name} is the last one: no step is left to make")
+            return
+        dropped = forget_after(run, checkpoint)
+        display.say(f"going on from {checkpoint.name}: {dropped} later records of history dropped")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.interrupted:
         raise TrainingError(
@@ -309,7 +318,7 @@ def _plan_success(
             success=result.metrics.success.share,
             success_dag=result.metrics.success_dag.share,
             loss=loss,
-            samples=len(rows),
+            samples=result.metrics.n,
             seconds=seconds,
         )
 

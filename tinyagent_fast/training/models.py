@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config, LoraConfig, ModelConfig
+from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -56,6 +56,8 @@ def load_for_training(config: Config, base: str) -> LoadedModel:
     """
     plan = _decide(config.model)
     if plan.backend == "unsloth":
+        if plan.device == "cpu":
+            plan = replace(plan, notes=(*plan.notes, *_unsloth_cpu_notes(config.train)))
         model = _unsloth_base(config, base, plan)
         model = _unsloth_adapter(model, config, plan)
     else:
@@ -149,14 +151,21 @@ def _finish(model: Any, config: ModelConfig, base: str, plan: _Plan) -> LoadedMo
     model.config.pad_token_id = tokenizer.pad_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_id
+    notes = plan.notes
+    if config.weights == "nf4" and not any(_is_4bit(p) for p in model.parameters()):
+        notes = (*notes, "bitsandbytes could not quantise the weights: they are not in 4 bits")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         backend=plan.backend,
         device=plan.device,
         compute_dtype=plan.compute_dtype,
-        notes=plan.notes,
+        notes=notes,
     )
+
+
+def _is_4bit(parameter: Any) -> bool:
+    return type(parameter).__name__ == "Params4bit"
 
 
 def _torch_dtype(name: str) -> Any:
@@ -249,6 +258,19 @@ def _prepare_unsloth_environment() -> None:
     os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
     cache = Path.home() / ".cache" / "tinyagent_fast" / "unsloth_compiled"
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
+
+
+def _unsloth_cpu_notes(train: TrainConfig) -> list[str]:
+    """Say what Unsloth's CPU backend changes without an error.
+
+    Source: unsloth_zoo 2026.10.9, cpu/trainer.py.
+    """
+    notes = []
+    if train.optimizer == "adamw_8bit":
+        notes.append("Unsloth without a GPU takes torch's fused AdamW instead of adamw_8bit")
+    if train.batching == "packed":
+        notes.append("Unsloth without a GPU does not pack rows: they are shuffled and padded")
+    return notes
 
 
 def _unsloth_base(config: Config, base: str, plan: _Plan) -> Any:

@@ -39,7 +39,7 @@ class NanoShape:
 
     vocab_pieces: int = 1536
     hidden: int = 256
-    intermediate: int = 512
+    intermediate: int = 256
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2

@@ -79,15 +79,22 @@ def check_collator(trainer: Any, rows: Any, pad_id: int) -> int:
     Raises:
         TrainingError: Ids or labels differ.
     """
-    count = min(len(trainer.train_dataset), max(2, trainer.args.per_device_train_batch_size))
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
+    dataset = trainer.train_dataset
+    count: int = min(len(dataset), max(2, trainer.args.per_device_train_batch_size))
     if trainer.args.packing:
-        return _check_packed(batch, rows)
-    expected = collate([rows[i] for i in range(count)], pad_id)
-    for name, ours in expected.items():
+        if sum(map(sum, dataset["seq_lengths"])) != sum(rows["length"]):
+            raise _other_batch("the number of tokens")
+        return _check_packed(trainer.data_collator([dataset[i] for i in range(count)]), rows)
+    if len(dataset) != len(rows):
+        raise _other_batch("the number of rows")
+    # The longest row is among them, because cutting would show there.
+    lengths = list(rows["length"])
+    indices = [*range(count), lengths.index(max(lengths))]
+    batch = trainer.data_collator([dataset[i] for i in indices])
+    for name, ours in collate([rows[i] for i in indices], pad_id).items():
         if name not in batch or batch[name].tolist() != ours.tolist():
             raise _other_batch(name)
-    return count
+    return len(set(indices))
 
 
 def _check_packed(batch: Any, rows: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from tinyagent_fast.config import Config
 from tinyagent_fast.config_file import to_mapping
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.runs import Run, write_json
+from tinyagent_fast.runs import Run, write_json, write_text
 
 _LISTED = 20
 
@@ -38,7 +38,45 @@ def last_checkpoint(run: Run) -> Path:
             "it has no checkpoint to resume from",
             "train anew; --train.save-every-steps saves earlier",
         )
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return max(found, key=_step_of)
+
+
+def training_is_over(run: Run, checkpoint: Path, steps: int) -> bool:
+    """Say whether a checkpoint is a run's last, because a trainer would make one step too many.
+
+    Args:
+        run: The run.
+        checkpoint: Its newest checkpoint.
+        steps: Optimizer steps of the whole run.
+
+    Returns:
+        Whether all steps are made, or training was stopped early at the checkpoint.
+    """
+    step = _step_of(checkpoint)
+    stops = [r["step"] for r in run.history() if r.get("event") == "early stop"]
+    return step >= steps or step in stops
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def forget_after(run: Run, checkpoint: Path) -> int:
+    """Drop history of steps behind a checkpoint, because they are made once more.
+
+    Args:
+        run: The run.
+        checkpoint: Where it goes on from.
+
+    Returns:
+        How many records were dropped.
+    """
+    step = _step_of(checkpoint)
+    history = run.history()
+    kept = [record for record in history if record.get("step", 0) <= step]
+    if len(kept) < len(history):
+        write_text(run.history_path, "".join(json.dumps(record) + "\n" for record in kept))
+    return len(history) - len(kept)
 
 
 def refuse_changed_config(run: Run, config: Config) -> None:

@@ -1,0 +1,294 @@
+"""Measure on a CUDA machine what the project claims: `make gpu-check`, under eight minutes.
+
+Needs no network and no installed package: weights, tokenizer and rows are made on the spot, in the
+real model's shape. Each group of measurements has its own process; a failure, a lack of memory or a
+hang costs that measurement alone. The JSON file is whole at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_check_plan import FULL, TINY, Group, Measurement, Scale, as_one_process, groups
+from gpu_check_runner import Results, Runner
+
+FORMAT = 1
+NO_CUDA_EXIT = 2
+_SUMMARY_S = 5.0
+_MACHINE = Measurement(name="machine", kind="machine", least_s=0, limit_s=120)
+_COLUMNS = (
+    "samples_per_s",
+    "tokens_per_s",
+    "median_step_s",
+    "first_step_s",
+    "peak_reserved_gib",
+    "peak_allocated_gib",
+    "load_s",
+    "fused_layers",
+    "tflop_per_s_4096",
+    "tflop_per_s_8192",
+    "plans_per_s_batch_1",
+    "plans_per_s_batch_16",
+    "plans_per_s_batch_32",
+    "loss_relative_difference",
+    "gradient_cosine",
+    "padded_pair_relative_difference",
+    "masked_loss_relative_difference",
+    "reproduced",
+    "reproduced_of",
+    "preflight_s",
+    "passed",
+    "failed",
+    "skipped",
+    "loss_plausible",
+    "mean_tokens",
+    "longest_tokens",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print a table.
+
+    Args:
+        arguments: Without the program's name; none takes those of the process.
+
+    Returns:
+        0 when all that was tried ran or lacked memory only, 1 when something failed, 2 without CUDA.
+    """
+    flags = _flags(arguments)
+    started = time.time()
+    scale = TINY if flags.tiny else FULL
+    work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    _set_environment(work, flags.tiny)
+    card = "cpu-tiny" if flags.tiny else _card_name()
+    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(started))
+    results = Results(
+        flags.out / f"gpu-check-{card}-{stamp}.json",
+        {
+            "format": FORMAT,
+            "tiny": flags.tiny,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+            "finished": None,
+            "seconds": None,
+            "budget_s": flags.budget_s,
+            "cap_gib": flags.cap_gib,
+            "ratios": None,
+        },
+    )
+    runner = Runner(
+        results=results,
+        work=work,
+        scale=scale,
+        deadline=started + flags.budget_s - _SUMMARY_S,
+        tiny=flags.tiny,
+        cap_gib=flags.cap_gib,
+        tokenizer=flags.tokenizer.resolve() if flags.tokenizer else None,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if not _measure(runner, scale, flags):
+            return NO_CUDA_EXIT
+    except KeyboardInterrupt:
+        print("stopped from outside; what was measured is kept")
+    finally:
+        runner.stop()
+        _finish(results, started, scale)
+        shutil.rmtree(work, ignore_errors=True)
+    bad = [r for r in results.measurements.values() if r["status"] not in ("ok", "oom", "not run")]
+    return 1 if bad else 0
+
+
+def _measure(runner: Runner, scale: Scale, flags: argparse.Namespace) -> bool:
+    """Look at the machine first; tell whether there is a device, or none is asked for."""
+    chosen = groups(scale)
+    if flags.tiny:
+        chosen = as_one_process(
+            [Group(name="machine", measurements=(_MACHINE,)), *_selected(chosen, flags.only)]
+        )
+        runner.run(chosen)
+        return True
+    runner.run([Group(name="machine", measurements=(_MACHINE,))])
+    figures = runner.results.measurements["machine"]["figures"]
+    if figures is not None and figures["card"] is None:
+        print(
+            "error: no CUDA device was found\n"
+            "  why: every figure of this check is one of a GPU\n"
+            "  fix: run it on a CUDA machine; --tiny goes through all parts on the CPU, to test them"
+        )
+        return False
+    runner.run(_selected(chosen, flags.only))
+    return True
+
+
+def _selected(chosen: Sequence[Group], only: Sequence[str]) -> list[Group]:
+    return [g for g in chosen if not only or g.name in only or g.name == "inputs"]
+
+
+def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    root = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=root / "results", help="folder of the JSON file")
+    parser.add_argument("--budget-s", type=float, default=480.0, help="seconds for everything")
+    parser.add_argument("--cap-gib", type=float, default=22.0, help="GPU memory to use; 0: all")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model for real token counts")
+    parser.add_argument("--only", nargs="*", default=[], help="names of groups; none: all")
+    parser.add_argument("--tiny", action="store_true", help="all parts on the CPU, in small")
+    flags = parser.parse_args(arguments)
+    if flags.tokenizer is not None and not flags.tokenizer.is_file():
+        parser.error(f"--tokenizer {flags.tokenizer}: there is no such file")
+    known = [group.name for group in groups(FULL)]
+    if unknown := [name for name in flags.only if name not in known]:
+        parser.error(f"--only {' '.join(unknown)}: groups are {', '.join(known)}")
+    return flags
+
+
+def _set_environment(work: Path, tiny: bool) -> None:
+    """Keep libraries off the network, and their caches in the work folder."""
+    fixed = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_AUTO_INSTALL": "0",
+        "WANDB_DISABLED": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
+    folders = {
+        "HF_DATASETS_CACHE": "datasets",
+        "UNSLOTH_COMPILE_LOCATION": "unsloth",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+    }
+    os.environ.update(fixed)
+    os.environ.update({name: str(work / folder) for name, folder in folders.items()})
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if tiny:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _card_name() -> str:
+    """Name the card for the file, without loading torch."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        name = done.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _finish(results: Results, started: float, scale: Scale) -> None:
+    for entry in results.measurements.values():
+        if entry["status"] == "running":
+            entry.update(status="timeout", reason="stopped from outside")
+    now = time.time()
+    results.head["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
+    results.head["seconds"] = round(now - started, 1)
+    results.head["ratios"] = ratios(results.measurements, scale)
+    results.write()
+    print_table(results)
+    print(f"results: {results.path}")
+
+
+def ratios(measurements: Mapping[str, Mapping[str, Any]], scale: Scale) -> dict[str, float | None]:
+    """Put measured figures in relation; a ratio of something unmeasured is none.
+
+    Args:
+        measurements: All results.
+        scale: Names the shapes and batches.
+
+    Returns:
+        Ratios by name.
+    """
+
+    def figure(name: str, key: str) -> float | None:
+        entry = measurements.get(name) or {}
+        value = (entry.get("figures") or {}).get(key)
+        return value if entry.get("status") == "ok" and isinstance(value, int | float) else None
+
+    def ratio(top: tuple[str, str], bottom: tuple[str, str]) -> float | None:
+        above, below = figure(*top), figure(*bottom)
+        return round(above / below, 4) if above is not None and below else None
+
+    l4, seed, bf16 = "train: l4 preset", "train: seed preset", "train: bf16 weights"
+    batch, tokens = scale.main_shape
+    with_it = f"step {batch} x {tokens}: unsloth checkpointing"
+    found = {
+        "l4_over_seed_samples_per_s": ratio((l4, "samples_per_s"), (seed, "samples_per_s")),
+        "l4_over_seed_tokens_per_s": ratio((l4, "tokens_per_s"), (seed, "tokens_per_s")),
+        "bf16_over_nf4_tokens_per_s": ratio((bf16, "tokens_per_s"), (l4, "tokens_per_s")),
+        "without_over_with_block_compile_tokens_per_s": ratio(
+            (f"{l4} without block compile", "tokens_per_s"), (l4, "tokens_per_s")
+        ),
+        "without_over_with_checkpointing_tokens_per_s": ratio(
+            (f"step {batch} x {tokens}: no checkpointing", "tokens_per_s"),
+            (with_it, "tokens_per_s"),
+        ),
+    }
+    for size in scale.batches:
+        found[f"batch_{size}_over_1_plans_per_s"] = ratio(
+            ("generate", f"plans_per_s_batch_{size}"), ("generate", "plans_per_s_batch_1")
+        )
+    return found
+
+
+def print_table(results: Results) -> None:
+    """Print what came out, with rich where it is installed.
+
+    Args:
+        results: All results.
+    """
+    lines = [
+        (name, str(entry["status"]), _told(entry)) for name, entry in results.measurements.items()
+    ]
+    told = {k: v for k, v in (results.head["ratios"] or {}).items() if v is not None}
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for line in lines:
+            print(" | ".join(line))
+    else:
+        table = Table("measurement", "status", "figures", title="gpu check")
+        for line in lines:
+            table.add_row(*line)
+        width = None if sys.stdout.isatty() else 150
+        Console(highlight=False, markup=False, width=width).print(table)
+    for name, value in told.items():
+        print(f"{name}: {value}")
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    if entry["status"] not in ("ok", "timeout"):
+        return str(entry["reason"] or "")[:160]
+    figures = entry["figures"] or {}
+    parts = [f"{k} {json.dumps(figures[k])}" for k in _COLUMNS if figures.get(k) is not None]
+    start = [str(entry["reason"])] if entry["reason"] else []
+    return ", ".join(start + parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

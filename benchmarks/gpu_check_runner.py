@@ -1,0 +1,330 @@
+"""Run `gpu_check`'s measurements in processes of their own, and keep every result on disk at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_check_plan import Group, Measurement, Scale
+
+LOG_LINES = 30
+_POLL_S = 0.05
+
+
+class Results:
+    """The one JSON file; it is replaced as a whole after every change."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+        """Start the file.
+
+        Args:
+            path: Target.
+            head: What is known before the first measurement.
+        """
+        self.path = path
+        self.measurements: dict[str, dict[str, Any]] = {}
+        self.head = dict(head)
+        self.write()
+
+    def record(self, item: Measurement, **changes: Any) -> None:
+        """Set fields of a measurement's result and write the file.
+
+        Args:
+            item: The measurement.
+            **changes: status, reason, figures, seconds, log.
+        """
+        entry = self.measurements.setdefault(
+            item.name,
+            {
+                "status": None,
+                "reason": None,
+                "figures": None,
+                "seconds": None,
+                "kind": item.kind,
+                "model": asdict(item.model) if item.model else None,
+                "arguments": dict(item.arguments),
+            },
+        )
+        entry.update(changes)
+        self.write()
+
+    def ok(self, name: str) -> bool:
+        """Tell whether a measurement succeeded.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            Whether it did.
+        """
+        return self.measurements.get(name, {}).get("status") == "ok"
+
+    def write(self) -> None:
+        """Replace the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = finite({**self.head, "measurements": self.measurements})
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def finite(value: Any) -> Any:
+    """Make a value that every JSON reader takes: NaN and infinity become their names.
+
+    Args:
+        value: Plain values.
+
+    Returns:
+        The same with strings in place of such floats.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+@dataclass
+class Runner:
+    """Starts workers, listens to them, and kills those that take too long."""
+
+    results: Results
+    work: Path
+    scale: Scale
+    deadline: float
+    """As `time.time()` counts."""
+    tiny: bool = False
+    cap_gib: float = 0.0
+    tokenizer: Path | None = None
+    say: Callable[[str], None] = print
+    worker: Sequence[str] = (
+        sys.executable,
+        str(Path(__file__).with_name("gpu_check_worker.py")),
+    )
+    start_limit_s: float = 120.0
+    """How long a worker may take before it says that it is ready."""
+    start_least_s: float = 12.0
+    """With less time left no worker is started."""
+    _process: Any = field(default=None, init=False)
+    _jobs: int = field(default=0, init=False)
+
+    def run(self, groups: Sequence[Group]) -> None:
+        """Measure all groups; whatever happens in one, the next ones follow.
+
+        Args:
+            groups: In order of importance.
+        """
+        for group in groups:
+            self._run_group(group)
+
+    def stop(self) -> None:
+        """Kill the worker and all its children."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            process.kill()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.say("a worker could not be killed; it is left behind")
+
+    def _run_group(self, group: Group) -> None:
+        remaining = list(group.measurements)
+        while remaining:
+            remaining = self._without_hopeless(remaining)
+            if not remaining:
+                return
+            left = self.deadline - time.time()
+            needed = remaining[0].least_s + (0 if self.tiny else self.start_least_s)
+            if left < needed:
+                reason = f"{max(0.0, left):.0f} s were left, it needs {needed:.0f} s or more"
+                self._give_up(remaining, reason)
+                return
+            remaining = self._run_worker(group, remaining)
+
+    def _without_hopeless(self, remaining: list[Measurement]) -> list[Measurement]:
+        """Leave out what needs a failed one, and shapes that hold one that lacked memory."""
+        kept = []
+        there = self.results.measurements
+        for item in remaining:
+            failed = [n for n in item.needs if n in there and not self.results.ok(n)]
+            smaller = [name for name, result in there.items() if _holds(item, result)]
+            if failed:
+                self._give_up([item], f"it needs {', '.join(failed)}")
+            elif smaller:
+                self._give_up([item], f"memory did not suffice for {smaller[0]}")
+            else:
+                kept.append(item)
+        return kept
+
+    def _run_worker(self, group: Group, remaining: list[Measurement]) -> list[Measurement]:
+        """Run one worker until it ends or is killed.
+
+        Returns:
+            What is still to be measured.
+        """
+        self._jobs += 1
+        job_file = self.work / f"job-{self._jobs}.json"
+        watch = _Watch(self.work / f"events-{self._jobs}.jsonl", self.work / f"log-{self._jobs}.txt")
+        job = {
+            "work": str(self.work),
+            "events": str(watch.events),
+            "scale": asdict(self.scale),
+            "tiny": self.tiny,
+            "cap_gib": self.cap_gib,
+            "tokenizer": str(self.tokenizer) if self.tokenizer else None,
+            "deadline": self.deadline,
+            "measurements": [item.to_json() for item in remaining],
+        }
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        with watch.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*self.worker, str(job_file)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **group.environment},
+                start_new_session=True,
+            )
+        by_name = {item.name: item for item in remaining}
+        killed = self._listen(watch, by_name)
+        code = self._process.poll() if self._process is not None else None
+        self.stop()
+        for event in watch.new_events():
+            self._take(event, watch, by_name)
+        return self._after(watch, by_name, remaining, killed, code)
+
+    def _listen(self, watch: _Watch, by_name: Mapping[str, Measurement]) -> str | None:
+        """Take events until the worker ends; say why if it has to be killed."""
+        assert self._process is not None, "the caller has started it"
+        since = time.time()
+        while True:
+            ended = self._process.poll() is not None
+            for event in watch.new_events():
+                self._take(event, watch, by_name)
+                since = time.time()
+            if ended:
+                return None
+            now = time.time()
+            if now > self.deadline:
+                return "the time for the whole check was over"
+            limit = by_name[watch.current].limit_s if watch.current else self.start_limit_s
+            # Partial figures do not prolong a measurement, they only tell that it lives.
+            started = watch.started if watch.current else since
+            if now - started > limit:
+                return f"it took longer than {limit:.0f} s"
+            time.sleep(_POLL_S)
+
+    def _take(
+        self, event: Mapping[str, Any], watch: _Watch, by_name: Mapping[str, Measurement]
+    ) -> None:
+        kind = event["event"]
+        if kind == "ready":
+            watch.ready = True
+        elif kind == "start":
+            watch.current, watch.started = event["name"], time.time()
+            self.results.record(by_name[watch.current], status="running")
+        elif kind == "partial" and watch.current:
+            self.results.record(by_name[watch.current], figures=event["figures"])
+        elif kind == "result":
+            fields = {k: v for k, v in event.items() if k not in ("event", "name", "model_broken")}
+            self.results.record(by_name[event["name"]], **fields)
+            watch.done.append(event["name"])
+            watch.model_broken = bool(event.get("model_broken"))
+            watch.current = None
+            self.say(f"{event['name']}: {event['status']} {event.get('reason') or ''}".rstrip())
+
+    def _after(
+        self,
+        watch: _Watch,
+        by_name: Mapping[str, Measurement],
+        remaining: list[Measurement],
+        killed: str | None,
+        code: int | None,
+    ) -> list[Measurement]:
+        """Record what a worker's end means for the measurement it was at."""
+        rest = [item for item in remaining if item.name not in watch.done]
+        if watch.model_broken:
+            model = self.results.measurements[watch.done[-1]]["model"]
+            same = [item for item in rest if item.model and asdict(item.model) == model]
+            self._give_up(same, "its model cannot be loaded")
+            return [item for item in rest if item not in same]
+        if watch.current is None and watch.done:
+            return rest
+        why = killed or f"the process ended with {code}"
+        status = "timeout" if killed else "crashed"
+        if watch.current is not None:
+            failed = by_name[watch.current]
+        elif not rest:
+            return []
+        else:
+            failed, why = rest[0], f"before it began: {why}"
+        self.results.record(failed, status=status, reason=why, log=watch.tail())
+        self.say(f"{failed.name}: {status}, {why}")
+        rest = [item for item in rest if item is not failed]
+        if not watch.ready:
+            self._give_up(rest, "the process of this group does not start")
+            return []
+        return rest
+
+    def _give_up(self, items: Sequence[Measurement], reason: str) -> None:
+        for item in items:
+            self.results.record(item, status="not run", reason=reason)
+            self.say(f"{item.name}: not run, {reason}")
+
+
+@dataclass
+class _Watch:
+    """What is known of one worker."""
+
+    events: Path
+    log: Path
+    ready: bool = False
+    current: str | None = None
+    started: float = 0.0
+    done: list[str] = field(default_factory=list)
+    model_broken: bool = False
+    _read: int = 0
+
+    def new_events(self) -> list[dict[str, Any]]:
+        """Read the whole lines that came since the last call."""
+        if not self.events.exists():
+            return []
+        content = self.events.read_bytes()[self._read :]
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [json.loads(line) for line in whole.decode().splitlines()]
+
+    def tail(self) -> list[str]:
+        """Give the end of what the worker printed."""
+        if not self.log.exists():
+            return []
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+
+
+def _holds(item: Measurement, result: Mapping[str, Any]) -> bool:
+    """Tell whether a result is a lack of memory at a shape that an item's shape holds."""
+    if result["status"] != "oom" or "batch" not in item.arguments:
+        return False
+    smaller = result["arguments"]
+    model = asdict(item.model) if item.model else None
+    return bool(
+        result["kind"] == item.kind
+        and result["model"] == model
+        and smaller["batch"] <= item.arguments["batch"]
+        and smaller["tokens"] <= item.arguments["tokens"]
+    )

@@ -1,0 +1,281 @@
+"""Evaluation: every query answered once, also across a stop, and figures that can be redone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.config import EvalConfig
+from tinyagent_fast.data.schema import Example
+from tinyagent_fast.evaluation import running
+from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples, prompt_ids
+from tinyagent_fast.evaluation.scoring import score_predictions
+from tinyagent_fast.generation.decoding import Completion
+from tinyagent_fast.prompts.loading import load_tokenizer
+from tinyagent_fast.prompts.templates import render
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.training.models import LoadedModel
+
+SETTINGS = EvalConfig(batch=3, max_new_tokens=5, parity_prompts=2)
+MADE_WITH = {"adapter_sha256": "a1"}
+LABEL = '1. open_note("n", "")\n2. join()'
+
+
+def make_examples(count: int) -> list[Example]:
+    return [
+        Example(
+            key=f"k{at}/0",
+            entry_key=f"k{at}",
+            kind="plan",
+            query=f"open note {at}",
+            system="tools",
+            user="Question: open note" + " please" * at,
+            output=LABEL,
+        )
+        for at in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_base: Path) -> LoadedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return LoadedModel(
+        model=AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval(),
+        tokenizer=PromptTokenizer(load_tokenizer(tiny_base)),
+        backend="transformers",
+        device="cpu",
+        compute_dtype="float32",
+    )
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the prompts that go through the sweep, in the order of its batches."""
+    counts: list[int] = []
+    original = running.complete
+
+    def counting(*arguments: Any, **keywords: Any) -> Iterator[list[tuple[int, Completion]]]:
+        for pairs in original(*arguments, **keywords):
+            counts.append(len(pairs))
+            yield pairs
+
+    monkeypatch.setattr(running, "complete", counting)
+    return counts
+
+
+def evaluate(loaded: LoadedModel, count: int, folder: Path, **changes: Any) -> EvaluationResult:
+    arguments: dict[str, Any] = {"settings": SETTINGS, "made_with": MADE_WITH, **changes}
+    return evaluate_examples(loaded, make_examples(count), folder=folder, **arguments)
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def texts_of(result: EvaluationResult) -> list[tuple[str, str, str, int]]:
+    return [(p.key, p.prediction, p.stop_reason, p.new_tokens) for p in result.predictions]
+
+
+def test_every_query_gets_one_prediction_with_its_label_in_the_order_of_the_examples(
+    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+) -> None:
+    result = evaluate(loaded, 7, tmp_path)
+    assert [p.key for p in result.predictions] == [e.key for e in make_examples(7)]
+    assert {p.label for p in result.predictions} == {LABEL}
+    assert generated == [3, 3, 1]
+    assert result.metrics.n == 7
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").startswith("# evaluation")
+    assert all(p.seconds is not None and p.seconds >= 0 for p in result.predictions)
+
+
+def test_scoring_the_file_again_gives_the_figures_of_metrics_json(
+    loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tinyagent_fast.commands import score
+
+    evaluate(loaded, 5, tmp_path)
+    written = metrics_of(tmp_path)
+    del written["generation"]
+    again = score_predictions(PredictionFile(tmp_path).read())
+    assert json.loads(json.dumps(again.to_json())) == written
+    assert score.run([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == written
+
+
+def test_metrics_json_says_how_the_predictions_came_about(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    evaluate(loaded, 4, tmp_path)
+    generation = metrics_of(tmp_path)["generation"]
+    assert generation["reused_predictions"] == 0
+    assert generation["parity"]["tried"] == [[3, 0]]
+    assert generation["seconds"] > 0
+
+
+class Stop(BaseException):
+    """Stands for a kill."""
+
+
+def stop_after(batches: int) -> Any:
+    calls = 0
+
+    def on_progress(_done: int, _total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == batches:
+            raise Stop
+
+    return on_progress
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["between lines", "inside a line"])
+def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_as_if_never_stopped(
+    torn: bool, loaded: LoadedModel, tmp_path: Path, generated: list[int]
+) -> None:
+    whole = evaluate(loaded, 8, tmp_path / "whole")
+    generated.clear()
+    folder = tmp_path / "stopped"
+    with pytest.raises(Stop):
+        evaluate(loaded, 8, folder, on_progress=stop_after(2))
+    file = PredictionFile(folder)
+    if torn:
+        file.path.write_bytes(file.path.read_bytes()[:-10])
+    lines: list[str] = []
+    progress: list[tuple[int, int]] = []
+    result = evaluate(
+        loaded,
+        8,
+        folder,
+        say=lines.append,
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    assert generated == ([3, 3, 3] if torn else [3, 3, 2])
+    assert result.reused == (5 if torn else 6)
+    assert progress[-1] == (8, 8)
+    assert f"{result.reused} predictions are there" in lines[0]
+    assert texts_of(result) == texts_of(whole)
+    assert sorted(p.key for p in file.read()) == sorted(e.key for e in make_examples(8))
+    assert result.metrics == whole.metrics
+
+
+def test_the_model_is_left_in_its_mode_when_an_evaluation_is_stopped(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    import torch
+
+    loaded.model.train()
+    with pytest.raises(Stop):
+        evaluate(loaded, 4, tmp_path, on_progress=stop_after(1))
+    assert loaded.model.training
+    assert torch.is_grad_enabled()
+    loaded.model.eval()
+
+
+def test_a_finished_evaluation_generates_nothing_again(
+    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+) -> None:
+    first = evaluate(loaded, 4, tmp_path)
+    generated.clear()
+    second = evaluate(loaded, 4, tmp_path)
+    assert generated == []
+    assert second.parity is None
+    assert second.reused == 4
+    assert second.predictions == first.predictions
+    assert second.metrics == first.metrics
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"made_with": {"adapter_sha256": "b2"}},
+        {"settings": replace(SETTINGS, max_new_tokens=4)},
+    ],
+    ids=["adapter", "length limit"],
+)
+def test_predictions_of_another_adapter_or_limit_are_never_mixed_in(
+    changes: dict[str, Any], loaded: LoadedModel, tmp_path: Path, generated: list[int]
+) -> None:
+    evaluate(loaded, 4, tmp_path)
+    generated.clear()
+    result = evaluate(loaded, 4, tmp_path, **changes)
+    assert sum(generated) == 4
+    assert result.reused == 0
+    assert len(PredictionFile(tmp_path).read()) == 4
+
+
+def test_another_batch_size_is_no_other_evaluation(
+    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+) -> None:
+    evaluate(loaded, 4, tmp_path)
+    generated.clear()
+    assert evaluate(loaded, 4, tmp_path, settings=replace(SETTINGS, batch=2)).reused == 4
+    assert generated == []
+
+
+def test_more_queries_add_to_what_is_there_and_fewer_are_counted_alone(
+    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+) -> None:
+    evaluate(loaded, 2, tmp_path)
+    generated.clear()
+    assert evaluate(loaded, 5, tmp_path).reused == 2
+    assert sum(generated) == 3
+    lines: list[str] = []
+    fewer = evaluate(loaded, 3, tmp_path, say=lines.append)
+    assert (fewer.metrics.n, fewer.reused) == (3, 3)
+    assert "2 predictions of other queries are there" in lines[1]
+
+
+def test_a_batch_that_gives_other_plans_is_said_and_not_used(
+    loaded: LoadedModel, tmp_path: Path, generated: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = evaluate(loaded, 5, tmp_path / "alone", settings=replace(SETTINGS, batch=1))
+    generated.clear()
+    original = loaded.model.generate
+
+    def generate(**arguments: Any) -> Any:
+        output = original(**arguments)
+        if len(output) > 1:
+            output[:, arguments["input_ids"].shape[1] :] = 40
+        return output
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    lines: list[str] = []
+    result = evaluate(loaded, 5, tmp_path / "batched", say=lines.append)
+    assert generated == [1, 1, 1, 1, 1]
+    assert "falling back to batch 1" in lines[0]
+    assert result.parity is not None
+    assert not result.parity.agrees
+    assert texts_of(result) == texts_of(alone)
+
+
+def test_prompts_are_encoded_just_as_training_rows_begin(loaded: LoadedModel) -> None:
+    examples = make_examples(4)
+    rows = loaded.tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
+    assert prompt_ids(loaded, examples) == [r.input_ids[: r.prompt_tokens] for r in rows]
+
+
+def test_a_right_plan_counts_as_success_and_a_wrong_one_does_not(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def complete(
+        _model: Any, _tokenizer: Any, prompts: Any, **_: Any
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        yield [
+            (at, Completion(LABEL if at % 2 else "1. join()", "stop", 9))
+            for at in range(len(prompts))
+        ]
+
+    monkeypatch.setattr(running, "complete", complete)
+    settings = replace(SETTINGS, parity_prompts=0)
+    result = evaluate(loaded, 4, tmp_path, settings=settings)
+    assert (result.metrics.success.count, result.metrics.n) == (2, 4)
+    assert metrics_of(tmp_path)["failures"] == {"missing_tool": 2}

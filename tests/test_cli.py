@@ -1,0 +1,601 @@
+"""The command line: quick help, clear messages, exit codes, and what the light commands print."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.cli import COMMANDS, main
+from tinyagent_fast.commands import data_download, score, train
+from tinyagent_fast.config import Config
+from tinyagent_fast.errors import ConfigError, DataError, GateError, UserError
+from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.presets import preset_config
+from tinyagent_fast.runs import Run, create_run
+
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "trl", "peft", "numpy")
+HELP_S = 0.5
+
+
+class Output:
+    """What a call of the command line gave."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Output]:
+    """Return a function that runs the command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYAGENT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Output:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Output(code, captured.out, captured.err)
+
+    return run
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+LOADED = f"""
+import sys
+from tinyagent_fast.cli import main
+code = main(sys.argv[1:])
+print(*sorted(set(sys.modules) & {set(HEAVY)!r}), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_comes_at_once_and_loads_nothing_heavy(command: str) -> None:
+    taken_s = []
+    for _ in range(3):
+        # Processor time: the clock on the wall counts what else this machine does.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = python(LOADED, *command.split(), "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.strip() == ""
+        assert f"usage: tinyagent-fast {command or 'COMMAND'}" in done.stdout
+        if taken_s[-1] < HELP_S:
+            return
+    assert min(taken_s) < HELP_S
+
+
+def test_the_help_lists_every_command(call: Callable[..., Output]) -> None:
+    for arguments in ([], ["--help"], ["-h"], ["help"], ["data", "--help"]):
+        got = call(*arguments)
+        assert got.code == 0
+        for name, (_, text) in COMMANDS.items():
+            assert f"  {name}  " in got.out
+            assert text in got.out
+
+
+def test_the_help_of_train_lists_every_setting_and_preset(call: Callable[..., Output]) -> None:
+    for arguments in (["--help"], ["--preset", "auto", "--help"], ["--preset", "l4", "-h"]):
+        got = call("train", *arguments)
+        assert got.code == 0
+        for text in ("--train.learning-rate FLOAT", "--resume RUN", "--config FILE", "a100 (One A"):
+            assert text in got.out
+    assert "(default: 0.0002)" in got.out
+
+
+def test_the_version_is_printed(call: Callable[..., Output]) -> None:
+    assert call("--version").out.startswith("tinyagent-fast 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        ("train --preset smoke --train.learning-rat 1e-4", "--train.learning-rate"),
+        ("preview --train.epoch 1", "--train.epochs"),
+        ("eval --limt 5", "--limit"),
+        ("score --pair x.json", "--pairs"),
+        ("data check x.json --max-length-token 5", "--max-length-tokens"),
+        ("data generate --train-entrys 5", "--train-entries"),
+        ("data download --revison main", "--revision"),
+    ],
+)
+def test_a_misspelt_flag_is_refused_with_the_one_that_was_meant(
+    call: Callable[..., Output], arguments: str, suggestion: str
+) -> None:
+    got = call(*arguments.split())
+    assert got.code == 2
+    assert "Unrecognized options" in got.err
+    assert suggestion in got.err.partition("Perhaps you meant")[2]
+    assert "Traceback" not in got.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        ("trian", "`train`"),
+        ("evaluate", "`eval`"),
+        ("data chek", "`data check`"),
+        ("generate", "`data generate`"),
+        ("data", "`data check` or `data generate` or `data download`"),
+    ],
+)
+def test_an_unknown_command_is_refused_with_the_one_that_was_meant(
+    call: Callable[..., Output], arguments: str, suggestion: str
+) -> None:
+    got = call(*arguments.split())
+    assert (got.code, got.out) == (2, "")
+    assert got.err.startswith(f"error: unknown command {arguments!r}; did you mean {suggestion}?\n")
+    assert "commands:" in got.err
+
+
+def test_an_unknown_command_that_is_like_no_other_shows_the_commands(
+    call: Callable[..., Output],
+) -> None:
+    got = call("--verbose")
+    assert got.code == 2
+    assert got.err.startswith("error: unknown command '--verbose'\n")
+
+
+FAILURES: list[tuple[BaseException, int, str]] = [
+    (UserError("what", "why", "fix"), 2, "error: what\n  why: why\n  fix: fix\n"),
+    (DataError("a file", "it is cut", "fetch it"), 2, "error: a file\n"),
+    (ConfigError("a setting", "too big", "less"), 2, "error: a setting\n"),
+    (GateError("success 0.1 is below 0.5"), 1, "gate failed: success 0.1 is below 0.5\n"),
+    (KeyboardInterrupt(), 2, "stopped by Ctrl-C\n"),
+    (SystemExit("no such thing"), 2, "no such thing\n"),
+    (SystemExit(2), 2, ""),
+    (SystemExit(None), 0, ""),
+    (
+        ModuleNotFoundError("No module named 'torch'", name="torch"),
+        2,
+        "error: tinyagent-fast score",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "message"), FAILURES, ids=[repr(f[0]) for f in FAILURES])
+def test_an_error_that_is_no_bug_gives_its_message_without_a_traceback(
+    call: Callable[..., Output],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(score, "run", fail)
+    got = call("score")
+    assert got.code == code
+    assert got.err.startswith(message)
+    assert "Traceback" not in got.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("unexpected"),
+        ModuleNotFoundError("x", name="tinyagent_fast.absent"),
+        ModuleNotFoundError("x", name="torch.absent"),
+    ],
+)
+def test_a_bug_gives_a_traceback_and_exit_code_3(
+    call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(score, "run", fail)
+    got = call("score")
+    assert got.code == 3
+    assert got.err.startswith("Traceback")
+    assert got.err.endswith("this is a bug: please report it with the lines above\n")
+
+
+LABEL = '1. get_email_address("Ann")\n2. join()'
+PAIRS = [
+    {"label": LABEL, "prediction": LABEL, "note": "others are ignored"},
+    {"label": LABEL, "prediction": ""},
+    {"label": LABEL, "prediction": '1. get_phone_number("Ann")\n2. join()'},
+    {"label": LABEL, "prediction": '1. get_email_address("Bob")\n2. join()'},
+    {"label": '1. f("a")\n2. join()', "prediction": "1. join()"},
+]
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(PAIRS), encoding="utf-8")
+    return path
+
+
+WITHOUT_TORCH = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+from tinyagent_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_pairs_are_scored_as_json_lines_in_order_where_torch_cannot_be_imported(
+    pairs_file: Path,
+) -> None:
+    done = python(WITHOUT_TORCH, "score", "--pairs", pairs_file, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines == [
+        {"success": 1.0, "success_dag": 1.0, "tool_recall": 1.0, "failure": None},
+        {"success": 0.0, "success_dag": 0.0, "tool_recall": 0.0, "failure": "empty"},
+        {"success": 0.0, "success_dag": 0.0, "tool_recall": 0.5, "failure": "missing_tool"},
+        {"success": 1.0, "success_dag": 1.0, "tool_recall": 1.0, "failure": None},
+        {"success": 0.0, "success_dag": 0.0, "tool_recall": 0.5, "failure": "bad_label"},
+    ]
+    for line in lines:
+        assert list(line) == ["success", "success_dag", "tool_recall", "failure"]
+        assert [type(value) for value in line.values()][:3] == [float] * 3
+
+
+def test_pairs_are_scored_with_the_tools_of_a_catalogue(
+    call: Callable[..., Output], tmp_path: Path, pairs_file: Path
+) -> None:
+    catalogue = tmp_path / "tools.yaml"
+    parameters = "parameters: [{name: x, type: str, value: person}]"
+    catalogue.write_text(f"tools: [{{name: f, phrases: ['do {{x}}'], {parameters}}}]")
+    label = PAIRS[-1]["label"]
+    pairs_file.write_text(json.dumps([{"label": label, "prediction": label}]))
+    got = call("score", "--pairs", pairs_file, "--json", "--catalogue", catalogue)
+    assert json.loads(got.out)["success"] == 1.0
+
+
+def test_pairs_are_summed_up_for_people(call: Callable[..., Output], pairs_file: Path) -> None:
+    got = call("score", "--pairs", pairs_file)
+    assert got.code == 0
+    assert "success      40.0 %" in got.out
+    assert "n = 5" in got.out
+    for code in ("empty", "missing_tool", "bad_label"):
+        assert f"  {code}: 1\n" in got.out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "it cannot be read as JSON"),
+        ("[" * 100_000, "it cannot be read as JSON"),
+        ("{}", "the top level is no list"),
+        ("[1]", "item 0"),
+        ('[{"label": "a", "prediction": "b"}, {"label": "a"}]', "item 1"),
+        ('[{"label": "a", "prediction": null}]', "it has no texts `label` and `prediction`"),
+        ("[]", "the list is empty"),
+    ],
+)
+def test_a_pairs_file_of_another_form_is_the_users_error(
+    call: Callable[..., Output], pairs_file: Path, content: str, message: str
+) -> None:
+    pairs_file.write_text(content)
+    got = call("score", "--pairs", pairs_file)
+    assert (got.code, got.out) == (2, "")
+    assert message in got.err
+
+
+def test_a_pairs_file_that_is_missing_or_no_text_is_the_users_error(
+    call: Callable[..., Output], pairs_file: Path
+) -> None:
+    assert call("score", "--pairs", "absent.json").code == 2
+    pairs_file.write_bytes(b"\xff\xfe[]")
+    assert call("score", "--pairs", pairs_file).code == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(PAIRS[:1] * 4000))
+    words = [sys.executable, "-m", "tinyagent_fast", "score", "--pairs", str(path), "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith(b'{"success": 1.0')
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def predictions_in(folder: Path, count: int = 3) -> Path:
+    file = PredictionFile(folder)
+    file.start({})
+    for number in range(count):
+        row = Prediction(
+            key=f"{number}/0",
+            query="What is Ann's email?",
+            label=LABEL,
+            prediction=LABEL if number else "",
+            stop_reason="stop",
+            new_tokens=9,
+        )
+        file.append([row])
+    return file.path
+
+
+@pytest.mark.parametrize("form", ["file", "evaluation", "run"])
+def test_predictions_are_scored_again_by_file_evaluation_or_run(
+    call: Callable[..., Output], tmp_path: Path, form: str
+) -> None:
+    path = predictions_in(tmp_path / "runs" / "a" / "eval")
+    target = {"file": path, "evaluation": path.parent, "run": path.parent.parent}[form]
+    figures = json.loads(call("score", target, "--json").out)
+    assert figures["n"] == 3
+    assert figures["success"]["share"] == pytest.approx(2 / 3)
+    assert figures["failures"] == {"empty": 1}
+    assert call("score", "--predictions", target).out.startswith("#")
+
+
+def test_the_latest_run_is_scored_if_none_is_named(
+    call: Callable[..., Output], tmp_path: Path
+) -> None:
+    run = create_run(replace(preset_config("smoke"), name="a", runs=tmp_path / "runs"))
+    predictions_in(run.evaluation)
+    assert json.loads(call("score", "--json").out)["n"] == 3
+
+
+def test_predictions_that_are_missing_or_none_are_the_users_error(
+    call: Callable[..., Output], tmp_path: Path, pairs_file: Path
+) -> None:
+    assert "it is not there" in call("score", "runs/absent").err
+    empty = call("score", predictions_in(tmp_path / "empty", count=0).parent)
+    assert empty.code == 2
+    both = call("score", predictions_in(tmp_path / "e"), "--pairs", pairs_file)
+    assert (both.code, both.out) == (2, "")
+    assert "one call scores one file" in both.err
+
+
+def test_generated_data_is_checked_without_a_problem(
+    call: Callable[..., Output], tiny_data: Path
+) -> None:
+    train_file, test_file = (tiny_data / f"{n}_data.json" for n in ("training", "testing"))
+    got = call("data", "check", train_file, "--against", test_file, "--json")
+    assert got.code == 0
+    figures = json.loads(got.out)
+    assert figures["read"]["entries"] == 40
+    assert figures["read"]["problem_count"] == 0
+    assert figures["point_counts"] == {"plan": 40, "join": 40}
+    text = call("data", "check", "--file", train_file).out
+    assert "entries: 40 usable, 0 not" in text
+    assert "problems: none" in text
+
+
+def test_a_file_with_bad_entries_gives_exit_code_1_and_names_them(
+    call: Callable[..., Output], tiny_data: Path, tmp_path: Path
+) -> None:
+    entries = json.loads((tiny_data / "testing_data.json").read_text(encoding="utf-8"))
+    key = list(entries)[2]
+    del entries[key]["output"][0]["raw_output"]
+    (tmp_path / "bad.json").write_text(json.dumps(entries))
+    got = call("data", "check", "bad.json")
+    assert got.code == 1
+    assert "entries: 5 usable, 1 not" in got.out
+    assert f"{key} output[0].raw_output" in got.out
+
+
+def test_a_file_that_is_not_there_is_the_users_error(call: Callable[..., Output]) -> None:
+    got = call("data", "check", "absent.json")
+    assert got.code == 2
+    assert "there is no such file" in got.err
+    assert call("data", "check").code == 2
+
+
+def test_data_is_generated_as_the_flags_say(call: Callable[..., Output], tmp_path: Path) -> None:
+    arguments = "--train-entries 12 --test-entries 3 --seed 4 --prompt-style full --out d".split()
+    got = call("data", "generate", *arguments)
+    assert got.code == 0
+    assert "d/training_data.json: 12 entries" in got.out
+    assert "make train ARGS='--data.train d/training_data.json --data.test d/testing" in got.out
+    entries = json.loads((tmp_path / "d" / "training_data.json").read_text(encoding="utf-8"))
+    assert len(entries) == 12
+    assert len(json.loads((tmp_path / "d" / "testing_data.json").read_text())) == 3
+    assert "Examples:" in next(iter(entries.values()))["output"][0]["raw_input"]
+
+
+def test_a_hint_names_only_what_training_needs(call: Callable[..., Output], tmp_path: Path) -> None:
+    (tmp_path / "beep.yaml").write_text("tools: [{name: beep, phrases: [beep]}]")
+    sizes = ["--train-entries", "4", "--test-entries", "0"]
+    got = call("data", "generate", "--catalogue", "beep.yaml", *sizes)
+    hint = "--data.train data/generated/training_data.json --data.catalogue beep.yaml'\n"
+    assert got.out.endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--train-entries 0", "train_entries must be 1 or more"),
+        ("--test-entries -1", "test_entries 0 or more"),
+        ("--train-entries many", "invalid literal"),
+        ("--failure-share 2", "failure_share must be in 0..1"),
+        ("--prompt-style long", "'short', 'full'"),
+        ("--catalogue absent.yaml", "it cannot be read"),
+    ],
+)
+def test_data_is_not_generated_from_bad_values(
+    call: Callable[..., Output], tmp_path: Path, flags: str, message: str
+) -> None:
+    got = call("data", "generate", *flags.split(), "--out", "d")
+    assert (got.code, got.out) == (2, "")
+    assert message in got.err
+    assert "Traceback" not in got.err
+    assert not (tmp_path / "d").exists()
+
+
+def test_generating_replaces_no_file_unasked(call: Callable[..., Output], tmp_path: Path) -> None:
+    published = tmp_path / "data" / "training_data.json"
+    published.parent.mkdir()
+    published.write_text("734 MB")
+    arguments = ["data", "generate", "--out", "data", "--train-entries", "3"]
+    got = call(*arguments)
+    assert got.code == 2
+    assert "training_data.json would be replaced" in got.err
+    assert published.read_text() == "734 MB"
+    assert call(*arguments, "--overwrite").code == 0
+    assert len(json.loads(published.read_text())) == 3
+
+
+def test_rows_of_generated_data_are_shown_with_their_counts(
+    call: Callable[..., Output], tiny_data: Path
+) -> None:
+    files = ["--data.train", tiny_data / "training_data.json"]
+    got = call("preview", "--preset", "smoke", "--rows", "2", *files)
+    assert got.code == 0, got.err
+    rows = [line.split() for line in got.out.splitlines() if "supervised tokens" in line]
+    assert len(rows) == 2
+    prompt = [int(words[words.index("prompt") - 1]) for words in rows]
+    supervised = [int(words[words.index("supervised") - 1]) for words in rows]
+    total = sum(prompt) + sum(supervised)
+    assert min(prompt) > 10 < min(supervised)
+    last = got.out.splitlines()[-1]
+    assert last.startswith(f"2 rows: {total} tokens, {sum(supervised)} supervised (")
+    assert "### Instruction:" in got.out
+    assert got.out.count("join()<END_OF_PLAN>") == 2
+
+
+def test_no_rows_are_nothing_to_show(call: Callable[..., Output]) -> None:
+    got = call("preview", "--rows", "0")
+    assert (got.code, got.out) == (2, "")
+    assert "ask for 1 or more" in got.err
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Run | None]]:
+    """Replace training by a list of what it was asked for."""
+    asked: list[tuple[Config, Run | None]] = []
+    module = types.ModuleType("tinyagent_fast.training.fit")
+
+    def fake(config: Config, console: object, resume: Run | None = None) -> None:
+        asked.append((config, resume))
+
+    module.__dict__["train"] = fake
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return asked
+
+
+def test_train_takes_the_preset_of_this_machine_and_says_why(
+    call: Callable[..., Output],
+    trained: list[tuple[Config, Run | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "choose_preset", lambda: ("smoke", "the reason"))
+    for arguments in ([], ["--preset", "auto"], ["--preset=auto"]):
+        got = call("train", *arguments, "--train.batch", "3")
+        assert got.code == 0, got.err
+        assert "preset smoke: the reason" in got.out
+    config = preset_config("smoke")
+    wanted = replace(config, train=replace(config.train, batch=3))
+    assert trained == [(wanted, None)] * 3
+
+
+def test_a_run_is_resumed_with_its_own_config_also_by_make(
+    call: Callable[..., Output], trained: list[tuple[Config, Run | None]], tmp_path: Path
+) -> None:
+    config = replace(preset_config("smoke"), name="a", runs=Path("runs"))
+    run = create_run(config)
+    # make passes --preset auto whatever else is asked.
+    assert call("train", "--preset", "auto", "--resume", "a").code == 0
+    assert call("train", "--resume=latest").code == 0
+    assert trained == [(config, Run(run.path.resolve()))] * 2
+    got = call("train", "--resume", "b")
+    assert got.code == 2
+    assert "there: a" in got.err
+
+
+def test_settings_that_cannot_be_are_refused_before_training(
+    call: Callable[..., Output], trained: list[tuple[Config, Run | None]]
+) -> None:
+    got = call("train", "--preset", "smoke", "--train.epochs", "0", "--lora.rank", "0")
+    assert got.code == 2
+    assert "error: 2 setting(s) cannot be used" in got.err
+    assert trained == []
+
+
+def test_the_published_data_is_downloaded_when_it_is_asked_for_and_absent(
+    call: Callable[..., Output],
+    trained: list[tuple[Config, Run | None]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    downloads: list[object] = []
+    monkeypatch.setattr(data_download, "run", downloads.append)
+    assert call("train", "--preset", "l4").code == 0
+    assert downloads == [[]]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "training_data.json").write_text("{}")
+    call("train", "--preset", "l4")
+    call("train", "--preset", "l4", "--data.train", "other.json")
+    assert len(downloads) == 1
+    assert len(trained) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "capability", "preset"),
+    [
+        ("", 0, 0, "cpu"),
+        ("T4", 14.7, 7, "t4"),
+        ("V100", 31.7, 7, "t4"),
+        ("L4", 22.2, 8, "l4"),
+        ("RTX 4080", 15.9, 8, "t4"),
+        ("A100", 39.4, 8, "a100"),
+        ("H200", 139.8, 9, "a100"),
+    ],
+)
+def test_the_preset_follows_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, memory_gib: float, capability: int, preset: str
+) -> None:
+    properties = SimpleNamespace(
+        name=name, total_memory=int(memory_gib * 2**30), major=capability, minor=0
+    )
+    cuda = SimpleNamespace(
+        is_available=lambda: bool(name), get_device_properties=lambda _: properties
+    )
+    torch: Any = SimpleNamespace(cuda=cuda, set_num_threads=lambda _: None)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    chosen, reason = train.choose_preset()
+    assert chosen == preset
+    assert name in reason
+    assert chosen in {"cpu", "t4", "l4", "a100"}
+
+
+def test_eval_needs_a_run_with_an_adapter(call: Callable[..., Output], tmp_path: Path) -> None:
+    assert "there: none" in call("eval").err
+    create_run(replace(preset_config("smoke"), name="a", runs=tmp_path / "runs"))
+    got = call("eval", "--run", "a")
+    assert got.code == 2
+    assert "holds no adapter_model.safetensors" in got.err
+    assert "--resume a" in got.err
+    assert "eval.batch must be 1 or more" in call("eval", "--batch", "0").err
+
+
+def test_the_program_can_be_run_as_a_module() -> None:
+    words = [sys.executable, "-m", "tinyagent_fast", "nonsense"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown command 'nonsense'")

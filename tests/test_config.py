@@ -1,0 +1,318 @@
+"""Configs: what is written is read back, and every mistake is named, all at once."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.config import Config, check_config
+from tinyagent_fast.config_file import read_config, text_of, to_mapping
+from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.presets import PRESETS, preset_config
+from tinyagent_fast.strict_yaml import load_yaml
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    ["null", "~", "yes", "1e5", "2024-01-01", "0x1", "- a", "a: b", "# c", "", " ", "%", "\ufeff"]
+)
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Give any value that a field may have by its type."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of([values(kind) for kind in typing.get_args(hint)])
+    if is_dataclass(hint):
+        return configs(hint)  # type: ignore[arg-type]
+    return {
+        type(None): st.none(),
+        bool: st.booleans(),
+        int: st.integers(),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: TEXT,
+        Path: TEXT.filter(lambda text: "\0" not in text).map(Path),
+    }[hint]
+
+
+def configs(kind: type[Any]) -> st.SearchStrategy[Any]:
+    hints = typing.get_type_hints(kind)
+    return st.builds(kind, **{item.name: values(hints[item.name]) for item in fields(kind)})
+
+
+@given(configs(Config))
+@settings(max_examples=60, deadline=None)
+def test_a_config_that_is_written_is_read_back_equal(config: Config) -> None:
+    assert read_config(text_of(config)) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_good_config_and_survives_its_file(name: str) -> None:
+    config = preset_config(name)
+    assert config.preset == name
+    check_config(config)
+    assert read_config(text_of(config), base=Config()) == config
+    assert (PRESETS[name].__doc__ or "").strip()
+
+
+def test_an_unknown_preset_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'paper'") as caught:
+        preset_config("papers")
+    assert "auto, cpu, smoke" in caught.value.fix
+
+
+def test_keys_that_are_left_out_keep_the_values_of_the_base() -> None:
+    base = preset_config("l4")
+    config = read_config("train: {batch: 7}\nlora: {rank: 64}", base)
+    assert config == replace(
+        base, train=replace(base.train, batch=7), lora=replace(base.lora, rank=64)
+    )
+    assert read_config("", base) == base
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read_config(text, source="my.yaml")
+    problems = caught.value.why.split("\n       ")
+    assert caught.value.what == f"my.yaml has {len(problems)} problem(s)"
+    return problems
+
+
+def test_all_unknown_keys_and_wrong_values_are_reported_at_once() -> None:
+    text = """
+        trian: {batch: 1}
+        train: {learning_rte: 2e-4, batch: two, epochs: [1]}
+        model: {weights: nf5, backend: true, revision: 5}
+        data: {limit_entries: 1.5, on-bad-entry: skip}
+        lora: 16
+        eval: {before_and_after: 1, sample: true}
+    """
+    assert problems_of(text) == [
+        "trian: unknown setting; did you mean 'train'?",
+        "train.learning_rte: unknown setting; did you mean 'learning_rate'?",
+        "train.batch: 'two' is not a whole number",
+        "train.epochs: [1] is not a number",
+        "model.weights: 'nf5' is not one of nf4, bf16, fp16, fp32",
+        "model.backend: True is not one of auto, unsloth, transformers",
+        "model.revision: 5 is not a text (put it in quotes) or null",
+        "data.limit_entries: 1.5 is not a whole number or null",
+        "lora: must be a mapping, got 16",
+        "eval.before_and_after: 1 is not true or false",
+        "eval.sample: True is not a whole number",
+    ]
+
+
+def test_an_unknown_key_that_is_like_no_other_lists_the_known_ones() -> None:
+    (problem,) = problems_of("lora: {zzz: 1}")
+    assert problem == "lora.zzz: unknown setting; known: rank, alpha, dropout, targets"
+
+
+@pytest.mark.parametrize("text", ["2e-4", "'2e-4'", "0.0002", "2.0e-4", "2.0E-4"])
+def test_every_way_to_write_a_number_gives_that_number(text: str) -> None:
+    assert read_config(f"train: {{learning_rate: {text}}}").train.learning_rate == 2e-4
+
+
+def test_a_whole_number_is_taken_for_a_fraction() -> None:
+    epochs = read_config("train: {epochs: 3}").train.epochs
+    assert (epochs, type(epochs)) == (3.0, float)
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "nan", "-inf", "true", "null", "''", "{}"])
+def test_what_is_no_finite_number_is_refused(text: str) -> None:
+    (problem,) = problems_of(f"train: {{epochs: {text}}}")
+    assert problem.endswith("is not a number")
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [("true", "true"), ("false", "false"), ("'true'", "true"), ("on", "true"), ("unsloth",) * 2],
+)
+def test_a_choice_that_yaml_takes_for_a_truth_value_is_understood(text: str, choice: str) -> None:
+    config = read_config(f"model: {{gradient_checkpointing: {text}}}")
+    assert config.model.gradient_checkpointing == choice
+    assert read_config(text_of(config)) == config
+
+
+def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:
+    assert read_config("train: {learning-rate: 1e-3}").train.learning_rate == 1e-3
+    (problem,) = problems_of("train: {learning-rate: 1e-3, learning_rate: 2e-3}")
+    assert problem == "train.learning_rate: given twice, with - and with _"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("train: {", "it is no valid YAML"),
+        ("a: b: c", "it is no valid YAML"),
+        ("\x00", "it is no valid YAML"),
+        ("name: 2024-99-99", "it is no valid YAML: month must be in 1..12"),
+        (
+            "train: {batch: 1}\nlora: {}\ntrain: {batch: 2}",
+            "`train` is given twice, again in line 3",
+        ),
+        ("train:\n  batch: 1\n  batch: 1", "`batch` is given twice, again in line 3"),
+        ("[" * 5000, "nested too deeply"),
+        ("- train", "the top level: must be a mapping, got ['train']"),
+    ],
+)
+def test_a_text_that_is_no_config_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(text)
+    assert why in caught.value.why
+
+
+def test_yaml_without_repeated_keys_is_read_as_usual() -> None:
+    text = "a: &x {b: 1, c: [2, 3]}\nd: {<<: *x, b: 4}\n1: one\n"
+    assert load_yaml(text) == yaml.safe_load(text)
+
+
+def test_a_written_config_has_every_setting() -> None:
+    def names(kind: type[Any]) -> dict[str, Any]:
+        hints = typing.get_type_hints(kind)
+        return {
+            item.name: names(hints[item.name]) if is_dataclass(hints[item.name]) else None
+            for item in fields(kind)
+        }
+
+    def keys(mapping: dict[str, Any]) -> dict[str, Any]:
+        return {k: keys(v) if isinstance(v, dict) else None for k, v in mapping.items()}
+
+    assert keys(to_mapping(Config())) == names(Config)
+    assert keys(yaml.safe_load(text_of(Config()))) == names(Config)
+
+
+WRONG = [
+    ("model", "max_length_tokens", 0),
+    ("lora", "rank", 0),
+    ("lora", "alpha", -1),
+    ("lora", "dropout", 1.0),
+    ("train", "batch", 0),
+    ("train", "accumulation", 0),
+    ("train", "learning_rate", 0.0),
+    ("train", "learning_rate", 1.0),
+    ("train", "warmup", 1.0),
+    ("train", "epochs", 0.0),
+    ("train", "max_grad_norm", 0.0),
+    ("train", "weight_decay", -0.1),
+    ("train", "max_steps", 0),
+    ("train", "save_every_steps", 0),
+    ("train", "early_stopping", 0),
+    ("train", "threads", 0),
+    ("train", "evaluations", -1),
+    ("eval", "batch", 0),
+    ("eval", "max_new_tokens", 0),
+    ("eval", "parity_prompts", -1),
+    ("eval", "sample", -1),
+    ("eval", "limit", 0),
+    ("data", "generated_entries", 0),
+    ("data", "limit_entries", 0),
+    ("data", "validation_entries", -1),
+]
+
+
+def changed(config: Config, section: str, name: str, value: object) -> Config:
+    part = replace(getattr(config, section), **{name: value})
+    return replace(config, **{section: part})
+
+
+@pytest.mark.parametrize(("section", "name", "value"), WRONG)
+def test_a_setting_out_of_range_is_refused_by_name(section: str, name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(changed(Config(), section, name, value))
+    flag = f"{section}.{name.replace('_', '-')}"
+    assert any(line.strip().startswith(flag) for line in caught.value.why.splitlines())
+    assert str(value) in caught.value.why
+
+
+def test_all_settings_out_of_range_are_listed_together() -> None:
+    config = Config()
+    wrong = {(section, name): value for section, name, value in WRONG}
+    for (section, name), value in wrong.items():
+        config = changed(config, section, name, value)
+    with pytest.raises(ConfigError) as caught:
+        check_config(config)
+    for section, name in wrong:
+        assert f"{section}.{name.replace('_', '-')} " in caught.value.why
+    assert caught.value.what.startswith(f"{len(caught.value.why.splitlines())} setting(s)")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("eval", "sample", 0), ("data", "validation_entries", 0)]
+)
+def test_evaluations_without_anything_to_evaluate_are_refused(
+    section: str, name: str, value: int
+) -> None:
+    config = changed(Config(), section, name, value)
+    with pytest.raises(ConfigError, match=r"or set train\.evaluations to 0"):
+        check_config(config)
+    check_config(changed(config, "train", "evaluations", 0))
+
+
+def resolve(*arguments: str, default: str = "cpu", start: Config | None = None) -> Config:
+    return resolve_config("train", arguments, lambda: default, start=start)
+
+
+def test_flags_go_before_the_file_which_goes_before_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("train: {batch: 3, epochs: 2}\nlora: {rank: 8}")
+    config = resolve("--preset", "l4", "--config", str(path), "--train.batch", "5")
+    assert (config.train.batch, config.train.epochs, config.lora.rank) == (5, 2.0, 8)
+    assert config.train.accumulation == preset_config("l4").train.accumulation
+    assert config.preset == "l4"
+
+
+def test_the_machine_chooses_a_preset_only_if_nothing_names_one(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("preset: t4\ntrain: {batch: 3}")
+
+    def fail() -> str:
+        pytest.fail("a preset was named")
+
+    assert resolve(default="smoke") == preset_config("smoke")
+    assert resolve("--preset", "auto", default="smoke") == preset_config("smoke")
+    for arguments in (["--config", str(path)], ["--preset", "auto", "--config", str(path)]):
+        named = resolve_config("train", arguments, fail)
+        assert named == changed(preset_config("t4"), "train", "batch", 3)
+    assert resolve("--config", str(path), "--preset", "l4").preset == "l4"
+
+
+def test_a_preset_named_in_a_file_must_exist(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("preset: a10")
+    with pytest.raises(ConfigError, match="did you mean 'a100'"):
+        resolve("--config", str(path))
+
+
+def test_a_resumed_run_keeps_its_config_and_takes_no_preset(tmp_path: Path) -> None:
+    start = changed(preset_config("smoke"), "train", "batch", 9)
+    assert resolve("--preset", "auto", start=start) == start
+    assert resolve("--eval.limit", "3", start=start).train.batch == 9
+    for arguments in (["--preset", "cpu"], ["--config", str(tmp_path / "x.yaml")]):
+        with pytest.raises(ConfigError, match="--resume together with --preset or --config"):
+            resolve(*arguments, start=start)
+
+
+def test_a_config_file_that_cannot_be_read_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it cannot be read"):
+        resolve("--config", str(tmp_path / "absent.yaml"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="it cannot be read"):
+        resolve("--config", str(tmp_path / "binary.yaml"))
+
+
+def test_a_config_that_is_out_of_range_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("train: {batch: 0}")
+    with pytest.raises(ConfigError, match=r"train\.batch must be 1 or more, got 0"):
+        resolve("--config", str(path))
+    with pytest.raises(ConfigError, match=r"lora\.rank must be 1 or more, got -2"):
+        resolve("--lora.rank", "-2")

@@ -1,0 +1,216 @@
+"""Run folders: made once, never overwritten, found by name, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tinyagent_fast import runs
+from tinyagent_fast.config import Config
+from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.presets import preset_config
+from tinyagent_fast.runs import Run, create_run, find_run, point_latest, write_json, write_text
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return replace(preset_config("smoke"), runs=tmp_path / "runs", name="first")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def test_a_new_run_has_its_config_and_its_environment(config: Config) -> None:
+    run = create_run(config)
+    assert run.path == config.runs / "first"
+    assert run.config() == config
+    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    assert environment["versions"]["tinyagent-fast"]
+    assert environment["python"].startswith("3.")
+    assert {"cpus", "platform", "gpu", "git", "command", "started"} <= set(environment)
+
+
+def test_the_newest_run_is_the_latest(config: Config) -> None:
+    first = create_run(config)
+    assert find_run("latest", config.runs).path == first.path.resolve()
+    second = create_run(replace(config, name="second"))
+    assert find_run("latest", config.runs).path == second.path.resolve()
+    point_latest(first)
+    assert find_run("latest", config.runs).path == first.path.resolve()
+    assert sorted(path.name for path in config.runs.iterdir()) == ["first", "latest", "second"]
+
+
+def test_latest_survives_moving_the_folder_of_all_runs(config: Config, tmp_path: Path) -> None:
+    create_run(config)
+    config.runs.rename(tmp_path / "moved")
+    assert find_run("latest", tmp_path / "moved").path.name == "first"
+
+
+def test_a_run_is_found_by_name_and_by_path(config: Config) -> None:
+    run = create_run(config)
+    for name in ("first", str(run.path), "latest"):
+        assert find_run(name, config.runs).path == run.path.resolve()
+
+
+@pytest.mark.parametrize("name", ["second", "", ".", "../runs"])
+def test_a_run_that_is_not_there_is_the_users_error_with_those_that_are(
+    config: Config, name: str
+) -> None:
+    create_run(config)
+    create_run(replace(config, name="other"))
+    with pytest.raises(ConfigError) as caught:
+        find_run(name, config.runs)
+    assert "there: first, other" in caught.value.why
+
+
+def test_without_any_run_there_is_no_latest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there: none"):
+        find_run("latest", tmp_path / "runs")
+
+
+def test_a_run_of_the_same_name_is_refused_and_left_as_it_was(config: Config) -> None:
+    run = create_run(config)
+    (run.path / "adapter").mkdir()
+    (run.path / "adapter" / "weights").write_bytes(b"1")
+    before = files_of(config.runs)
+    with pytest.raises(ConfigError, match="a run is never overwritten") as caught:
+        create_run(config)
+    assert "--resume first" in caught.value.fix
+    assert files_of(config.runs) == before
+
+
+def test_a_folder_with_other_files_is_not_taken_for_a_run(config: Config) -> None:
+    (config.runs / "first").mkdir(parents=True)
+    (config.runs / "first" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists"):
+        create_run(config)
+    assert [path.name for path in (config.runs / "first").iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_folder_can_become_a_run(config: Config) -> None:
+    (config.runs / "first").mkdir(parents=True)
+    assert create_run(config).config() == config
+
+
+@pytest.mark.parametrize(
+    "name", ["latest", "bases", "", ".", "..", ".hidden", "a/b", "/tmp/a", "a/"]
+)
+def test_a_name_that_is_no_folder_of_its_own_is_refused(config: Config, name: str) -> None:
+    with pytest.raises(ConfigError, match="it must be the name of one folder"):
+        create_run(replace(config, name=name))
+    assert not config.runs.exists()
+
+
+def test_runs_without_a_name_get_preset_and_time_and_never_the_same(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260102-030405")
+    names = [create_run(replace(config, name=None)).path.name for _ in range(3)]
+    start = "smoke-20260102-030405"
+    assert names == [start, f"{start}-2", f"{start}-3"]
+
+
+def test_runs_that_start_together_get_folders_of_their_own(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    claimed: list[Path] = []
+    threads = [
+        threading.Thread(
+            target=lambda: claimed.append(runs._claim(replace(config, name=None)).path)
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(claimed)) == len(claimed) == 8
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error(config: Config) -> None:
+    config.runs.write_text("a file")
+    with pytest.raises(ConfigError, match="it cannot be made"):
+        create_run(config)
+
+
+def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config\.yaml"):
+        Run(tmp_path).config()
+
+
+def test_a_config_that_was_edited_into_something_wrong_is_named(config: Config) -> None:
+    run = create_run(config)
+    run.config_path.write_text("train: {bach: 1}")
+    with pytest.raises(ConfigError, match="did you mean 'batch'") as caught:
+        run.config()
+    assert str(run.config_path) in caught.value.what
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.json"
+    write_json(path, {"success": 1.0})
+    whole = path.read_bytes()
+
+    def full_disk(self: Path, text: str, **_: object) -> int:
+        with self.open("w") as stream:
+            stream.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"success": 0.5})
+    assert path.read_bytes() == whole
+
+
+def test_written_texts_are_utf_8_and_json_is_readable(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.md", "größer\n")
+    assert (tmp_path / "a.md").read_bytes() == "größer\n".encode()
+    write_json(tmp_path / "a.json", {"name": "ä", "n": [1]})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == (
+        '{\n  "name": "ä",\n  "n": [\n    1\n  ]\n}\n'
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.md"]
+
+
+def test_history_keeps_its_records_in_order(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.history() == []
+    records: list[dict[str, object]] = [
+        {"step": 1, "loss": 2.5},
+        {"event": "evaluation", "best": True},
+    ]
+    for record in records:
+        run.append_history(record)
+    assert Run(tmp_path).history() == records
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "[1]", "5", '""', "null"])
+def test_a_line_of_the_history_that_was_cut_off_is_named(tmp_path: Path, line: str) -> None:
+    run = Run(tmp_path)
+    run.append_history({"step": 1})
+    with run.history_path.open("a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(ConfigError, match=r"history\.jsonl, line 2") as caught:
+        run.history()
+    assert caught.value.fix == "delete that line"
+
+
+def test_every_path_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    paths = [run.config_path, run.history_path, run.checkpoints, run.best, run.adapter]
+    paths.append(run.evaluation)
+    assert {path.parent for path in paths} == {tmp_path}
+    assert len(set(paths)) == len(paths)

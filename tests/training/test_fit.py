@@ -1,0 +1,395 @@
+"""A whole run: what it leaves behind, which adapter it keeps, and that it can learn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.config import Config, EvalConfig
+from tinyagent_fast.errors import ConfigError, DataError, TrainingError
+from tinyagent_fast.runs import Run
+from tinyagent_fast.training import fit
+from tinyagent_fast.training.callbacks import (
+    Best,
+    Evaluation,
+    PlanSuccess,
+    is_better,
+    read_best,
+)
+
+MakeConfig = Callable[..., Config]
+
+
+def losses_of(run: Run) -> list[float]:
+    return [r["loss"] for r in run.history() if r["event"] == "step"]
+
+
+def evaluations_of(run: Run) -> list[dict[str, Any]]:
+    return [r for r in run.history() if r["event"] == "evaluation"]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def evaluation(step: int, success: float, loss: float = 1.0) -> Evaluation:
+    return Evaluation(
+        step=step, success=success, success_dag=success, loss=loss, samples=3, seconds=0.1
+    )
+
+
+def script_evaluations(
+    monkeypatch: pytest.MonkeyPatch, success: Sequence[float], loss: Sequence[float]
+) -> None:
+    """Let the evaluations of a run give these figures, the one before the first step included."""
+    scores, losses = iter(success), iter(loss)
+
+    def evaluate(*_: Any, **__: Any) -> Any:
+        share = SimpleNamespace(share=next(scores))
+        return SimpleNamespace(metrics=SimpleNamespace(success=share, success_dag=share, n=3))
+
+    monkeypatch.setattr(fit, "evaluate_examples", evaluate)
+    monkeypatch.setattr(fit, "validation_loss", lambda *_: next(losses))
+
+
+def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(
+        train={"evaluations": 2}, eval={"before_and_after": True, "limit": 2, "sample": 3}
+    )
+    run = fit.train(config, quiet)
+    assert run.config() == config
+    names = {path.name for path in run.path.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "data.json", "parameters.json"}
+    assert names >= {"history.jsonl", "samples", "checkpoints", "best", "adapter", "training.png"}
+    assert (run.path.parent / "latest").resolve() == run.path.resolve()
+    assert [e["step"] for e in evaluations_of(run)] == [0, 2, 4]
+    assert [r["step"] for r in run.history() if r["event"] == "step"] == [1, 2, 3, 4]
+    assert all(r["tokens_per_s"] > 0 for r in run.history() if r["event"] == "step")
+    for folder in ("samples/step-000002", "test/before", "test/after"):
+        assert (run.path / folder / "predictions.jsonl").exists()
+    data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+    assert data["examples"] == {"train": 32, "validation": 8, "sample": 3, "test": 2}
+    text = quiet.file.getvalue()
+    assert "rows through the trainer's collator equal ours" in text
+    assert "before training: plan success" in text
+    assert "after training: plan success" in text
+
+
+def test_the_adapter_folder_is_the_best_one_and_loads_for_generation(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    import torch
+
+    from tinyagent_fast.training.models import load_for_generation
+
+    config = tiny_config(train={"evaluations": 2})
+    run = fit.train(config, quiet)
+    assert weights_of(run.adapter) == weights_of(run.best)
+    best = read_best(run)
+    assert best is not None
+    assert best.step == max(evaluations_of(run), key=lambda e: (e["success"], -e["loss"]))["step"]
+    assert json.loads((run.adapter / "best.json").read_text())["reason"] == best.reason
+    assert (run.adapter / "tokenizer.json").exists()
+    loaded = load_for_generation(config, config.model.base, run.adapter)
+    assert not loaded.model.training
+    bare = load_for_generation(config, config.model.base, None)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        assert not torch.allclose(loaded.model(ids).logits, bare.model(ids).logits)
+
+
+def test_a_run_without_evaluations_keeps_its_last_adapter_and_says_so(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    run = fit.train(tiny_config(), quiet)
+    assert read_best(run) is None
+    assert "no evaluation was made: the last adapter is kept" in quiet.file.getvalue()
+    checkpoint = sorted(run.checkpoints.glob("checkpoint-4"))[0]
+    assert weights_of(run.adapter) == weights_of(checkpoint)
+
+
+def test_generation_between_steps_leaves_the_next_losses_unchanged(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    """With dropout, so that a changed random state or mode would show."""
+    settings: dict[str, Any] = {"lora": {"dropout": 0.3}}
+    without = fit.train(tiny_config(name="without", **settings), quiet)
+    between = fit.train(tiny_config(name="with", train={"evaluations": 4}, **settings), quiet)
+    assert len(evaluations_of(between)) == 5
+    assert losses_of(between) == losses_of(without)
+    last = between.checkpoints / "checkpoint-4"
+    assert weights_of(last) == weights_of(without.adapter)
+
+
+def test_a_small_model_learns_eight_plans_by_heart(
+    tiny_config: MakeConfig, quiet: Any, tmp_path: Path
+) -> None:
+    """All parts together: rows, masks, loss, optimizer, adapter on disk, generation, scoring."""
+    from tinyagent_fast.evaluation.running import evaluate_examples
+    from tinyagent_fast.training.inputs import load_run_examples
+    from tinyagent_fast.training.models import load_for_generation
+
+    config = tiny_config(
+        data={"limit_entries": 8},
+        lora={"rank": 32, "alpha": 32},
+        train={
+            "max_steps": 70,
+            "batch": 8,
+            "learning_rate": 1e-2,
+            "schedule": "cosine",
+            "warmup": 0.05,
+        },
+    )
+    run = fit.train(config, quiet)
+    assert losses_of(run)[0] > 5
+    assert losses_of(run)[-1] < 0.2
+    examples = load_run_examples(config).train
+    settings = EvalConfig(batch=8, max_new_tokens=200, parity_prompts=8)
+
+    def success(adapter: Path | None) -> float:
+        loaded = load_for_generation(config, config.model.base, adapter)
+        folder = tmp_path / f"eval-{adapter is not None}"
+        result = evaluate_examples(loaded, examples, settings, folder, made_with={})
+        assert {p.stop_reason for p in result.predictions} == (
+            {"stop"} if adapter is not None else {"length"}
+        )
+        return result.metrics.success.share
+
+    assert len(examples) == 8
+    assert success(run.adapter) == 1.0
+    assert success(None) == 0.0
+
+
+def test_the_best_adapter_survives_the_rotation_of_checkpoints(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script_evaluations(monkeypatch, [0.1, 0.6, 0.2, 0.3, 0.1, 0.2], [5.0, 4.0, 3.0, 2.0, 1.0, 0.5])
+    config = tiny_config(train={"max_steps": 5, "evaluations": 5, "save_every_steps": 1})
+    run = fit.train(config, quiet)
+    left = sorted(path.name for path in run.checkpoints.glob("checkpoint-*"))
+    assert left == ["checkpoint-4", "checkpoint-5"]
+    best = read_best(run)
+    assert best == Best(
+        step=1, success=0.6, loss=4.0, reason="success 0.6000 higher than 0.1000 at step 0"
+    )
+    assert weights_of(run.adapter) == weights_of(run.best)
+    assert all(weights_of(run.checkpoints / name) != weights_of(run.best) for name in left)
+    assert [e["best"] for e in evaluations_of(run)] == [True, True, False, False, False, False]
+    assert "best adapter: step 1, success 0.6000 higher" in quiet.file.getvalue()
+
+
+def test_training_stops_early_after_so_many_evaluations_without_a_better_one(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script_evaluations(monkeypatch, [0.1, 0.6, 0.7, 0.7, 0.6, 0.9], [1.0] * 6)
+    config = tiny_config(train={"max_steps": 5, "evaluations": 5, "early_stopping": 2})
+    run = fit.train(config, quiet)
+    assert [e["step"] for e in evaluations_of(run)] == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in run.history() if r["event"] == "early stop"] == [4]
+    best = read_best(run)
+    assert best is not None
+    assert best.step == 2
+    assert (run.checkpoints / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_a_later_better_evaluation_resets_the_patience(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script_evaluations(monkeypatch, [0.5, 0.4, 0.6, 0.5, 0.7, 0.6], [1.0] * 6)
+    config = tiny_config(train={"max_steps": 5, "evaluations": 5, "early_stopping": 2})
+    run = fit.train(config, quiet)
+    assert [e["step"] for e in evaluations_of(run)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("new", "best", "expected"),
+    [
+        ((0.5, 9.0), (0.4, 1.0), True),
+        ((0.4, 1.0), (0.5, 9.0), False),
+        ((0.5, 0.9), (0.5, 1.0), True),
+        ((0.5, 1.0), (0.5, 1.0), False),
+        ((0.5, 1.1), (0.5, 1.0), False),
+        ((0.0, 1.0), None, True),
+        ((0.9, math.nan), (0.1, 1.0), False),
+        ((math.nan, 0.1), (0.1, 1.0), False),
+        ((0.9, math.nan), None, False),
+        ((0.9, math.inf), (0.9, 1.0), False),
+    ],
+)
+def test_success_decides_then_loss_and_nan_never_wins(
+    new: tuple[float, float], best: tuple[float, float] | None, expected: bool
+) -> None:
+    kept = None if best is None else Best(step=1, success=best[0], loss=best[1], reason="r")
+    assert is_better(evaluation(2, *new), kept) is expected
+
+
+def plan_success(
+    run: Run, figures: Sequence[tuple[float, float]], patience: int | None = None
+) -> PlanSuccess:
+    """Make the callback with scripted figures by step, saving only best.json."""
+
+    def save(folder: Path, best: Best) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "best.json").write_text(json.dumps(vars(best)), encoding="utf-8")
+
+    return PlanSuccess(
+        run,
+        lambda step: evaluation(step, *figures[step]),
+        save,
+        lambda *_: None,
+        every_steps=1,
+        patience=patience,
+    )
+
+
+def test_the_reason_names_the_rule_and_the_figures_that_decided(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    callback = plan_success(run, [(0.2, 3.0), (0.2, 2.5), (0.4, 2.6)])
+    reasons = []
+    for step in range(3):
+        callback.evaluate(step)
+        best = read_best(run)
+        assert best is not None
+        reasons.append(best.reason)
+    assert reasons == [
+        "first evaluation",
+        "equal success 0.2000, loss 2.5000 lower than 3.0000 at step 0",
+        "success 0.4000 higher than 0.2000 at step 1",
+    ]
+
+
+def test_a_loss_of_nan_is_recorded_but_kept_out_of_best(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    callback = plan_success(run, [(0.2, 3.0), (0.9, math.nan)])
+    callback.evaluate(0)
+    callback.evaluate(1)
+    best = read_best(run)
+    assert best is not None
+    assert best.step == 0
+    assert [r["best"] for r in run.history()] == [True, False]
+
+
+def test_evaluations_made_again_after_a_resume_do_not_use_up_the_patience(tmp_path: Path) -> None:
+    """A run was killed behind evaluation 3, the best, and goes on from step 1."""
+    run = Run(tmp_path)
+    figures = [(0.1, 1.0), (0.2, 1.0), (0.1, 1.0), (0.3, 1.0), (0.2, 1.0), (0.2, 1.0)]
+    callback = plan_success(run, figures, patience=2)
+    for step in (0, 1):
+        callback.evaluate(step)
+    kept = run.history_path.read_text()
+    for step in (2, 3):
+        callback.evaluate(step)
+    run.history_path.write_text(kept)
+    stops = []
+    for step in (2, 3, 4, 5):
+        control = SimpleNamespace(should_training_stop=False, should_save=False)
+        state = SimpleNamespace(global_step=step, max_steps=9)
+        callback.on_step_end(None, state, control)
+        stops.append(control.should_training_stop)
+    assert stops == [False, False, False, True]
+    assert [r["best"] for r in evaluations_of(run)] == [True, True, False, True, False, False]
+
+
+def test_over_long_rows_that_were_left_out_are_said(tiny_config: MakeConfig, quiet: Any) -> None:
+    config = tiny_config(
+        model={"max_length_tokens": 150}, data={"over_long": "drop"}, train={"max_steps": 1}
+    )
+    run = fit.train(config, quiet)
+    data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+    dropped = data["rows"]["train"]["dropped"]
+    assert dropped
+    assert f"dropped {len(dropped)} over-long train rows" in quiet.file.getvalue()
+    assert data["rows"]["train"]["rows"] + len(dropped) == 32
+
+
+def test_over_long_rows_stop_a_run_before_its_folder_is_made(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(model={"max_length_tokens": 150})
+    with pytest.raises(DataError, match="have more than 150 tokens"):
+        fit.train(config, quiet)
+    assert not config.runs.exists()
+
+
+def test_plan_success_is_counted_over_queries_also_when_their_rows_were_dropped(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(
+        model={"max_length_tokens": 150},
+        data={"over_long": "drop"},
+        train={"max_steps": 1, "evaluations": 1},
+        eval={"sample": 8},
+    )
+    run = fit.train(config, quiet)
+    data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+    assert data["rows"]["validation"]["rows"] < 8
+    assert [e["samples"] for e in evaluations_of(run)] == [8, 8]
+
+
+def test_a_run_is_never_overwritten(tiny_config: MakeConfig, quiet: Any) -> None:
+    config = tiny_config(train={"max_steps": 1})
+    run = fit.train(config, quiet)
+    before = run.history_path.read_bytes()
+    with pytest.raises(ConfigError, match="never overwritten"):
+        fit.train(config, quiet)
+    assert run.history_path.read_bytes() == before
+
+
+def test_a_bad_setting_is_refused_before_anything_is_done(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(train={"batch": 0})
+    with pytest.raises(ConfigError, match=r"train\.batch"):
+        fit.train(config, quiet)
+    assert not config.runs.exists()
+
+
+def test_memory_that_runs_out_in_the_longest_batch_stops_the_run_with_flags(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("tinyagent_fast.training.preflight._longest_batch", run_out)
+    with pytest.raises(TrainingError, match=r"--train\.batch 1 --train\.accumulation 2"):
+        fit.train(tiny_config(), quiet)
+
+
+def test_equal_configs_give_equal_runs(tiny_config: MakeConfig, quiet: Any) -> None:
+    one, other = (
+        fit.train(tiny_config(name=name, lora={"dropout": 0.2}), quiet) for name in ("one", "other")
+    )
+    assert losses_of(one) == losses_of(other)
+    assert weights_of(one.adapter) == weights_of(other.adapter)
+
+
+def test_another_seed_gives_another_run(tiny_config: MakeConfig, quiet: Any) -> None:
+    one, other = (
+        fit.train(tiny_config(name=f"s{seed}", train={"seed": seed, "max_steps": 2}), quiet)
+        for seed in (1, 2)
+    )
+    assert weights_of(one.adapter) != weights_of(other.adapter)
+
+
+def test_all_points_can_be_trained_while_success_is_measured_on_plans(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(
+        data={"points": "all"}, train={"max_steps": 1, "evaluations": 1}, eval={"sample": 8}
+    )
+    run = fit.train(config, quiet)
+    data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+    assert data["examples"]["train"] == 64
+    assert data["examples"]["sample"] == 8
+    assert replace(config, name=None).data.points == "all"

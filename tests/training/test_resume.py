@@ -1,0 +1,266 @@
+"""Resuming: a stopped run ends as if it had never stopped, and only the same run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.runs import Run, write_json
+from tinyagent_fast.training import fit
+from tinyagent_fast.training.callbacks import History
+from tinyagent_fast.training.resume import (
+    forget_after,
+    last_checkpoint,
+    refuse_changed_config,
+    remember_or_compare,
+    training_is_over,
+)
+
+MakeConfig = Callable[..., Config]
+TIMES = ("tokens_per_s", "seconds")
+
+
+class Kill(BaseException):
+    """Stands for a kill at a step: nothing in the program catches it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = History.on_log
+
+    def on_log(self: History, args: Any, state: Any, *rest: Any, **keywords: Any) -> None:
+        original(self, args, state, *rest, **keywords)
+        if state.global_step == step:
+            raise Kill
+
+    monkeypatch.setattr(History, "on_log", on_log)
+
+
+def history_of(run: Run) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in run.history()]
+
+
+def adapter_of(run: Run, folder: str = "adapter") -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(str(run.path / folder / "adapter_model.safetensors"))
+
+
+def assert_same(one: Run, other: Run) -> None:
+    import torch
+
+    assert history_of(one) == history_of(other)
+    left, right = adapter_of(one), adapter_of(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"batching": "shuffled", "optimizer": "adamw_torch"},
+        {"batching": "length-grouped", "optimizer": "adamw_8bit", "accumulation": 2},
+    ],
+    ids=["shuffled", "length-grouped, 8-bit"],
+)
+def test_six_steps_are_three_and_three_after_a_kill(
+    train: dict[str, Any], tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs with dropout and evaluations between: order, noise and optimizer must go on."""
+    settings: dict[str, Any] = {
+        "data": {"limit_entries": 8},
+        "lora": {"dropout": 0.2, "rank": 64},
+        "train": {"max_steps": 6, "save_every_steps": 3, "evaluations": 2, **train},
+    }
+    whole = fit.train(tiny_config(name="whole", **settings), quiet)
+    config = tiny_config(name="killed", **settings)
+    with monkeypatch.context() as patch:
+        kill_at(patch, step=5)
+        with pytest.raises(Kill):
+            fit.train(config, quiet)
+    killed = Run(config.runs / "killed")
+    assert [r["step"] for r in killed.history() if r["event"] == "step"] == [1, 2, 3, 4, 5]
+    assert last_checkpoint(killed).name == "checkpoint-3"
+    assert fit.train(config, quiet, resume=killed).path == killed.path
+    assert "going on from checkpoint-3: 2 later records" in quiet.file.getvalue()
+    assert_same(killed, whole)
+    assert len({r["loss"] for r in whole.history() if r["event"] == "step"}) == 6
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_never_stopped(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {
+        "data": {"limit_entries": 8},
+        "train": {"max_steps": 4, "save_every_steps": 4},
+    }
+    whole = fit.train(tiny_config(name="whole", **settings), quiet)
+    config = tiny_config(name="stopped", **settings)
+    original = History.on_log
+
+    def on_log(self: History, args: Any, state: Any, *rest: Any, **keywords: Any) -> None:
+        original(self, args, state, *rest, **keywords)
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "on_log", on_log)
+        with pytest.raises(TrainingError, match=r"stopped at step 2 of 4[\s\S]*--resume stopped"):
+            fit.train(config, quiet)
+    assert signal.getsignal(signal.SIGINT) == before
+    stopped = Run(config.runs / "stopped")
+    assert last_checkpoint(stopped).name == "checkpoint-2"
+    assert not stopped.adapter.exists()
+    fit.train(config, quiet, resume=stopped)
+    assert_same(stopped, whole)
+
+
+@pytest.fixture
+def finished(tiny_config: MakeConfig, quiet: Any) -> tuple[Config, Run]:
+    config = tiny_config(data={"limit_entries": 8}, train={"max_steps": 2, "save_every_steps": 2})
+    return config, fit.train(config, quiet)
+
+
+def test_a_finished_run_can_be_resumed_and_makes_no_further_step(
+    finished: tuple[Config, Run], quiet: Any
+) -> None:
+    config, run = finished
+    before = history_of(run), {n: t.clone() for n, t in adapter_of(run).items()}
+    shutil.rmtree(run.adapter)
+    fit.train(config, quiet, resume=run)
+    assert "checkpoint-2 is the last one" in quiet.file.getvalue()
+    assert history_of(run) == before[0]
+    assert all(bool((before[1][n] == t).all()) for n, t in adapter_of(run).items())
+
+
+def test_a_changed_config_is_refused_and_every_difference_is_shown(
+    finished: tuple[Config, Run], quiet: Any
+) -> None:
+    config, run = finished
+    changed = replace(
+        config,
+        train=replace(config.train, learning_rate=5e-4, max_steps=9),
+        lora=replace(config.lora, rank=8),
+    )
+    with pytest.raises(TrainingError) as caught:
+        fit.train(changed, quiet, resume=run)
+    text = str(caught.value)
+    assert "its config changed" in text
+    assert "train.learning_rate: 0.001 -> 0.0005" in text
+    assert "train.max_steps: 2 -> 9" in text
+    assert "lora.rank: 4 -> 8" in text
+    assert "data." not in text
+
+
+def test_changed_data_under_the_same_name_is_refused(
+    tiny_config: MakeConfig, tiny_data: Path, tmp_path: Path, quiet: Any
+) -> None:
+    data = tmp_path / "training_data.json"
+    shutil.copy(tiny_data / "training_data.json", data)
+    config = tiny_config(
+        data={"train": data, "limit_entries": 8}, train={"max_steps": 2, "save_every_steps": 1}
+    )
+    run = fit.train(config, quiet)
+    entries = json.loads(data.read_text(encoding="utf-8"))
+    del entries[next(iter(entries))]
+    data.write_text(json.dumps(entries), encoding="utf-8")
+    with pytest.raises(TrainingError) as caught:
+        fit.train(config, quiet, resume=run)
+    assert "its data changed" in str(caught.value)
+    assert "train_file.sha256" in str(caught.value)
+
+
+def test_another_set_of_trained_parameters_is_refused(
+    finished: tuple[Config, Run], quiet: Any
+) -> None:
+    config, run = finished
+    path = run.path / "parameters.json"
+    parameters = json.loads(path.read_text(encoding="utf-8"))
+    name = next(iter(parameters))
+    parameters["some.lora_A.weight"] = parameters.pop(name)
+    write_json(path, parameters)
+    with pytest.raises(TrainingError) as caught:
+        fit.train(config, quiet, resume=run)
+    assert "its parameters changed" in str(caught.value)
+    assert f"{name}: (absent) -> " in str(caught.value)
+    assert "some.lora_A.weight: [" in str(caught.value)
+
+
+def test_a_changed_config_is_found_before_anything_is_read(
+    tiny_config: MakeConfig, tmp_path: Path, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyagent_fast.runs import create_run
+
+    config = tiny_config()
+    run = create_run(config)
+    monkeypatch.setattr(fit, "load_run_examples", lambda *_: pytest.fail("data was read"))
+    with pytest.raises(TrainingError, match="config changed"):
+        fit.train(replace(config, preset="other"), quiet, resume=run)
+
+
+def test_the_same_config_is_accepted(tiny_config: MakeConfig) -> None:
+    from tinyagent_fast.runs import create_run
+
+    config = tiny_config(train={"epochs": 1.5, "max_steps": None})
+    refuse_changed_config(create_run(config), config)
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint to resume from"):
+        last_checkpoint(Run(tmp_path))
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
+        (tmp_path / "checkpoints" / name / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(Run(tmp_path)).name == "checkpoint-10"
+
+
+def test_training_is_over_after_its_last_step_or_an_early_stop(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert training_is_over(run, tmp_path / "checkpoint-6", steps=6)
+    assert not training_is_over(run, tmp_path / "checkpoint-4", steps=6)
+    run.append_history({"event": "early stop", "step": 4})
+    assert training_is_over(run, tmp_path / "checkpoint-4", steps=6)
+    assert not training_is_over(run, tmp_path / "checkpoint-2", steps=6)
+
+
+def test_history_behind_the_checkpoint_is_dropped_and_the_rest_is_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    records = [{"event": "evaluation", "step": 0}, *({"event": "step", "step": n} for n in (1, 2))]
+    for record in [*records, {"event": "step", "step": 3}, {"event": "evaluation", "step": 4}]:
+        run.append_history(record)
+    assert forget_after(run, tmp_path / "checkpoint-2") == 2
+    assert run.history() == records
+    assert forget_after(run, tmp_path / "checkpoint-2") == 0
+
+
+def test_what_a_run_was_made_from_is_written_once_and_compared_later(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    data = {"rows": {"train": {"rows": 3, "dropped": (("k", 9),)}}, "read": {"seconds": 1.5}}
+    remember_or_compare(run, data, {"a.lora": [2, 3]}, resumed=False)
+    slower = {**data, "read": {"seconds": 99.0}}
+    remember_or_compare(run, slower, {"a.lora": [2, 3]}, resumed=True)
+    with pytest.raises(TrainingError, match=r"a\.lora: \[2, 3\] -> \[2, 4\]"):
+        remember_or_compare(run, data, {"a.lora": [2, 4]}, resumed=True)
+    other = {**data, "rows": {"train": {"rows": 4, "dropped": (("k", 9),)}}}
+    with pytest.raises(TrainingError, match=r"rows\.train\.rows: 3 -> 4"):
+        remember_or_compare(run, other, {"a.lora": [2, 3]}, resumed=True)
+
+
+def test_many_differences_are_cut_off_with_their_count(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    remember_or_compare(run, {}, {f"p{n}": [n] for n in range(30)}, resumed=False)
+    with pytest.raises(TrainingError, match="and 10 more"):
+        remember_or_compare(run, {}, {}, resumed=True)
