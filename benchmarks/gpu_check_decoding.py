@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gpu_check_inputs import generated_examples, prompts_of
-from gpu_check_parts import measure_training, memory
 from gpu_check_parts import _Steps as Steps
+from gpu_check_parts import measure_training, memory
 from gpu_check_worker import ROOT, Bench, Part, release
 
 from tinyagent_fast.plans.grammar import END_OF_PLAN

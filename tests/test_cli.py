@@ -254,19 +254,23 @@ def test_pairs_are_scored_as_json_lines_in_order_where_torch_cannot_be_imported(
         {"success": 0.0, "success_dag": 0.0, "tool_recall": 0.0, "failure": "empty"},
         {"success": 0.0, "success_dag": 0.0, "tool_recall": 0.5, "failure": "missing_tool"},
         {"success": 1.0, "success_dag": 1.0, "tool_recall": 1.0, "failure": None},
-        {"success": 0.0, "success_dag": 0.0, "tool_recall": 0.5, "failure": "bad_label"},
+        {"success": 0.0, "success_dag": 0.0, "tool_recall": 0.0, "failure": "bad_label"},
     ]
     for line in lines:
         assert list(line) == ["success", "success_dag", "tool_recall", "failure"]
         assert [type(value) for value in line.values()][:3] == [float] * 3
 
 
+def write_catalogue(path: Path, tool: str) -> Path:
+    parameters = "parameters: [{name: x, type: str, value: person}]"
+    path.write_text(f"tools: [{{name: {tool}, phrases: ['do {{x}}'], {parameters}}}]")
+    return path
+
+
 def test_pairs_are_scored_with_the_tools_of_a_catalogue(
     call: Callable[..., Output], tmp_path: Path, pairs_file: Path
 ) -> None:
-    catalogue = tmp_path / "tools.yaml"
-    parameters = "parameters: [{name: x, type: str, value: person}]"
-    catalogue.write_text(f"tools: [{{name: f, phrases: ['do {{x}}'], {parameters}}}]")
+    catalogue = write_catalogue(tmp_path / "tools.yaml", "f")
     label = PAIRS[-1]["label"]
     pairs_file.write_text(json.dumps([{"label": label, "prediction": label}]))
     got = call("score", "--pairs", pairs_file, "--json", "--catalogue", catalogue)
@@ -324,15 +328,15 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
         assert process.wait() == 0
 
 
-def predictions_in(folder: Path, count: int = 3) -> Path:
+def predictions_in(folder: Path, count: int = 3, label: str = LABEL) -> Path:
     file = PredictionFile(folder)
     file.start({})
     for number in range(count):
         row = Prediction(
             key=f"{number}/0",
             query="What is Ann's email?",
-            label=LABEL,
-            prediction=LABEL if number else "",
+            label=label,
+            prediction=label if number else "",
             stop_reason="stop",
             new_tokens=9,
         )
@@ -340,17 +344,36 @@ def predictions_in(folder: Path, count: int = 3) -> Path:
     return file.path
 
 
+@pytest.mark.parametrize("folder", ["eval", "test/after"])
 @pytest.mark.parametrize("form", ["file", "evaluation", "run"])
 def test_predictions_are_scored_again_by_file_evaluation_or_run(
-    call: Callable[..., Output], tmp_path: Path, form: str
+    call: Callable[..., Output], tmp_path: Path, form: str, folder: str
 ) -> None:
-    path = predictions_in(tmp_path / "runs" / "a" / "eval")
-    target = {"file": path, "evaluation": path.parent, "run": path.parent.parent}[form]
+    run = tmp_path / "runs" / "a"
+    path = predictions_in(run / folder)
+    target = {"file": path, "evaluation": path.parent, "run": run}[form]
     figures = json.loads(call("score", target, "--json").out)
     assert figures["n"] == 3
     assert figures["success"]["share"] == pytest.approx(2 / 3)
     assert figures["failures"] == {"empty": 1}
     assert call("score", "--predictions", target).out.startswith("#")
+
+
+@pytest.mark.parametrize("folder", ["eval", "test/after"])
+def test_a_run_is_scored_with_the_tools_it_was_trained_for(
+    call: Callable[..., Output], tmp_path: Path, folder: str
+) -> None:
+    write_catalogue(tmp_path / "tools.yaml", "f")
+    write_catalogue(tmp_path / "other.yaml", "g")
+    config = replace(preset_config("smoke"), name="a", runs=tmp_path / "runs")
+    config = replace(config, data=replace(config.data, catalogue=tmp_path / "tools.yaml"))
+    run = create_run(config)
+    predictions_in(run.path / folder, label='1. f("a")\n2. join()')
+    figures = json.loads(call("score", run.path, "--json").out)
+    assert figures["label_problems"] == {}
+    assert figures["success"]["share"] == pytest.approx(2 / 3)
+    other = call("score", run.path, "--json", "--catalogue", tmp_path / "other.yaml")
+    assert json.loads(other.out)["label_problems"] == {"unknown_tool": 3}
 
 
 def test_the_latest_run_is_scored_if_none_is_named(
@@ -364,7 +387,9 @@ def test_the_latest_run_is_scored_if_none_is_named(
 def test_predictions_that_are_missing_or_none_are_the_users_error(
     call: Callable[..., Output], tmp_path: Path, pairs_file: Path
 ) -> None:
-    assert "it is not there" in call("score", "runs/absent").err
+    absent = call("score", "runs/absent")
+    assert absent.code == 2
+    assert "runs/absent/eval/predictions.jsonl" in absent.err
     empty = call("score", predictions_in(tmp_path / "empty", count=0).parent)
     assert empty.code == 2
     both = call("score", predictions_in(tmp_path / "e"), "--pairs", pairs_file)
@@ -408,8 +433,8 @@ def test_a_file_that_is_not_there_is_the_users_error(call: Callable[..., Output]
 
 
 def test_data_is_generated_as_the_flags_say(call: Callable[..., Output], tmp_path: Path) -> None:
-    arguments = "--train-entries 12 --test-entries 3 --seed 4 --prompt-style full --out d".split()
-    got = call("data", "generate", *arguments)
+    sizes = ["--train-entries", "12", "--test-entries", "3"]
+    got = call("data", "generate", *sizes, "--prompt-style", "full", "--seed", "4", "--out", "d")
     assert got.code == 0
     assert "d/training_data.json: 12 entries" in got.out
     assert "make train ARGS='--data.train d/training_data.json --data.test d/testing" in got.out

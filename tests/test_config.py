@@ -21,7 +21,25 @@ from tinyagent_fast.presets import PRESETS, preset_config
 from tinyagent_fast.strict_yaml import load_yaml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    ["null", "~", "yes", "1e5", "2024-01-01", "0x1", "- a", "a: b", "# c", "", " ", "%", "\ufeff"]
+    [
+        "null",
+        "~",
+        "yes",
+        "1e5",
+        "2024-01-01",
+        "0x1",
+        "- a",
+        "a: b",
+        "# c",
+        "",
+        " ",
+        "%",
+        "\ufeff",
+        "\x85",
+        "\u2028",
+        "ä\u2029",
+        "ä",
+    ]
 )
 
 
@@ -52,6 +70,14 @@ def configs(kind: type[Any]) -> st.SearchStrategy[Any]:
 @given(configs(Config))
 @settings(max_examples=60, deadline=None)
 def test_a_config_that_is_written_is_read_back_equal(config: Config) -> None:
+    assert read_config(text_of(config)) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "ä", "a\x85b", "\u2028", "a\u2029 ", "null", "2e-4", "'", ""]
+)
+def test_any_name_is_read_back_as_it_was_written(name: str) -> None:
+    config = replace(Config(), name=name)
     assert read_config(text_of(config)) == config
 
 
@@ -160,7 +186,7 @@ def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:
             "`train` is given twice, again in line 3",
         ),
         ("train:\n  batch: 1\n  batch: 1", "`batch` is given twice, again in line 3"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 1500, "nested too deeply"),
         ("- train", "the top level: must be a mapping, got ['train']"),
     ],
 )
@@ -231,6 +257,15 @@ def test_a_setting_out_of_range_is_refused_by_name(section: str, name: str, valu
     flag = f"{section}.{name.replace('_', '-')}"
     assert any(line.strip().startswith(flag) for line in caught.value.why.splitlines())
     assert str(value) in caught.value.why
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_setting_that_is_no_finite_number_is_refused(value: float) -> None:
+    for section, name in (("train", "epochs"), ("train", "weight_decay"), ("lora", "dropout")):
+        with pytest.raises(ConfigError) as caught:
+            check_config(changed(Config(), section, name, value))
+        flag = f"{section}.{name.replace('_', '-')}"
+        assert f"{flag} must be a finite number, got {value}" in caught.value.why
 
 
 def test_all_settings_out_of_range_are_listed_together() -> None:

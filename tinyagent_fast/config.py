@@ -5,6 +5,7 @@ Precedence: defaults < preset < `--config` file < flags.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -165,6 +166,39 @@ def check_config(config: Config) -> None:
         ConfigError: Lists every problem.
     """
     c = config
+    problems = _too_small(config)
+    for section in (c.data, c.model, c.lora, c.train, c.eval):
+        name = type(section).__name__.removesuffix("Config").lower()
+        problems += [
+            f"{name}.{key.replace('_', '-')} must be a finite number, got {value}"
+            for key, value in vars(section).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+    if not 0 < c.train.learning_rate < 1:
+        problems.append(f"train.learning-rate must be in (0, 1), got {c.train.learning_rate}")
+    if not 0 <= c.train.warmup < 1:
+        problems.append(f"train.warmup is a share in [0, 1), got {c.train.warmup}")
+    if not 0 <= c.lora.dropout < 1:
+        problems.append(f"lora.dropout must be in [0, 1), got {c.lora.dropout}")
+    if c.train.epochs <= 0:
+        problems.append(f"train.epochs must be more than 0, got {c.train.epochs}")
+    if c.train.max_grad_norm <= 0:
+        problems.append(f"train.max-grad-norm must be more than 0, got {c.train.max_grad_norm}")
+    if c.train.evaluations and not (c.eval.sample and c.data.validation_entries):
+        problems.append(
+            "train.evaluations needs eval.sample and data.validation-entries above 0 "
+            "(or set train.evaluations to 0)"
+        )
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} setting(s) cannot be used",
+            "\n       ".join(problems),
+            "change them on the command line or in the config file",
+        )
+
+
+def _too_small(config: Config) -> list[str]:
+    c = config
     counts = {
         "model.max-length-tokens": c.model.max_length_tokens,
         "lora.rank": c.lora.rank,
@@ -198,24 +232,4 @@ def check_config(config: Config) -> None:
         for name, value in not_negative.items()
         if value < 0
     ]
-    if not 0 < c.train.learning_rate < 1:
-        problems.append(f"train.learning-rate must be in (0, 1), got {c.train.learning_rate}")
-    if not 0 <= c.train.warmup < 1:
-        problems.append(f"train.warmup is a share in [0, 1), got {c.train.warmup}")
-    if not 0 <= c.lora.dropout < 1:
-        problems.append(f"lora.dropout must be in [0, 1), got {c.lora.dropout}")
-    if c.train.epochs <= 0:
-        problems.append(f"train.epochs must be more than 0, got {c.train.epochs}")
-    if c.train.max_grad_norm <= 0:
-        problems.append(f"train.max-grad-norm must be more than 0, got {c.train.max_grad_norm}")
-    if c.train.evaluations and not (c.eval.sample and c.data.validation_entries):
-        problems.append(
-            "train.evaluations needs eval.sample and data.validation-entries above 0 "
-            "(or set train.evaluations to 0)"
-        )
-    if problems:
-        raise ConfigError(
-            f"{len(problems)} setting(s) cannot be used",
-            "\n       ".join(problems),
-            "change them on the command line or in the config file",
-        )
+    return problems

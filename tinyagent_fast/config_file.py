@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from typing import Any, Literal
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.strict_yaml import load_yaml
+
+_LINE_MARKS = re.compile("[\x85\u2028\u2029]")
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -49,7 +52,11 @@ def text_of(config: Config) -> str:
     """
     import yaml
 
-    text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    plain = to_mapping(config)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if _LINE_MARKS.search(text):
+        # PyYAML writes these as they are, and reads them as line breaks.
+        text = yaml.safe_dump(plain, sort_keys=False)
     return text
 
 

@@ -130,6 +130,42 @@ def test_generation_between_steps_leaves_the_next_losses_unchanged(
     assert weights_of(last) == weights_of(without.adapter)
 
 
+def write_short_plans(path: Path) -> Path:
+    """Write eight entries with short prompts and plans that all differ."""
+    calls = [
+        [("get_email_address", ["Sid"]), ("reply_to_email", [["$1"], "", []])],
+        [("open_note", ["ideas", ""])],
+        [("get_phone_number", ["Ann"]), ("send_sms", [["$1"], "hi"])],
+        [("maps_open_location", ["Rome"])],
+        [("open_and_get_file_path", ["a.pdf"]), ("summarize_pdf", ["$1"])],
+        [("get_phone_number", ["Lutfi"])],
+        [("create_note", ["list", "milk", ""])],
+        [("get_email_address", ["Amir"])],
+    ]
+    entries = {}
+    for number, steps in enumerate(calls):
+        query = f"do {number}"
+        messages = [
+            {"role": "system", "content": "tools"},
+            {"role": "user", "content": f"Question: {query}"},
+        ]
+        lines = [
+            f"{at}. {tool}({json.dumps(args)[1:-1]})" for at, (tool, args) in enumerate(steps, 1)
+        ]
+        parsed = [{"tool_name": tool, "tool_args": args} for tool, args in steps]
+        plan = {
+            "type": "plan",
+            "raw_input": repr(messages),
+            "raw_output": "\n".join([*lines, f"{len(lines) + 1}. join()"]),
+            "parsed_output": [*parsed, {"tool_name": "join", "tool_args": []}],
+            "id": f"p{number}",
+            "index": 0,
+        }
+        entries[f"k{number}"] = {"input": query, "output": [plan], "closest_5_queries": []}
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
 def test_a_small_model_learns_eight_plans_by_heart(
     tiny_config: MakeConfig, quiet: Any, tmp_path: Path
 ) -> None:
@@ -139,10 +175,10 @@ def test_a_small_model_learns_eight_plans_by_heart(
     from tinyagent_fast.training.models import load_for_generation
 
     config = tiny_config(
-        data={"limit_entries": 8},
+        data={"train": write_short_plans(tmp_path / "short.json"), "validation_entries": 0},
         lora={"rank": 32, "alpha": 32},
         train={
-            "max_steps": 70,
+            "max_steps": 110,
             "batch": 8,
             "learning_rate": 1e-2,
             "schedule": "cosine",
@@ -151,17 +187,16 @@ def test_a_small_model_learns_eight_plans_by_heart(
     )
     run = fit.train(config, quiet)
     assert losses_of(run)[0] > 5
-    assert losses_of(run)[-1] < 0.2
+    assert losses_of(run)[-1] < 0.1
     examples = load_run_examples(config).train
-    settings = EvalConfig(batch=8, max_new_tokens=200, parity_prompts=8)
+    settings = EvalConfig(batch=8, max_new_tokens=60, parity_prompts=8)
 
     def success(adapter: Path | None) -> float:
         loaded = load_for_generation(config, config.model.base, adapter)
         folder = tmp_path / f"eval-{adapter is not None}"
         result = evaluate_examples(loaded, examples, settings, folder, made_with={})
-        assert {p.stop_reason for p in result.predictions} == (
-            {"stop"} if adapter is not None else {"length"}
-        )
+        if adapter is not None:
+            assert {p.stop_reason for p in result.predictions} == {"stop"}
         return result.metrics.success.share
 
     assert len(examples) == 8
@@ -301,7 +336,7 @@ def test_evaluations_made_again_after_a_resume_do_not_use_up_the_patience(tmp_pa
 
 def test_over_long_rows_that_were_left_out_are_said(tiny_config: MakeConfig, quiet: Any) -> None:
     config = tiny_config(
-        model={"max_length_tokens": 150}, data={"over_long": "drop"}, train={"max_steps": 1}
+        model={"max_length_tokens": 200}, data={"over_long": "drop"}, train={"max_steps": 1}
     )
     run = fit.train(config, quiet)
     data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ class ScoreFlags:
     pairs: Path | None = None
     """A JSON list of objects with the texts `label` and `prediction`, instead."""
     catalogue: Path | None = None
-    """YAML catalogue with the tools that plans may call; none stands for TinyAgent's 16."""
+    """YAML catalogue with the tools that plans may call; by default the run's, else TinyAgent's."""
     json: bool = False
     """Print JSON: one object a line for --pairs, all figures for predictions."""
 
@@ -48,10 +48,11 @@ def run(arguments: Sequence[str]) -> int:
             "one call scores one file",
             "leave one of them out",
         )
-    tools = _tools(flags.catalogue)
     if flags.pairs is not None:
-        return _score_pairs(flags.pairs, tools, as_json=flags.json)
-    return _score_predictions(flags.predictions or Path("runs/latest"), tools, as_json=flags.json)
+        return _score_pairs(flags.pairs, _tools(flags.catalogue), as_json=flags.json)
+    file = _predictions_file(flags.predictions or Path("runs/latest"))
+    tools = _tools(flags.catalogue or _catalogue_of_run(file))
+    return _score_predictions(file, tools, as_json=flags.json)
 
 
 def _tools(catalogue: Path | None) -> Mapping[str, Tool] | None:
@@ -60,6 +61,14 @@ def _tools(catalogue: Path | None) -> Mapping[str, Tool] | None:
     from tinyagent_fast.data.generation.catalogue import load_catalogue
 
     return {tool.name: tool.plan_tool() for tool in load_catalogue(catalogue).tools}
+
+
+def _catalogue_of_run(file: Path) -> Path | None:
+    """Find the catalogue that a run's plans were made for, so that no flag has to repeat it."""
+    from tinyagent_fast.runs import Run
+
+    runs = [Run(folder) for folder in file.absolute().parents[:3]]
+    return next((run.config().data.catalogue for run in runs if run.config_path.exists()), None)
 
 
 def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:
@@ -112,22 +121,33 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
         yield label, prediction
 
 
+def _predictions_file(path: Path) -> Path:
+    """Find the predictions of a run or an evaluation; `eval` writes later than `train`."""
+    if path.is_file():
+        return path
+    folders = (path, path / "eval", path / "test" / "after")
+    files = [folder / "predictions.jsonl" for folder in folders]
+    for file in files:
+        if file.exists():
+            return file
+    raise DataError(
+        f"predictions in {path}",
+        f"none of {', '.join(map(str, files))} is there",
+        "generate them with `tinyagent-fast eval`, or name a folder or file that has them",
+    )
+
+
 def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:
     from tinyagent_fast.evaluation.predictions import PredictionFile
     from tinyagent_fast.evaluation.report import markdown_report
     from tinyagent_fast.evaluation.scoring import score_predictions
 
-    folder = path.parent if path.is_file() else path
-    if not path.is_file() and not (folder / "predictions.jsonl").exists():
-        folder = folder / "eval"
-    predictions = PredictionFile(
-        folder, path.name if path.is_file() else "predictions.jsonl"
-    ).read()
+    predictions = PredictionFile(path.parent, path.name).read()
     if not predictions:
         raise DataError(f"predictions {path}", "there is none", "let `tinyagent-fast eval` finish")
     metrics = score_predictions(predictions, tools)
     if as_json:
         print(json.dumps(metrics.to_json(), indent=2))
     else:
-        print(markdown_report(str(path), metrics, predictions, tools))
+        print(markdown_report(str(path.parent), metrics, predictions, tools))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -15,9 +16,11 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.data.cache import entry_examples
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
+from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.reading import entry_from_json
 from tinyagent_fast.data.schema import Entry, Example
-from tinyagent_fast.prompts.templates import RenderedExample, render
+from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.prompts.templates import RenderedExample, render, render_prompt
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.training.nano import (
     NanoShape,
@@ -28,6 +31,7 @@ from tinyagent_fast.training.nano import (
     save_model,
     train_bpe_tokenizer,
 )
+from tinyagent_fast.training.threads import fastest_threads
 
 _TOKENIZER_TEXTS = 2000
 _RANDOM_TEXTS = 200
@@ -74,12 +78,20 @@ def base_tokenizer(config: Config, examples: Sequence[Example]) -> Any:
 
 
 def _nano_texts(spec: PretrainSpec) -> list[tuple[str, RenderedExample]]:
-    """Write the single-call examples that the nano base is pretrained on."""
+    """Write what the nano base is pretrained on: single calls, and lists of a request's parts."""
     generation = GenerationSpec(single_calls=True)
+    catalogue = load_catalogue()
     rng = random.Random(f"nano/{spec.seed}")
-    entries = generate_entries(load_catalogue(), generation, spec.entries, rng, set())
+    entries = generate_entries(catalogue, generation, spec.entries, rng, set())
     examples = [_plan_example(key, raw) for key, raw in entries]
-    return [(example.key, render(example, "alpaca")) for example in examples]
+    texts = [(example.key, render(example, "alpaca")) for example in examples]
+    for number in range(spec.lists):
+        request, parts = write_parts(catalogue, rng)
+        prompt = render_prompt("List the parts", f"Question: {request}", "alpaca")
+        lines = "\n".join(f"{n}. {part}" for n, part in enumerate(parts, start=1))
+        texts.append((f"list/{number}", RenderedExample(prompt, lines + END_OF_PLAN)))
+    rng.shuffle(texts)
+    return texts
 
 
 def _nano_tokenizer(texts: Sequence[RenderedExample], shape: NanoShape) -> Any:
@@ -95,10 +107,20 @@ def _nano(config: Config, on_progress: Callable[[PretrainProgress], None]) -> Pa
     folder = config.runs / "bases" / f"nano-{key}"
     if (folder / "config.json").exists():
         return folder
+    import torch
+
     hf = _nano_tokenizer([text for _, text in texts], shape)
     tokenizer = PromptTokenizer(hf)
     model = random_llama(shape, hf, spec.seed)
-    pretrain(model, tokenizer.encode_rows(texts), tokenizer.pad_id, spec, on_progress)
+    rows = tokenizer.encode_rows(texts)
+    if config.train.threads is None:
+        few = PretrainSpec(steps=1, batch=spec.batch, learning_rate=1e-9)
+        state = copy.deepcopy(model.state_dict())
+        fastest_threads(lambda: pretrain(model, rows, tokenizer.pad_id, few))
+        model.load_state_dict(state)
+    else:
+        torch.set_num_threads(config.train.threads)
+    pretrain(model, rows, tokenizer.pad_id, spec, on_progress)
     return _save(model, hf, folder)
 
 

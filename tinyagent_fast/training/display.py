@@ -14,6 +14,8 @@ from rich.table import Table
 
 from tinyagent_fast.training.callbacks import Evaluation
 
+_LINE_EVERY_S = 20.0
+
 
 class TrainingDisplay:
     """Prints to a console; on a terminal long work also gets a bar."""
@@ -25,6 +27,8 @@ class TrainingDisplay:
             console: Where to print.
         """
         self.console = console
+        self.timings_s: dict[str, float] = {}
+        """Seconds of each piece of long work, by its label; written to timings.json."""
         self._started_s = time.perf_counter()
         self._first_step: int | None = None
         self._paused_s = 0.0
@@ -51,7 +55,7 @@ class TrainingDisplay:
 
     @contextmanager
     def bar(self, label: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-        """Show a bar for long work on a terminal, and start and end lines elsewhere.
+        """Show a bar for long work on a terminal, and a line now and then elsewhere.
 
         Args:
             label: What is being done.
@@ -63,9 +67,13 @@ class TrainingDisplay:
         started = time.perf_counter()
         seen = [0, 0]
         if not self.console.is_terminal:
+            told = [started]
 
             def note(done: int, total: int) -> None:
                 seen[:] = [done, total]
+                if time.perf_counter() - told[0] > _LINE_EVERY_S:
+                    told[0] = time.perf_counter()
+                    self.say(f"{label}: {done}/{total} {unit}")
 
             yield note
         else:
@@ -85,7 +93,9 @@ class TrainingDisplay:
 
                 yield update
         count = f"{seen[0]} {unit} " if seen[0] else ""
-        self.say(f"{label}: {count}in {time.perf_counter() - started:.1f} s")
+        seconds = time.perf_counter() - started
+        self.timings_s[label] = round(seconds, 2)
+        self.say(f"{label}: {count}in {seconds:.1f} s")
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Print one line for a logged step.

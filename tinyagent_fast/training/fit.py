@@ -24,7 +24,7 @@ from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import Run, create_run
+from tinyagent_fast.runs import Run, create_run, write_json
 from tinyagent_fast.training.bases import resolve_base
 from tinyagent_fast.training.callbacks import (
     Best,
@@ -98,11 +98,16 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
     if resume is not None:
         refuse_changed_config(resume, config)
         checkpoint = last_checkpoint(resume)
-    session = _prepare(config, TrainingDisplay(console), resume)
     started = time.perf_counter()
+    session = _prepare(config, TrainingDisplay(console), resume)
+    timings_s = session.display.timings_s
+    prepared = time.perf_counter()
     _fit(session, checkpoint)
-    session.display.say(f"trained in {time.perf_counter() - started:.0f} s")
+    timings_s["steps and validation"] = round(time.perf_counter() - prepared, 2)
+    session.display.say(f"trained in {timings_s['steps and validation']:.0f} s")
     _finish(session)
+    timings_s["all"] = round(time.perf_counter() - started, 2)
+    write_json(session.run.path / "timings.json", timings_s)
     return session.run
 
 
@@ -230,7 +235,7 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         evaluations=config.train.evaluations,
     )
     if loaded.device == "cpu":
-        _choose_threads(session, trainer, dataset)
+        _choose_threads(session, dataset)
     prompts = prompt_ids(loaded, session.examples.validation)
     report = preflight(trainer, loaded, dataset, prompts, config.eval.batch)
     display.say(
@@ -269,7 +274,8 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         )
 
 
-def _choose_threads(session: _Session, trainer: Any, dataset: Any) -> None:
+def _choose_threads(session: _Session, dataset: Any) -> None:
+    """Take the number of threads that is faster now; other programs come and go."""
     import torch
 
     if session.config.train.threads is not None:
@@ -282,10 +288,14 @@ def _choose_threads(session: _Session, trainer: Any, dataset: Any) -> None:
         session.loaded.model(**batch).loss.backward()
         session.loaded.model.zero_grad(set_to_none=True)
 
-    state = torch.get_rng_state()
+    state, was_training = torch.get_rng_state(), session.loaded.model.training
+    before = torch.get_num_threads()
+    session.loaded.model.train()
     threads = fastest_threads(step)
+    session.loaded.model.train(was_training)
     torch.set_rng_state(state)
-    session.display.say(f"CPU threads: {threads} (timed; --train.threads sets another number)")
+    if threads != before:
+        session.display.say(f"CPU threads: {threads} (timed; --train.threads sets another number)")
 
 
 def _plan_success(
@@ -311,6 +321,8 @@ def _plan_success(
             tools=session.tools,
             title=f"Validation sample at step {step}",
         )
+        if loaded.device == "cpu":
+            _choose_threads(session, session.rows.train.dataset())
         seconds = time.perf_counter() - started
         history.pause(seconds)
         return Evaluation(

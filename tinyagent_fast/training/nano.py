@@ -51,6 +51,7 @@ class PretrainSpec:
     """How the nano base is pretrained; part of its cache key."""
 
     entries: int = 6000
+    lists: int = 6000
     steps: int = 800
     batch: int = 16
     learning_rate: float = 3e-3

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 
-_REPEATS = 3
+_REPEATS = 5
 
 
 def fastest_threads(step: Callable[[], None]) -> int:
@@ -30,7 +31,7 @@ def fastest_threads(step: Callable[[], None]) -> int:
             started = time.perf_counter()
             step()
             times.append(time.perf_counter() - started)
-        # A clear win only: more threads suffer most when another program wakes up.
-        best = min(best, (min(times) * (1.0 if threads == 1 else 1.15), threads))
+        # The median, and a clear win only: more threads suffer most when another program runs.
+        best = min(best, (statistics.median(times) * (1.0 if threads == 1 else 1.15), threads))
     torch.set_num_threads(best[1])
     return best[1]

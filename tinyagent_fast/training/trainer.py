@@ -105,12 +105,16 @@ def build_trainer(
         report_to="none",
         dataset_num_proc=None,
     )
+    adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
     trainer = _trainer_class()(
         model=loaded.model,
         args=arguments,
         train_dataset=dataset,
         processing_class=loaded.tokenizer.hf,
     )
+    # trl rounds an adapter on a quantised base to bf16, which loses small steps of AdamW.
+    for parameter, data in adapter:
+        parameter.data = data
     # Only now is the number of packed rows known.
     steps = optimizer_steps(len(trainer.train_dataset), train)
     trainer.args.warmup_steps = math.ceil(steps * train.warmup)

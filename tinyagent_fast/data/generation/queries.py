@@ -113,6 +113,27 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
     )
 
 
+def write_parts(catalogue: Catalogue, rng: random.Random) -> tuple[str, list[str]]:
+    """Write a request and the parts it is made of, each a thing of its own to do.
+
+    Args:
+        catalogue: The tools to ask for.
+        rng: Source of randomness.
+
+    Returns:
+        The request, and its clauses or the names it enumerates, in order.
+    """
+    count = rng.choice((1, 2, 2, 3, 3, 4))
+    if rng.random() < 0.4:
+        names = list(dict.fromkeys(draw("person", {}, rng).text for _ in range(count)))
+        return _enumerate(names), names
+    draft = _Draft(catalogue, SINGLE_CALLS, rng)
+    tools = [tool for tool in catalogue.tools if tool.weight > 0]
+    chosen = rng.choices(tools, k=min(count, 3))
+    parts = [_expand(draft, tool, rng.choice(tool.phrases), depth=0)[0] for tool in chosen]
+    return _sentence(parts, rng), parts
+
+
 def _expand(draft: _Draft, tool: CatalogueTool, phrase: str, depth: int) -> tuple[str, Call]:
     """Fill a phrase's slots from left to right; what they depend on is called on the way."""
     arguments: dict[str, object] = {}

@@ -1,0 +1,218 @@
+"""House rules that no linter checks: docstrings, sizes, light imports, no traces of a machine."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FUNCTION_LINES = 60
+MODULE_LINES = 350
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "trl", "peft", "numpy")
+
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("tinyagent_fast", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+PROGRAM = [path for path in MODULES if path.parts[0] == "tinyagent_fast"]
+IMPURE = {Path("tinyagent_fast/evaluation/running.py"), Path("tinyagent_fast/__main__.py")}
+PURE = [
+    path
+    for path in PROGRAM
+    if path not in IMPURE
+    and (
+        len(path.parts) == 2
+        or path.parts[1] in ("plans", "data", "evaluation", "commands")
+        or path == Path("tinyagent_fast/prompts/templates.py")
+    )
+]
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
+
+
+def walk(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(tree_of(path))
+
+
+def public(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, ast.ClassDef | Function]]:
+    """Give the public classes, functions and methods of a module, not what is inside functions."""
+    for node in body:
+        if not isinstance(node, ast.ClassDef | Function) or node.name.startswith("_"):
+            continue
+        name = f"{owner}{node.name}"
+        if isinstance(node, ast.ClassDef):
+            yield from public(node.body, f"{name}.")
+        elif any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list):
+            continue
+        yield name, node
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_everything_public_has_a_docstring(path: Path) -> None:
+    tree = tree_of(path)
+    assert ast.get_docstring(tree), f"{path} says nothing of itself"
+    missing = [name for name, node in public(tree.body) if not ast.get_docstring(node)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_functions_and_modules_are_short(path: Path) -> None:
+    lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    assert lines <= MODULE_LINES, f"{path} has {lines} lines"
+    long = {
+        node.name: size
+        for node in walk(path)
+        if isinstance(node, Function)
+        and (size := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def is_silent(handler: ast.ExceptHandler) -> bool:
+    caught = handler.type
+    broad = isinstance(caught, ast.Name) and caught.id in ("Exception", "BaseException")
+    does_nothing = all(
+        isinstance(step, ast.Pass | ast.Continue)
+        or (isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant))
+        for step in handler.body
+    )
+    return caught is None or (broad and does_nothing)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_no_error_is_swallowed_whatever_it_is(path: Path) -> None:
+    handlers = [node for node in walk(path) if isinstance(node, ast.ExceptHandler)]
+    assert [handler.lineno for handler in handlers if is_silent(handler)] == []
+    broad_suppress = [
+        node.lineno
+        for node in walk(path)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "suppress"
+        and any(isinstance(a, ast.Name) and a.id.endswith("Exception") for a in node.args)
+    ]
+    assert broad_suppress == []
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=str)
+def test_only_commands_print(path: Path) -> None:
+    if path.name == "cli.py" or path.parts[1] == "commands":
+        return
+    calls = [
+        node.lineno
+        for node in walk(path)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert calls == []
+
+
+IMPORT_EACH = f"""
+import importlib, json, sys
+found, before = {{}}, set()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    heavy = {{top for top in {HEAVY!r} if top in sys.modules}}
+    found[name] = sorted(heavy - before)
+    before |= heavy
+print(json.dumps(found))
+"""
+
+
+def test_modules_that_work_without_torch_import_nothing_heavy() -> None:
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in PURE]
+    assert {"tinyagent_fast.cli", "tinyagent_fast.data.table", "tinyagent_fast.runs"} <= set(names)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH, *names], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert set(found) == set(names)
+    assert {name: heavy for name, heavy in found.items() if heavy} == {}
+
+
+def project_files() -> list[Path]:
+    """List the files that belong to the project, as .gitignore tells them from products."""
+    lines = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    anchored = [line.strip("/") for line in lines if line.startswith("/")]
+    anywhere = [line.strip("/") for line in lines if not line.startswith("/")]
+    tool_folders = [".git", ".idea", ".vscode", ".pytest_cache", ".ipynb_checkpoints"]
+
+    def is_product(path: Path) -> bool:
+        where = path.relative_to(ROOT)
+        return (
+            any(fnmatch.fnmatch(where.as_posix(), pattern) for pattern in anchored)
+            or any(fnmatch.fnmatch(where.name, pattern) for pattern in anywhere)
+            or where.name in tool_folders
+        )
+
+    def files(folder: Path) -> Iterator[Path]:
+        for path in sorted(folder.iterdir()):
+            if path.is_symlink() or is_product(path):
+                continue
+            if path.is_dir():
+                yield from files(path)
+            else:
+                yield path
+
+    return list(files(ROOT))
+
+
+# Spelled so that this file does not match itself.
+TRACES = {
+    "a path of one machine": r"/wor[k]/|/hom[e]/\w|/roo[t]/|/User[s]/\w|/tm[p]/brief|[.]pyen[v]",
+    "a package registry": r"pypi[.]or[g]|pythonhosted[.]or[g]|download[.]pytorch[.]or[g]"
+    r"|conda[.]anaconda[.]or[g]|--extra-index-ur[l]|--index-ur[l]|--find-link[s]",
+}
+
+
+@pytest.mark.parametrize("kind", TRACES)
+def test_no_text_names_what_belongs_to_one_machine(kind: str) -> None:
+    pattern = re.compile(TRACES[kind])
+    found = []
+    texts = 0
+    for path in project_files():
+        if path == ROOT / "tests" / "test_requirements.py":
+            continue  # It names registries to see that the lock files do not.
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        texts += 1
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+            for number, line in enumerate(text.splitlines(), start=1)
+            if pattern.search(line)
+        ]
+    assert texts > 60
+    assert found == []
+
+
+def test_the_traces_are_recognised_in_a_text_that_has_them() -> None:
+    machine, registry = (re.compile(pattern) for pattern in TRACES.values())
+    for text in ("see /" + "work/main", "cd /" + "home/ann", "/" + "root/x"):
+        assert machine.search(text)
+        assert not registry.search(text)
+    assert registry.search("https://" + "pypi" + ".org/simple")
+    assert not machine.search("the user's home folder, ./work")
+
+
+def test_project_files_are_the_sources_and_not_the_products() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in project_files()}
+    assert {"pyproject.toml", "Makefile", "data/README.md", "tinyagent_fast/cli.py"} <= names
+    assert "tinyagent_fast/data/generation/tinyagent.yaml" in names
+    products = ("runs/", ".venv/", "data/generated/", ".git/", ".cache/")
+    assert not [name for name in names if name.startswith(products) or "__pycache__" in name]
