@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; none takes those of the process.
 
     Returns:
-        0 when all that was tried ran or lacked memory only, 1 when something failed, 2 without CUDA.
+        0 when all that was tried ran or only lacked memory, 1 when something failed, 2 without a
+        CUDA device.
     """
     flags = _flags(arguments)
     started = time.time()
@@ -127,7 +128,7 @@ def _measure(runner: Runner, scale: Scale, flags: argparse.Namespace) -> bool:
         print(
             "error: no CUDA device was found\n"
             "  why: every figure of this check is one of a GPU\n"
-            "  fix: run it on a CUDA machine; --tiny goes through all parts on the CPU, to test them"
+            "  fix: run it on a CUDA machine; --tiny goes through all parts on the CPU"
         )
         return False
     runner.run(_selected(chosen, flags.only))
@@ -141,7 +142,7 @@ def _selected(chosen: Sequence[Group], only: Sequence[str]) -> list[Group]:
 def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     root = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=root / "results", help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, default=root / "results", help="folder of the JSON")
     parser.add_argument("--budget-s", type=float, default=480.0, help="seconds for everything")
     parser.add_argument("--cap-gib", type=float, default=22.0, help="GPU memory to use; 0: all")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model for real token counts")
@@ -164,7 +165,6 @@ def _set_environment(work: Path, tiny: bool) -> None:
         "HF_DATASETS_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_AUTO_INSTALL": "0",
-        "WANDB_DISABLED": "true",
         "PYTHONUNBUFFERED": "1",
     }
     folders = {

@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gpu_check_inputs import generated_examples, prompts_of
-from gpu_check_parts import _Steps as Steps
-from gpu_check_parts import measure_training, memory
+from gpu_check_parts import memory
+from gpu_check_training import Steps, measure_training
 from gpu_check_worker import ROOT, Bench, Part, release
 
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -89,7 +89,8 @@ def same_prefixes(one: Mapping[int, str], other: Mapping[int, str]) -> dict[str,
     """
     shares = []
     for index, text in one.items():
-        common = len(os.path.commonprefix([text, other[index]]))
+        pairs = list(zip(text, other[index], strict=False))
+        common = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
         longest = max(len(text), len(other[index]))
         shares.append(common / longest if longest else 1.0)
     equal = sum(text == other[index] for index, text in one.items())
@@ -133,9 +134,7 @@ def numerics(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     if kept.exists():
         figures |= _compare(torch.load(kept), loaded.backend, figures["loss"], gradient)
     else:
-        torch.save(
-            {"backend": loaded.backend, "loss": figures["loss"], "gradient": gradient}, kept
-        )
+        torch.save({"backend": loaded.backend, "loss": figures["loss"], "gradient": gradient}, kept)
     loaded.model.zero_grad(set_to_none=True)
     return {**figures, **memory(bench)}
 
@@ -226,7 +225,7 @@ def _gradient(bench: Bench, loaded: Any, batch: Mapping[str, Any]) -> Any:
 def _compare(kept: Mapping[str, Any], backend: str, loss: float, gradient: Any) -> dict[str, Any]:
     import torch
 
-    other = kept["gradient"]
+    other, gradient = kept["gradient"].double(), gradient.double()
     cosine = torch.nn.functional.cosine_similarity(other, gradient, dim=0)
     return {
         "compared_with": f"{backend} against {kept['backend']}",

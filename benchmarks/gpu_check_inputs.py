@@ -187,11 +187,11 @@ def write_rows(base: Path, path: Path, scale: Scale) -> RowFile:
     for example, size in zip(examples, sizes, strict=True):
         target = rng.gauss(scale.row_mean_tokens, scale.row_deviation_tokens)
         target = min(target, scale.row_max_tokens - 40)
-        system = example.system or ""
+        system, tokens = example.system or "", size
         while True:
             chosen = rng.randrange(len(blocks))
-            size += lengths[chosen]
-            if size > target:
+            tokens += lengths[chosen]
+            if tokens > target:
                 break
             system += blocks[chosen]
         filled.append(replace(example, system=system))

@@ -82,8 +82,8 @@ TINY = Scale(
     new_tokens=6,
     batches=(3, 6),
     single_prompts=2,
-    memorised_rows=4,
-    memorise_steps=6,
+    memorised_rows=2,
+    memorise_steps=2,
     test_paths=("tests/plans",),
 )
 
@@ -192,7 +192,9 @@ def groups(scale: Scale) -> list[Group]:
             "packed",
             _on("train: packed rows", "train_rows", long_l4, 35, 150, packed=True),
         ),
-        _group("reference generation", _on("generate: transformers", "generate", reference, 40, 150)),
+        _group(
+            "reference generation", _on("generate: transformers", "generate", reference, 40, 150)
+        ),
         _group("tests", _simple("tests", "gpu_tests", 20, 240)),
     ]
 

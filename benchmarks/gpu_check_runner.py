@@ -1,4 +1,4 @@
-"""Run `gpu_check`'s measurements in processes of their own, and keep every result on disk at once."""
+"""Run `gpu_check`'s measurements in processes of their own; every result is on disk at once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import Any
 from gpu_check_plan import Group, Measurement, Scale
 
 LOG_LINES = 30
+_NOTABLE = ("unsloth", "warn", "error", "compil", "fallback", "falling back", "patched")
+_NOTABLE_LINES = 40
 _POLL_S = 0.05
 
 
@@ -74,7 +76,7 @@ class Results:
         content = finite({**self.head, "measurements": self.measurements})
         temporary = self.path.with_name(f".{self.path.name}.part")
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
 
 def finite(value: Any) -> Any:
@@ -179,7 +181,9 @@ class Runner:
         """
         self._jobs += 1
         job_file = self.work / f"job-{self._jobs}.json"
-        watch = _Watch(self.work / f"events-{self._jobs}.jsonl", self.work / f"log-{self._jobs}.txt")
+        watch = _Watch(
+            self.work / f"events-{self._jobs}.jsonl", self.work / f"log-{self._jobs}.txt"
+        )
         job = {
             "work": str(self.work),
             "events": str(watch.events),
@@ -206,6 +210,7 @@ class Runner:
         self.stop()
         for event in watch.new_events():
             self._take(event, watch, by_name)
+        self.results.head.setdefault("logs", {})[f"{self._jobs} {group.name}"] = watch.notable()
         return self._after(watch, by_name, remaining, killed, code)
 
     def _listen(self, watch: _Watch, by_name: Mapping[str, Measurement]) -> str | None:
@@ -311,9 +316,18 @@ class _Watch:
 
     def tail(self) -> list[str]:
         """Give the end of what the worker printed."""
+        return self._lines()[-LOG_LINES:]
+
+    def notable(self) -> list[str]:
+        """Give what libraries said about how they run, each line once."""
+        lines = dict.fromkeys(line.strip()[:300] for line in self._lines())
+        told = [line for line in lines if any(word in line.lower() for word in _NOTABLE)]
+        return told[:_NOTABLE_LINES]
+
+    def _lines(self) -> list[str]:
         if not self.log.exists():
             return []
-        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _holds(item: Measurement, result: Mapping[str, Any]) -> bool:

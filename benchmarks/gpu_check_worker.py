@@ -1,11 +1,12 @@
 """The process in which `gpu_check` measures: one job file in, one line of JSON an event out.
 
 A measurement that fails ends the process, because CUDA's state is then unknown; the runner starts
-a fresh one for the rest. What a measurement has found before it is killed is in its `partial` lines.
+a fresh one for the rest. What a measurement found before it was killed is in its `partial` lines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -203,9 +204,7 @@ def run_job(
             return
 
 
-def measure(
-    item: Mapping[str, Any], parts: Mapping[str, Part], bench: Bench
-) -> dict[str, Any]:
+def measure(item: Mapping[str, Any], parts: Mapping[str, Part], bench: Bench) -> dict[str, Any]:
     """Run one measurement and turn whatever happens into a result.
 
     Args:
@@ -241,8 +240,9 @@ def all_parts() -> dict[str, Part]:
     """
     import gpu_check_decoding
     import gpu_check_parts
+    import gpu_check_training
 
-    return {**gpu_check_parts.PARTS, **gpu_check_decoding.PARTS}
+    return {**gpu_check_parts.PARTS, **gpu_check_training.PARTS, **gpu_check_decoding.PARTS}
 
 
 def main(job_file: str) -> None:
@@ -262,14 +262,25 @@ def main(job_file: str) -> None:
         events.write(json.dumps(event, default=str) + "\n")
         events.flush()
 
+    _die_with_the_runner()
     bench = Bench(job, tell)
     parts = all_parts()
-    tell({"event": "ready"})
     bench.limit_memory()
+    tell({"event": "ready"})
     run_job(job["measurements"], parts, bench, tell, job["deadline"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _die_with_the_runner() -> None:
+    """Ask Linux to kill this process when the runner is killed, so that it never stays behind."""
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _tuples(value: Any) -> Any:

@@ -221,13 +221,13 @@ def test_the_mix_of_plans_is_like_the_published_one(short: Generated) -> None:
 
 
 def test_a_link_is_put_into_a_text_of_its_own(short: Generated) -> None:
-    notes = [
-        str(step.arguments[5])
+    messages = [
+        str(step.arguments[1])
         for plan in short.plans()
         for step in plan.steps
-        if step.tool == "create_calendar_event"
+        if step.tool == "send_sms"
     ]
-    assert any(note.startswith("Link: $") for note in notes)
+    assert any(message.startswith("Here it is: $") for message in messages)
 
 
 def observations(entry: Entry) -> list[str]:

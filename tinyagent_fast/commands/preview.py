@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
 
     console = Console(highlight=False)
     examples = load_run_examples(config)
-    hf = base_tokenizer(config, examples.train)
+    hf = base_tokenizer(config, examples.train, [e.query for e in examples.test])
     if hf is None:
         hf = load_tokenizer(resolve_tokenizer_folder(config.model.base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)

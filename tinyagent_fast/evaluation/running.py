@@ -113,6 +113,9 @@ def evaluate_examples(
         reused=kept,
         seconds=time.perf_counter() - started,
     )
+    strange = result.metrics.label_problems.get("unknown_tool", 0)
+    if strange:
+        say(f"{strange} labels call unknown tools; --data.catalogue names tools of your own")
     write_json(folder / "metrics.json", result.to_json())
     write_text(folder / "report.md", markdown_report(title, result.metrics, predictions, tools))
     return result

@@ -19,6 +19,7 @@ from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entr
 from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.reading import entry_from_json
 from tinyagent_fast.data.schema import Entry, Example
+from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import RenderedExample, render, render_prompt
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -41,6 +42,7 @@ _RANDOM_SHAPE = NanoShape(hidden=64, intermediate=128, layers=2, heads=4, kv_hea
 def resolve_base(
     config: Config,
     examples: Sequence[Example],
+    held_out: Sequence[str] = (),
     on_progress: Callable[[PretrainProgress], None] = lambda _: None,
 ) -> str:
     """Build the base model that the config names, unless it exists.
@@ -48,41 +50,47 @@ def resolve_base(
     Args:
         config: The run's config.
         examples: The run's training examples; the `random` model's tokenizer is trained on them.
+        held_out: Test queries, which the nano base must not have seen either.
         on_progress: Called while the nano base is pretrained.
 
     Returns:
         A folder, or the hub name from the config.
     """
     if config.model.base == "nano":
-        return str(_nano(config, on_progress))
+        return str(_nano(config, held_out, on_progress))
     if config.model.base == "random":
         return str(_random(config, examples))
     return config.model.base
 
 
-def base_tokenizer(config: Config, examples: Sequence[Example]) -> Any:
+def base_tokenizer(
+    config: Config, examples: Sequence[Example], held_out: Sequence[str] = ()
+) -> Any:
     """Make the tokenizer of a base that is built on the spot, without building the model.
 
     Args:
         config: The run's config.
         examples: The run's training examples.
+        held_out: The run's test queries.
 
     Returns:
         A transformers tokenizer, or none for a base that is loaded from a folder or the hub.
     """
     if config.model.base == "nano":
-        return _nano_tokenizer([text for _, text in _nano_texts(PretrainSpec())], NanoShape())
+        texts = _nano_texts(PretrainSpec(), held_out)
+        return _nano_tokenizer([text for _, text in texts], NanoShape())
     if config.model.base == "random":
         return train_bpe_tokenizer(_random_texts(examples), _RANDOM_SHAPE.vocab_pieces)
     return None
 
 
-def _nano_texts(spec: PretrainSpec) -> list[tuple[str, RenderedExample]]:
+def _nano_texts(spec: PretrainSpec, held_out: Sequence[str]) -> list[tuple[str, RenderedExample]]:
     """Write what the nano base is pretrained on: single calls, and lists of a request's parts."""
     generation = GenerationSpec(single_calls=True)
     catalogue = load_catalogue()
     rng = random.Random(f"nano/{spec.seed}")
-    entries = generate_entries(catalogue, generation, spec.entries, rng, set())
+    taken = {normalise_query(query) for query in held_out}
+    entries = generate_entries(catalogue, generation, spec.entries, rng, taken)
     examples = [_plan_example(key, raw) for key, raw in entries]
     texts = [(example.key, render(example, "alpaca")) for example in examples]
     for number in range(spec.lists):
@@ -99,9 +107,11 @@ def _nano_tokenizer(texts: Sequence[RenderedExample], shape: NanoShape) -> Any:
     return train_bpe_tokenizer(chosen, shape.vocab_pieces)
 
 
-def _nano(config: Config, on_progress: Callable[[PretrainProgress], None]) -> Path:
+def _nano(
+    config: Config, held_out: Sequence[str], on_progress: Callable[[PretrainProgress], None]
+) -> Path:
     shape, spec = NanoShape(), PretrainSpec()
-    texts = _nano_texts(spec)
+    texts = _nano_texts(spec, held_out)
     text_hash = hashlib.sha256("".join(t.prompt + t.completion for _, t in texts).encode())
     key = _key([asdict(shape), asdict(spec), text_hash.hexdigest()])
     folder = config.runs / "bases" / f"nano-{key}"

@@ -137,7 +137,10 @@ def _prepare(config: Config, display: TrainingDisplay, resume: Run | None) -> _S
         examples = load_run_examples(config)
     with display.bar("base model", "steps") as update:
         base = resolve_base(
-            config, examples.train, lambda progress: update(progress.step, progress.steps)
+            config,
+            examples.train,
+            [example.query for example in examples.test],
+            lambda progress: update(progress.step, progress.steps),
         )
     folder = resolve_tokenizer_folder(base, config.model.revision)
     tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)

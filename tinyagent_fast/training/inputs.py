@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.data import generation
+from tinyagent_fast.data import generation, splits
 from tinyagent_fast.data.cache import cache_folder, load_examples
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
@@ -19,6 +19,7 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import LeakReport, leak_report, split_validation
 from tinyagent_fast.data.table import ExampleTable
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.plans import grammar
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -101,8 +102,9 @@ def data_files(config: Config) -> DataFiles:
 
 def _generation_key(spec: GenerationSpec) -> str:
     """Name the generated files by all they depend on: spec, catalogue and the generator's code."""
-    sources = sorted(Path(generation.__path__[0]).glob("*.py"))
-    contents = [path.read_bytes() for path in (*sources, spec.catalogue)]
+    sources = sorted(p for p in Path(generation.__path__[0]).glob("*.*") if p.suffix != ".pyc")
+    used = (*sources, Path(grammar.__file__), Path(splits.__file__), spec.catalogue)
+    contents = [path.read_bytes() for path in used]
     settings = repr(replace(spec, catalogue=Path()))
     return settings + hashlib.sha256(b"".join(contents)).hexdigest()
 

@@ -35,10 +35,10 @@ class Mix:
     tools in 82 % of queries, about three calls and join per plan).
     """
 
-    clause_weights: tuple[float, ...] = (0.45, 0.42, 0.13)
+    clause_weights: tuple[float, ...] = (0.5, 0.4, 0.1)
     dependency_share: float = 0.85
     optional_share: float = 0.4
-    list_weights: tuple[float, ...] = (0.5, 0.32, 0.18)
+    list_weights: tuple[float, ...] = (0.55, 0.3, 0.15)
     reuse_share: float = 0.25
     max_calls: int = 7
 

@@ -34,7 +34,7 @@ def _event_name(rng: random.Random) -> str:
 
 def _person(rng: random.Random) -> Value:
     name = rng.choice(_words("first_names"))
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         name = f"{name} {rng.choice(_words('last_names'))}"
     return Value(name, name)
 
@@ -68,7 +68,7 @@ def _remark(rng: random.Random) -> Value:
 
 
 def _place(rng: random.Random) -> Value:
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         place = rng.choice(_words("places"))
     else:
         street, city = rng.choice(_words("streets")), rng.choice(_words("cities"))
@@ -77,12 +77,8 @@ def _place(rng: random.Random) -> Value:
 
 
 def _start(rng: random.Random) -> Value:
-    day = datetime(2024, 1, 1) + timedelta(days=rng.randrange(730), hours=rng.randrange(8, 20))
-    if rng.random() < 0.5:
-        text = f"on {day:%Y-%m-%d} at {day:%H:%M}"
-    else:
-        text = f"on {day:%B} {day.day} {day.year} at {day.hour % 12 or 12} {day:%p}"
-    return Value(text, f"{day:%Y-%m-%d %H:%M:%S}")
+    moment = datetime(2024, 1, 1) + timedelta(days=rng.randrange(730), hours=rng.randrange(8, 20))
+    return Value(f"on {moment:%Y-%m-%d} at {moment:%H:%M}", f"{moment:%Y-%m-%d %H:%M:%S}")
 
 
 def _minutes(rng: random.Random) -> Value:
