@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def base(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     bench.base.mkdir(parents=True, exist_ok=True)
     given = bench.job["tokenizer"]
     figures = write_tokenizer(bench.base, bench.scale, Path(given) if given else None)
-    return {**figures, **write_base(bench.base, bench.scale)}
+    scale = replace(bench.scale, vocab_pieces=figures["pieces"])
+    return {**figures, **write_base(bench.base, scale)}
 
 
 def rows(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:

@@ -220,10 +220,9 @@ def measure(item: Mapping[str, Any], parts: Mapping[str, Part], bench: Bench) ->
         figures = parts[item["kind"]](bench, item)
     except Exception as error:
         status = "oom" if out_of_memory(error) else "failed"
-        first_line = (str(error).strip() or "no message").splitlines()[0]
         return {
             "status": status,
-            "reason": f"{type(error).__name__}: {first_line}"[:500],
+            "reason": " ".join(f"{type(error).__name__}: {error}".split())[:500],
             "log": traceback.format_exc().splitlines()[-TRACEBACK_LINES:],
             "model_broken": isinstance(error, ModelNotLoaded),
             "seconds": round(time.perf_counter() - started, 3),

@@ -178,6 +178,14 @@ def tiny_config(
     return lambda **changes: config_in(tmp_path, **changes)
 
 
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs draw no picture, which takes as long as a short training."""
+    from tinyagent_fast.training import fit
+
+    monkeypatch.setattr(fit, "plot_training", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return a maker of encoded plan rows, all different and of different lengths."""

@@ -172,14 +172,27 @@ def _claim(config: Config) -> Run:
             f"it must be the name of one folder, and not {' or '.join(_RESERVED)}",
             "take another --name",
         )
-    path = config.runs / name
-    if not _make_folder(path) and (not path.is_dir() or any(path.iterdir())):
+    refuse_taken_name(config)
+    _make_folder(config.runs / name)
+    return Run(config.runs / name)
+
+
+def refuse_taken_name(config: Config) -> None:
+    """Refuse a name that a run has already, before hours of work rather than after.
+
+    Args:
+        config: The resolved config.
+
+    Raises:
+        ConfigError: The folder exists and is not empty.
+    """
+    path = config.runs / (config.name or "")
+    if config.name and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
-            f"run name {name!r}",
+            f"run name {config.name!r}",
             f"{path} exists, and a run is never overwritten",
-            f"go on with it (--resume {name}), or take another --name",
+            f"go on with it (--resume {config.name}), or take another --name",
         )
-    return Run(path)
 
 
 def _make_folder(path: Path) -> bool:

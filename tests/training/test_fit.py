@@ -14,7 +14,7 @@ import pytest
 
 from tinyagent_fast.config import Config, EvalConfig
 from tinyagent_fast.errors import ConfigError, DataError, TrainingError
-from tinyagent_fast.runs import Run
+from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training import fit
 from tinyagent_fast.training.callbacks import (
     Best,
@@ -23,7 +23,9 @@ from tinyagent_fast.training.callbacks import (
     is_better,
     read_best,
 )
+from tinyagent_fast.training.plots import plot_training
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 MakeConfig = Callable[..., Config]
 
 
@@ -60,8 +62,9 @@ def script_evaluations(
 
 
 def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
-    tiny_config: MakeConfig, quiet: Any
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fit, "plot_training", plot_training)
     config = tiny_config(
         train={"evaluations": 2}, eval={"before_and_after": True, "limit": 2, "sample": 3}
     )
@@ -371,12 +374,13 @@ def test_plan_success_is_counted_over_queries_also_when_their_rows_were_dropped(
 
 
 def test_a_run_is_never_overwritten(tiny_config: MakeConfig, quiet: Any) -> None:
-    config = tiny_config(train={"max_steps": 1})
-    run = fit.train(config, quiet)
-    before = run.history_path.read_bytes()
+    config = tiny_config()
+    run = create_run(config)
+    run.append_history({"event": "step", "step": 1})
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
     with pytest.raises(ConfigError, match="never overwritten"):
         fit.train(config, quiet)
-    assert run.history_path.read_bytes() == before
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
 
 
 def test_a_bad_setting_is_refused_before_anything_is_done(
@@ -411,7 +415,7 @@ def test_equal_configs_give_equal_runs(tiny_config: MakeConfig, quiet: Any) -> N
 
 def test_another_seed_gives_another_run(tiny_config: MakeConfig, quiet: Any) -> None:
     one, other = (
-        fit.train(tiny_config(name=f"s{seed}", train={"seed": seed, "max_steps": 2}), quiet)
+        fit.train(tiny_config(name=f"s{seed}", train={"seed": seed, "max_steps": 1}), quiet)
         for seed in (1, 2)
     )
     assert weights_of(one.adapter) != weights_of(other.adapter)

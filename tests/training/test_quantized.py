@@ -149,6 +149,7 @@ def test_gradients_after_an_evaluation_equal_those_before_it(
         assert torch.equal(parameter.detach(), weights[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes")
 @pytest.mark.skipif(not cpu_has_avx512_bf16(), reason="this CPU has no AVX512-BF16")
 def test_without_our_switch_an_evaluation_would_change_the_gradients(
     nf4_config: Config, tiny_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,7 @@ from tinyagent_fast.training.resume import (
     training_is_over,
 )
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 MakeConfig = Callable[..., Config]
 TIMES = ("tokens_per_s", "seconds")
 

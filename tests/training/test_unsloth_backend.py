@@ -172,7 +172,7 @@ def test_nothing_is_said_where_nothing_was_changed(seen: dict[str, Any]) -> None
 
 
 def test_unsloth_trains_just_as_transformers_and_peft_do(
-    folder: Path, tiny_config: MakeConfig, quiet: Any
+    folder: Path, tiny_config: MakeConfig, quiet: Any, no_picture: None
 ) -> None:
     """Same weights, adapter, order of rows and loss: only the implementation differs."""
     from tinyagent_fast.training import fit

@@ -62,9 +62,9 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.evaluation.report import headline
     from tinyagent_fast.evaluation.running import evaluate_examples
     from tinyagent_fast.training.display import TrainingDisplay
-    from tinyagent_fast.training.fit import quieten, scoring_tools
     from tinyagent_fast.training.inputs import load_test_examples
     from tinyagent_fast.training.models import load_for_generation
+    from tinyagent_fast.training.session import quieten, scoring_tools
 
     quieten()
     display = TrainingDisplay(Console(highlight=False))

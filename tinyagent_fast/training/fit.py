@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import shutil
 import time
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tinyagent_fast.config import Config, check_config
-from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples, prompt_ids
 from tinyagent_fast.generation.decoding import generating
-from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
-from tinyagent_fast.prompts.templates import template_hash
-from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import Run, create_run, write_json
-from tinyagent_fast.training.bases import resolve_base
+from tinyagent_fast.runs import Run, refuse_taken_name, write_json
 from tinyagent_fast.training.callbacks import (
     Best,
     Evaluation,
@@ -37,23 +27,16 @@ from tinyagent_fast.training.callbacks import (
     save_adapter,
 )
 from tinyagent_fast.training.display import TrainingDisplay
-from tinyagent_fast.training.inputs import (
-    RunExamples,
-    RunRows,
-    encode_run_rows,
-    load_run_examples,
-)
-from tinyagent_fast.training.models import LoadedModel, load_for_training
+from tinyagent_fast.training.models import LoadedModel
 from tinyagent_fast.training.plots import plot_training
 from tinyagent_fast.training.preflight import preflight
 from tinyagent_fast.training.resume import (
     forget_after,
     last_checkpoint,
     refuse_changed_config,
-    remember_or_compare,
-    trainable_parameters,
     training_is_over,
 )
+from tinyagent_fast.training.session import Session, prepare_session, quieten
 from tinyagent_fast.training.threads import fastest_threads
 from tinyagent_fast.training.trainer import (
     build_trainer,
@@ -62,20 +45,6 @@ from tinyagent_fast.training.trainer import (
     steps_between,
     validation_loss,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Session:
-    """Everything that stands before the first step."""
-
-    run: Run
-    config: Config
-    base: str
-    examples: RunExamples
-    rows: RunRows
-    loaded: LoadedModel
-    tools: Mapping[str, Tool] | None
-    display: TrainingDisplay
 
 
 def train(config: Config, console: Console, *, resume: Run | None = None) -> Run:
@@ -95,11 +64,13 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
     check_config(config)
     quieten()
     checkpoint = None
-    if resume is not None:
+    if resume is None:
+        refuse_taken_name(config)
+    else:
         refuse_changed_config(resume, config)
         checkpoint = last_checkpoint(resume)
     started = time.perf_counter()
-    session = _prepare(config, TrainingDisplay(console), resume)
+    session = prepare_session(config, TrainingDisplay(console), resume)
     timings_s = session.display.timings_s
     prepared = time.perf_counter()
     _fit(session, checkpoint)
@@ -111,121 +82,7 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
     return session.run
 
 
-def quieten() -> None:
-    """Hold back other libraries' chatter; what matters is said by the display."""
-    warnings.filterwarnings("ignore", message=".*kernels-community.*")
-    for name in ("transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def scoring_tools(config: Config) -> Mapping[str, Tool] | None:
-    """Give the tools that plans of a config may call.
-
-    Args:
-        config: Names a catalogue, or none.
-
-    Returns:
-        The catalogue's tools by name; none stands for TinyAgent's own.
-    """
-    if config.data.catalogue is None:
-        return None
-    return {t.name: t.plan_tool() for t in load_catalogue(config.data.catalogue).tools}
-
-
-def _prepare(config: Config, display: TrainingDisplay, resume: Run | None) -> _Session:
-    with display.bar("reading data"):
-        examples = load_run_examples(config)
-    with display.bar("base model", "steps") as update:
-        base = resolve_base(
-            config,
-            examples.train,
-            [example.query for example in examples.test],
-            lambda progress: update(progress.step, progress.steps),
-        )
-    folder = resolve_tokenizer_folder(base, config.model.revision)
-    tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
-    with display.bar("encoding rows", "rows") as update:
-        rows = encode_run_rows(
-            config, examples, tokenizer, lambda done: update(done, len(examples.train))
-        )
-    for name, row_file in (("train", rows.train), ("validation", rows.validation)):
-        if row_file is not None and row_file.statistics.dropped:
-            dropped = row_file.statistics.dropped
-            display.say(
-                f"dropped {len(dropped)} over-long {name} rows, the longest of "
-                f"{max(tokens for _, tokens in dropped)} tokens"
-            )
-    loaded = load_for_training(config, base)
-    run = resume or create_run(config)
-    session = _Session(
-        run=run,
-        config=config,
-        base=base,
-        examples=examples,
-        rows=rows,
-        loaded=loaded,
-        tools=scoring_tools(config),
-        display=display,
-    )
-    remember_or_compare(
-        run,
-        _data_record(session),
-        trainable_parameters(loaded.model),
-        resumed=resume is not None,
-    )
-    _header(session)
-    return session
-
-
-def _data_record(session: _Session) -> dict[str, Any]:
-    tokenizer = session.loaded.tokenizer
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
-    vocabulary = tokenizer.hf.backend_tokenizer.to_str().encode()
-    return {
-        **session.examples.summary,
-        "base": session.base,
-        "template_sha256": template_hash(tokenizer.prompt_format, chat),
-        "tokenizer_sha256": hashlib.sha256(vocabulary).hexdigest(),
-        "rows": {
-            "train": asdict(session.rows.train.statistics),
-            "validation": asdict(session.rows.validation.statistics)
-            if session.rows.validation
-            else None,
-        },
-    }
-
-
-def _header(session: _Session) -> None:
-    config, loaded, rows = session.config, session.loaded, session.rows.train.statistics
-    train = config.train
-    trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    steps = optimizer_steps(rows.rows, train)
-    leaks = [pair for pair in session.examples.leaks.between if pair.normalised]
-    files = session.examples.files
-    facts = {
-        "run": str(session.run.path),
-        "preset": config.preset,
-        "data": f"{files.train}{' (generated)' if files.generated else ''}",
-        "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
-        f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
-        "held out": f"{len(session.examples.validation)} validation queries during training, "
-        f"{len(session.examples.test)} test queries",
-        "leaks": ", ".join(f"{p.normalised} {p.first}/{p.second}" for p in leaks)
-        or "no query in two splits",
-        "base": f"{session.base} ({config.model.weights})",
-        "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}",
-        "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
-        f"{trainable:,} parameters",
-        "steps": f"{steps if train.batching != 'packed' else 'packed rows:'} "
-        f"of {train.batch} x {train.accumulation} rows, {train.batching}",
-        "rate": f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}",
-    }
-    session.display.header("tinyagent-fast train", facts)
-    for note in loaded.notes:
-        session.display.say(f"note: {note}")
-
-
-def _fit(session: _Session, checkpoint: Path | None) -> None:
+def _fit(session: Session, checkpoint: Path | None) -> None:
     config, loaded, display, run = session.config, session.loaded, session.display, session.run
     dataset = session.rows.train.dataset()
     trainer = build_trainer(
@@ -277,7 +134,7 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         )
 
 
-def _choose_threads(session: _Session, dataset: Any) -> None:
+def _choose_threads(session: Session, dataset: Any) -> None:
     """Take the number of threads that is faster now; other programs come and go."""
     import torch
 
@@ -302,7 +159,7 @@ def _choose_threads(session: _Session, dataset: Any) -> None:
 
 
 def _plan_success(
-    session: _Session, trainer: Any, history: History, every_steps: int
+    session: Session, trainer: Any, history: History, every_steps: int
 ) -> PlanSuccess:
     config, loaded, run = session.config, session.loaded, session.run
     assert session.rows.validation is not None, "the caller has checked that there are such rows"
@@ -350,7 +207,7 @@ def _plan_success(
     )
 
 
-def _test(session: _Session, name: str) -> EvaluationResult:
+def _test(session: Session, name: str) -> EvaluationResult:
     """Measure the test entries with the model as it stands."""
     with session.display.bar(f"test queries, {name} training", "plans") as update:
         return evaluate_examples(
@@ -366,7 +223,7 @@ def _test(session: _Session, name: str) -> EvaluationResult:
         )
 
 
-def _finish(session: _Session) -> None:
+def _finish(session: Session) -> None:
     """Put the best adapter where evaluation and export look for it, and say what came out."""
     run, loaded, display = session.run, session.loaded, session.display
     best = read_best(run)

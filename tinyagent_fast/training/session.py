@@ -1,0 +1,170 @@
+"""Everything of a run that stands before its first step: data, rows, model, run folder, header."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+from tinyagent_fast.prompts.templates import template_hash
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import Run, create_run
+from tinyagent_fast.training.bases import resolve_base
+from tinyagent_fast.training.display import TrainingDisplay
+from tinyagent_fast.training.inputs import (
+    RunExamples,
+    RunRows,
+    encode_run_rows,
+    load_run_examples,
+)
+from tinyagent_fast.training.models import LoadedModel, load_for_training
+from tinyagent_fast.training.resume import remember_or_compare, trainable_parameters
+from tinyagent_fast.training.trainer import optimizer_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that stands before the first step."""
+
+    run: Run
+    config: Config
+    base: str
+    examples: RunExamples
+    rows: RunRows
+    loaded: LoadedModel
+    tools: Mapping[str, Tool] | None
+    display: TrainingDisplay
+
+
+def quieten() -> None:
+    """Hold back other libraries' chatter; what matters is said by the display."""
+    warnings.filterwarnings("ignore", message=".*kernels-community.*")
+    for name in ("transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def scoring_tools(config: Config) -> Mapping[str, Tool] | None:
+    """Give the tools that plans of a config may call.
+
+    Args:
+        config: Names a catalogue, or none.
+
+    Returns:
+        The catalogue's tools by name; none stands for TinyAgent's own.
+    """
+    if config.data.catalogue is None:
+        return None
+    return {t.name: t.plan_tool() for t in load_catalogue(config.data.catalogue).tools}
+
+
+def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None) -> Session:
+    """Do all that comes before the trainer: read, build the base, encode, load, make the folder.
+
+    Args:
+        config: The checked config.
+        display: Where progress is shown.
+        resume: A run to go on with, or none for a new one.
+
+    Returns:
+        The session.
+
+    Raises:
+        UserError: Data, base or backend cannot be used as asked.
+    """
+    with display.bar("reading data"):
+        examples = load_run_examples(config)
+    with display.bar("base model", "steps") as update:
+        base = resolve_base(
+            config,
+            examples.train,
+            [example.query for example in examples.test],
+            lambda progress: update(progress.step, progress.steps),
+        )
+    folder = resolve_tokenizer_folder(base, config.model.revision)
+    tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
+    with display.bar("encoding rows", "rows") as update:
+        rows = encode_run_rows(
+            config, examples, tokenizer, lambda done: update(done, len(examples.train))
+        )
+    for name, row_file in (("train", rows.train), ("validation", rows.validation)):
+        if row_file is not None and row_file.statistics.dropped:
+            dropped = row_file.statistics.dropped
+            display.say(
+                f"dropped {len(dropped)} over-long {name} rows, the longest of "
+                f"{max(tokens for _, tokens in dropped)} tokens"
+            )
+    loaded = load_for_training(config, base)
+    run = resume or create_run(config)
+    session = Session(
+        run=run,
+        config=config,
+        base=base,
+        examples=examples,
+        rows=rows,
+        loaded=loaded,
+        tools=scoring_tools(config),
+        display=display,
+    )
+    remember_or_compare(
+        run,
+        _data_record(session),
+        trainable_parameters(loaded.model),
+        resumed=resume is not None,
+    )
+    _header(session)
+    return session
+
+
+def _data_record(session: Session) -> dict[str, Any]:
+    tokenizer = session.loaded.tokenizer
+    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    vocabulary = tokenizer.hf.backend_tokenizer.to_str().encode()
+    return {
+        **session.examples.summary,
+        "base": session.base,
+        "template_sha256": template_hash(tokenizer.prompt_format, chat),
+        "tokenizer_sha256": hashlib.sha256(vocabulary).hexdigest(),
+        "rows": {
+            "train": asdict(session.rows.train.statistics),
+            "validation": asdict(session.rows.validation.statistics)
+            if session.rows.validation
+            else None,
+        },
+    }
+
+
+def _header(session: Session) -> None:
+    config, loaded, rows = session.config, session.loaded, session.rows.train.statistics
+    train = config.train
+    trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    steps = optimizer_steps(rows.rows, train)
+    leaks = [pair for pair in session.examples.leaks.between if pair.normalised]
+    files = session.examples.files
+    facts = {
+        "run": str(session.run.path),
+        "preset": config.preset,
+        "data": f"{files.train}{' (generated)' if files.generated else ''}",
+        "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
+        f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
+        "held out": f"{len(session.examples.validation)} validation queries during training, "
+        f"{len(session.examples.test)} test queries",
+        "leaks": ", ".join(f"{p.normalised} {p.first}/{p.second}" for p in leaks)
+        or "no query in two splits",
+        "base": f"{session.base} ({config.model.weights})",
+        "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}",
+        "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
+        f"{trainable:,} parameters",
+        "steps": f"{steps if train.batching != 'packed' else 'packed rows:'} "
+        f"of {train.batch} x {train.accumulation} rows, {train.batching}",
+        "rate": f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}",
+    }
+    session.display.header("tinyagent-fast train", facts)
+    for note in loaded.notes:
+        session.display.say(f"note: {note}")
