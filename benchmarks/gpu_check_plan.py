@@ -40,7 +40,7 @@ class Scale:
     )
     plain_shapes: tuple[tuple[int, int], ...] = ((4, 4608), (1, 16384))
     main_shape: tuple[int, int] = (4, 4608)
-    seed_rows_per_step: int = 8
+    warmup_steps: int = 2
     steps: int = 5
     steps_s: float = 12.0
     recipe_steps: int = 6
@@ -75,8 +75,9 @@ TINY = Scale(
     checkpointed_shapes=((1, 144), (2, 144)),
     plain_shapes=((2, 144),),
     main_shape=(3, 144),
-    steps=2,
-    recipe_steps=2,
+    warmup_steps=1,
+    steps=1,
+    recipe_steps=1,
     prompts=6,
     prompt_tokens=60,
     new_tokens=6,

@@ -18,7 +18,7 @@ def train_shape(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     """Time single micro-batches of one exact shape through the project's trainer."""
     batch, tokens = item["arguments"]["batch"], item["arguments"]["tokens"]
     loaded = bench.loaded(item["model"])
-    steps = Steps(warmup=2, most=bench.scale.steps, most_s=bench.scale.steps_s)
+    steps = Steps(bench.scale.warmup_steps, bench.scale.steps, bench.scale.steps_s)
     dataset = exact_rows(bench.rows(), batch, tokens, steps.warmup + steps.most + 1)
     train = replace(bench.config.train, batch=batch, accumulation=1)
     return measure_training(bench, loaded, dataset, train, steps)
@@ -27,7 +27,7 @@ def train_shape(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
 def train_rows(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     """Time optimizer steps of a whole recipe on the synthetic rows."""
     loaded = bench.loaded(item["model"])
-    steps = Steps(warmup=2, most=bench.scale.recipe_steps, most_s=bench.scale.recipe_s)
+    steps = Steps(bench.scale.warmup_steps, bench.scale.recipe_steps, bench.scale.recipe_s)
     train = bench.config.train
     if item["arguments"].get("packed"):
         train = replace(train, batching="packed", batch=1, accumulation=1)

@@ -119,23 +119,10 @@ def tokenizer_from_sentencepiece(path: Path) -> Any:
     Raises:
         ModelError: The file is no SentencePiece BPE model without text normalisation.
     """
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    proto = protobuf.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError differs between its implementations
-        raise ModelError(
-            f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
-        ) from error
-    if proto.trainer_spec.model_type != 2 or proto.normalizer_spec.name != "identity":
-        raise ModelError(
-            f"{path}",
-            "it is no BPE model, or it normalises text, so its ids cannot be reproduced",
-            "use a base model with a Llama tokenizer or with tokenizer.json",
-        )
+    proto = _read_sentencepiece(path)
     pieces = [piece.piece for piece in proto.pieces]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     if absent := [token for token in _SPECIAL_TOKENS if token not in vocab]:
@@ -168,6 +155,26 @@ def tokenizer_from_sentencepiece(path: Path) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def _read_sentencepiece(path: Path) -> Any:
+    """Parse a tokenizer.model that is a BPE model without text normalisation."""
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    proto = protobuf.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError differs between its implementations
+        raise ModelError(
+            f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
+        ) from error
+    if proto.trainer_spec.model_type != 2 or proto.normalizer_spec.name != "identity":
+        raise ModelError(
+            f"{path}",
+            "it is no BPE model, or it normalises text, so its ids cannot be reproduced",
+            "use a base model with a Llama tokenizer or with tokenizer.json",
+        )
+    return proto
 
 
 def _merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:

@@ -28,9 +28,9 @@ _WORDS = (
 )
 
 
-# What merges are learned on: a name is the same token behind a space and behind a quote, so that
-# a small model copies it instead of learning that two tokens mean one name.
-_MERGED = r"[A-Z][A-Za-z]*|_[A-Za-z]+| ?[a-z]+|\p{N}{1,3}| ?[^\sA-Za-z\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+# What merges are learned on: no quote or bracket is part of a word, so that a quoted name is made
+# of the same tokens in a request and in a plan, and a small model can copy it.
+_MERGED = r"_[A-Za-z]+| ?[A-Za-z]+|\p{N}{1,3}| ?[^\sA-Za-z\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,11 +73,37 @@ def build_trainer(
     if loaded.backend == "unsloth":
         import unsloth  # noqa: F401  # patches trl, so it must come first
     from transformers import PrinterCallback, ProgressCallback
+
+    adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
+    trainer = _trainer_class()(
+        model=loaded.model,
+        args=_arguments(loaded, train, max_length_tokens, output_dir),
+        train_dataset=dataset,
+        processing_class=loaded.tokenizer.hf,
+    )
+    # trl rounds an adapter on a quantised base to bf16, which loses small steps of AdamW.
+    for parameter, data in adapter:
+        parameter.data = data
+    # Only now is the number of packed rows known.
+    steps = optimizer_steps(len(trainer.train_dataset), train)
+    trainer.args.warmup_steps = math.ceil(steps * train.warmup)
+    trainer.args.logging_steps = max(1, min(10, steps // 20))
+    trainer.args.save_steps = save_every_steps or steps_between(steps, evaluations or 6)
+    trainer.group_by_length = train.batching == "length-grouped"
+    for display in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(display)
+    return trainer
+
+
+def _arguments(
+    loaded: LoadedModel, train: TrainConfig, max_length_tokens: int, output_dir: Path
+) -> Any:
+    """Translate our settings; what depends on the number of rows is set later."""
     from trl import SFTConfig
 
     packed = train.batching == "packed"
     cuda = loaded.device == "cuda"
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=train.batch,
         gradient_accumulation_steps=train.accumulation,
@@ -105,25 +131,6 @@ def build_trainer(
         report_to="none",
         dataset_num_proc=None,
     )
-    adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
-    trainer = _trainer_class()(
-        model=loaded.model,
-        args=arguments,
-        train_dataset=dataset,
-        processing_class=loaded.tokenizer.hf,
-    )
-    # trl rounds an adapter on a quantised base to bf16, which loses small steps of AdamW.
-    for parameter, data in adapter:
-        parameter.data = data
-    # Only now is the number of packed rows known.
-    steps = optimizer_steps(len(trainer.train_dataset), train)
-    trainer.args.warmup_steps = math.ceil(steps * train.warmup)
-    trainer.args.logging_steps = max(1, min(10, steps // 20))
-    trainer.args.save_steps = save_every_steps or steps_between(steps, evaluations or 6)
-    trainer.group_by_length = train.batching == "length-grouped"
-    for display in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(display)
-    return trainer
 
 
 def _trainer_class() -> Any:

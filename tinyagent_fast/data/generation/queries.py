@@ -125,7 +125,7 @@ def write_parts(catalogue: Catalogue, rng: random.Random) -> tuple[str, list[str
     """
     count = rng.choice((1, 2, 2, 3, 3, 4))
     if rng.random() < 0.4:
-        names = list(dict.fromkeys(draw("person", {}, rng).text for _ in range(count)))
+        names = [f'"{draw("person", {}, rng).text}"' for _ in range(count)]
         return _enumerate(names), names
     draft = _Draft(catalogue, SINGLE_CALLS, rng)
     tools = [tool for tool in catalogue.tools if tool.weight > 0]
