@@ -177,7 +177,7 @@ def write_rows(base: Path, path: Path, scale: Scale) -> RowFile:
         The rows.
     """
     tokenizer = PromptTokenizer(load_tokenizer(base))
-    examples = generated_examples(scale.rows, scale.prompt_style, "rows")
+    examples = _short_enough(tokenizer, scale)
     blocks = [f"Question: {e.query}\n{e.output}{END_OF_PLAN}{_CUT}" for e in examples]
     lengths = [len(ids) for ids in tokenizer.encode_texts(blocks)]
     rendered = [render(e, "alpaca") for e in examples]
@@ -198,6 +198,15 @@ def write_rows(base: Path, path: Path, scale: Scale) -> RowFile:
     return encode_examples(
         filled, tokenizer, path, max_length_tokens=scale.row_max_tokens, over_long="drop"
     )
+
+
+def _short_enough(tokenizer: PromptTokenizer, scale: Scale) -> list[Example]:
+    """Generate the wanted number of examples, none longer than a row may be."""
+    found = generated_examples(2 * scale.rows, scale.prompt_style, "rows")
+    texts = [(r.prompt, r.completion) for r in (render(e, "alpaca") for e in found)]
+    sizes = [len(ids) for ids in tokenizer.encode_texts([p + c for p, c in texts])]
+    kept = [e for e, size in zip(found, sizes, strict=True) if size < scale.row_max_tokens - 8]
+    return kept[: scale.rows]
 
 
 def exact_rows(rows: Any, batch: int, tokens: int, steps: int) -> Any:

@@ -143,17 +143,18 @@ def release(cuda: bool) -> None:
     """Give back memory that nothing refers to any more, and start the peak counters anew.
 
     Args:
-        cuda: Whether there is a device.
+        cuda: Whether there is a device; without one there is nothing to do.
     """
+    if not cuda:
+        return
     import gc
 
-    gc.collect()
-    if cuda:
-        import torch
+    import torch
 
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -43,6 +43,8 @@ class DataConfig:
     """Use only this many training entries (seeded choice); None uses all."""
     generated_entries: int = 8000
     """Training entries to generate when `train` is None; 200 test entries come with them."""
+    generated_max_calls: int = 7
+    """Most calls of a generated plan, join not counted; fewer are easier to learn."""
     catalogue: Path | None = None
     """YAML file with tools of your own, for generating and scoring; None takes TinyAgent's 16."""
     seed: int = 0
@@ -208,6 +210,7 @@ def _too_small(config: Config) -> list[str]:
         "eval.batch": c.eval.batch,
         "eval.max-new-tokens": c.eval.max_new_tokens,
         "data.generated-entries": c.data.generated_entries,
+        "data.generated-max-calls": c.data.generated_max_calls,
         "data.limit-entries": c.data.limit_entries,
         "train.max-steps": c.train.max_steps,
         "train.save-every-steps": c.train.save_every_steps,

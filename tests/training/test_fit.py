@@ -135,19 +135,19 @@ def test_generation_between_steps_leaves_the_next_losses_unchanged(
 
 def write_short_plans(path: Path) -> Path:
     """Write eight entries with short prompts and plans that all differ."""
-    calls = [
-        [("get_email_address", ["Sid"]), ("reply_to_email", [["$1"], "", []])],
-        [("open_note", ["ideas", ""])],
-        [("get_phone_number", ["Ann"]), ("send_sms", [["$1"], "hi"])],
-        [("maps_open_location", ["Rome"])],
-        [("open_and_get_file_path", ["a.pdf"]), ("summarize_pdf", ["$1"])],
-        [("get_phone_number", ["Lutfi"])],
-        [("create_note", ["list", "milk", ""])],
-        [("get_email_address", ["Amir"])],
-    ]
+    plans: dict[str, list[tuple[str, list[Any]]]] = {
+        "answer Sid": [("get_email_address", ["Sid"]), ("reply_to_email", [["$1"], "", []])],
+        "ideas": [("open_note", ["ideas", ""])],
+        "text Ann": [("get_phone_number", ["Ann"]), ("send_sms", [["$1"], "hi"])],
+        "where is Rome": [("maps_open_location", ["Rome"])],
+        "sum up a.pdf": [("open_and_get_file_path", ["a.pdf"]), ("summarize_pdf", ["$1"])],
+        "call Lutfi": [("get_phone_number", ["Lutfi"])],
+        "buy milk": [("create_note", ["list", "milk", ""])],
+        "email of Amir": [("get_email_address", ["Amir"])],
+    }
     entries = {}
-    for number, steps in enumerate(calls):
-        query = f"do {number}"
+    for number, (wish, steps) in enumerate(plans.items()):
+        query = f"{wish}, please: {wish}"
         messages = [
             {"role": "system", "content": "tools"},
             {"role": "user", "content": f"Question: {query}"},

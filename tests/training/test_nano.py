@@ -53,7 +53,7 @@ def test_pretraining_lowers_the_loss_and_reports_progress(
     model = random_llama(SHAPE, hf, seed=0)
     pretrain(model, tokenizer.encode_rows(texts), tokenizer.pad_id, SPEC, seen.append)
     assert [p.step for p in seen] == [10, 20, 30]
-    assert seen[-1].loss < 0.8 * seen[0].loss
+    assert seen[-1].loss < 0.9 * seen[0].loss
 
 
 def test_pretraining_is_deterministic(

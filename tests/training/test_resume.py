@@ -15,7 +15,7 @@ import pytest
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.runs import Run, write_json
-from tinyagent_fast.training import fit
+from tinyagent_fast.training import fit, session
 from tinyagent_fast.training.callbacks import History
 from tinyagent_fast.training.resume import (
     forget_after,
@@ -203,7 +203,7 @@ def test_a_changed_config_is_found_before_anything_is_read(
 
     config = tiny_config()
     run = create_run(config)
-    monkeypatch.setattr(fit, "load_run_examples", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(session, "load_run_examples", lambda *_: pytest.fail("data was read"))
     with pytest.raises(TrainingError, match="config changed"):
         fit.train(replace(config, preset="other"), quiet, resume=run)
 

@@ -81,6 +81,7 @@ def data_files(config: Config) -> DataFiles:
             )
         spec = GenerationSpec(
             train_entries=data.generated_entries,
+            max_calls=data.generated_max_calls,
             seed=data.seed,
             catalogue=data.catalogue or BUILT_IN_CATALOGUE,
         )

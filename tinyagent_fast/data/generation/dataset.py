@@ -41,6 +41,8 @@ class GenerationSpec:
     """Seed of everything that is drawn."""
     prompt_style: PromptStyle = "short"
     """`short` names the retrieved tools; `full` has the published prompts' build and length."""
+    max_calls: int = 7
+    """Most calls of a plan, join not counted."""
     single_calls: bool = False
     """Only requests that one call with literal arguments answers."""
     failure_share: float = 0.15
@@ -52,6 +54,8 @@ class GenerationSpec:
         """Refuse counts and shares that make no dataset."""
         if self.train_entries < 1 or self.test_entries < 0:
             raise ValueError("train_entries must be 1 or more and test_entries 0 or more")
+        if self.max_calls < 1:
+            raise ValueError(f"max_calls must be 1 or more, got {self.max_calls}")
         if not 0 <= self.failure_share <= 1:
             raise ValueError(f"failure_share must be in 0..1, got {self.failure_share}")
 
@@ -128,7 +132,7 @@ def generate_entries(
     Raises:
         DataError: No new query came out of many attempts.
     """
-    mix = SINGLE_CALLS if spec.single_calls else Mix()
+    mix = SINGLE_CALLS if spec.single_calls else Mix(max_calls=spec.max_calls)
     held_out = frozenset(taken)
     for done in range(count):
         asked = f"{count} queries asked for, {done} different ones found"

@@ -31,10 +31,11 @@ _MAX_ATTEMPTS = 200
 class Mix:
     """How requests are composed; the defaults follow the published data's statistics.
 
-    Source: statistics of 1,512 published in-context examples and of the dataset itself (several
-    tools in 82 % of queries, about three calls and join per plan).
+    Source: statistics of 1,512 published in-context examples and of the dataset itself (one tool
+    in 18 % of queries, about three calls and join per plan).
     """
 
+    single_share: float = 0.18
     clause_weights: tuple[float, ...] = (0.5, 0.4, 0.1)
     dependency_share: float = 0.85
     optional_share: float = 0.4
@@ -43,7 +44,7 @@ class Mix:
     max_calls: int = 7
 
 
-SINGLE_CALLS = Mix(clause_weights=(1.0,), dependency_share=0.0, max_calls=1)
+SINGLE_CALLS = Mix(single_share=1.0, clause_weights=(1.0,), dependency_share=0.0, max_calls=1)
 """Requests that one call with literal arguments answers: what the nano base model is taught."""
 
 
@@ -94,7 +95,8 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
     """
     tools = [tool for tool in catalogue.tools if tool.weight > 0]
     weights = [tool.weight for tool in tools]
-    for _ in range(_MAX_ATTEMPTS):
+    single = rng.random() < mix.single_share
+    for attempt in range(_MAX_ATTEMPTS):
         draft = _Draft(catalogue, mix, rng)
         count = rng.choices(range(1, len(mix.clause_weights) + 1), mix.clause_weights)[0]
         clauses = []
@@ -103,7 +105,9 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
             if call not in draft.calls:
                 draft.calls.append(call)
             clauses.append(text)
-        if len(draft.calls) <= mix.max_calls and len(set(clauses)) == len(clauses):
+        # Some catalogues have no single calls, or nothing else: then any number will do.
+        wanted = (len(draft.calls) == 1) == single or attempt > _MAX_ATTEMPTS // 2
+        if wanted and len(draft.calls) <= mix.max_calls and len(set(clauses)) == len(clauses):
             return Request(_sentence(clauses, rng), tuple(draft.calls))
     raise DataError(
         f"tool catalogue {catalogue.name!r}",
