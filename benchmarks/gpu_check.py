@@ -8,7 +8,6 @@ hang costs that measurement alone. The JSON file is whole at any time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -17,47 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_check_plan import FULL, TINY, Group, Measurement, Scale, as_one_process, groups
-from gpu_check_runner import Results, Runner
+from gpu_check_results import Results, print_table, ratios
+from gpu_check_runner import Runner
 
 FORMAT = 1
 NO_CUDA_EXIT = 2
 _SUMMARY_S = 5.0
 _MACHINE = Measurement(name="machine", kind="machine", least_s=0, limit_s=120)
-_COLUMNS = (
-    "samples_per_s",
-    "tokens_per_s",
-    "median_step_s",
-    "first_step_s",
-    "peak_reserved_gib",
-    "peak_allocated_gib",
-    "load_s",
-    "fused_layers",
-    "tflop_per_s_4096",
-    "tflop_per_s_8192",
-    "plans_per_s_batch_1",
-    "plans_per_s_batch_16",
-    "plans_per_s_batch_32",
-    "loss_relative_difference",
-    "gradient_cosine",
-    "padded_pair_relative_difference",
-    "masked_loss_relative_difference",
-    "reproduced",
-    "reproduced_of",
-    "preflight_s",
-    "passed",
-    "failed",
-    "skipped",
-    "loss_plausible",
-    "mean_tokens",
-    "longest_tokens",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,83 +182,6 @@ def _finish(results: Results, started: float, scale: Scale) -> None:
     results.write()
     print_table(results)
     print(f"results: {results.path}")
-
-
-def ratios(measurements: Mapping[str, Mapping[str, Any]], scale: Scale) -> dict[str, float | None]:
-    """Put measured figures in relation; a ratio of something unmeasured is none.
-
-    Args:
-        measurements: All results.
-        scale: Names the shapes and batches.
-
-    Returns:
-        Ratios by name.
-    """
-
-    def figure(name: str, key: str) -> float | None:
-        entry = measurements.get(name) or {}
-        value = (entry.get("figures") or {}).get(key)
-        return value if entry.get("status") == "ok" and isinstance(value, int | float) else None
-
-    def ratio(top: tuple[str, str], bottom: tuple[str, str]) -> float | None:
-        above, below = figure(*top), figure(*bottom)
-        return round(above / below, 4) if above is not None and below else None
-
-    l4, seed, bf16 = "train: l4 preset", "train: seed preset", "train: bf16 weights"
-    batch, tokens = scale.main_shape
-    with_it = f"step {batch} x {tokens}: unsloth checkpointing"
-    found = {
-        "l4_over_seed_samples_per_s": ratio((l4, "samples_per_s"), (seed, "samples_per_s")),
-        "l4_over_seed_tokens_per_s": ratio((l4, "tokens_per_s"), (seed, "tokens_per_s")),
-        "bf16_over_nf4_tokens_per_s": ratio((bf16, "tokens_per_s"), (l4, "tokens_per_s")),
-        "without_over_with_block_compile_tokens_per_s": ratio(
-            (f"{l4} without block compile", "tokens_per_s"), (l4, "tokens_per_s")
-        ),
-        "without_over_with_checkpointing_tokens_per_s": ratio(
-            (f"step {batch} x {tokens}: no checkpointing", "tokens_per_s"),
-            (with_it, "tokens_per_s"),
-        ),
-    }
-    for size in scale.batches:
-        found[f"batch_{size}_over_1_plans_per_s"] = ratio(
-            ("generate", f"plans_per_s_batch_{size}"), ("generate", "plans_per_s_batch_1")
-        )
-    return found
-
-
-def print_table(results: Results) -> None:
-    """Print what came out, with rich where it is installed.
-
-    Args:
-        results: All results.
-    """
-    lines = [
-        (name, str(entry["status"]), _told(entry)) for name, entry in results.measurements.items()
-    ]
-    told = {k: v for k, v in (results.head["ratios"] or {}).items() if v is not None}
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        for line in lines:
-            print(" | ".join(line))
-    else:
-        table = Table("measurement", "status", "figures", title="gpu check")
-        for line in lines:
-            table.add_row(*line)
-        width = None if sys.stdout.isatty() else 150
-        Console(highlight=False, markup=False, width=width).print(table)
-    for name, value in told.items():
-        print(f"{name}: {value}")
-
-
-def _told(entry: Mapping[str, Any]) -> str:
-    if entry["status"] not in ("ok", "timeout"):
-        return str(entry["reason"] or "")[:160]
-    figures = entry["figures"] or {}
-    parts = [f"{k} {json.dumps(figures[k])}" for k in _COLUMNS if figures.get(k) is not None]
-    start = [str(entry["reason"])] if entry["reason"] else []
-    return ", ".join(start + parts)
 
 
 if __name__ == "__main__":

@@ -238,7 +238,8 @@ def _compare(kept: Mapping[str, Any], backend: str, loss: float, gradient: Any) 
 def memorise(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     """Let the adapter learn a few plans by heart and write them again, singly and together.
 
-    It proves labels, stop string, prefix and batching at once on the card.
+    What it writes again shows labels, stop string, prefix and batching at once on the card; how far
+    a random base gets in so few steps is told by the loss.
     """
     from tinyagent_fast.generation.decoding import generating
     from tinyagent_fast.prompts.rows import encode_examples
@@ -251,7 +252,12 @@ def memorise(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     rows = encode_examples(examples, tokenizer, path, max_length_tokens=4096).dataset()
     count = len(rows)
     train = replace(
-        bench.config.train, batch=count, accumulation=1, learning_rate=1e-3, batching="shuffled"
+        bench.config.train,
+        batch=count,
+        accumulation=1,
+        learning_rate=2e-3,
+        schedule="constant",
+        batching="shuffled",
     )
     steps = Steps(warmup=0, most=scale.memorise_steps, most_s=scale.memorise_s)
     training = measure_training(bench, loaded, rows, train, steps)

@@ -50,8 +50,8 @@ class Scale:
     new_tokens: int = 64
     batches: tuple[int, ...] = (16, 32)
     single_prompts: int = 8
-    memorised_rows: int = 16
-    memorise_steps: int = 120
+    memorised_rows: int = 8
+    memorise_steps: int = 150
     memorise_s: float = 30.0
     test_paths: tuple[str, ...] = ("tests",)
 
@@ -127,9 +127,15 @@ class Group:
     name: str
     measurements: tuple[Measurement, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    after: str | None = None
+    """If this measurement failed, the group runs without what may have broken it."""
+    without: Mapping[str, str] = field(default_factory=dict)
+    """The environment that then counts too."""
 
 
+L4_TRAINING = "train: l4 preset"
 _INPUTS = ("base", "rows")
+_NO_BLOCK_COMPILE = {"UNSLOTH_BLOCK_COMPILE": "0"}
 
 
 def groups(scale: Scale) -> list[Group]:
@@ -152,38 +158,45 @@ def groups(scale: Scale) -> list[Group]:
     shapes = [_shape("unsloth checkpointing", s, long_l4) for s in scale.checkpointed_shapes]
     plain_shapes = [_shape("no checkpointing", s, plain) for s in scale.plain_shapes]
     return [
-        _group(
-            "inputs",
-            _simple("matmul", "matmul", 5, 40),
-            _simple("base", "base", 10, 90),
-            _simple("rows", "rows", 5, 60, needs=("base",)),
+        Group(
+            name="inputs",
+            measurements=(
+                _simple("matmul", "matmul", 5, 40),
+                _simple("base", "base", 10, 90),
+                _simple("rows", "rows", 5, 60, needs=("base",)),
+            ),
         ),
-        _group(
-            "l4",
-            _on("load: l4 preset", "load", l4, 30, 120),
-            _on("train: l4 preset", "train_rows", l4, 40, 240),
-            _shape("unsloth checkpointing", scale.main_shape, l4),
-            _on("generate", "generate", l4, 20, 120),
+        Group(
+            name="l4",
+            measurements=(
+                _on("load: l4 preset", "load", l4, 30, 120),
+                _on(L4_TRAINING, "train_rows", l4, 40, 200),
+                _shape("unsloth checkpointing", scale.main_shape, l4),
+                _on("generate", "generate", l4, 20, 120),
+            ),
         ),
-        _group("seed", _on("train: seed preset", "train_rows", seed, 40, 150)),
+        Group(
+            name="seed",
+            measurements=(_on("train: seed preset", "train_rows", seed, 40, 150),),
+        ),
+        Group(
+            name="no block compile",
+            measurements=(_on(f"{L4_TRAINING} without block compile", "train_rows", l4, 35, 120),),
+            environment=_NO_BLOCK_COMPILE,
+        ),
         _group("shapes", *shapes),
         _group("numerics", _on("numerics: unsloth", "numerics", l4, 30, 150)),
         _group("reference", _on("numerics: transformers", "numerics", reference, 25, 90)),
+        _group(
+            "whole way",
+            _on("preflight", "preflight", l4, 35, 150),
+            _on("memorise", "memorise", l4, 30, 120),
+        ),
         _group("plain", *plain_shapes),
         _group(
             "bf16",
             _on("load: bf16 weights", "load", bf16, 25, 90),
             _on("train: bf16 weights", "train_rows", bf16, 25, 120),
-        ),
-        _group(
-            "no block compile",
-            _on("train: l4 preset without block compile", "train_rows", l4, 35, 120),
-            environment={"UNSLOTH_BLOCK_COMPILE": "0"},
-        ),
-        _group(
-            "whole way",
-            _on("preflight", "preflight", l4, 35, 150),
-            _on("memorise", "memorise", l4, 30, 120),
         ),
         _group(
             "bf16 plain",
@@ -194,9 +207,10 @@ def groups(scale: Scale) -> list[Group]:
             _on("train: packed rows", "train_rows", long_l4, 35, 150, packed=True),
         ),
         _group(
-            "reference generation", _on("generate: transformers", "generate", reference, 40, 150)
+            "reference generation",
+            _on("generate: transformers", "generate", reference, 40, 150),
         ),
-        _group("tests", _simple("tests", "gpu_tests", 20, 240)),
+        Group(name="tests", measurements=(_simple("tests", "gpu_tests", 20, 240),)),
     ]
 
 
@@ -213,10 +227,9 @@ def as_one_process(every: list[Group]) -> list[Group]:
     return [Group(name="all", measurements=measurements)]
 
 
-def _group(
-    name: str, *measurements: Measurement, environment: Mapping[str, str] | None = None
-) -> Group:
-    return Group(name=name, measurements=measurements, environment=environment or {})
+def _group(name: str, *measurements: Measurement) -> Group:
+    """Make a group that does without block compile where that has broken the first training."""
+    return Group(name=name, measurements=measurements, after=L4_TRAINING, without=_NO_BLOCK_COMPILE)
 
 
 def _simple(

@@ -1,9 +1,8 @@
-"""Run `gpu_check`'s measurements in processes of their own; every result is on disk at once."""
+"""Run `gpu_check`'s measurements in processes of their own, and kill those that take too long."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -15,86 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gpu_check_plan import Group, Measurement, Scale
+from gpu_check_results import Results
 
 LOG_LINES = 30
 _NOTABLE = ("unsloth", "warn", "error", "compil", "fallback", "falling back", "patched")
 _NOTABLE_LINES = 40
 _POLL_S = 0.05
-
-
-class Results:
-    """The one JSON file; it is replaced as a whole after every change."""
-
-    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
-        """Start the file.
-
-        Args:
-            path: Target.
-            head: What is known before the first measurement.
-        """
-        self.path = path
-        self.measurements: dict[str, dict[str, Any]] = {}
-        self.head = dict(head)
-        self.write()
-
-    def record(self, item: Measurement, **changes: Any) -> None:
-        """Set fields of a measurement's result and write the file.
-
-        Args:
-            item: The measurement.
-            **changes: status, reason, figures, seconds, log.
-        """
-        entry = self.measurements.setdefault(
-            item.name,
-            {
-                "status": None,
-                "reason": None,
-                "figures": None,
-                "seconds": None,
-                "kind": item.kind,
-                "model": asdict(item.model) if item.model else None,
-                "arguments": dict(item.arguments),
-            },
-        )
-        entry.update(changes)
-        self.write()
-
-    def ok(self, name: str) -> bool:
-        """Tell whether a measurement succeeded.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            Whether it did.
-        """
-        return self.measurements.get(name, {}).get("status") == "ok"
-
-    def write(self) -> None:
-        """Replace the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = finite({**self.head, "measurements": self.measurements})
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
-
-
-def finite(value: Any) -> Any:
-    """Make a value that every JSON reader takes: NaN and infinity become their names.
-
-    Args:
-        value: Plain values.
-
-    Returns:
-        The same with strings in place of such floats.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 @dataclass
@@ -195,13 +120,16 @@ class Runner:
             "measurements": [item.to_json() for item in remaining],
         }
         job_file.write_text(json.dumps(job), encoding="utf-8")
+        careful = group.after is not None and not self.results.ok(group.after)
+        environment = {**group.environment, **(group.without if careful else {})}
+        watch.environment = environment
         with watch.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*self.worker, str(job_file)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **group.environment},
+                env={**os.environ, **environment},
                 start_new_session=True,
             )
         by_name = {item.name: item for item in remaining}
@@ -242,7 +170,9 @@ class Runner:
             watch.ready = True
         elif kind == "start":
             watch.current, watch.started = event["name"], time.time()
-            self.results.record(by_name[watch.current], status="running")
+            self.results.record(
+                by_name[watch.current], status="running", environment=watch.environment
+            )
         elif kind == "partial" and watch.current:
             self.results.record(by_name[watch.current], figures=event["figures"])
         elif kind == "result":
@@ -303,6 +233,7 @@ class _Watch:
     started: float = 0.0
     done: list[str] = field(default_factory=list)
     model_broken: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
     _read: int = 0
 
     def new_events(self) -> list[dict[str, Any]]:

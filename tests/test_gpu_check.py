@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import gpu_check  # noqa: E402
 import gpu_check_worker  # noqa: E402
 from gpu_check_decoding import pytest_counts, same_prefixes  # noqa: E402
 from gpu_check_plan import FULL, TINY, Group, Measurement, ModelSpec, groups  # noqa: E402
-from gpu_check_runner import Results, Runner, finite  # noqa: E402
+from gpu_check_results import Results, finite, ratios  # noqa: E402
+from gpu_check_runner import Runner  # noqa: E402
 from gpu_check_training import losses, rates  # noqa: E402
 
 FAKE_WORKER = """
@@ -183,6 +183,21 @@ def test_a_groups_environment_reaches_its_process(run):
     assert results.measurements["b"]["log"] == ["at b with yes"]
 
 
+def test_a_group_does_without_what_may_have_broken_an_earlier_measurement(run):
+    careful = {"after": "a", "without": {"OF_THE_GROUP": "careful"}}
+    results = run(
+        Group(name="one", measurements=(item("a", "fail"),)),
+        Group(name="two", measurements=(item("b", "crash"),), **careful),
+    )
+    assert results.measurements["b"]["log"] == ["at b with careful"]
+    assert results.measurements["b"]["environment"] == {"OF_THE_GROUP": "careful"}
+    unharmed = run(
+        Group(name="one", measurements=(item("a"),)),
+        Group(name="two", measurements=(item("b", "crash"),), **careful),
+    )
+    assert unharmed.measurements["b"]["log"] == ["at b with None"]
+
+
 def test_a_worker_turns_an_exception_into_a_result_and_stops_there():
     events = []
 
@@ -259,12 +274,12 @@ def test_ratios_of_what_was_not_measured_are_none():
         "train: seed preset": {"status": "timeout", "figures": {"samples_per_s": 2.0}},
         "generate": ok(plans_per_s_batch_1=2.0, plans_per_s_batch_16=7.0),
     }
-    found = gpu_check.ratios(measured, FULL)
+    found = ratios(measured, FULL)
     assert found["l4_over_seed_samples_per_s"] is None
     assert found["batch_16_over_1_plans_per_s"] == 3.5
     assert found["batch_32_over_1_plans_per_s"] is None
     measured["train: seed preset"] = ok(samples_per_s=2.0)
-    assert gpu_check.ratios(measured, FULL)["l4_over_seed_samples_per_s"] == 3.0
+    assert ratios(measured, FULL)["l4_over_seed_samples_per_s"] == 3.0
 
 
 def test_the_json_holds_no_nan():

@@ -94,13 +94,13 @@ def test_a_model_that_differs_in_every_batch_falls_back_to_one_prompt_at_a_time(
     assert [size for size, _ in report.tried] == [8, 4, 2]
 
 
-def test_a_batch_larger_than_the_sample_is_compared_as_large_as_the_sample_allows(
+def test_a_batch_larger_than_the_sample_is_filled_by_repeating_prompts(
     model: Any, tokenizer: PromptTokenizer
 ) -> None:
-    spoil_from(model, rows=8)
+    spoil_from(model, rows=32)
     report = compare(model, tokenizer, count=20, batch=64)
-    assert [size for size, _ in report.tried] == [64, 4]
-    assert report.safe_batch == 4
+    assert [size for size, _ in report.tried] == [64, 32, 16]
+    assert report.safe_batch == 16
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     found = find_run(flags.run, flags.runs)
     config = _config(found, flags)
     adapter = _adapter(found, flags)
+    from tinyagent_fast.training.libraries import prepare_libraries
+
+    prepare_libraries(config.model)
     from rich.console import Console
 
     from tinyagent_fast.evaluation.report import headline
@@ -64,9 +67,8 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.training.display import TrainingDisplay
     from tinyagent_fast.training.inputs import load_test_examples
     from tinyagent_fast.training.models import load_for_generation
-    from tinyagent_fast.training.session import quieten, scoring_tools
+    from tinyagent_fast.training.session import scoring_tools
 
-    quieten()
     display = TrainingDisplay(Console(highlight=False))
     examples, test_sha256 = load_test_examples(config)
     base = _base(found, config)
@@ -84,13 +86,8 @@ def run(arguments: Sequence[str]) -> int:
             config.eval,
             folder,
             made_with={
-                "base": base,
-                "adapter_sha256": _sha256(adapter / "adapter_model.safetensors")
-                if adapter
-                else None,
+                **_made_with(config, base, adapter),
                 "test_sha256": test_sha256,
-                "prompt_format": config.model.prompt_format,
-                "weights": config.model.weights,
                 "backend": loaded.backend,
             },
             tools=scoring_tools(config),
@@ -102,6 +99,17 @@ def run(arguments: Sequence[str]) -> int:
     display.say(headline(result.metrics))
     display.say(f"written: {folder}/metrics.json, predictions.jsonl, report.md")
     return 0
+
+
+def _made_with(config: Config, base: str, adapter: Path | None) -> dict[str, Any]:
+    """Name what predictions depend on, so that others are never mixed with them."""
+    weights = adapter / "adapter_model.safetensors" if adapter else None
+    return {
+        "base": base,
+        "adapter_sha256": _sha256(weights) if weights else None,
+        "prompt_format": config.model.prompt_format,
+        "weights": config.model.weights,
+    }
 
 
 def _config(found: Run, flags: EvalFlags) -> Config:

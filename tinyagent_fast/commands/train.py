@@ -46,6 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     if resumed is None:
         _download_if_absent(config, console)
+    from tinyagent_fast.training.libraries import prepare_libraries
+
+    prepare_libraries(config.model)
     from tinyagent_fast.training.fit import train
 
     train(config, console, resume=resumed)

@@ -74,21 +74,27 @@ def compare_batches(
     count = min(sample, len(prompts))
     chosen = [by_length[i * (len(by_length) - 1) // max(1, count - 1)] for i in range(count)]
 
-    def plans(size: int) -> dict[int, str]:
-        batches = complete(
-            model, tokenizer, chosen, batch=size, max_new_tokens=max_new_tokens, stop=stop
-        )
-        return {index: _canonical(c.text) for pairs in batches for index, c in pairs}
+    def plans(size: int) -> list[set[str]]:
+        """Give each prompt's plans; prompts are repeated until they fill a batch."""
+        rows = [chosen[i % count] for i in range(max(size, count))]
+        found: list[set[str]] = [set() for _ in range(count)]
+        for pairs in complete(
+            model, tokenizer, rows, batch=size, max_new_tokens=max_new_tokens, stop=stop
+        ):
+            for index, completion in pairs:
+                found[index % count].add(_canonical(completion.text))
+        return found
 
     single = plans(1)
     tried: list[tuple[int, int]] = []
     size = batch
     while size > 1:
         together = plans(size)
-        tried.append((size, sum(single[i] != together[i] for i in single)))
+        differing = [one != many for one, many in zip(single, together, strict=True)]
+        tried.append((size, sum(differing)))
         if tried[-1][1] == 0:
             return ParityReport(count, batch, size, tuple(tried))
-        size = min(size, count) // 2
+        size //= 2
     return ParityReport(count, batch, 1, tuple(tried))
 
 

@@ -36,7 +36,7 @@ from tinyagent_fast.training.resume import (
     refuse_changed_config,
     training_is_over,
 )
-from tinyagent_fast.training.session import Session, prepare_session, quieten
+from tinyagent_fast.training.session import Session, prepare_session
 from tinyagent_fast.training.threads import fastest_threads
 from tinyagent_fast.training.trainer import (
     build_trainer,
@@ -62,7 +62,6 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
         UserError: Anything that a user can repair, before the first step wherever possible.
     """
     check_config(config)
-    quieten()
     checkpoint = None
     if resume is None:
         refuse_taken_name(config)

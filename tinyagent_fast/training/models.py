@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.training.libraries import prepare_libraries
 
 TARGET_MODULES = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -252,14 +252,6 @@ def _peft_config(lora: LoraConfig) -> Any:
     )
 
 
-def _prepare_unsloth_environment() -> None:
-    """Keep Unsloth from using the network, installing packages or writing into this folder."""
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
-    cache = Path.home() / ".cache" / "tinyagent_fast" / "unsloth_compiled"
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
-
-
 def _unsloth_cpu_notes(train: TrainConfig) -> list[str]:
     """Say what Unsloth's CPU backend changes without an error.
 
@@ -274,7 +266,7 @@ def _unsloth_cpu_notes(train: TrainConfig) -> list[str]:
 
 
 def _unsloth_base(config: Config, base: str, plan: _Plan) -> Any:
-    _prepare_unsloth_environment()
+    prepare_libraries(config.model)
     from unsloth import FastLanguageModel
 
     name = str(Path(base).resolve()) if Path(base).is_dir() else base

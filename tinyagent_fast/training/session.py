@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,13 +39,6 @@ class Session:
     loaded: LoadedModel
     tools: Mapping[str, Tool] | None
     display: TrainingDisplay
-
-
-def quieten() -> None:
-    """Hold back other libraries' chatter; what matters is said by the display."""
-    warnings.filterwarnings("ignore", message=".*kernels-community.*")
-    for name in ("transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def scoring_tools(config: Config) -> Mapping[str, Tool] | None:
