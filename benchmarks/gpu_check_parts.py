@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
+_ENVIRONMENT = ("UNSLOTH_", "TORCH", "PYTORCH_", "TRITON_", "NVIDIA_VISIBLE", "CUDA_", "OMP_")
 _NVIDIA_SMI = ("name", "driver_version", "power.limit", "memory.total", "clocks.max.sm", "pstate")
 
 
@@ -61,6 +63,8 @@ def machine(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "versions": versions,
         "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(_ENVIRONMENT)},
         "card": card,
         "nvidia_smi": _nvidia_smi(),
     }

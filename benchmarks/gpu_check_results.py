@@ -156,11 +156,36 @@ def ratios(measurements: Mapping[str, Mapping[str, Any]], scale: Scale) -> dict[
             (with_it, "tokens_per_s"),
         ),
     }
+    rate, fastest = figure(l4, "tokens_per_s"), f"tflop_per_s_{scale.matmul_sizes[-1]}"
+    matmul, row_tokens = figure("matmul", fastest), figure("rows", "mean_tokens")
+    found["l4_work_over_matmul_rate"] = None
+    if rate is not None and matmul and row_tokens is not None:
+        work = rate * work_flop_per_token(scale, row_tokens)
+        found["l4_work_over_matmul_rate"] = round(work / matmul / 1e12, 4)
     for size in scale.batches:
         found[f"batch_{size}_over_1_plans_per_s"] = ratio(
             ("generate", f"plans_per_s_batch_{size}"), ("generate", "plans_per_s_batch_1")
         )
     return found
+
+
+def work_flop_per_token(scale: Scale, row_tokens: float) -> float:
+    """Count the products that a step cannot do without: forwards and backwards to the activations.
+
+    Recomputing, the output layer (few tokens are supervised) and the adapter are left out.
+
+    Args:
+        scale: The shape.
+        row_tokens: Mean length of a row, on which causal attention depends.
+
+    Returns:
+        Floating-point operations for each token.
+    """
+    key_value = scale.hidden // scale.heads * scale.kv_heads
+    attention_weights = 2 * scale.hidden * (scale.hidden + key_value)
+    layer_weights = attention_weights + 3 * scale.hidden * scale.ffn
+    # Causal attention: 2 T h forwards, two and a half times that backwards.
+    return scale.layers * (4 * layer_weights + 7 * row_tokens * scale.hidden)
 
 
 def print_table(results: Results) -> None:

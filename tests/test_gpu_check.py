@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_check_parts  # noqa: E402
 import gpu_check_worker  # noqa: E402
 from gpu_check_decoding import pytest_counts, same_prefixes  # noqa: E402
 from gpu_check_plan import FULL, TINY, Group, Measurement, ModelSpec, groups  # noqa: E402
-from gpu_check_results import Results, finite, ratios  # noqa: E402
+from gpu_check_results import Results, finite, ratios, work_flop_per_token  # noqa: E402
 from gpu_check_runner import Runner  # noqa: E402
 from gpu_check_training import losses, rates  # noqa: E402
 
@@ -235,6 +237,40 @@ def test_a_lack_of_memory_is_recognised_through_other_errors():
     assert not gpu_check_worker.out_of_memory(wrapped(RuntimeError("other")))
 
 
+def test_with_a_device_memory_is_capped_and_read(monkeypatch):
+    import torch
+
+    gib = 2**30
+    card = SimpleNamespace(
+        name="Card", total_memory=88 * gib, major=9, minor=0, multi_processor_count=132
+    )
+    calls = []
+    fakes = {
+        "is_available": lambda: True,
+        "get_device_properties": lambda _: card,
+        "set_per_process_memory_fraction": calls.append,
+        "is_bf16_supported": lambda including_emulation: not including_emulation,
+        "synchronize": lambda: calls.append("synchronize"),
+        "empty_cache": lambda: calls.append("empty"),
+        "reset_peak_memory_stats": lambda: calls.append("reset"),
+        "memory_allocated": lambda: gib,
+        "max_memory_allocated": lambda: 2 * gib,
+        "max_memory_reserved": lambda: 3 * gib,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    job = {"work": "/nowhere", "scale": {}, "tiny": False, "cap_gib": 22.0}
+    bench = gpu_check_worker.Bench(job, lambda _: None)
+    bench.limit_memory()
+    assert bench.cuda and calls == [0.25]
+    gpu_check_worker.release(bench.cuda)
+    assert calls[1:] == ["synchronize", "empty", "reset"]
+    peaks = {"allocated_gib": 1.0, "peak_allocated_gib": 2.0, "peak_reserved_gib": 3.0}
+    assert gpu_check_parts.memory(bench) == peaks
+    seen = gpu_check_parts.machine(bench, {})["card"]
+    assert seen["capability"] == "9.0" and seen["memory_gib"] == 88.0 and seen["bf16"] is True
+
+
 def test_names_of_measurements_are_different_at_both_scales():
     for scale in (FULL, TINY):
         names = [m.name for g in groups(scale) for m in g.measurements]
@@ -278,8 +314,15 @@ def test_ratios_of_what_was_not_measured_are_none():
     assert found["l4_over_seed_samples_per_s"] is None
     assert found["batch_16_over_1_plans_per_s"] == 3.5
     assert found["batch_32_over_1_plans_per_s"] is None
+    assert found["l4_work_over_matmul_rate"] is None
     measured["train: seed preset"] = ok(samples_per_s=2.0)
     assert ratios(measured, FULL)["l4_over_seed_samples_per_s"] == 3.0
+
+
+def test_the_work_of_a_token_is_that_of_the_published_shape():
+    # 969 million weights in the layers' products, forwards and backwards to the activations.
+    assert work_flop_per_token(FULL, 0) == pytest.approx(4 * 968.9e6, rel=1e-3)
+    assert work_flop_per_token(FULL, 3500) == pytest.approx(4.98e9, rel=5e-3)
 
 
 def test_the_json_holds_no_nan():

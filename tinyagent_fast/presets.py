@@ -86,10 +86,11 @@ def cpu() -> Config:
     """A laptop without a GPU: the nano base and generated data, about ten minutes."""
     return Config(
         preset="cpu",
-        data=DataConfig(validation_entries=200),
+        data=DataConfig(validation_entries=200, generated_entries=36_000, generated_max_calls=3),
         model=ModelConfig(
             base="nano", backend="transformers", weights="fp32", max_length_tokens=1024
         ),
+        lora=LoraConfig(alpha=64),
         train=TrainConfig(
             epochs=1.0,
             batch=16,
@@ -98,7 +99,7 @@ def cpu() -> Config:
             schedule="cosine",
             warmup=0.05,
             optimizer="adamw_torch",
-            evaluations=3,
+            evaluations=4,
         ),
         eval=EvalConfig(batch=50, sample=60, before_and_after=True),
     )
