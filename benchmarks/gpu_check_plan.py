@@ -147,16 +147,12 @@ def groups(scale: Scale) -> list[Group]:
     Returns:
         Groups in the order in which they run.
     """
-    longest = scale.max_position_tokens
-    l4 = ModelSpec()
-    long_l4 = ModelSpec(max_length_tokens=longest)
-    plain = ModelSpec(checkpointing="false", max_length_tokens=longest)
-    bf16 = ModelSpec(weights="bf16")
-    bf16_plain = ModelSpec(weights="bf16", checkpointing="false")
-    seed = ModelSpec(preset="seed", backend="transformers")
-    reference = ModelSpec(backend="transformers")
-    shapes = [_shape("unsloth checkpointing", s, long_l4) for s in scale.checkpointed_shapes]
-    plain_shapes = [_shape("no checkpointing", s, plain) for s in scale.plain_shapes]
+    return [*_first_groups(scale), *_later_groups(scale)]
+
+
+def _first_groups(scale: Scale) -> list[Group]:
+    """List what the others need, and what decides: the preset, the baseline, block compile."""
+    l4, seed = ModelSpec(), ModelSpec(preset="seed", backend="transformers")
     return [
         Group(
             name="inputs",
@@ -184,6 +180,20 @@ def groups(scale: Scale) -> list[Group]:
             measurements=(_on(f"{L4_TRAINING} without block compile", "train_rows", l4, 35, 120),),
             environment=_NO_BLOCK_COMPILE,
         ),
+    ]
+
+
+def _later_groups(scale: Scale) -> list[Group]:
+    """List shapes, numerics, the whole way, other weights and batching, the project's tests."""
+    longest = scale.max_position_tokens
+    l4, reference = ModelSpec(), ModelSpec(backend="transformers")
+    long_l4 = ModelSpec(max_length_tokens=longest)
+    plain = ModelSpec(checkpointing="false", max_length_tokens=longest)
+    bf16 = ModelSpec(weights="bf16")
+    bf16_plain = ModelSpec(weights="bf16", checkpointing="false")
+    shapes = [_shape("unsloth checkpointing", s, long_l4) for s in scale.checkpointed_shapes]
+    plain_shapes = [_shape("no checkpointing", s, plain) for s in scale.plain_shapes]
+    return [
         _group("shapes", *shapes),
         _group("numerics", _on("numerics: unsloth", "numerics", l4, 30, 150)),
         _group("reference", _on("numerics: transformers", "numerics", reference, 25, 90)),

@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.errors import GateError, UserError
 
-    # Waiting threads that spin would starve each other on a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait starve each other on a shared machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         module = importlib.import_module(f"tinyagent_fast.commands.{COMMANDS[name][0]}")
         code = int(module.run(arguments))

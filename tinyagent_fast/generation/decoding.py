@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from tinyagent_fast.errors import ModelError
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def generating(model: Any, backend: str = "transformers") -> Iterator[None]:
     model.eval()
     model.config.use_cache = True
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _autocast(model):
             yield
     finally:
         if backend == "unsloth" and was_training:
@@ -58,6 +59,16 @@ def generating(model: Any, backend: str = "transformers") -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _autocast(model: Any) -> AbstractContextManager[Any]:
+    """Compute in the model's own 16 bits, as training does, even where parts are kept in fp32."""
+    import torch
+
+    dtype = getattr(model.config, "dtype", None)
+    if torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast("cuda", dtype=dtype)
+    return nullcontext()
 
 
 def complete(
@@ -118,6 +129,13 @@ def _complete_batch(
 
     input_ids_BT, mask_BT = left_padded(rows, tokenizer.pad_id, model.device)
     prompt_tokens = input_ids_BT.shape[1]
+    limit = getattr(model, "max_seq_length", None)
+    if limit is not None and prompt_tokens > limit:
+        raise ModelError(
+            f"a prompt of {prompt_tokens} tokens",
+            f"the model was loaded for {limit} tokens, and Unsloth would cut the prompt",
+            "raise --model.max-length-tokens",
+        )
     stopper = _StopOnText(tokenizer, stop, prompt_tokens, len(rows))
     output_BT = model.generate(
         input_ids=input_ids_BT,

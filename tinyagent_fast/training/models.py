@@ -125,8 +125,8 @@ def _decide(config: ModelConfig) -> _Plan:
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         if config.weights == "bf16" and dtype == "float16":
             notes.append("this GPU has no bf16: weights are held in fp16")
-        if config.weights == "fp32":
-            dtype = "float32"
+        if config.weights in ("fp16", "fp32"):
+            dtype = {"fp16": "float16", "fp32": "float32"}[config.weights]
     else:
         dtype = "float32"
         if config.weights in ("bf16", "fp16"):
@@ -270,16 +270,10 @@ def _unsloth_base(config: Config, base: str, plan: _Plan) -> Any:
     from unsloth import FastLanguageModel
 
     name = str(Path(base).resolve()) if Path(base).is_dir() else base
-    # An unset precision lets Unsloth keep bf16 or fp16 compute for its kernels.
-    dtype = (
-        None
-        if plan.device == "cuda" and config.model.weights != "fp32"
-        else _torch_dtype(plan.compute_dtype)
-    )
     arguments: dict[str, Any] = {
         "model_name": name,
         "max_seq_length": config.model.max_length_tokens,
-        "dtype": dtype,
+        "dtype": _torch_dtype(plan.compute_dtype),
         "load_in_4bit": config.model.weights == "nf4",
         "use_gradient_checkpointing": _unsloth_checkpointing(plan),
         "random_state": config.train.seed,

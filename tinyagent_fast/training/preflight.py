@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +58,10 @@ def preflight(
     try:
         tokens, train_s = _longest_batch(trainer, loaded)
         evaluation_s = _evaluation_batch(loaded, evaluation_prompts, evaluation_batch)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # cuBLAS and the driver report a lack of memory as an ordinary RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError) and not _names_memory(error):
+            raise
         raise _out_of_memory(trainer, evaluation_batch, error) from error
     torch.set_rng_state(cpu_state)
     peak = None
@@ -137,8 +142,13 @@ def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, float]:
         rows = [dataset[i] for i in longest]
     started = time.perf_counter()
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    if loaded.backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        # Its trainer leaves the model in inference mode, without gradient checkpointing.
+        FastLanguageModel.for_training(loaded.model)
     loaded.model.train()
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), _no_compile():
         loss = trainer.compute_loss(loaded.model, inputs)
     refuse_non_finite("loss", loss.detach(), 1)
     trainer.accelerator.backward(loss)
@@ -146,6 +156,25 @@ def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, float]:
     trainer._metrics["train"].clear()
     trainer._total_train_tokens = 0
     return int(inputs["input_ids"].numel()), time.perf_counter() - started
+
+
+def _names_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return "out of memory" in text or "alloc_failed" in text
+
+
+@contextmanager
+def _no_compile() -> Iterator[None]:
+    """Keep Unsloth from compiling its blocks here, because training compiles them once more."""
+    before = os.environ.get("UNSLOTH_BLOCK_COMPILE")
+    os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["UNSLOTH_BLOCK_COMPILE"]
+        else:
+            os.environ["UNSLOTH_BLOCK_COMPILE"] = before
 
 
 def _evaluation_batch(

@@ -274,7 +274,7 @@ def validation_loss(
     for start in range(0, len(rows), batch):
         inputs = trainer._prepare_inputs(collate(rows[start : start + batch], pad_id))
         supervised = int((inputs["labels"][:, 1:] != -100).sum())
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             total += float(trainer.model(**inputs, use_cache=False).loss) * supervised
         tokens += supervised
         each()
