@@ -86,7 +86,7 @@ def cpu() -> Config:
     """A laptop without a GPU: the nano base and generated data, about ten minutes."""
     return Config(
         preset="cpu",
-        data=DataConfig(validation_entries=200, generated_entries=22_400, generated_max_calls=3),
+        data=DataConfig(validation_entries=200, generated_entries=30_600, generated_max_calls=3),
         model=ModelConfig(
             base="nano", backend="transformers", weights="fp32", max_length_tokens=1024
         ),

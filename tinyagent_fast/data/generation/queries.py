@@ -38,7 +38,7 @@ class Mix:
     single_share: float = 0.18
     clause_weights: tuple[float, ...] = (0.5, 0.4, 0.1)
     dependency_share: float = 0.85
-    optional_share: float = 0.4
+    optional_share: float = 0.3
     list_weights: tuple[float, ...] = (0.55, 0.3, 0.15)
     reuse_share: float = 0.25
     max_calls: int = 7
