@@ -34,7 +34,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "run": run.path.name,
         "config": to_mapping(run.config()),
-        "environment": _read(run.path / "environment.json"),
+        "environment": _environment(run),
         "rows": (_read(run.path / "data.json") or {}).get("rows"),
         "seconds": _read(run.path / "timings.json"),
         "steps": steps[-1]["step"] if steps else None,
@@ -44,6 +44,15 @@ def summarise(run: Run) -> dict[str, Any]:
         "test_after": _figures(run.path / "test" / "after"),
         "eval": _figures(run.evaluation),
     }
+
+
+def _environment(run: Run) -> dict[str, Any] | None:
+    """Read the environment; the program's folder on that machine is nobody's business."""
+    environment = _read(run.path / "environment.json")
+    if environment and environment.get("command"):
+        program, *flags = environment["command"]
+        environment["command"] = [Path(program).name, *flags]
+    return environment
 
 
 def _figures(folder: Path) -> dict[str, Any] | None:
