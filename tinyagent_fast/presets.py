@@ -86,7 +86,7 @@ def cpu() -> Config:
     """A laptop without a GPU: the nano base and generated data, about ten minutes."""
     return Config(
         preset="cpu",
-        data=DataConfig(validation_entries=200, generated_entries=30_600, generated_max_calls=3),
+        data=DataConfig(validation_entries=200, generated_entries=24_200, generated_max_calls=3),
         model=ModelConfig(
             base="nano", backend="transformers", weights="fp32", max_length_tokens=1024
         ),
@@ -95,7 +95,7 @@ def cpu() -> Config:
             epochs=1.0,
             batch=16,
             accumulation=1,
-            learning_rate=4e-3,
+            learning_rate=2.5e-3,
             schedule="cosine",
             warmup=0.05,
             optimizer="adamw_torch",
