@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= auto
 RUN ?= latest
+ENGINE ?=
+MODEL ?=
 ARGS ?=
 BIN := $(VENV)/bin
 # The requirements file follows the machine: CUDA present or not.
@@ -10,7 +12,7 @@ CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nu
 REQUIREMENTS ?= $(if $(CUDA),requirements.txt,requirements-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-unsloth data preview train eval score test lint gpu-check clean
+.PHONY: help setup setup-dev setup-unsloth data preview train eval export score test lint gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,8 +46,11 @@ preview: setup ## show rows with their supervised tokens in colour
 train: setup ## train (PRESET=auto picks the preset for this machine)
 	$(BIN)/tinyagent-fast train --preset $(PRESET) $(ARGS)
 
-eval: setup ## measure plan success of a run (RUN=latest)
-	$(BIN)/tinyagent-fast eval --run $(RUN) $(ARGS)
+eval: setup ## measure plan success of a run (RUN=latest ENGINE=auto|transformers|gguf MODEL=file.gguf)
+	$(BIN)/tinyagent-fast eval --run $(RUN) $(if $(ENGINE),--engine $(ENGINE)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+export: setup ## merged weights and GGUF files of a run, proved (RUN=latest)
+	$(BIN)/tinyagent-fast export --run $(RUN) $(ARGS)
 
 score: setup ## score a run's predictions again
 	$(BIN)/tinyagent-fast score runs/$(RUN) $(ARGS)

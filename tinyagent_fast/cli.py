@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("train", "train an adapter: data, rows, LoRA, best checkpoint by plan success"),
     "eval": ("evaluate", "generate plans for the test file with a run's adapter and score them"),
     "score": ("score", "score predictions or a list of label/prediction pairs; needs no torch"),
+    "export": ("export", "merged weights and GGUF files of a run, proved against its adapter"),
     "preview": ("preview", "show rows with their supervised tokens in colour"),
     "data check": ("data_check", "report on a data file: counts, lengths, leaks, faults"),
     "data generate": ("data_generate", "write a generated dataset in the published schema"),

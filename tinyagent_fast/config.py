@@ -18,6 +18,7 @@ Checkpointing = Literal["unsloth", "true", "false"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
 Batching = Literal["length-grouped", "packed", "shuffled"]
+QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 
 BASE_MODEL = "Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct"
 """The model that the published TinyAgent-1.1B was fine-tuned from."""
@@ -119,6 +120,8 @@ class TrainConfig:
     """Save a resumable checkpoint every so many steps; None saves with every evaluation."""
     early_stopping: int | None = None
     """Stop after this many evaluations without a better one; None never stops early."""
+    qat: QuantisationAware = "off"
+    """Quantisation-aware training: compute with weights rounded as this GGUF type holds them."""
     threads: int | None = None
     """CPU threads; None times one step with one thread and with all, and takes the faster."""
 
@@ -191,12 +194,26 @@ def check_config(config: Config) -> None:
             "train.evaluations needs eval.sample and data.validation-entries above 0 "
             "(or set train.evaluations to 0)"
         )
+    if c.train.qat != "off":
+        problems += _no_qat(c)
     if problems:
         raise ConfigError(
             f"{len(problems)} setting(s) cannot be used",
             "\n       ".join(problems),
             "change them on the command line or in the config file",
         )
+
+
+def _no_qat(config: Config) -> list[str]:
+    """Say what stands against quantisation-aware training."""
+    problems = []
+    if config.model.weights == "nf4":
+        problems.append("train.qat needs model.weights in 16 or 32 bits, not nf4")
+    if config.model.backend == "unsloth":
+        problems.append("train.qat needs model.backend transformers: its kernels round nothing")
+    if config.lora.dropout:
+        problems.append("train.qat needs lora.dropout 0: the sum with the base is rounded")
+    return problems
 
 
 def _too_small(config: Config) -> list[str]:

@@ -12,11 +12,12 @@ import pytest
 
 from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.evaluation import running
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples, prompt_ids
+from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.evaluation.scoring import score_predictions
+from tinyagent_fast.generation import engines
 from tinyagent_fast.generation.decoding import Completion
+from tinyagent_fast.generation.engines import TransformersEngine, encode_prompts
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -60,20 +61,22 @@ def loaded(tiny_base: Path) -> LoadedModel:
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the prompts that go through the sweep, in the order of its batches."""
     counts: list[int] = []
-    original = running.complete
+    original = engines.complete
 
     def counting(*arguments: Any, **keywords: Any) -> Iterator[list[tuple[int, Completion]]]:
         for pairs in original(*arguments, **keywords):
             counts.append(len(pairs))
             yield pairs
 
-    monkeypatch.setattr(running, "complete", counting)
+    monkeypatch.setattr(engines, "complete", counting)
     return counts
 
 
 def evaluate(loaded: LoadedModel, count: int, folder: Path, **changes: Any) -> EvaluationResult:
     arguments: dict[str, Any] = {"settings": SETTINGS, "made_with": MADE_WITH, **changes}
-    return evaluate_examples(loaded, make_examples(count), folder=folder, **arguments)
+    return evaluate_examples(
+        TransformersEngine(loaded), make_examples(count), folder=folder, **arguments
+    )
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -260,7 +263,9 @@ def test_a_batch_that_gives_other_plans_is_said_and_not_used(
 def test_prompts_are_encoded_just_as_training_rows_begin(loaded: LoadedModel) -> None:
     examples = make_examples(4)
     rows = loaded.tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
-    assert prompt_ids(loaded, examples) == [r.input_ids[: r.prompt_tokens] for r in rows]
+    assert encode_prompts(loaded.tokenizer, examples) == [
+        r.input_ids[: r.prompt_tokens] for r in rows
+    ]
 
 
 def test_a_right_plan_counts_as_success_and_a_wrong_one_does_not(
@@ -274,7 +279,7 @@ def test_a_right_plan_counts_as_success_and_a_wrong_one_does_not(
             for at in range(len(prompts))
         ]
 
-    monkeypatch.setattr(running, "complete", complete)
+    monkeypatch.setattr(engines, "complete", complete)
     settings = replace(SETTINGS, parity_prompts=0)
     result = evaluate(loaded, 4, tmp_path, settings=settings)
     assert (result.metrics.success.count, result.metrics.n) == (2, 4)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyagent_fast.generation.decoding import Completion, complete, generating, left_padded
+from tinyagent_fast.generation import decoding
+from tinyagent_fast.generation.decoding import (
+    Completion,
+    complete,
+    decoding_path,
+    generating,
+    left_padded,
+)
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -30,9 +39,47 @@ def tokenizer(tiny_base: Path) -> PromptTokenizer:
     return PromptTokenizer(load_tokenizer(tiny_base))
 
 
-@pytest.fixture
-def script(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Let the model say given tokens: row i of a batch says scripts[i], then pads."""
+class ScriptedRows:
+    """Stands for a batch of rows: row i says scripts[i], then fillers; other tokens lead astray."""
+
+    scripts: Sequence[list[int]]
+    filler: int
+
+    def __init__(self, _llama: Any, _prefix: Any, suffixes: Any, *, room_tokens: int) -> None:
+        assert all(suffixes)
+        assert room_tokens > 0
+        self.rows = list(self.scripts)
+        assert len(self.rows) == len(suffixes)
+        self.said = [1] * len(self.rows)
+        self.next_ids = [self.at(row, 0) for row in range(len(self.rows))]
+
+    def at(self, row: int, position: int) -> int:
+        ids = self.rows[row]
+        return ids[position] if position < len(ids) else self.filler
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        assert len(tokens) == len(self.rows)
+        found: list[list[int]] = []
+        for row, fed in enumerate(tokens):
+            first = self.said[row]
+            true = [self.at(row, first - 1 + ahead) for ahead in range(len(fed))]
+            assert fed[0] == true[0]
+            right = [list(fed[: n + 1]) == true[: n + 1] for n in range(len(fed))]
+            found.append([self.at(row, first + n) if ok else 9 for n, ok in enumerate(right)])
+        return found
+
+    def keep(self, row: int, count: int) -> None:
+        self.said[row] += count
+
+    def drop(self, row: int) -> None:
+        self.rows[row], self.said[row] = self.rows[-1], self.said[-1]
+        self.rows.pop()
+        self.said.pop()
+
+
+@pytest.fixture(params=["left padding", "shared prefix", "lookup"])
+def script(request: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    """Let the model say given tokens, on each of the ways to run it: row i says scripts[i]."""
     original = model.forward
     state: dict[str, Any] = {}
 
@@ -47,9 +94,27 @@ def script(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
 
     def start(scripts: Sequence[list[int]], filler: int = 5) -> None:
         state.update(scripts=scripts, step=0, filler=filler)
+        monkeypatch.setattr(ScriptedRows, "scripts", scripts, raising=False)
+        monkeypatch.setattr(ScriptedRows, "filler", filler, raising=False)
 
-    monkeypatch.setattr(model, "forward", forward)
+    if request.param == "left padding":
+        monkeypatch.setattr(model, "forward", forward)
+    else:
+        monkeypatch.setattr(decoding, "RowBatch", ScriptedRows)
+    if request.param == "lookup":
+        together = partial(complete, lookup_tokens=3)
+        monkeypatch.setattr(sys.modules[__name__], "complete", together)
     yield start
+
+
+def test_a_plain_llama_shares_prefixes_and_others_are_padded_for_a_reason_that_is_said(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert decoding_path(model) == "shared prefix"
+    assert decoding_path(model, "unsloth").startswith("left padding: Unsloth")
+    monkeypatch.setattr(model, "forward", model.forward)
+    reason = "left padding: another library replaced its forward pass"
+    assert decoding_path(model) == reason
 
 
 def run(
@@ -58,6 +123,7 @@ def run(
     prompts: Sequence[list[int]],
     batch: int = 64,
     max_new_tokens: int = 40,
+    **options: Any,
 ) -> list[Completion]:
     found: dict[int, Completion] = {}
     with generating(model):
@@ -68,6 +134,7 @@ def run(
             batch=batch,
             max_new_tokens=max_new_tokens,
             stop=END_OF_PLAN,
+            **options,
         ):
             found.update(pairs)
     assert sorted(found) == list(range(len(prompts)))
@@ -83,14 +150,17 @@ def ragged_prompts(tokenizer: PromptTokenizer, count: int) -> list[list[int]]:
     ]
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("batch", [2, 5, 12])
 def test_a_batch_of_ragged_prompts_gives_what_each_prompt_gives_alone(
-    batch: int, model: Any, tokenizer: PromptTokenizer
+    batch: int, shared_prefix: bool, model: Any, tokenizer: PromptTokenizer
 ) -> None:
     prompts = ragged_prompts(tokenizer, 12)
     assert len({len(p) for p in prompts}) > 6
-    single = run(model, tokenizer, prompts, batch=1, max_new_tokens=12)
-    assert run(model, tokenizer, prompts, batch=batch, max_new_tokens=12) == single
+    alone = {"batch": 1, "max_new_tokens": 12, "shared_prefix": False}
+    single = run(model, tokenizer, prompts, **alone)
+    together = {"batch": batch, "max_new_tokens": 12, "shared_prefix": shared_prefix}
+    assert run(model, tokenizer, prompts, **together) == single
     assert len({c.text for c in single}) > 6
 
 
@@ -100,17 +170,16 @@ def test_padding_that_were_looked_at_would_change_the_completions(
     """Shows that the comparison above can fail."""
     import torch
 
-    from tinyagent_fast.generation import decoding
-
     prompts = ragged_prompts(tokenizer, 12)
-    single = run(model, tokenizer, prompts, batch=1, max_new_tokens=12)
+    single = run(model, tokenizer, prompts, batch=1, max_new_tokens=12, shared_prefix=False)
 
     def without_mask(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = left_padded(*arguments)
         return ids, torch.ones_like(mask)
 
     monkeypatch.setattr(decoding, "left_padded", without_mask)
-    assert run(model, tokenizer, prompts, batch=12, max_new_tokens=12) != single
+    found = run(model, tokenizer, prompts, batch=12, max_new_tokens=12, shared_prefix=False)
+    assert found != single
 
 
 def test_padding_is_on_the_left_and_masked() -> None:
@@ -119,15 +188,22 @@ def test_padding_is_on_the_left_and_masked() -> None:
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
 def test_the_longest_prompts_come_first_so_that_a_full_memory_shows_at_once(
-    model: Any, tokenizer: PromptTokenizer
+    shared_prefix: bool, model: Any, tokenizer: PromptTokenizer
 ) -> None:
     prompts = ragged_prompts(tokenizer, 7)
     with generating(model):
         batches = [
             [index for index, _ in pairs]
             for pairs in complete(
-                model, tokenizer, prompts, batch=3, max_new_tokens=1, stop=END_OF_PLAN
+                model,
+                tokenizer,
+                prompts,
+                batch=3,
+                max_new_tokens=1,
+                stop=END_OF_PLAN,
+                shared_prefix=shared_prefix,
             )
         ]
     lengths = [len(prompts[index]) for indices in batches for index in indices]

@@ -1,17 +1,22 @@
-"""`eval`: plan success of a run's adapter on the test file."""
+"""`eval`: plan success of a run's adapter, or of its GGUF files, on the test file."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.config import Backend, Config, check_config
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.report import headline
+from tinyagent_fast.export.record import sha256_of
 from tinyagent_fast.runs import Run, find_run
+
+if TYPE_CHECKING:
+    from tinyagent_fast.training.display import TrainingDisplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +27,17 @@ class EvalFlags:
     """Run to evaluate: its name, its folder, or `latest`."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    engine: Literal["auto", "transformers", "gguf"] = "auto"
+    """`transformers` runs the adapter on its base, `gguf` the exported files in llama.cpp; `auto`
+    takes what `--model` is, and the adapter without it."""
+    model: Path | None = None
+    """A .gguf file to evaluate; `--engine gguf` without it takes all that the run has exported."""
     adapter: str = "best"
     """`best` for the run's adapter, `none` for the bare base model, or a folder."""
     test: Path | None = None
     """Another test file in the published schema."""
     batch: int | None = None
-    """Prompts generated together."""
+    """Prompts generated together; llama.cpp takes 8 at most where this is not given."""
     max_new_tokens: int | None = None
     """Tokens after which a plan counts as truncated."""
     parity_prompts: int | None = None
@@ -36,8 +46,11 @@ class EvalFlags:
     """Evaluate only the first so many entries."""
     backend: Backend | None = None
     """Another backend than the run's."""
+    threads: int | None = None
+    """CPU threads of llama.cpp; None takes one per core."""
     out: Path | None = None
-    """Folder for predictions and report; by default `eval/` in the run's folder."""
+    """Folder for predictions and report; by default `eval/` in the run's folder. With
+    `--engine gguf` each file gets a folder `eval-gguf-NAME/` in it, and in the run's by default."""
     fresh: bool = False
     """Generate everything anew, even where equal predictions are there."""
 
@@ -56,20 +69,27 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(EvalFlags, args=list(arguments), prog="tinyagent-fast eval")
     found = find_run(flags.run, flags.runs)
     config = _config(found, flags)
+    if _wants_gguf(flags):
+        from tinyagent_fast.commands.evaluate_files import evaluate_files
+
+        evaluate_files(found, config, flags, _base(found, config), _display())
+    else:
+        _evaluate_adapter(found, config, flags)
+    return 0
+
+
+def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
     adapter = _adapter(found, flags)
     from tinyagent_fast.training.libraries import prepare_libraries
 
     prepare_libraries(config.model)
-    from rich.console import Console
-
-    from tinyagent_fast.evaluation.report import headline
     from tinyagent_fast.evaluation.running import evaluate_examples
-    from tinyagent_fast.training.display import TrainingDisplay
+    from tinyagent_fast.generation.engines import TransformersEngine
     from tinyagent_fast.training.inputs import load_test_examples
     from tinyagent_fast.training.models import load_for_generation
     from tinyagent_fast.training.session import scoring_tools
 
-    display = TrainingDisplay(Console(highlight=False))
+    display = _display()
     examples, test_sha256 = load_test_examples(config)
     base = _base(found, config)
     display.say(f"run {found.path.name}: {len(examples)} test queries, adapter {adapter or 'none'}")
@@ -78,18 +98,14 @@ def run(arguments: Sequence[str]) -> int:
         display.say(f"note: {note}")
     folder = flags.out or found.evaluation.with_name("eval" if adapter else "eval-base")
     if flags.fresh:
-        (folder / "made_with.json").unlink(missing_ok=True)
+        PredictionFile(folder).forget()
     with display.bar("evaluation", "plans") as update:
         result = evaluate_examples(
-            loaded,
+            TransformersEngine(loaded),
             examples,
             config.eval,
             folder,
-            made_with={
-                **_made_with(config, base, adapter),
-                "test_sha256": test_sha256,
-                "backend": loaded.backend,
-            },
+            made_with={**_made_with(config, base, adapter), "test_sha256": test_sha256},
             tools=scoring_tools(config),
             title=f"Run {found.path.name}",
             on_progress=update,
@@ -98,7 +114,37 @@ def run(arguments: Sequence[str]) -> int:
     display.say((folder / "report.md").read_text(encoding="utf-8").split("\n## The first")[0])
     display.say(headline(result.metrics))
     display.say(f"written: {folder}/metrics.json, predictions.jsonl, report.md")
-    return 0
+
+
+def _display() -> TrainingDisplay:
+    from rich.console import Console
+
+    from tinyagent_fast.training.display import TrainingDisplay
+
+    return TrainingDisplay(Console(highlight=False))
+
+
+def _wants_gguf(flags: EvalFlags) -> bool:
+    """Decide the engine; refuse flags that it would ignore."""
+    if flags.model is not None and flags.model.suffix != ".gguf":
+        raise ConfigError(
+            f"--model {flags.model}", "only GGUF files are evaluated so", "name a .gguf file"
+        )
+    if flags.engine == "transformers" and flags.model is not None:
+        raise ConfigError(
+            f"--engine transformers --model {flags.model}",
+            "transformers does not run GGUF files here",
+            "leave --engine out, or name an adapter with --adapter",
+        )
+    gguf = flags.engine == "gguf" or flags.model is not None
+    ignored = {"adapter": flags.adapter != "best", "backend": flags.backend is not None}
+    for name in (name for name, given in ignored.items() if gguf and given):
+        raise ConfigError(
+            f"--{name} with a GGUF file", "the adapter is merged into it", f"leave --{name} out"
+        )
+    if not gguf and flags.threads is not None:
+        raise ConfigError("--threads", "it is for llama.cpp only", "add --engine gguf")
+    return gguf
 
 
 def _made_with(config: Config, base: str, adapter: Path | None) -> dict[str, Any]:
@@ -106,7 +152,7 @@ def _made_with(config: Config, base: str, adapter: Path | None) -> dict[str, Any
     weights = adapter / "adapter_model.safetensors" if adapter else None
     return {
         "base": base,
-        "adapter_sha256": _sha256(weights) if weights else None,
+        "adapter_sha256": sha256_of(weights) if weights else None,
         "prompt_format": config.model.prompt_format,
         "weights": config.model.weights,
     }
@@ -150,7 +196,3 @@ def _base(found: Run, config: Config) -> str:
         record: dict[str, Any] = json.loads(data.read_text(encoding="utf-8"))
         return str(record["base"])
     return config.model.base
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

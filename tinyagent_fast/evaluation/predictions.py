@@ -49,6 +49,10 @@ class PredictionFile:
         self.made_with_path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return {}
 
+    def forget(self) -> None:
+        """Let `start` take what is there for made with other things, and put it aside."""
+        self.made_with_path.unlink(missing_ok=True)
+
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Add predictions at the end.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,11 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import markdown_report
 from tinyagent_fast.evaluation.scoring import Metrics, Prediction, score_predictions
-from tinyagent_fast.generation.decoding import complete, generating
-from tinyagent_fast.generation.parity import ParityReport, compare_batches
+from tinyagent_fast.generation.engines import Engine
+from tinyagent_fast.generation.parity import ParityReport
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import write_json, write_text
-from tinyagent_fast.training.models import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,8 @@ class EvaluationResult:
     reused: int
     """Predictions kept from an earlier, broken-off evaluation."""
     seconds: float
+    notes: Sequence[str] = ()
+    """What the engine had to say before it began."""
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for metrics.json."""
@@ -42,29 +43,13 @@ class EvaluationResult:
                 "reused_predictions": self.reused,
                 "seconds": round(self.seconds, 3),
                 "parity": self.parity.to_json() if self.parity else None,
+                "notes": list(self.notes),
             },
         }
 
 
-def prompt_ids(loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
-    """Encode the prompts of examples, exactly as training rows begin.
-
-    Args:
-        loaded: Its tokenizer holds the prompt format.
-        examples: What to answer.
-
-    Returns:
-        Token ids of each prompt.
-    """
-    tokenizer = loaded.tokenizer
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
-    return tokenizer.encode_prompts(
-        [render_prompt(e.system, e.user, tokenizer.prompt_format, chat) for e in examples]
-    )
-
-
 def evaluate_examples(
-    loaded: LoadedModel,
+    engine: Engine,
     examples: Sequence[Example],
     settings: EvalConfig,
     folder: Path,
@@ -78,11 +63,12 @@ def evaluate_examples(
     """Generate the plans that are missing, then score all of them.
 
     Args:
-        loaded: The model.
+        engine: Writes the plans.
         examples: Plans to predict; their outputs are the labels.
         settings: Batch, limits and the comparison of batches.
         folder: Gets predictions.jsonl, metrics.json and report.md.
-        made_with: What the predictions depend on besides settings, such as the adapter's hash.
+        made_with: What the predictions depend on besides engine and settings, such as the
+            adapter's hash.
         tools: Tools by name for scoring; none stands for TinyAgent's own.
         title: Heading of the report.
         on_progress: Called with predictions done and in all.
@@ -92,7 +78,7 @@ def evaluate_examples(
         Metrics, predictions and how they came about.
     """
     started = time.perf_counter()
-    identity = {**made_with, "max_new_tokens": settings.max_new_tokens}
+    identity = {**engine.identity(), **made_with, "max_new_tokens": settings.max_new_tokens}
     file = PredictionFile(folder)
     there = file.start(identity)
     missing = [example for example in examples if example.key not in there]
@@ -101,9 +87,11 @@ def evaluate_examples(
         say(f"{kept} predictions are there, made with the same things; they are kept")
     if len(there) > kept:
         say(f"{len(there) - kept} predictions of other queries are there; no figure counts them")
-    parity = None
+    parity, notes = None, engine.notes(missing) if missing else []
+    for note in notes:
+        say(note)
     if missing:
-        parity = _generate(loaded, missing, settings, file, kept, on_progress, say)
+        parity = _generate(engine, missing, settings, file, kept, on_progress, say)
     by_key = {prediction.key: prediction for prediction in file.read()}
     predictions = [by_key[example.key] for example in examples]
     result = EvaluationResult(
@@ -112,6 +100,7 @@ def evaluate_examples(
         parity=parity,
         reused=kept,
         seconds=time.perf_counter() - started,
+        notes=notes,
     )
     strange = result.metrics.label_problems.get("unknown_tool", 0)
     if strange:
@@ -122,7 +111,7 @@ def evaluate_examples(
 
 
 def _generate(
-    loaded: LoadedModel,
+    engine: Engine,
     examples: Sequence[Example],
     settings: EvalConfig,
     file: PredictionFile,
@@ -131,28 +120,24 @@ def _generate(
     say: Callable[[str], None],
 ) -> ParityReport:
     """Compare batches, then sweep; each batch is appended as soon as it is finished."""
-    prompts = prompt_ids(loaded, examples)
     total = done + len(examples)
-    with generating(loaded.model, loaded.backend):
-        parity = compare_batches(
-            loaded.model,
-            loaded.tokenizer,
-            prompts,
-            batch=settings.batch,
-            max_new_tokens=settings.max_new_tokens,
-            stop=END_OF_PLAN,
-            sample=settings.parity_prompts,
-        )
-        say(parity.sentence())
-        batch_started = time.perf_counter()
-        for pairs in complete(
-            loaded.model,
-            loaded.tokenizer,
-            prompts,
-            batch=parity.safe_batch,
-            max_new_tokens=settings.max_new_tokens,
-            stop=END_OF_PLAN,
-        ):
+    parity = engine.compare_batches(
+        examples,
+        batch=settings.batch,
+        max_new_tokens=settings.max_new_tokens,
+        stop=END_OF_PLAN,
+        sample=settings.parity_prompts,
+    )
+    say(parity.sentence())
+    batch_started = time.perf_counter()
+    batches = engine.complete(
+        examples,
+        batch=parity.safe_batch,
+        max_new_tokens=settings.max_new_tokens,
+        stop=END_OF_PLAN,
+    )
+    with closing(batches):
+        for pairs in batches:
             seconds = (time.perf_counter() - batch_started) / len(pairs)
             file.append(
                 Prediction(

@@ -13,8 +13,9 @@ from rich.console import Console
 from tinyagent_fast.config import Config, check_config
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.evaluation.report import headline
-from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples, prompt_ids
+from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.generation.decoding import generating
+from tinyagent_fast.generation.engines import TransformersEngine, encode_prompts
 from tinyagent_fast.runs import Run, refuse_taken_name, write_json
 from tinyagent_fast.training.callbacks import (
     Best,
@@ -95,7 +96,7 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
     )
     if loaded.device == "cpu":
         _choose_threads(session, dataset)
-    prompts = prompt_ids(loaded, session.examples.validation)
+    prompts = encode_prompts(loaded.tokenizer, session.examples.validation)
     report = preflight(trainer, loaded, dataset, prompts, config.eval.batch)
     display.say(
         f"checked: {report.checked_rows} rows through the trainer's collator equal ours; longest "
@@ -172,7 +173,7 @@ def _plan_success(
                 trainer, rows, loaded.tokenizer.pad_id, config.train.batch, lambda: None
             )
         result = evaluate_examples(
-            loaded,
+            TransformersEngine(loaded),
             session.examples.validation,
             settings,
             run.path / "samples" / f"step-{step:06d}",
@@ -210,7 +211,7 @@ def _test(session: Session, name: str) -> EvaluationResult:
     """Measure the test entries with the model as it stands."""
     with session.display.bar(f"test queries, {name} training", "plans") as update:
         return evaluate_examples(
-            session.loaded,
+            TransformersEngine(session.loaded),
             session.examples.test,
             session.config.eval,
             session.run.path / "test" / name,

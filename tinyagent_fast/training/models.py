@@ -12,6 +12,7 @@ from tinyagent_fast.errors import ModelError
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.training.libraries import prepare_libraries
+from tinyagent_fast.training.quantisation_aware import train_quantised
 
 TARGET_MODULES = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -54,7 +55,10 @@ def load_for_training(config: Config, base: str) -> LoadedModel:
     Raises:
         ModelError: The base, the backend or the tokenizer cannot be had.
     """
-    plan = _decide(config.model)
+    model_config = config.model
+    if config.train.qat != "off":
+        model_config = replace(model_config, backend="transformers")
+    plan = _decide(model_config)
     if plan.backend == "unsloth":
         if plan.device == "cpu":
             plan = replace(plan, notes=(*plan.notes, *_unsloth_cpu_notes(config.train)))
@@ -63,6 +67,11 @@ def load_for_training(config: Config, base: str) -> LoadedModel:
     else:
         model = _transformers_base(config.model, base, plan)
         model = _peft_adapter(model, config, plan)
+        if config.train.qat != "off":
+            grids = train_quantised(model, config.train.qat)
+            held = ", ".join(f"{count} as {grid}" for grid, count in sorted(grids.items()))
+            note = f"computing with weights rounded for {config.train.qat}: {held}"
+            plan = replace(plan, notes=(*plan.notes, note))
     return _finish(model, config.model, base, plan)
 
 

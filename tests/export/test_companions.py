@@ -1,0 +1,209 @@
+"""Companions: what other programs are told agrees with the prompt the model was trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyagent_fast.export.companions import CompanionFacts, go_template, write_companions
+from tinyagent_fast.plans.gbnf import plan_grammar
+from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool, tools_by_name
+from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
+
+FORMATS: tuple[PromptFormat, ...] = ("alpaca", "flat")
+
+
+def facts(**changes: Any) -> CompanionFacts:
+    plain: dict[str, Any] = {
+        "name": "planner",
+        "gguf_files": ["gguf/planner-f16.gguf", "gguf/planner-q8_0.gguf"],
+        "recommended_gguf": "gguf/planner-q8_0.gguf",
+        "prompt_format": "alpaca",
+        "stop": "<END_OF_PLAN>",
+        "tokenizer_folder": "merged",
+        "tools": None,
+        "example_prompt": render_prompt("the tools", "Question: who?", "alpaca"),
+    }
+    return CompanionFacts(**(plain | changes))
+
+
+def render_go(template: str, values: Mapping[str, str]) -> str:
+    """Run the part of Go's text/template that is used: if, else, end and fields."""
+    parts = re.split(r"\{\{ (.*?) \}\}", template)
+    shown, output = [True], ""
+    for position, part in enumerate(parts):
+        if position % 2 == 0:
+            output += part if all(shown) else ""
+        elif part.startswith("if ."):
+            shown.append(bool(values[part[4:]]))
+        elif part == "else":
+            shown[-1] = not shown[-1]
+        elif part == "end":
+            shown.pop()
+        else:
+            assert re.fullmatch(r"\.[A-Z][a-z]+", part), part
+            output += values[part[1:]] if all(shown) else ""
+    assert shown == [True]
+    return output
+
+
+@pytest.mark.parametrize("prompt_format", FORMATS)
+@given(system=st.none() | st.text(min_size=1), user=st.text())
+def test_ollamas_template_renders_as_training_did(
+    prompt_format: PromptFormat, system: str | None, user: str
+) -> None:
+    values = {"System": system or "", "Prompt": user, "Response": ""}
+    template = go_template(prompt_format)
+    assert render_go(template, values) == render_prompt(system, user, prompt_format)
+    assert template.endswith("{{ .Response }}")
+
+
+@pytest.mark.parametrize("prompt_format", FORMATS)
+def test_the_modelfile_holds_the_template_and_greedy_settings(
+    tmp_path: Path, prompt_format: PromptFormat
+) -> None:
+    write_companions(tmp_path, facts(prompt_format=prompt_format, context_tokens=4096))
+    text = (tmp_path / "Modelfile").read_text()
+    template = text.split('"""')[1]
+    assert text.count('"""') == 2
+    assert template == go_template(prompt_format)
+    assert text.replace(template, "").splitlines()[1:] == [
+        "FROM ./gguf/planner-q8_0.gguf",
+        'TEMPLATE """"""',
+        'PARAMETER stop "<END_OF_PLAN>"',
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+        "PARAMETER num_ctx 4096",
+    ]
+
+
+def test_the_chat_format_has_no_modelfile_and_the_readme_says_why(tmp_path: Path) -> None:
+    paths = write_companions(tmp_path, facts(prompt_format="chat", example_prompt="<|user|>who?"))
+    assert "Modelfile" not in {path.name for path in paths}
+    assert not (tmp_path / "Modelfile").exists()
+    readme = (tmp_path / "README.md").read_text()
+    assert "there is no `Modelfile`" in readme
+    assert "-f Modelfile" not in readme
+    assert repr("<|user|>who?") in readme
+
+
+def test_all_files_are_written_and_returned(tmp_path: Path) -> None:
+    paths = write_companions(tmp_path, facts())
+    assert {path.name for path in paths} == {
+        "README.md",
+        "llama-server.sh",
+        "plan.gbnf",
+        "Configuration.json",
+        "Modelfile",
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
+    assert write_companions(tmp_path, facts()) == paths
+
+
+def test_the_grammar_is_that_of_the_tools(tmp_path: Path) -> None:
+    write_companions(tmp_path, facts())
+    assert (tmp_path / "plan.gbnf").read_text() == plan_grammar(TINYAGENT)
+    own = tools_by_name([Tool("water", (Parameter("plant", "str"),))])
+    write_companions(tmp_path, facts(tools=own))
+    assert (tmp_path / "plan.gbnf").read_text() == plan_grammar(own)
+
+
+def test_the_apps_keys_are_texts_because_the_app_takes_their_length(tmp_path: Path) -> None:
+    write_companions(tmp_path, facts(port=50007))
+    assert json.loads((tmp_path / "Configuration.json").read_text()) == {
+        "provider": "local",
+        "localModelName": "planner",
+        "localPort": "50007",
+        "localCtxLen": "8192",
+        "localTokenizerNameOrPath": str(tmp_path.resolve() / "merged"),
+    }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the command line is a shell script")
+@pytest.mark.parametrize(
+    ("variables", "options", "wanted"),
+    [
+        ({}, [], {"-m": "gguf/a b.gguf", "-c": "8192", "-np": "1", "--port": "50002"}),
+        ({"SLOTS": "4"}, [], {"-c": "32768", "-np": "4"}),
+        ({"MODEL": "x y.gguf", "PORT": "1"}, [], {"-m": "x y.gguf", "--port": "1"}),
+        ({}, ["-t", "2"], {"-t": "2"}),
+    ],
+)
+def test_the_command_line_gives_every_slot_the_whole_context(
+    tmp_path: Path, variables: dict[str, str], options: list[str], wanted: dict[str, str]
+) -> None:
+    folder, programs = tmp_path / "my export", tmp_path / "bin"
+    folder.mkdir()
+    programs.mkdir()
+    write_companions(folder, facts(name="it's $HOME", recommended_gguf="gguf/a b.gguf"))
+    script = folder / "llama-server.sh"
+    assert script.stat().st_mode & stat.S_IXUSR
+    stand_in = programs / "llama-server"
+    stand_in.write_text('#!/bin/sh\npwd\nfor word in "$@"; do echo "$word"; done\n')
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", **variables}
+    done = subprocess.run(
+        [str(script), *options], env=environment, capture_output=True, text=True, check=True
+    )
+    where, *words = done.stdout.splitlines()
+    assert Path(where).resolve() == folder.resolve()
+    assert words[words.index("--alias") + 1] == "it's $HOME"
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert "--jinja" in words
+    assert {flag: words[words.index(flag) + 1] for flag in wanted} == wanted
+
+
+@pytest.mark.parametrize("prompt_format", FORMATS)
+def test_the_readme_shows_the_format_byte_by_byte_and_every_file(
+    tmp_path: Path, prompt_format: PromptFormat
+) -> None:
+    write_companions(tmp_path, facts(prompt_format=prompt_format))
+    text = (tmp_path / "README.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    shown: dict[str, str] = {}
+    exec(block, {}, shown)
+    assert shown == {
+        "with_system": render_prompt("{system}", "{user}", prompt_format),
+        "without_system": render_prompt(None, "{user}", prompt_format),
+    }
+    for word in ("planner-f16.gguf", "planner-q8_0.gguf` (recommended)", "`<END_OF_PLAN>`"):
+        assert word in text
+    assert repr(render_prompt("the tools", "Question: who?", "alpaca")) in text
+
+
+def test_a_long_example_is_cut_and_the_readme_says_so(tmp_path: Path) -> None:
+    long = "BEGIN" + "x" * 4000 + "MIDDLE" + "y" * 4000 + "END"
+    write_companions(tmp_path, facts(example_prompt=long))
+    text = (tmp_path / "README.md").read_text()
+    assert f"An example of {len(long):,} characters" in text
+    assert "BEGIN" in text
+    assert "END'" in text
+    assert "MIDDLE" not in text
+
+
+def test_the_readmes_python_and_json_can_be_read(tmp_path: Path) -> None:
+    write_companions(tmp_path, facts())
+    text = (tmp_path / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "README.md", "exec")
+    sent = text.split("-d '")[1].split("'")[0]
+    assert json.loads(sent)["stop"] == ["<END_OF_PLAN>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("my run!", "my-run"), ("../x", "x"), ("\u00e9", "planner")]
+)
+def test_ollama_is_given_a_name_it_allows(tmp_path: Path, name: str, wanted: str) -> None:
+    write_companions(tmp_path, facts(name=name))
+    for file in ("README.md", "Modelfile"):
+        assert f"ollama create {wanted} -f Modelfile" in (tmp_path / file).read_text()

@@ -1,0 +1,107 @@
+"""The rules of an export: each passes on what is right and fails on what it is there for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tinyagent_fast.evaluation.comparison import compare_predictions
+from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.export import gates
+
+PLAN = '1. get_email_address("Sid")\n2. join()'
+OTHER = '1. get_phone_number("Sid")\n2. join()'
+
+
+def logprobs(seed: int, noise: float = 0.0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(20, 50)) * 3 + noise * np.random.default_rng(9).normal(
+        size=(20, 50)
+    )
+    return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def test_equal_answers_pass_and_say_their_figures() -> None:
+    gate = gates.same_answers("a = b", "F32", (1.0, 1.00001), ([PLAN, OTHER], [PLAN, OTHER]))
+    assert gate.passed
+    assert "same plans 2 of 2" in gate.sentence()
+
+
+def test_spelling_of_a_plan_does_not_count_but_its_calls_do() -> None:
+    spelled = PLAN.replace('"', "'")
+    assert gates.same_answers("x", "F32", (1, 1), ([PLAN], [spelled])).passed
+    assert not gates.same_answers("x", "F32", (1, 1), ([PLAN], [OTHER])).passed
+
+
+@pytest.mark.parametrize(("dtype", "difference"), [("F32", 3e-4), ("F16", 5e-3), ("BF16", 2e-2)])
+def test_another_loss_fails_by_what_the_dtype_allows(dtype: str, difference: float) -> None:
+    plans = ([PLAN], [PLAN])
+    assert not gates.same_answers("x", dtype, (1.0, 1.0 + difference), plans).passed
+    assert gates.same_answers("x", dtype, (1.0, 1.0 + difference / 10), plans).passed
+
+
+def test_one_different_id_fails_and_the_text_is_named() -> None:
+    pairs = [("Hello", [1, 2], [1, 2]), (" Hello", [3, 2], [4, 2])]
+    gate = gates.same_ids("ids", pairs, None)
+    assert not gate.passed
+    assert "' Hello'" in gate.sentence()
+    assert gates.same_ids("ids", pairs[:1], None).passed
+
+
+@pytest.mark.parametrize("ids", [[5, 6], [1, 1, 5], [5, 1]])
+def test_bos_must_stand_once_and_first(ids: list[int]) -> None:
+    assert not gates.same_ids("ids", [("x", ids, ids)], 1).passed
+    assert gates.same_ids("ids", [("x", [1, 5], [1, 5])], 1).passed
+
+
+def test_a_template_that_differs_by_one_line_break_fails() -> None:
+    assert gates.same_texts("template", [("a\nb", "a\nb")]).passed
+    assert not gates.same_texts("template", [("a\nb", "a\n\nb")]).passed
+
+
+def test_logits_must_be_equal_up_to_the_limit() -> None:
+    expected = logprobs(1)
+    same = gates.distribution_difference(expected, expected)
+    assert same.max_abs == 0
+    assert same.top1 == 1
+    assert same.mean_kl == pytest.approx(0, abs=1e-7)
+    assert gates.same_logits("x", same).passed
+    # As large as what a wrong epsilon of the norms causes.
+    wrong = gates.distribution_difference(expected, logprobs(1, noise=0.01))
+    assert not gates.same_logits("x", wrong).passed
+    assert gates.near_logits("x", wrong).passed
+    assert not gates.near_logits(
+        "x", gates.distribution_difference(expected, logprobs(1, noise=0.5))
+    ).passed
+
+
+def test_values_that_are_not_finite_fail() -> None:
+    expected = logprobs(1)
+    broken = expected.copy()
+    broken[3, 4] = np.nan
+    found = gates.distribution_difference(expected, broken)
+    assert not gates.same_logits("x", found).passed
+    assert not gates.near_logits("x", found).passed
+
+
+def predictions(right: int, n: int) -> list[Prediction]:
+    return [
+        Prediction(
+            key=str(at),
+            query="q",
+            label=PLAN,
+            prediction=PLAN if at < right else OTHER,
+            stop_reason="stop",
+            new_tokens=9,
+            seconds=0.1,
+        )
+        for at in range(n)
+    ]
+
+
+@pytest.mark.parametrize(("right", "passes"), [(80, True), (78, True), (60, False), (30, False)])
+def test_a_file_that_surely_loses_too_much_fails(right: int, passes: bool) -> None:
+    paired = compare_predictions(predictions(80, 100), predictions(right, 100), None)
+    gate = gates.no_great_loss("q4", paired, 5.0)
+    assert gate.passed is passes
+    assert gate.figures["difference in points"] == pytest.approx(right - 80)

@@ -1,0 +1,225 @@
+"""Two planners on the same queries: is one better, and how sure is that?
+
+Export uses it to hold a quantised file against the one it was made from, and `eval` for its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.evaluation.report import percent
+from tinyagent_fast.evaluation.scoring import Prediction, score_prediction
+from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
+from tinyagent_fast.plans.tools import Tool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedComparison:
+    """Planner b beside planner a, on the same examples.
+
+    `difference` is b's share of successes less a's; its interval says nothing where the two never
+    disagree, which on few examples proves little. `only_a` and `only_b` are the keys that just one
+    of them gets right; `identical_texts` counts predictions that are the same to the letter.
+    """
+
+    n: int
+    success_a: Proportion
+    success_b: Proportion
+    difference: float
+    interval_95: tuple[float, float]
+    mcnemar_p: float
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    identical_texts: int
+
+    def to_json(self) -> dict[str, object]:
+        """Write the figures for a report file.
+
+        Returns:
+            The fields by name, shares with their intervals.
+        """
+        return {
+            **vars(self),
+            "success_a": self.success_a.to_json(),
+            "success_b": self.success_b.to_json(),
+            "interval_95": list(self.interval_95),
+            "only_a": list(self.only_a),
+            "only_b": list(self.only_b),
+        }
+
+    def points(self) -> str:
+        """Write the difference as `-1.5 (-3.0 to +0.5)`.
+
+        Returns:
+            Percentage points with a 95 % interval.
+        """
+        low, high = self.interval_95
+        return f"{_signed(self.difference)} ({_signed(low)} to {_signed(high)})"
+
+    def sentence(self, a: str, b: str) -> str:
+        """Say the outcome in one line.
+
+        Args:
+            a: Name of the first planner.
+            b: Name of the second.
+
+        Returns:
+            For the terminal and the report.
+        """
+        return (
+            f"{b} against {a}: {self.points()} points, McNemar p = {self.mcnemar_p:.3g}, "
+            f"{self.identical_texts} of {self.n} plans identical"
+        )
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share + 0.0:+.1f}"
+
+
+def compare_predictions(
+    a: Sequence[Prediction], b: Sequence[Prediction], tools: Mapping[str, Tool] | None
+) -> PairedComparison:
+    """Compare two planners by their predictions for the same examples.
+
+    Args:
+        a: Predictions of the first.
+        b: Predictions of the second, in any order.
+        tools: Tools by name; none stands for TinyAgent's own.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        DataError: The predictions are not for the same examples, or there are none.
+    """
+    by_key = {row.key: row for row in b}
+    if not a or len(by_key) != len(b) or {row.key for row in a} != set(by_key) or len(a) != len(b):
+        raise DataError(
+            f"{len(a)} and {len(b)} predictions to compare",
+            "both must hold exactly one prediction of each of the same examples",
+            "evaluate both on the same test file with the same --limit",
+        )
+    only_a: list[str] = []
+    only_b: list[str] = []
+    both = identical = 0
+    for row in a:
+        other = by_key[row.key]
+        if row.label != other.label:
+            raise DataError(
+                f"prediction {row.key}",
+                "the two planners were given different labels for it",
+                "evaluate both on the same test file",
+            )
+        right_a = score_prediction(row, tools).success
+        right_b = score_prediction(other, tools).success
+        both += right_a and right_b
+        identical += row.prediction == other.prediction
+        if right_a != right_b:
+            (only_a if right_a else only_b).append(row.key)
+    n = len(a)
+    return PairedComparison(
+        n=n,
+        success_a=Proportion(both + len(only_a), n),
+        success_b=Proportion(both + len(only_b), n),
+        difference=(len(only_b) - len(only_a)) / n,
+        interval_95=bootstrap_interval(len(only_a), len(only_b), n),
+        mcnemar_p=mcnemar_exact_p(len(only_a), len(only_b)),
+        only_a=tuple(only_a),
+        only_b=tuple(only_b),
+        identical_texts=identical,
+    )
+
+
+def bootstrap_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
+    """Bound a paired difference by the percentile bootstrap over examples.
+
+    An example adds -1, 0 or 1 to the difference, so what endless resampling tends to can be
+    computed outright: the sum of n independent draws. That leaves no seed to choose.
+
+    Args:
+        only_a: Examples that only the first planner gets right.
+        only_b: Examples that only the second planner gets right.
+        n: All examples, at least one.
+
+    Returns:
+        The 95 % interval of the second's share less the first's.
+
+    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    draw = [only_a / n, (n - only_a - only_b) / n, only_b / n]
+    cumulative = list(accumulate(_power(draw, n)))
+    total = cumulative[-1]
+    low = next(i for i, p in enumerate(cumulative) if p >= 0.025 * total)
+    high = next(i for i, p in enumerate(cumulative) if p >= 0.975 * total)
+    return (low - n) / n, (high - n) / n
+
+
+def _power(polynomial: Sequence[float], exponent: int) -> list[float]:
+    """Convolve a distribution with itself, by squaring."""
+    result = [1.0]
+    for bit in bin(exponent)[2:]:
+        result = _product(result, result)
+        if bit == "1":
+            result = _product(result, polynomial)
+    return result
+
+
+def _product(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    product = [0.0] * (len(a) + len(b) - 1)
+    others = [(j, y) for j, y in enumerate(b) if y > 1e-30]  # far tails move no quantile
+    for i, x in enumerate(a):
+        if x > 1e-30:
+            for j, y in others:
+                product[i + j] += x * y
+    return product
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRow:
+    """One planner in a table; the reference has no comparison."""
+
+    name: str
+    size_bytes: int | None
+    success: Proportion
+    seconds: float
+    comparison: PairedComparison | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Write the figures for a report file.
+
+        Returns:
+            The fields by name.
+        """
+        return {
+            **vars(self),
+            "success": self.success.to_json(),
+            "comparison": self.comparison.to_json() if self.comparison else None,
+        }
+
+
+def comparison_table(rows: Sequence[ComparedRow], reference: str | None) -> str:
+    """Write planners below one another, each with its difference to a reference.
+
+    Args:
+        rows: The planners.
+        reference: Name of the row that the others were compared with, if any.
+
+    Returns:
+        A Markdown table.
+    """
+    against = f"points against {reference or '(none)'}"
+    lines = [
+        f"| engine | size | success | {against} | McNemar p | same plans | generation |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        size = "" if row.size_bytes is None else f"{row.size_bytes / 1e6:,.1f} MB"
+        compared = ["reference" if row.name == reference else "", "", ""]
+        if (it := row.comparison) is not None:
+            compared = [it.points(), f"{it.mcnemar_p:.3g}", f"{it.identical_texts} of {it.n}"]
+        cells = [row.name, size, percent(row.success), *compared, f"{row.seconds:.1f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

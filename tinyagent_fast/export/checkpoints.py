@@ -1,0 +1,347 @@
+"""Read and write the weights of a model folder without holding them: rows in, rows out.
+
+Merging and conversion read the base model's safetensors files here, block by block and with plain
+reads, so that the size of a model does not decide how much memory an export needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.export.rounding import OverflowInF16, encode_values
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+VALUE_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+"""The number formats that a model can be exported from, with the bytes of one value."""
+
+BLOCK_BYTES = 8 * 2**20
+"""Size of a block of rows as float32: small beside a tensor, large beside the cost of a call."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+# The files themselves set no limit; a header beyond this is damage (safetensors refuses it too).
+_HEADER_LIMIT_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where the values of one tensor lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """Count what `read_rows` counts: the first dimension."""
+        return self.shape[0]
+
+    @property
+    def row_values(self) -> int:
+        """Count the values of one row; 1 for a tensor of one dimension."""
+        return math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder: its config and its tensors by name, over all files."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a model folder and check that all its weights are there, whole and not quantised.
+
+    Args:
+        folder: Holds config.json and model.safetensors, or its shards with their index.
+
+    Returns:
+        The checkpoint; no weights are read yet.
+
+    Raises:
+        ModelError: The folder holds no whole model in safetensors with float weights.
+    """
+    config = _read_config(folder)
+    if (folder / _INDEX).exists():
+        tensors = _open_shards(folder)
+    elif (folder / _SINGLE).exists():
+        tensors = stored_tensors(folder / _SINGLE)
+    else:
+        raise _no_weights(folder)
+    return Checkpoint(folder, config, tensors)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"folder {folder}",
+            "it holds an adapter, which is only the difference to a base model",
+            "merge it with its base model first, and name the merged folder",
+        )
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"model in {folder}",
+            f"its weights are quantised ({method}), and rounding them again would cost quality",
+            "name the folder of the same model in bf16, f16 or f32",
+        )
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a model folder that holds one JSON object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ModelError: No such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        fix = "name a model folder as transformers saves it"
+        raise ModelError(f"folder {path.parent}", f"it has no {path.name}", fix) from error
+    except ValueError as error:
+        raise ModelError(f"{path}", f"it is no JSON: {error}", "copy the file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}", "it holds no JSON object", "copy the file again")
+    return value
+
+
+def _no_weights(folder: Path) -> ModelError:
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    why, fix = f"it has neither {_SINGLE} nor {_INDEX}", "copy the weights into it"
+    if pickles:
+        why = f"its weights are {pickles[0]}, a format that can run code when it is read"
+        fix = "load the model with transformers and save it again, which writes model.safetensors"
+    return ModelError(f"folder {folder}", why, fix)
+
+
+def _open_shards(folder: Path) -> dict[str, StoredTensor]:
+    """Read the headers of all shards, and hold them against the index."""
+    index = folder / _INDEX
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ModelError(f"{index}", "it has no weight_map", "copy the file again")
+    absent = [name for name in sorted(set(where.values())) if not (folder / name).exists()]
+    if absent:
+        raise ModelError(
+            f"folder {folder}",
+            f"its index names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} "
+            "not there",
+            "copy the missing files into it",
+        )
+    headers = {name: stored_tensors(folder / name) for name in sorted(set(where.values()))}
+    for tensor, shard in where.items():
+        if tensor not in headers[shard]:
+            raise ModelError(
+                f"{folder / shard}",
+                f"the index says that it holds {tensor}, and it does not",
+                "copy the index and the shards from the same model",
+            )
+    return {tensor: headers[shard][tensor] for tensor, shard in where.items()}
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Read the header of one safetensors file and check it against the file's size.
+
+    Args:
+        path: A model's, a shard's or an adapter's file.
+
+    Returns:
+        Its tensors by name.
+
+    Raises:
+        ModelError: The file is cut off or damaged, or a tensor is not F32, F16 or BF16.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
+            raise _damaged(path, "its header is cut off or is none")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [
+                (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, f"its header cannot be read: {error}") from error
+    data = 8 + length
+    tensors = {}
+    for name, dtype, shape, begin, end in entries:
+        if dtype not in VALUE_BYTES:
+            raise ModelError(
+                f"tensor {name} in {path}",
+                f"it is stored as {dtype}, so the weights are quantised or of an unknown kind",
+                "name the folder of the same model in bf16, f16 or f32",
+            )
+        if end - begin != math.prod(shape) * VALUE_BYTES[dtype] or not 0 <= begin <= end:
+            raise _damaged(path, f"the place of {name} does not fit its shape {shape}")
+        if data + end > size:
+            raise _damaged(path, f"{name} should end at byte {data + end:,} of {size:,}")
+        tensors[name] = StoredTensor(
+            name=name, dtype=dtype, shape=shape, path=path, offset_bytes=data + begin
+        )
+    return tensors
+
+
+def _damaged(path: Path, why: str) -> ModelError:
+    return ModelError(f"{path}", why, "copy or download the file again")
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
+    """Read some rows of a tensor as float32, which holds all three formats exactly.
+
+    Args:
+        tensor: A tensor of a checkpoint.
+        start: First row; an element for a tensor of one dimension.
+        stop: Row after the last one.
+
+    Returns:
+        The rows, in an array of their own.
+
+    Raises:
+        ModelError: The file has become shorter since it was opened.
+    """
+    import numpy as np
+
+    assert 0 <= start <= stop <= tensor.rows, f"rows {start}..{stop} of {tensor.shape}"
+    count = (stop - start) * tensor.row_values
+    width = VALUE_BYTES[tensor.dtype]
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset_bytes + start * tensor.row_values * width)
+        stored = np.fromfile(
+            file, np.dtype({"F32": "<f4", "F16": "<f2"}.get(tensor.dtype, "<u2")), count
+        )
+    if stored.size != count:
+        raise _damaged(tensor.path, f"it ends within {tensor.name}")
+    if tensor.dtype == "BF16":
+        # bf16 is the upper half of a float32.
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
+
+
+def row_blocks(
+    tensor: StoredTensor, *, block_bytes: int = BLOCK_BYTES, multiple_of_rows: int = 1
+) -> Iterator[tuple[int, Floats]]:
+    """Read a tensor block by block.
+
+    Args:
+        tensor: A tensor of a checkpoint.
+        block_bytes: Size of a block as float32, exceeded only where a single unit is larger.
+        multiple_of_rows: What must stay in one block, such as the rows of an attention head.
+
+    Yields:
+        First row of each block, and its rows.
+    """
+    unit_bytes = 4 * tensor.row_values * multiple_of_rows
+    step = max(1, block_bytes // max(1, unit_bytes)) * multiple_of_rows
+    for start in range(0, tensor.rows, step):
+        yield start, read_rows(tensor, start, min(start + step, tensor.rows))
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file row by row; it gets its name only when it is whole."""
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Plan the file; nothing is written before the context is entered.
+
+        Args:
+            path: Target; `path` with `.part` behind it is used on the way.
+            tensors: Name, dtype (F32, F16, BF16) and shape of each tensor, in the order of writing.
+            metadata: Text to text; `format` is `pt` if not given, which transformers asks for.
+        """
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self._plan = [(n, d, tuple(s)) for n, d, s in tensors]
+        assert len({name for name, _, _ in self._plan}) == len(self._plan), "names occur twice"
+        self._metadata = {"format": "pt", **metadata}
+        self._at = 0
+        self._row = 0
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> SafetensorsWriter:
+        """Open the file and write its header."""
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        offset = 0
+        for name, dtype, shape in self._plan:
+            end = offset + math.prod(shape) * VALUE_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.part.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        return self
+
+    def write_rows(self, block: Floats) -> None:
+        """Write the next rows of the tensor that is due.
+
+        Args:
+            block: Rows as float32; a tensor may come in any number of blocks, in order.
+
+        Raises:
+            ModelError: A finite value is too large for f16.
+        """
+        assert self._file is not None, "the writer was not entered"
+        assert self._at < len(self._plan), "all tensors are written already"
+        name, dtype, shape = self._plan[self._at]
+        fits = block.shape[1:] == shape[1:] and self._row + block.shape[0] <= shape[0]
+        assert fits, f"{name} {shape} has {self._row} rows and is given {block.shape}"
+        try:
+            stored = encode_values(block, dtype)
+        except OverflowInF16 as error:
+            raise ModelError(
+                f"tensor {name}", f"{error}", "write the model as bf16 or f32"
+            ) from error
+        self._file.write(stored.data)
+        self._row += block.shape[0]
+        if self._row == shape[0]:
+            self._at, self._row = self._at + 1, 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the whole file its name, or remove what there is of it."""
+        assert self._file is not None, "the writer was not entered"
+        self._file.close()
+        whole = self._at == len(self._plan)
+        if error is None and whole:
+            self.part.replace(self.path)
+            return
+        self.part.unlink()
+        assert error is not None, f"{self.path}: {self._at} of {len(self._plan)} tensors written"

@@ -1,0 +1,266 @@
+"""The rules an export must keep, as comparisons of plain values; `proof` gathers the values.
+
+Each gate has its figures and the rule they were held against, so that export.json says not only
+that a file passed, but by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyagent_fast.evaluation.comparison import PairedComparison
+from tinyagent_fast.plans.grammar import PlanError, parse_plan, render_plan
+
+MAX_LOSS_DIFFERENCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
+"""Allowed relative difference of the loss, by the merged weights' coarsest type."""
+MIN_SAME_PLANS = {"F32": 1.0, "F16": 0.9, "BF16": 0.8}
+"""Share of greedy plans that must be the same; rounding flips a close call now and then."""
+MAX_LOGIT_DIFFERENCE = 1e-3
+"""For the f32 file with an f32 KV cache: a wrong epsilon already gives 0.03.
+
+Source: measured on small models with planted mistakes (permutation, RoPE base, scaling, epsilon).
+"""
+MAX_KL = 1e-3
+"""Mean Kullback-Leibler divergence of the f16 file, in nats; a healthy one has 1e-7 to 1e-5."""
+MIN_TOP1 = 0.95
+"""Share of positions at which the f16 file's most probable token is the merged model's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One rule, its figures and whether they keep it."""
+
+    name: str
+    passed: bool
+    rule: str
+    figures: Mapping[str, Any]
+
+    def sentence(self) -> str:
+        """Say the outcome in one line.
+
+        Returns:
+            For the terminal and the report.
+        """
+        figures = ", ".join(f"{key} {_short(value)}" for key, value in self.figures.items())
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {figures} (rule: {self.rule})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_short, value))}]"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def same_answers(
+    name: str,
+    dtype: str,
+    losses: tuple[float, float],
+    plans: tuple[Sequence[str], Sequence[str]],
+) -> Gate:
+    """Hold two models' losses and greedy plans against one another.
+
+    Args:
+        name: Of the gate.
+        dtype: `F32`, `F16` or `BF16`: how the second one's weights were rounded.
+        losses: Nats a supervised token, of the first and the second.
+        plans: Greedy texts for the same prompts, of the first and the second.
+
+    Returns:
+        The gate.
+    """
+    difference = abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-9)
+    same = _same_plans(*plans)
+    allowed, least = MAX_LOSS_DIFFERENCE[dtype], MIN_SAME_PLANS[dtype]
+    share = same / max(1, len(plans[0]))
+    return Gate(
+        name=name,
+        passed=difference <= allowed and share >= least,
+        rule=f"loss within {allowed:g} relative, {100 * least:.0f} % of greedy plans equal",
+        figures={
+            "loss": [round(loss, 6) for loss in losses],
+            "relative difference": difference,
+            "same plans": f"{same} of {len(plans[0])}",
+        },
+    )
+
+
+def _same_plans(first: Sequence[str], second: Sequence[str]) -> int:
+    pairs = zip(first, second, strict=True)
+    return sum(_canonical(one) == _canonical(other) for one, other in pairs)
+
+
+def _canonical(text: str) -> str:
+    try:
+        return render_plan(parse_plan(text))
+    except PlanError:
+        return text
+
+
+def same_ids(
+    name: str, pairs: Sequence[tuple[str, Sequence[int], Sequence[int]]], bos_id: int | None
+) -> Gate:
+    """Hold two tokenizers' ids against one another.
+
+    Args:
+        name: Of the gate.
+        pairs: Text, ids of the run's tokenizer, ids of the file's.
+        bos_id: Must stand once and first in every sequence of prompts; none skips that.
+
+    Returns:
+        The gate.
+    """
+    different = [text for text, ours, theirs in pairs if list(ours) != list(theirs)]
+    bos_wrong = 0
+    if bos_id is not None:
+        bos_wrong = sum(
+            list(ids).count(bos_id) != 1 or ids[0] != bos_id for _, _, ids in pairs if len(ids)
+        )
+    figures: dict[str, Any] = {"texts": len(pairs), "different": len(different)}
+    if bos_id is not None:
+        figures["not exactly one BOS"] = bos_wrong
+    if different:
+        figures["first different"] = repr(different[0])
+    return Gate(
+        name=name,
+        passed=not different and not bos_wrong,
+        rule="equal ids" + ("" if bos_id is None else ", exactly one BOS"),
+        figures=figures,
+    )
+
+
+def same_texts(name: str, pairs: Sequence[tuple[str, str]]) -> Gate:
+    """Hold texts against one another, character by character.
+
+    Args:
+        name: Of the gate.
+        pairs: What it must be, and what it is.
+
+    Returns:
+        The gate.
+    """
+    different = [wanted for wanted, got in pairs if wanted != got]
+    figures: dict[str, Any] = {"texts": len(pairs), "different": len(different)}
+    if different:
+        figures["first different"] = repr(different[0])
+    return Gate(name=name, passed=not different, rule="equal texts", figures=figures)
+
+
+@dataclass(frozen=True)
+class DistributionDifference:
+    """How far two models' next-token distributions are apart."""
+
+    positions: int
+    max_abs: float
+    mean_abs: float
+    top1: float
+    mean_kl: float
+
+
+def distribution_difference(
+    expected_PV: NDArray[np.float32], got_PV: NDArray[np.float32]
+) -> DistributionDifference:
+    """Compare log-probabilities over the whole vocabulary.
+
+    Log-probabilities are logits up to one constant a position, so differences mean the same.
+
+    Args:
+        expected_PV: Positions x vocabulary, natural logarithm.
+        got_PV: The other model's.
+
+    Returns:
+        The differences.
+    """
+    ours, theirs = expected_PV.astype(np.float64), got_PV.astype(np.float64)
+    if not np.isfinite(theirs).all() or theirs.shape != ours.shape:
+        return DistributionDifference(len(ours), float("inf"), float("inf"), 0.0, float("inf"))
+    apart = np.abs(theirs - ours)
+    # Rounding on the way left sums beside 1, which would make the divergence negative.
+    p_PV, q_PV = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (ours, theirs))
+    kl_P = (np.exp(p_PV) * (p_PV - q_PV)).sum(axis=1)
+    top1 = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    return DistributionDifference(
+        len(ours), float(apart.max()), float(apart.mean()), top1, float(kl_P.mean())
+    )
+
+
+def same_logits(name: str, found: DistributionDifference) -> Gate:
+    """Require equal logits of the f32 file.
+
+    Args:
+        name: Of the gate.
+        found: The measured difference.
+
+    Returns:
+        The gate.
+    """
+    return Gate(
+        name=name,
+        passed=found.max_abs <= MAX_LOGIT_DIFFERENCE,
+        rule=f"largest difference of a log-probability at most {MAX_LOGIT_DIFFERENCE:g}",
+        figures=dict(vars(found)),
+    )
+
+
+def near_logits(name: str, found: DistributionDifference) -> Gate:
+    """Require the f16 file's distributions to be as near as half precision lets them be.
+
+    Args:
+        name: Of the gate.
+        found: The measured difference.
+
+    Returns:
+        The gate.
+    """
+    return Gate(
+        name=name,
+        passed=found.mean_kl <= MAX_KL and found.top1 >= MIN_TOP1,
+        rule=f"mean KL at most {MAX_KL:g} nats, top-1 equal at {100 * MIN_TOP1:.0f} % or more",
+        figures=dict(vars(found)),
+    )
+
+
+def success_gate(file: str) -> str:
+    """Name the gate on a file's success.
+
+    Args:
+        file: Such as `q4_k_m`.
+
+    Returns:
+        The gate's name.
+    """
+    return f"success of {file}"
+
+
+def no_great_loss(name: str, paired: PairedComparison, max_loss_points: float) -> Gate:
+    """Refuse a file that surely loses more success than allowed.
+
+    Args:
+        name: Of the gate.
+        paired: First the reference, then the file, on the same prompts.
+        max_loss_points: Allowed loss in points of success.
+
+    Returns:
+        The gate; in doubt it passes, and the figures say how large the doubt is.
+    """
+    low, high = (100 * bound for bound in paired.interval_95)
+    return Gate(
+        name=name,
+        passed=high >= -max_loss_points,
+        rule=f"not surely more than {max_loss_points:g} points below f16",
+        figures={
+            "prompts": paired.n,
+            "success of f16": round(paired.success_a.share, 4),
+            "success": round(paired.success_b.share, 4),
+            "difference in points": round(100 * paired.difference, 2),
+            "interval": [round(low, 2), round(high, 2)],
+            "McNemar p": round(paired.mcnemar_p, 4),
+        },
+    )

@@ -1,0 +1,243 @@
+"""Adapter into base: a merged Hugging Face folder, written row by row and proved against both.
+
+The sum is made in fp32 from the base's own weights, never from 4-bit ones that training may have
+used, and rounded once. Afterwards every weight is read back: adapted ones must be base + update
+within that rounding, all others must be the base's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyagent_fast.errors import GateError, ModelError
+from tinyagent_fast.export.adapters import Adapter, LowRankUpdate, read_adapter
+from tinyagent_fast.export.checkpoints import (
+    Checkpoint,
+    SafetensorsWriter,
+    StoredTensor,
+    open_checkpoint,
+    row_blocks,
+)
+
+MergedDtype = Literal["base", "f32", "f16", "bf16"]
+_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+_SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What was merged, and how far the result is from base + update."""
+
+    folder: Path
+    dtype: str
+    tensors: int
+    adapted: int
+    """Weights that the adapter changes; each was compared with base + update."""
+    worst_error_ulp: float
+    """Largest difference from base + update, in units of half a unit in the last place."""
+    update_lost: float
+    """Largest share of an update's norm that rounding to `dtype` has cost, over the weights."""
+    size_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for export.json."""
+        return {**asdict(self), "folder": self.folder.name}
+
+
+def merge_adapter(
+    base: Path,
+    adapter_folder: Path,
+    target: Path,
+    *,
+    dtype: MergedDtype = "base",
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> MergeReport:
+    """Write base + adapter as safetensors and prove the result.
+
+    Args:
+        base: Folder of the base model in 16 or 32 bits.
+        adapter_folder: Folder of the adapter.
+        target: Folder that gets config.json and the shards; its tokenizer comes separately.
+        dtype: Type of the merged weights; `base` keeps each weight's own.
+        on_progress: Called with bytes of the base done and in all; the proof counts as much again.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModelError: The adapter does not belong to the base.
+        GateError: A written weight is not base + update.
+    """
+    started = time.perf_counter()
+    checkpoint, adapter = open_checkpoint(base), read_adapter(adapter_folder)
+    _refuse_stranger(checkpoint, adapter)
+    target.mkdir(parents=True, exist_ok=True)
+    total = 2 * sum(t.path.stat().st_size for t in _first_of_shards(checkpoint))
+    progress = _Progress(on_progress, total)
+    for path in _shards(checkpoint):
+        tensors = [t for t in checkpoint.tensors.values() if t.path == path]
+        _write_shard(tensors, adapter, target / path.name, dtype, progress)
+    _write_configs(base, target, dtype)
+    merged = open_checkpoint(target)
+    worst, lost = 0.0, 0.0
+    for name, tensor in checkpoint.tensors.items():
+        update = adapter.updates.get(name)
+        error, share = _compare(tensor, merged.tensors[name], update, progress)
+        worst, lost = max(worst, error), max(lost, share)
+    return MergeReport(
+        folder=target,
+        dtype=", ".join(sorted({t.dtype for t in merged.tensors.values()})).lower(),
+        tensors=len(merged.tensors),
+        adapted=len(adapter.updates),
+        worst_error_ulp=round(worst, 4),
+        update_lost=round(lost, 6),
+        size_bytes=sum(path.stat().st_size for path in target.glob("*.safetensors")),
+        seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+@dataclass
+class _Progress:
+    report: Callable[[int, int], None]
+    total: int
+    done: int = 0
+
+    def add(self, count: int) -> None:
+        self.done = min(self.total, self.done + count)
+        self.report(self.done, self.total)
+
+
+def _shards(checkpoint: Checkpoint) -> list[Path]:
+    return sorted({tensor.path for tensor in checkpoint.tensors.values()})
+
+
+def _first_of_shards(checkpoint: Checkpoint) -> list[StoredTensor]:
+    return list({tensor.path: tensor for tensor in checkpoint.tensors.values()}.values())
+
+
+def _refuse_stranger(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    for name, update in adapter.updates.items():
+        tensor = checkpoint.tensors.get(name)
+        shape = (update.b_OR.shape[0], update.a_RI.shape[1])
+        if tensor is None or tensor.shape != shape:
+            found = "no such weight" if tensor is None else f"{tensor.shape} there"
+            raise ModelError(
+                f"adapter {adapter.folder} on base {checkpoint.folder}",
+                f"the adapter changes {name} of shape {shape}, and the base has {found}",
+                "merge it into the base that it was trained on (data.json of the run names it)",
+            )
+
+
+def _write_shard(
+    tensors: Sequence[StoredTensor],
+    adapter: Adapter,
+    path: Path,
+    dtype: MergedDtype,
+    progress: _Progress,
+) -> None:
+    outline = [(t.name, _DTYPES.get(dtype, t.dtype), t.shape) for t in tensors]
+    with SafetensorsWriter(path, outline, {"format": "pt"}) as writer:
+        for tensor in tensors:
+            update = adapter.updates.get(tensor.name)
+            for start, block in row_blocks(tensor):
+                end = start + block.shape[0]
+                writer.write_rows(block if update is None else block + update.rows(start, end))
+                progress.add(_stored_bytes(tensor, block))
+
+
+def _stored_bytes(tensor: StoredTensor, block: NDArray[np.float32]) -> int:
+    return int(block.size) * (4 if tensor.dtype == "F32" else 2)
+
+
+def _compare(
+    base: StoredTensor, merged: StoredTensor, update: LowRankUpdate | None, progress: _Progress
+) -> tuple[float, float]:
+    """Compare a written weight with what it must be; give its error and the update's loss."""
+    worst, lost, norm = 0.0, 0.0, 0.0
+    for (start, before), (_, after) in _pairs(base, merged):
+        progress.add(_stored_bytes(base, before))
+        delta = np.zeros_like(before) if update is None else update.rows(start, start + len(before))
+        if update is None and merged.dtype == base.dtype:
+            if not np.array_equal(before, after):
+                raise _not_the_sum(base.name, "it differs from the base, and no adapter changes it")
+            continue
+        wanted = before.astype(np.float64) + delta
+        error = np.abs(after - wanted)
+        # Beside the final rounding, the fp32 sum itself is off by half a unit of fp32.
+        allowed = _HALF_ULP[merged.dtype] * np.abs(wanted) + 2.0**-23 * np.abs(before)
+        allowed += 2.0**-22 * np.abs(delta) + _SMALLEST[merged.dtype]
+        worst = max(worst, float((error / allowed).max(initial=0.0)))
+        change = (after - before.astype(np.float64)) - delta
+        lost += float((change**2).sum())
+        norm += float((delta.astype(np.float64) ** 2).sum())
+    if worst > 1.0:
+        raise _not_the_sum(base.name, f"it is off by {worst:.1f} times what rounding allows")
+    return worst, (lost / norm) ** 0.5 if norm else 0.0
+
+
+def _pairs(
+    base: StoredTensor, merged: StoredTensor
+) -> Iterator[tuple[tuple[int, NDArray[np.float32]], tuple[int, NDArray[np.float32]]]]:
+    return zip(row_blocks(base), row_blocks(merged), strict=True)
+
+
+def _not_the_sum(name: str, why: str) -> GateError:
+    return GateError(f"merged weight {name}: {why}; nothing was exported")
+
+
+def _write_configs(base: Path, target: Path, dtype: MergedDtype) -> None:
+    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if dtype != "base":
+        config.pop("torch_dtype", None)
+        config["dtype"] = _DTYPE_NAMES[_DTYPES[dtype]]
+    text = json.dumps(config, indent=2) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")
+    index = base / "model.safetensors.index.json"
+    if index.exists():
+        content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        size_bytes = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        content["metadata"] = {**content.get("metadata", {}), "total_size": size_bytes}
+        (target / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(
+    base: Path, tokenizer: Any, target: Path, chat_template: str, eos_id: int, pad_id: int
+) -> None:
+    """Put tokenizer, chat template and generation config beside merged weights.
+
+    Args:
+        base: Folder of the base; its tokenizer.model, if any, is copied for other converters.
+        tokenizer: The transformers tokenizer of the run.
+        target: The merged folder.
+        chat_template: Jinja with `bos_token` in it, as transformers and vLLM need it.
+        eos_id: Token that ends a completion.
+        pad_id: Token that fills batches up.
+    """
+    before = tokenizer.chat_template
+    tokenizer.chat_template = chat_template
+    try:
+        tokenizer.save_pretrained(str(target))
+    finally:
+        tokenizer.chat_template = before
+    if (base / "tokenizer.model").exists():
+        shutil.copyfile(base / "tokenizer.model", target / "tokenizer.model")
+    generation: Mapping[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "do_sample": False,
+    }
+    path = target / "generation_config.json"
+    path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

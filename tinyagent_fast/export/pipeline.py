@@ -1,0 +1,270 @@
+"""One export from run to proved files: merge, convert, quantise, companions, gates, report."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast import __version__
+from tinyagent_fast.errors import GateError
+from tinyagent_fast.export.chat_template import chat_template
+from tinyagent_fast.export.companions import CompanionFacts, write_companions
+from tinyagent_fast.export.conversion import convert_to_gguf
+from tinyagent_fast.export.gates import Gate, success_gate
+from tinyagent_fast.export.importance import (
+    Importance,
+    collect_importance,
+    load_importance,
+    save_importance,
+)
+from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
+from tinyagent_fast.export.preparation import MERGED, Export
+from tinyagent_fast.export.quantising import quantise
+from tinyagent_fast.export.record import (
+    Artefact,
+    key_of,
+    sha256_of,
+)
+from tinyagent_fast.export.reference import encode, reference_model
+from tinyagent_fast.export.report import export_report
+from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
+from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.prompts.templates import render_prompt
+from tinyagent_fast.runs import environment, write_text
+
+IMPORTANCE = "importance.gguf"
+
+
+def run_export(export: Export) -> Path:
+    """Make all files, then prove them.
+
+    Args:
+        export: From `prepare_export`.
+
+    Returns:
+        The export's folder.
+
+    Raises:
+        GateError: A gate failed; the files stay, and export.json says which.
+    """
+    from tinyagent_fast.export.proof import prove
+
+    started = time.perf_counter()
+    record, settings = export.record, export.settings
+    identity = _identity(export)
+    record.update(
+        tinyagent_fast=__version__, **identity, environment=environment(), passed=None, gates=[]
+    )
+    if settings.fresh:
+        record.update(artefacts=[])
+    _make_merged(export, identity)
+    with tempfile.TemporaryDirectory(prefix=".work-", dir=export.folder) as work:
+        f16 = _make_files(export, identity, Path(work))
+        gates = prove(export, Path(work), f16) if settings.gates == "on" else []
+    _finish(export, gates, time.perf_counter() - started)
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        names = "; ".join(gate.sentence() for gate in failed)
+        raise GateError(f"{len(failed)} of {len(gates)} gates: {names}. See {record.path}")
+    return export.folder
+
+
+def _identity(export: Export) -> dict[str, Any]:
+    """Name all that the artefacts depend on, beside each one's own settings."""
+    weights = export.adapter / "adapter_model.safetensors"
+    vocabulary = export.tokenizer.hf.backend_tokenizer.to_str()
+    return {
+        "run": export.run.path.name,
+        "base": str(export.config.model.base),
+        "base_sha256": key_of(
+            [sha256_of(path) for path in sorted(export.base.glob("*.safetensors"))]
+        ),
+        "adapter_sha256": sha256_of(weights),
+        "tokenizer": key_of([vocabulary]),
+        "prompt_format": export.config.model.prompt_format,
+        "stop": END_OF_PLAN,
+        "trained_on_weights": export.config.model.weights,
+        "qat": export.config.train.qat,
+    }
+
+
+@contextmanager
+def _work(export: Export, label: str, unit: str) -> Iterator[Any]:
+    with export.display.bar(label, unit) as update:
+        yield update
+
+
+def _make_merged(export: Export, identity: Mapping[str, Any]) -> Artefact:
+    def work(path: Path) -> tuple[str, str, float, Any]:
+        with _work(export, "merging, then reading it back", "bytes") as update:
+            report = merge_adapter(
+                export.base,
+                export.adapter,
+                path,
+                dtype=export.settings.merged_dtype,
+                on_progress=update,
+            )
+        tokenizer = export.tokenizer
+        template = chat_template(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=True)
+        write_tokenizer(
+            export.base, tokenizer.hf, path, template, tokenizer.eos_id, tokenizer.pad_id
+        )
+        return "merged", report.dtype, report.seconds, report.to_json()
+
+    key = key_of([identity, export.settings.merged_dtype])
+    return _announced(export, *export.record.make(MERGED, key, work))
+
+
+def _announced(export: Export, artefact: Artefact, was_there: bool) -> Artefact:
+    size = artefact.size_bytes / 2**20
+    how = "was there, whole: kept" if was_there else f"{artefact.seconds:.1f} s"
+    export.display.say(f"{artefact.path}: {size:,.1f} MiB, {how}")
+    return artefact
+
+
+def _make_files(export: Export, identity: Mapping[str, Any], work: Path) -> Path | None:
+    """Make the GGUF files; give the f16 one, which may be temporary."""
+    if not export.specs:
+        return None
+    merged = export.record.kept(MERGED, key_of([identity, export.settings.merged_dtype]))
+    assert merged is not None, "it has just been made"
+    importance = None
+    if any(spec.importance for spec in export.specs):
+        importance = _make_importance(export, merged)
+    f16 = work / "f16.gguf"
+    for spec in export.specs:
+        artefact = _make_gguf(export, spec, merged, f16, importance)
+        if spec.quant == "f16":
+            f16 = export.folder / artefact.path
+    if not f16.exists():
+        _convert(export, f16, "f16")
+    return f16
+
+
+def _make_importance(export: Export, merged: Artefact) -> tuple[Importance, str]:
+    """Measure what the training prompts activate, or read what was measured before."""
+
+    def work(path: Path) -> tuple[str, str, float, Any]:
+        started = time.perf_counter()
+        rows = [row.input_ids for row in encode(export.tokenizer, export.training)]
+        with (
+            _work(export, "importance matrix", "rows") as update,
+            reference_model(export.config, str(export.merged), None) as loaded,
+        ):
+            found = collect_importance(loaded.model, rows, on_progress=update)
+        save_importance(found, path)
+        seconds = round(time.perf_counter() - started, 2)
+        return "importance", "f32", seconds, {"rows": len(rows), "tokens": found.tokens}
+
+    key = key_of([merged.sha256, [example.key for example in export.training]])
+    artefact = _announced(export, *export.record.make(IMPORTANCE, key, work))
+    return load_importance(export.folder / IMPORTANCE), artefact.sha256
+
+
+def _make_gguf(
+    export: Export,
+    spec: QuantSpec,
+    merged: Artefact,
+    f16: Path,
+    importance: tuple[Importance, str] | None,
+) -> Artefact:
+    def work(path: Path) -> tuple[str, str, float, Any]:
+        if spec.quant in ("f32", "f16", "bf16"):
+            report = _convert(export, path, spec.quant)
+        else:
+            if not f16.exists():
+                _convert(export, f16, "f16")
+            with _work(export, f"quantising to {spec.name}", "bytes") as update:
+                report = quantise(
+                    f16,
+                    path,
+                    spec.quant,
+                    importance=importance[0] if importance and spec.importance else None,
+                    threads=export.settings.threads,
+                    on_progress=update,
+                ).to_json()
+            for fallback in report["fallbacks"]:
+                export.display.say(f"note: {spec.name}: {fallback}")
+        return "gguf", spec.name, report["seconds"], report
+
+    depends = [merged.sha256, spec.name, importance[1] if importance and spec.importance else None]
+    made = export.record.make(export.gguf_path(spec), key_of(depends), work)
+    return _announced(export, *made)
+
+
+def _convert(export: Export, path: Path, file_type: Any) -> dict[str, Any]:
+    tokenizer = export.tokenizer
+    with _work(export, f"converting to {file_type}", "bytes") as update:
+        report = convert_to_gguf(
+            export.merged,
+            path,
+            file_type=file_type,
+            name=export.stem,
+            chat_template=chat_template(
+                tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False
+            ),
+            extra={
+                "tinyagent_fast.version": __version__,
+                "tinyagent_fast.prompt_format": tokenizer.prompt_format,
+                "tinyagent_fast.stop": END_OF_PLAN,
+            },
+            on_progress=update,
+        )
+    for note in report.notes:
+        export.display.say(f"note: {file_type}: {note}")
+    bits = 8 * report.size_bytes / report.parameters
+    return {
+        **asdict(report),
+        "path": path.name,
+        "fallbacks": [],
+        "bits_per_weight": round(bits, 2),
+        "seconds": round(report.seconds, 2),
+    }
+
+
+def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
+    """Write companions and report, and close the record."""
+    record, display = export.record, export.display
+    tokenizer = export.tokenizer
+    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    example = export.validation[0] if len(export.validation) else export.training[0]
+    files = [a.path for a in record.artefacts if a.kind == "gguf"]
+    if files:
+        facts = CompanionFacts(
+            name=export.stem,
+            gguf_files=files,
+            recommended_gguf=_recommended(record.artefacts, gates),
+            prompt_format=tokenizer.prompt_format,
+            stop=END_OF_PLAN,
+            tokenizer_folder=MERGED,
+            tools=export.tools,
+            example_prompt=render_prompt(
+                example.system, example.user, tokenizer.prompt_format, chat
+            ),
+        )
+        for path in write_companions(export.folder, facts):
+            display.say(f"{path.name}: written")
+    record.update(
+        gates=[vars(gate) for gate in gates],
+        passed=all(gate.passed for gate in gates) if gates else None,
+        seconds=round(seconds, 2),
+    )
+    write_text(export.folder / "report.md", export_report(record.content))
+
+
+def _recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:
+    """Choose the file for users: fewest bits that kept its success, weighted where there is one."""
+    failed = {gate.name for gate in gates if not gate.passed}
+    files = [a for a in artefacts if a.kind == "gguf" and success_gate(a.quant) not in failed]
+    files = files or [a for a in artefacts if a.kind == "gguf"]
+
+    def bits(artefact: Artefact) -> tuple[int, bool]:
+        plain = artefact.quant.removesuffix(IMATRIX)
+        return -QUANT_NAMES.index(plain), plain == artefact.quant
+
+    return min(files, key=bits).path

@@ -1,0 +1,184 @@
+"""What stands before an export's first file: data, tokenizer, flags, disk and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.data.schema import Example
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
+from tinyagent_fast.export.record import ExportRecord, refuse_full_disk, refuse_small_memory
+from tinyagent_fast.export.settings import ExportSettings, QuantSpec, quant_specs
+from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.prompts.loading import load_tokenizer
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import Run
+from tinyagent_fast.training.display import TrainingDisplay
+from tinyagent_fast.training.inputs import load_run_examples
+
+MERGED = "merged"
+_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7}
+
+
+def resolve_model_folder(base: str, revision: str | None = None) -> Path:
+    """Find the folder with a base model's weights: local, in the hub's cache, or downloaded.
+
+    Args:
+        base: A local folder, or a model's name on the hub.
+        revision: Revision on the hub.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        ModelError: There is no such folder and the hub does not give the files.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
+    try:
+        try:
+            # Training has put it into the cache, so an export needs no network.
+            return Path(
+                snapshot_download(
+                    base, revision=revision, allow_patterns=patterns, local_files_only=True
+                )
+            )
+        except LocalEntryNotFoundError:
+            return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {base!r}",
+            f"it is no local folder, and the hub did not give it: {error}",
+            "check the name and the network, or put the model into a folder and name that",
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Everything that the steps of an export share."""
+
+    run: Run
+    config: Config
+    settings: ExportSettings
+    base: Path
+    """Local folder of the base model."""
+    adapter: Path
+    stem: str
+    specs: Sequence[QuantSpec]
+    tokenizer: PromptTokenizer
+    validation: Sequence[Example]
+    """Plans for the gates; training never saw them."""
+    training: Sequence[Example]
+    """Plans from which the importance matrix is measured."""
+    tools: Mapping[str, Tool] | None
+    record: ExportRecord
+    display: TrainingDisplay
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return self.record.folder
+
+    @property
+    def merged(self) -> Path:
+        """The merged Hugging Face folder."""
+        return self.folder / MERGED
+
+    def gguf_path(self, spec: QuantSpec) -> str:
+        """Name a GGUF file, relative to the folder.
+
+        Args:
+            spec: What it is.
+        """
+        return f"gguf/{self.stem}-{spec.name}.gguf"
+
+
+def prepare_export(
+    run: Run,
+    config: Config,
+    settings: ExportSettings,
+    base: Path,
+    adapter: Path,
+    tools: Mapping[str, Tool] | None,
+    display: TrainingDisplay,
+) -> Export:
+    """Read what an export needs and refuse what cannot end well.
+
+    Args:
+        run: The run.
+        config: Its config; eval.sample says how many validation plans there are for the gates.
+        settings: The flags.
+        base: Local folder of the base model.
+        adapter: Folder of the adapter.
+        tools: Tools that plans may call; none stands for TinyAgent's own.
+        display: Where progress is shown.
+
+    Returns:
+        The export, with its folder made.
+
+    Raises:
+        UserError: Flags, files, disk or memory do not allow it.
+    """
+    specs = quant_specs(settings)
+    folder = settings.out or run.path / "export"
+    folder.mkdir(parents=True, exist_ok=True)
+    with display.bar("reading data"):
+        examples = load_run_examples(config)
+    export = Export(
+        run=run,
+        config=config,
+        settings=settings,
+        base=base,
+        adapter=adapter,
+        stem=settings.name or run.path.name,
+        specs=specs,
+        tokenizer=PromptTokenizer(load_tokenizer(base), config.model.prompt_format),
+        validation=examples.validation,
+        training=_spread(examples.train, settings.importance_rows),
+        tools=tools,
+        record=ExportRecord(folder),
+        display=display,
+    )
+    checkpoint = open_checkpoint(base)
+    display.say(refuse_full_disk(folder, _needed_bytes(export, checkpoint)))
+    if settings.gates == "on":
+        model_bytes = int(4.5 * _values(checkpoint)) + 2**30
+        display.say(refuse_small_memory(model_bytes, "comparing in fp32"))
+    return export
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    count = min(count, len(examples))
+    return [examples[k * len(examples) // count] for k in range(count)]
+
+
+def _values(checkpoint: Checkpoint) -> int:
+    return sum(tensor.rows * tensor.row_values for tensor in checkpoint.tensors.values())
+
+
+def _needed_bytes(export: Export, checkpoint: Checkpoint) -> dict[str, int]:
+    """Estimate the size of every artefact that is not there yet."""
+    values, dtype = _values(checkpoint), export.settings.merged_dtype.upper()
+    merged = sum(
+        tensor.rows * tensor.row_values * VALUE_BYTES[tensor.dtype if dtype == "BASE" else dtype]
+        for tensor in checkpoint.tensors.values()
+    )
+    sizes = {MERGED: merged}
+    for spec in export.specs:
+        sizes[export.gguf_path(spec)] = int(values * _BITS.get(spec.quant, 4.9) / 8)
+    needed = {
+        path: 0 if (export.folder / path).exists() and not export.settings.fresh else size
+        for path, size in sizes.items()
+    }
+    if export.specs and not any(spec.quant == "f16" for spec in export.specs):
+        needed["f16 to quantise from (temporary)"] = 2 * values
+    if export.specs and export.settings.gates == "on":
+        needed["f32 to compare with (temporary)"] = 4 * values
+    return needed

@@ -1,0 +1,135 @@
+"""What an export makes and proves; flags of the command are these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tinyagent_fast.errors import ConfigError
+
+QUANT_NAMES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+IMATRIX = "-imatrix"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Flags of `export`."""
+
+    run: str = "latest"
+    """Run to export: its name, its folder, or `latest`."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    adapter: str = "best"
+    """`best` for the run's adapter, or a folder."""
+    to: str = "merged,gguf"
+    """What to make: `merged` (a Hugging Face folder), `gguf`, or both."""
+    quant: str = "f16,q8_0,q4_k_m,q4_k_m-imatrix"
+    """GGUF files to make: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m; `-imatrix` behind a K-quant
+    weights its rounding by what the training prompts activate."""
+    merged_dtype: Literal["base", "f32", "f16", "bf16"] = "base"
+    """Type of the merged weights; `base` keeps that of the base model."""
+    name: str | None = None
+    """Stem of the GGUF files' names; the run's name by default."""
+    out: Path | None = None
+    """Folder for everything; `export/` in the run's folder by default."""
+    gates: Literal["on", "off"] = "on"
+    """Prove that the files do what the adapter does; exit 1 when one does not."""
+    gate_prompts: int = 16
+    """Validation prompts on which adapter, merged model and f16 file must give the same plans."""
+    quant_prompts: int = 100
+    """Validation prompts on which each quantised file's success is compared with f16's."""
+    max_loss_points: float = 5.0
+    """A quantised file fails when it surely loses more than this many points of success."""
+    importance_rows: int = 64
+    """Training rows from which the importance matrix is measured."""
+    threads: int | None = None
+    """CPU threads of llama.cpp; None takes one per core."""
+    fresh: bool = False
+    """Make everything anew, even what is there and whole."""
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """One GGUF file to make."""
+
+    name: str
+    """As asked for, such as `q4_k_m-imatrix`."""
+    quant: str
+    importance: bool
+
+
+def quant_specs(settings: ExportSettings) -> list[QuantSpec]:
+    """Read the list of GGUF files.
+
+    Args:
+        settings: Its `to` and `quant`.
+
+    Returns:
+        One entry a file, f16 first where it is asked for; none without `gguf`.
+
+    Raises:
+        ConfigError: A name is unknown or occurs twice, or nothing would be made.
+    """
+    wanted = [word.strip() for word in settings.to.split(",") if word.strip()]
+    unknown = [word for word in wanted if word not in ("merged", "gguf")]
+    if unknown or not wanted:
+        raise _unknown("--to", unknown or [settings.to], ("merged", "gguf"))
+    if "gguf" not in wanted:
+        return []
+    names = [word.strip().lower() for word in settings.quant.split(",") if word.strip()]
+    specs = [QuantSpec(n, n.removesuffix(IMATRIX), n.endswith(IMATRIX)) for n in names]
+    strange = [s.name for s in specs if s.quant not in QUANT_NAMES]
+    if strange or not specs:
+        raise _unknown("--quant", strange or [settings.quant], QUANT_NAMES)
+    no_use = [s.name for s in specs if s.importance and not s.quant.startswith(("q4", "q5", "q6"))]
+    if no_use or len(set(names)) < len(names):
+        raise ConfigError(
+            f"--quant {settings.quant}",
+            f"an importance matrix changes only K-quants, not {', '.join(no_use)}"
+            if no_use
+            else "a name occurs twice",
+            "for example: --quant f16,q8_0,q4_k_m,q4_k_m-imatrix",
+        )
+    return sorted(specs, key=lambda spec: spec.quant != "f16")
+
+
+def check_settings(settings: ExportSettings) -> None:
+    """Refuse numbers that make no sense.
+
+    Args:
+        settings: The flags.
+
+    Raises:
+        ConfigError: Lists every problem.
+    """
+    counts = {
+        "gate-prompts": settings.gate_prompts,
+        "quant-prompts": settings.quant_prompts,
+        "importance-rows": settings.importance_rows,
+        "threads": settings.threads,
+    }
+    problems = [
+        f"--{name} must be 1 or more, got {value}"
+        for name, value in counts.items()
+        if value is not None and value < 1
+    ]
+    if not 0 <= settings.max_loss_points <= 100:
+        problems.append(f"--max-loss-points is in 0..100, got {settings.max_loss_points}")
+    if settings.name is not None and settings.name != Path(settings.name).name:
+        problems.append(f"--name must be the name of a file, got {settings.name!r}")
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} flag(s) cannot be used", "\n       ".join(problems), "correct them"
+        )
+
+
+def _unknown(flag: str, words: list[str], known: tuple[str, ...]) -> ConfigError:
+    import difflib
+
+    near = difflib.get_close_matches(words[0], known, n=1)
+    return ConfigError(
+        f"{flag} {', '.join(words)}",
+        "there is no such thing" + (f"; did you mean {near[0]!r}?" if near else ""),
+        f"take from: {', '.join(known)}",
+    )

@@ -1,0 +1,349 @@
+"""Tokenizer files of a model folder to the vocabulary of a GGUF, such that the ids stay the same.
+
+Whatever llama.cpp could not reproduce is refused here with its reason: a model that is served with
+other ids than it was trained on does not fail, it only gets worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.export.checkpoints import read_json
+from tinyagent_fast.export.tokenizer_files import (
+    added_tokens,
+    byte_characters,
+    merge_pairs,
+    space_prefix,
+    special_names,
+    split_pattern,
+    steps,
+)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Token types of the GGUF format; llama.cpp always finds USER_DEFINED ones in a text, and CONTROL
+ones only where it is told to read special tokens."""
+
+_BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))
+_ADDED_SCORE = -1000.0
+_METASPACE = (
+    "text that begins with a space, or follows a special token, gets other ids in llama.cpp "
+    "(tokenizer.json has a Metaspace pre-tokenizer)"
+)
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+_GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# By pattern and ignore_merges (a word that is a token is not merged): llama.cpp has no switch for
+# the latter, it follows from the name. dbrx has Llama 3's pattern and merges every word.
+_PRE_TOKENIZERS: Mapping[tuple[str, bool], str] = {
+    (_LLAMA_3, True): "llama-bpe",
+    (_LLAMA_3, False): "dbrx",
+    (_QWEN_2, False): "qwen2",
+    (_GPT_2, False): "gpt-2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufVocabulary:
+    """The tokenizer keys of a GGUF; a list has one entry for each row of the embeddings."""
+
+    model: Literal["llama", "gpt2"]
+    pre: str
+    tokens: list[str]
+    scores: list[float] | None
+    token_types: list[int]
+    merges: list[str] | None
+    bos_id: int | None
+    eos_id: int
+    unk_id: int | None
+    pad_id: int | None
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    notes: tuple[str, ...] = ()
+    """What is worth knowing of it, such as rows without a token."""
+
+
+@dataclass
+class _Pieces:
+    """Tokens by id while they are put together, before the gaps are filled."""
+
+    tokens: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
+    types: dict[int, int] = field(default_factory=dict)
+
+    def put(self, index: int, token: str, score: float, kind: int) -> None:
+        """Enter a token, or replace what its id had."""
+        self.tokens[index], self.scores[index], self.types[index] = token, score, kind
+
+
+def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
+    """Read a model folder's tokenizer as the vocabulary that gives the same ids in llama.cpp.
+
+    Args:
+        folder: Holds tokenizer.json, tokenizer.model or both, as for training.
+        embedding_rows: Rows of the token embeddings; ids without a token are named `[PADn]`.
+
+    Returns:
+        The vocabulary. BOS is added exactly if the tokenizer has one, as training does.
+
+    Raises:
+        ModelError: No tokenizer, one whose ids llama.cpp would not reproduce, or more tokens than
+            embeddings.
+    """
+    has_json = (folder / "tokenizer.json").exists()
+    has_model = (folder / "tokenizer.model").exists()
+    if not has_json and not has_model:
+        raise ModelError(
+            f"folder {folder}",
+            "it holds neither tokenizer.json nor tokenizer.model",
+            "copy the base model's tokenizer files into it",
+        )
+    if not has_json:
+        return _from_sentencepiece(folder / "tokenizer.model", embedding_rows)
+    file = read_json(folder / "tokenizer.json")
+    model = file.get("model", {})
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise _other_ids(folder, f"its model is {model.get('type')}, and only BPE is known here")
+    if model.get("byte_fallback"):
+        return _from_llama_json(folder, file, embedding_rows)
+    return _from_byte_level_json(folder, file, embedding_rows)
+
+
+def _other_ids(folder: Path, why: str) -> ModelError:
+    return ModelError(
+        f"tokenizer in {folder}",
+        f"{why}, so llama.cpp would give other ids than training did",
+        "use a base model with a Llama tokenizer or a byte-level BPE as Llama 3's",
+    )
+
+
+def _from_sentencepiece(path: Path, embedding_rows: int) -> GgufVocabulary:
+    """Take a tokenizer.model alone, with the special tokens that training gives such a file."""
+    pieces = _Pieces()
+    prefix = _read_sentencepiece(path, pieces)
+    names = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
+    folder = path.parent
+    return _finish(folder, pieces, names, embedding_rows, model="llama", add_space_prefix=prefix)
+
+
+def _read_sentencepiece(path: Path, pieces: _Pieces) -> bool:
+    """Enter the pieces of a tokenizer.model; say whether it puts a space before text."""
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    proto = protobuf.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError differs between its implementations
+        raise ModelError(
+            f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
+        ) from error
+    normal = proto.normalizer_spec
+    plain = normal.name == "identity" and not normal.remove_extra_whitespaces
+    if proto.trainer_spec.model_type != 2 or not plain:
+        raise _other_ids(path.parent, "tokenizer.model is no BPE model, or it normalises text")
+    for index, piece in enumerate(proto.pieces):
+        if piece.type == USER_DEFINED:
+            raise _other_ids(path.parent, f"{piece.piece!r} is looked for before it merges")
+        pieces.put(index, piece.piece, piece.score, piece.type)
+    return bool(normal.add_dummy_prefix)
+
+
+def _from_llama_json(folder: Path, file: Mapping[str, Any], embedding_rows: int) -> GgufVocabulary:
+    """Take a tokenizer.json that is a converted SentencePiece BPE model with byte fallback."""
+    pieces = _Pieces()
+    prefix = space_prefix(file)
+    if prefix is None:
+        raise _other_ids(folder, "its normaliser or pre-tokenizer changes text in an unknown way")
+    notes = (_METASPACE,) if prefix and file.get("pre_tokenizer") else ()
+    added = added_tokens(folder, file)
+    vocab: dict[str, int] = file["model"]["vocab"]
+    if absent := _BYTE_TOKENS - vocab.keys():
+        raise _other_ids(folder, f"{len(absent)} of the 256 byte tokens are missing")
+    if (folder / "tokenizer.model").exists():
+        model_prefix = _read_sentencepiece(folder / "tokenizer.model", pieces)
+        _check_agreement(folder, vocab, added, pieces, same_prefix=model_prefix == prefix)
+    else:
+        _rebuild_scores(folder, vocab, merge_pairs(file), {t["content"] for t in added}, pieces)
+    if hidden := [t["content"] for t in added if t.get("normalized") and not t["special"]]:
+        raise _other_ids(folder, f"its added token {hidden[0]!r} is sought in normalised text")
+    _put_added(folder, added, pieces)
+    names = special_names(folder)
+    if (unk := vocab.get(names["unk"] or "")) is not None:
+        pieces.types[unk] = UNKNOWN
+    return _finish(
+        folder, pieces, names, embedding_rows, model="llama", add_space_prefix=prefix, notes=notes
+    )
+
+
+def _check_agreement(
+    folder: Path,
+    vocab: Mapping[str, int],
+    added: Iterable[Mapping[str, Any]],
+    pieces: _Pieces,
+    *,
+    same_prefix: bool,
+) -> None:
+    """Hold tokenizer.json, with which the model was trained, against tokenizer.model's pieces."""
+    in_json = {entry["id"] for entry in added}
+    differ = [t for t, i in vocab.items() if pieces.tokens.get(i) != t and i not in in_json]
+    if differ or not same_prefix:
+        raise ModelError(
+            f"tokenizer in {folder}",
+            "tokenizer.json and tokenizer.model disagree "
+            + (f"on the id of {differ[0]!r}" if differ else "on a space before text"),
+            "remove the one that the model was not trained with",
+        )
+
+
+def _rebuild_scores(
+    folder: Path,
+    vocab: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    added: set[str],
+    pieces: _Pieces,
+) -> None:
+    """Give each token the rank of its first merge as score, after proof that this is the same.
+
+    llama.cpp joins any two pieces that make a token, the best score first. That equals merging by
+    a list if the list has every such pair, and all pairs of one token stand together in it.
+    """
+    rank: dict[str, int] = {}
+    last = ""
+    for index, (left, right) in enumerate(merges):
+        token = left + right
+        if token in rank and token != last:
+            raise _other_ids(folder, f"its merges of {token!r} do not stand together")
+        rank.setdefault(token, index)
+        last = token
+    listed = set(merges)
+    for token, index in vocab.items():
+        kind = BYTE if token in _BYTE_TOKENS else NORMAL
+        pieces.put(index, token, -float(rank.get(token, len(merges))), kind)
+        if kind == BYTE or token in added:
+            continue
+        for cut in range(1, len(token)):
+            pair = (token[:cut], token[cut:])
+            if pair[0] in vocab and pair[1] in vocab and pair not in listed:
+                raise _other_ids(folder, f"{pair[0]!r} and {pair[1]!r} are not among its merges")
+
+
+def _from_byte_level_json(
+    folder: Path, file: Mapping[str, Any], embedding_rows: int
+) -> GgufVocabulary:
+    """Take a tokenizer.json that is a byte-level BPE, as GPT-2's, Llama 3's or our own."""
+    model = file["model"]
+    pre = _pre_tokenizer_name(folder, file)
+    normal = [step["type"] for step in steps(file.get("normalizer"))]
+    if normal not in ([], ["NFC"]):
+        raise _other_ids(folder, f"its text is normalised ({', '.join(normal)})")
+    notes = ("text that is not in NFC gets other ids in llama.cpp",) if normal else ()
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise _other_ids(folder, "its tokens are marked at the beginning or end of words")
+    if absent := [char for char in byte_characters() if char not in model["vocab"]]:
+        raise _other_ids(folder, f"{len(absent)} of the 256 bytes have no token")
+    pieces = _Pieces()
+    for token, index in model["vocab"].items():
+        pieces.put(index, token, 0.0, NORMAL)
+    _put_added(folder, added_tokens(folder, file), pieces)
+    return _finish(
+        folder,
+        pieces,
+        special_names(folder),
+        embedding_rows,
+        model="gpt2",
+        pre=pre,
+        merges=[" ".join(pair) for pair in merge_pairs(file)],
+        notes=notes,
+    )
+
+
+def _pre_tokenizer_name(folder: Path, file: Mapping[str, Any]) -> str:
+    """Find the name under which llama.cpp cuts text into words as this tokenizer does."""
+    *cuts, last = steps(file.get("pre_tokenizer")) or [{"type": None}]
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        raise _other_ids(folder, "it is no byte-level BPE, or it puts a space before text")
+    patterns = [split_pattern(step) for step in cuts]
+    if last.get("use_regex", True):
+        patterns.append(_GPT_2)
+    ignore_merges = bool(file["model"].get("ignore_merges"))
+    name = _PRE_TOKENIZERS.get((patterns[0] or "", ignore_merges)) if len(patterns) == 1 else None
+    if name is None:
+        raise _other_ids(
+            folder,
+            f"it cuts words by a pattern with no known name in llama.cpp ({patterns}, "
+            f"ignore_merges {ignore_merges})",
+        )
+    return name
+
+
+def _put_added(folder: Path, added: Iterable[Mapping[str, Any]], pieces: _Pieces) -> None:
+    """Enter added tokens as what llama.cpp looks for in a text before it merges."""
+    for token in added:
+        special = bool(token.get("special"))
+        bounded = [k for k in ("lstrip", "rstrip", "single_word") if token.get(k)]
+        if bounded and not special:
+            raise _other_ids(folder, f"its added token {token['content']!r} has {bounded[0]}")
+        kind = CONTROL if special else USER_DEFINED
+        pieces.put(token["id"], token["content"], _ADDED_SCORE, kind)
+
+
+def _finish(
+    folder: Path,
+    pieces: _Pieces,
+    names: Mapping[str, str | None],
+    embedding_rows: int,
+    *,
+    model: Literal["llama", "gpt2"],
+    pre: str = "default",
+    merges: list[str] | None = None,
+    add_space_prefix: bool = False,
+    notes: tuple[str, ...] = (),
+) -> GgufVocabulary:
+    """Fill the gaps, find the special ids and hold the number of tokens against the embeddings."""
+    count = max(pieces.tokens) + 1
+    if count > embedding_rows:
+        raise ModelError(
+            f"tokenizer in {folder}",
+            f"it has {count:,} tokens, and the model has embeddings for {embedding_rows:,}",
+            "use the tokenizer that the model was trained with",
+        )
+    gaps = [index for index in range(embedding_rows) if index not in pieces.tokens]
+    for index in gaps:
+        pieces.put(index, f"[PAD{index}]", _ADDED_SCORE, UNUSED)
+    if gaps:
+        notes += (f"{len(gaps)} embedding rows have no token and are named [PADn]",)
+    ids = {token: index for index, token in pieces.tokens.items()}
+    found = {name: ids.get(text) if text else None for name, text in names.items()}
+    eos_id = found["eos"]
+    if eos_id is None or (names["bos"] and found["bos"] is None):
+        raise ModelError(
+            f"tokenizer in {folder}",
+            f"its vocabulary has no EOS or BOS token ({names['eos']!r}, {names['bos']!r})",
+            "set eos_token and bos_token in tokenizer_config.json to tokens that it has",
+        )
+    order = range(embedding_rows)
+    return GgufVocabulary(
+        model=model,
+        pre=pre,
+        tokens=[pieces.tokens[index] for index in order],
+        scores=[pieces.scores[index] for index in order] if model == "llama" else None,
+        token_types=[pieces.types[index] for index in order],
+        merges=merges,
+        bos_id=found["bos"],
+        eos_id=eos_id,
+        unk_id=found["unk"],
+        pad_id=found["pad"],
+        add_bos=found["bos"] is not None,
+        add_eos=False,
+        add_space_prefix=add_space_prefix,
+        notes=notes,
+    )
