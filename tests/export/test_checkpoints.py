@@ -20,7 +20,7 @@ from tinyagent_fast.export.checkpoints import (
     row_blocks,
     stored_tensors,
 )
-from tinyagent_fast.export.rounding import OverflowInF16, encode_values
+from tinyagent_fast.export.rounding import OverflowInF16, count_zeros, encode_values
 
 ALL_16_BITS = np.arange(2**16, dtype=np.uint16)
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -87,6 +87,8 @@ def test_a_number_beyond_f16_is_refused_and_the_largest_one_is_not(tmp_path: Pat
     np.testing.assert_array_equal(encode_values(largest, "F16"), [65504.0, -65504.0, 65504.0])
     with pytest.raises(OverflowInF16, match="65520"):
         encode_values(np.array([1.0, -65520.0], np.float32), "F16")
+    with pytest.raises(OverflowInF16, match=r"1e\+09"):
+        encode_values(np.array([np.inf, np.nan, 1e9], np.float32), "F16")
     with pytest.raises(ModelError, match="tensor w"):
         write(tmp_path / "w.safetensors", "F16", np.array([1e9], np.float32))
     assert list(tmp_path.iterdir()) == []
@@ -136,6 +138,16 @@ def test_a_file_written_in_pieces_is_read_by_safetensors(tmp_path: Path) -> None
         read = file.get_tensor("matrix").float().numpy()
     np.testing.assert_allclose(read, matrix, rtol=2**-8)
     assert not np.array_equal(read, matrix)
+
+
+@given(bits=bit_patterns)
+@settings(max_examples=100, deadline=None)
+def test_zeros_of_both_signs_are_counted_and_nothing_else(bits: list[int]) -> None:
+    values = np.array([0, 0x80000000, *bits], np.uint32).view(np.float32)
+    assert count_zeros(values) == np.count_nonzero(values == 0)
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    assert count_zeros(halves) == np.count_nonzero(halves == 0)
 
 
 def test_an_interrupted_file_leaves_what_was_there_before(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapter into base: equal to peft's own merge, proved on every weight, refused where it is wrong."""
+"""Adapter into base: equal to peft's merge, proved on every weight, refused where it is wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 
 @pytest.fixture(scope="module")
 def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an adapter on all linear weights of the tiny base, with large updates."""
+    """Return the folder of an adapter on all linear weights of the tiny base."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Run to proved files: everything is made once, resumed after a stop, and no mistake gets through."""
+"""Run to proved files: all is made once, resumed after a stop, and no mistake gets through."""
 
 from __future__ import annotations
 

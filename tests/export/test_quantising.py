@@ -447,6 +447,6 @@ def test_the_library_is_found_without_importing_the_package() -> None:
 
 @needs_llama_cpp
 def test_what_llama_cpp_refuses_is_said_in_its_words(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(GateError, match="llama_model_quantize failed.*key not found"):
+    with pytest.raises(GateError, match=r"llama_model_quantize failed.*key not found"):
         quantise(llama, tmp_path / "out.gguf", "q8_0", backend="llama-cpp-python", threads=1)
     assert list(tmp_path.iterdir()) == [llama]

@@ -38,6 +38,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from tinyagent_fast.export.pipeline import run_export
     from tinyagent_fast.export.preparation import prepare_export, resolve_model_folder
+    from tinyagent_fast.export.publishing import publish
     from tinyagent_fast.training.display import TrainingDisplay
     from tinyagent_fast.training.session import scoring_tools
 
@@ -53,6 +54,14 @@ def run(arguments: Sequence[str]) -> int:
         display=display,
     )
     folder = run_export(export)
+    if settings.push_to_hub is not None:
+        publish(
+            folder,
+            export.record.content,
+            settings.push_to_hub,
+            dry_run=settings.dry_run,
+            say=display.say,
+        )
     display.say(f"written: {folder}/export.json, report.md, README.md; next: make eval ENGINE=gguf")
     return 0
 

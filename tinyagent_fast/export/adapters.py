@@ -39,8 +39,9 @@ class LowRankUpdate:
         Returns:
             Rows x inputs in fp32.
         """
-        product = np.float32(self.scale) * (self.b_OR[start:stop] @ self.a_RI)
-        return product.astype(np.float32, copy=False)
+        product_OI: NDArray[np.float32] = self.b_OR[start:stop] @ self.a_RI
+        product_OI *= np.float32(self.scale)
+        return product_OI
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -242,7 +242,9 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
         raise _damaged(tensor.path, f"it ends within {tensor.name}")
     if tensor.dtype == "BF16":
         # bf16 is the upper half of a float32.
-        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+        bits = stored.astype(np.uint32)
+        bits <<= 16
+        stored = bits.view(np.float32)
     return stored.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
 
 

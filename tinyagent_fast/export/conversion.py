@@ -31,7 +31,7 @@ from tinyagent_fast.export.llama import (
     read_shape,
     refused,
 )
-from tinyagent_fast.export.rounding import OverflowInF16, encode_values
+from tinyagent_fast.export.rounding import OverflowInF16, count_zeros, encode_values
 from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -288,8 +288,8 @@ def _write(
         writer.write_padding(file, file.tell())
         for block in _blocks(target):
             stored = _encode(target, block)
-            if target.dtype == "F16":
-                zeros += int(np.count_nonzero(block)) - int(np.count_nonzero(stored))
+            if target.dtype == "F16" and (found := count_zeros(stored)):
+                zeros += found - count_zeros(block)
             file.write(stored.data)
             done += stored.nbytes
             on_progress(done, total)

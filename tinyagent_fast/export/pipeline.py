@@ -12,6 +12,7 @@ from typing import Any
 
 from tinyagent_fast import __version__
 from tinyagent_fast.errors import GateError
+from tinyagent_fast.export.card import CARD, model_card
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.companions import CompanionFacts, write_companions
 from tinyagent_fast.export.conversion import convert_to_gguf
@@ -57,9 +58,9 @@ def run_export(export: Export) -> Path:
     started = time.perf_counter()
     record, settings = export.record, export.settings
     identity = _identity(export)
-    record.update(
-        tinyagent_fast=__version__, **identity, environment=environment(), passed=None, gates=[]
-    )
+    machine = {name: value for name, value in environment().items() if name != "command"}
+    nothing_proved: dict[str, Any] = {"passed": None, "gates": [], "success_on_validation": {}}
+    record.update(tinyagent_fast=__version__, **identity, environment=machine, **nothing_proved)
     if settings.fresh:
         record.update(artefacts=[])
     _make_merged(export, identity)
@@ -255,6 +256,7 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
         seconds=round(seconds, 2),
     )
     write_text(export.folder / "report.md", export_report(record.content))
+    write_text(export.folder / CARD, model_card(export.run, export.config, record.content))
 
 
 def _recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:

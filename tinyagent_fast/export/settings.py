@@ -45,6 +45,10 @@ class ExportSettings:
     """Training rows from which the importance matrix is measured."""
     threads: int | None = None
     """CPU threads of llama.cpp; None takes one per core."""
+    push_to_hub: str | None = None
+    """Put the proved export into this repository of the hub, `owner/name`, private."""
+    dry_run: bool = False
+    """With --push-to-hub: say what would be sent, and send nothing."""
     fresh: bool = False
     """Make everything anew, even what is there and whole."""
 
@@ -116,6 +120,8 @@ def check_settings(settings: ExportSettings) -> None:
     ]
     if not 0 <= settings.max_loss_points <= 100:
         problems.append(f"--max-loss-points is in 0..100, got {settings.max_loss_points}")
+    if settings.dry_run and settings.push_to_hub is None:
+        problems.append("--dry-run belongs to --push-to-hub")
     if settings.name is not None and settings.name != Path(settings.name).name:
         problems.append(f"--name must be the name of a file, got {settings.name!r}")
     if problems:

@@ -1,0 +1,165 @@
+"""The model card quotes only what was measured; publishing sends only what was proved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.errors import ConfigError, GateError, ModelError
+from tinyagent_fast.export.card import model_card
+from tinyagent_fast.export.publishing import publish
+from tinyagent_fast.export.settings import ExportSettings, check_settings
+from tinyagent_fast.runs import Run
+
+
+def artefact(path: str, kind: str, quant: str) -> dict[str, Any]:
+    return {
+        "path": path,
+        "kind": kind,
+        "quant": quant,
+        "sha256": "0" * 64,
+        "size_bytes": 3,
+        "seconds": 0.1,
+        "made_from": "k",
+        "details": {},
+    }
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    plain = {
+        "run": "sid",
+        "base": "nano",
+        "base_sha256": "abc",
+        "adapter_sha256": "def",
+        "tinyagent_fast": "0.1.0",
+        "prompt_format": "alpaca",
+        "stop": "<END_OF_PLAN>",
+        "passed": True,
+        "gates": [{"name": "g", "passed": True, "rule": "r", "figures": {}}],
+        "artefacts": [
+            artefact("merged", "merged", "bf16"),
+            artefact("gguf/sid-f16.gguf", "gguf", "f16"),
+            artefact("gguf/sid-q4_k_m.gguf", "gguf", "q4_k_m"),
+        ],
+        "success_on_validation": {"f16": {"total": 50, "text": "70.0 % (56.2 - 80.9)"}},
+    }
+    return {**plain, **changes}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("merged/model.safetensors", "gguf/sid-f16.gguf", "gguf/sid-q4_k_m.gguf"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"abc")
+    for name in ("MODEL_CARD.md", "README.md", "Configuration.json", "Modelfile", "export.json"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_card_has_measured_figures_and_names_what_was_not_measured(tmp_path: Path) -> None:
+    after = tmp_path / "test" / "after"
+    after.mkdir(parents=True)
+    success = {"share": 0.85, "interval_95": [0.794, 0.893], "total": 200, "count": 170}
+    (after / "metrics.json").write_text(json.dumps({"success": success}), encoding="utf-8")
+    card = model_card(Run(tmp_path), Config(), content())
+    assert "| adapter, test queries, after training, n = 200 | 85.0 % (79.4 - 89.3) |" in card
+    assert "| f16, 50 validation queries, llama.cpp | 70.0 % (56.2 - 80.9) |" in card
+    assert "Success of these files was not measured: q4_k_m." in card
+    assert "base_model" not in card.split("---")[1]
+    assert "generated requests" in card
+
+
+def test_the_card_of_a_hub_base_names_it_in_the_header(tmp_path: Path) -> None:
+    card = model_card(Run(tmp_path), Config(), content(base="owner/name", gates=[]))
+    assert "base_model: owner/name" in card.split("---")[1]
+
+
+def test_a_run_without_figures_says_so(tmp_path: Path) -> None:
+    card = model_card(Run(tmp_path), Config(), content(success_on_validation={}, gates=[]))
+    assert "Nothing was measured" in card
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    said: list[str] = []
+    files = publish(folder, content(passed=None), "me/sid", dry_run=True, say=said.append)
+    assert {file.path_in_repo for file in files} == {
+        "README.md",
+        "SERVING.md",
+        "Modelfile",
+        "export.json",
+        "model.safetensors",
+        "gguf/sid-f16.gguf",
+        "gguf/sid-q4_k_m.gguf",
+    }
+    assert "nothing was sent" in said[-1]
+
+
+class Hub:
+    """Stands for the hub's client."""
+
+    sent: list[Any]
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.sent = []
+
+    def create_repo(self, name: str, **settings: Any) -> str:
+        if self.refuses:
+            raise OSError("401 Unauthorized")
+        assert settings["private"] is True
+        return f"https://hub.invalid/{name}"
+
+    def create_commit(self, name: str, operations: Any, **_: Any) -> None:
+        self.sent += [operation.path_in_repo for operation in operations]
+
+
+def test_a_proved_export_goes_out_in_one_commit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    said: list[str] = []
+    publish(folder, content(), "me/sid", dry_run=False, say=said.append)
+    assert "model.safetensors" in hub.sent
+    assert "README.md" in hub.sent
+    assert "Configuration.json" not in hub.sent
+    assert said[-1] == "published: https://hub.invalid/me/sid"
+
+
+@pytest.mark.parametrize("passed", [None, False])
+def test_what_is_not_proved_does_not_go_out(folder: Path, passed: bool | None) -> None:
+    with pytest.raises(GateError, match="not proved"):
+        publish(folder, content(passed=passed), "me/sid", dry_run=False, say=lambda _: None)
+
+
+def test_a_missing_token_is_the_users_to_repair(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(refuses=True))
+    with pytest.raises(ModelError, match="hf auth login"):
+        publish(folder, content(), "me/sid", dry_run=False, say=lambda _: None)
+
+
+@pytest.mark.parametrize("name", ["sid", "a/b/c", "/sid"])
+def test_a_repository_needs_an_owner_and_a_name(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="owner/name"):
+        publish(folder, content(), name, dry_run=True, say=lambda _: None)
+
+
+def test_a_dry_run_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--push-to-hub"):
+        check_settings(ExportSettings(dry_run=True))

@@ -1,0 +1,118 @@
+"""Send an export to the Hugging Face hub, or say what would be sent.
+
+Only proved exports go out: one whose gates failed or were not run is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.errors import ConfigError, GateError, ModelError
+from tinyagent_fast.export.card import CARD
+
+_COMPANIONS = ("Modelfile", "llama-server.sh", "plan.gbnf", "export.json", "report.md")
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One file and its place in the repository."""
+
+    path: Path
+    path_in_repo: str
+    size_bytes: int
+
+
+def files_to_publish(folder: Path, content: Mapping[str, Any]) -> list[PublishedFile]:
+    """List what goes out: the card, the merged folder at the top, GGUF files, companions.
+
+    Args:
+        folder: The export's folder.
+        content: What export.json holds.
+
+    Returns:
+        The files; the app's Configuration.json stays, because it holds a path of this machine.
+    """
+    places = {folder / CARD: "README.md", folder / "README.md": "SERVING.md"}
+    places |= {folder / name: name for name in _COMPANIONS}
+    for artefact in content["artefacts"]:
+        path = folder / artefact["path"]
+        if artefact["kind"] == "merged":
+            places |= {p: p.name for p in sorted(path.iterdir()) if p.is_file()}
+        else:
+            places[path] = artefact["path"]
+    return [
+        PublishedFile(path, place, path.stat().st_size)
+        for path, place in places.items()
+        if path.exists()
+    ]
+
+
+def publish(
+    folder: Path,
+    content: Mapping[str, Any],
+    repository: str,
+    *,
+    dry_run: bool,
+    say: Callable[[str], None],
+) -> list[PublishedFile]:
+    """Create a private repository and put the export there in one commit.
+
+    Args:
+        folder: The export's folder.
+        content: What export.json holds.
+        repository: `owner/name` on the hub.
+        dry_run: Say what would go, and send nothing; needs no token.
+        say: Prints one line for the user.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: The name is no `owner/name`.
+        GateError: The export is not proved.
+        ModelError: The hub refuses, for lack of a token or of rights.
+    """
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise ConfigError(
+            f"--push-to-hub {repository}",
+            "it is no owner/name",
+            "for example: --push-to-hub me/sid",
+        )
+    files = files_to_publish(folder, content)
+    for file in files:
+        say(f"  {file.size_bytes / 2**20:10,.1f} MiB  {file.path_in_repo}")
+    total = sum(file.size_bytes for file in files) / 2**30
+    line = f"{len(files)} files, {total:.2f} GiB for {repository} (private)"
+    if dry_run:
+        say(f"dry run: {line}; nothing was sent")
+        return files
+    if content["passed"] is not True:
+        raise GateError(f"{folder} is not proved (passed: {content['passed']}); nothing was sent")
+    say(f"sending {line}")
+    address = _send(files, repository)
+    say(f"published: {address}")
+    return files
+
+
+def _send(files: list[PublishedFile], repository: str) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        url = str(api.create_repo(repository, private=True, exist_ok=True))
+        api.create_commit(
+            repository,
+            [CommitOperationAdd(file.path_in_repo, str(file.path)) for file in files],
+            commit_message="Export by tinyagent_fast",
+        )
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise ModelError(
+            f"repository {repository}",
+            f"the hub refused: {error}",
+            "log in with `hf auth login` or set HF_TOKEN to a token that may write; or --dry-run",
+        ) from error
+    return url
