@@ -125,7 +125,7 @@ def test_all_unknown_keys_and_wrong_values_are_reported_at_once() -> None:
     assert problems_of(text) == [
         "trian: unknown setting; did you mean 'train'?",
         "train.learning_rte: unknown setting; did you mean 'learning_rate'?",
-        "train.batch: 'two' is not a whole number",
+        "train.batch: 'two' is not a whole number or auto",
         "train.epochs: [1] is not a number",
         "model.weights: 'nf5' is not one of nf4, bf16, fp16, fp32",
         "model.backend: True is not one of auto, unsloth, transformers",
@@ -342,6 +342,20 @@ def test_a_config_file_that_cannot_be_read_is_the_users_error(tmp_path: Path) ->
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="it cannot be read"):
         resolve("--config", str(tmp_path / "binary.yaml"))
+
+
+def test_the_batch_is_a_number_or_automatic_from_file_and_flag(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("train: {batch: auto}")
+    config = resolve("--config", str(path))
+    assert config.train.batch == "auto"
+    assert read_config(text_of(config)) == config
+    assert resolve("--train.batch", "auto").train.batch == "auto"
+    for wrong in ("null", "true", "Auto", "2.0"):
+        (problem,) = problems_of(f"train: {{batch: {wrong}}}")
+        assert problem.endswith("is not a whole number or auto")
+    with pytest.raises(AssertionError):
+        assert config.train.rows_per_batch
 
 
 def test_a_config_that_is_out_of_range_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:

@@ -425,12 +425,20 @@ def test_a_metaspace_that_starts_otherwise_is_taken_with_a_note(
     assert never.notes == ()
 
 
+def test_text_that_is_normalised_to_nfc_is_noted(tiny_merged: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_merged, tmp_path / "t", lambda f: f.update(normalizer={"type": "NFC"}))
+    assert read_vocabulary(folder, 768).notes == (
+        "text that is not in NFC gets other ids in llama.cpp",
+    )
+
+
 def test_other_kinds_of_sentencepiece_models_are_refused(spm_folder: Path, tmp_path: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2 as protobuf
 
-    def write(**changes: Any) -> Path:
+    def write(kind: int = NORMAL, **changes: Any) -> Path:
         proto = protobuf.ModelProto()
         proto.ParseFromString((spm_folder / "tokenizer.model").read_bytes())
+        proto.pieces[400].type = kind
         for where, value in changes.items():
             part, name = where.split("__")
             setattr(getattr(proto, part), name, value)
@@ -445,6 +453,8 @@ def test_other_kinds_of_sentencepiece_models_are_refused(spm_folder: Path, tmp_p
     ):
         with pytest.raises(ModelError, match="no BPE model, or it normalises"):
             read_vocabulary(write(**change), 700)
+    with pytest.raises(ModelError, match="is looked for before it merges"):
+        read_vocabulary(write(USER_DEFINED), 700)
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
     with pytest.raises(ModelError, match="no SentencePiece model"):
         read_vocabulary(tmp_path, 700)

@@ -458,3 +458,25 @@ def test_equal_prompts_share_all_but_their_last_token() -> None:
     row = list(range(70))
     (group,) = group_prompts([row, row, row], batch=2, batch_cost_tokens=10.0)
     assert group == PromptGroup((0, 1, 2), 69)
+
+
+def test_real_training_prompts_share_their_instructions(real_data: Path) -> None:
+    import json
+
+    from tinyagent_fast.data.cache import entry_examples
+    from tinyagent_fast.data.reading import entry_from_json
+    from tinyagent_fast.data.schema import Entry
+    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
+    from tinyagent_fast.prompts.templates import render
+
+    raw = json.loads((real_data / "training_data.json").read_text(encoding="utf-8"))
+    entries = [entry_from_json(key, value) for key, value in list(raw.items())[:48]]
+    examples = [e for entry in entries if isinstance(entry, Entry) for e in entry_examples(entry)]
+    hf = tokenizer_from_sentencepiece(real_data / "llama_tokenizer.model")
+    hf.pad_token = hf.unk_token
+    texts = [render(e, "alpaca").prompt for e in examples if e.kind == "plan"]
+    prompts = PromptTokenizer(hf).encode_prompts(texts)
+    groups = group_prompts(prompts, batch=16, batch_cost_tokens=3600)
+    assert len(groups) == 1
+    assert groups[0].prefix_tokens > 1500
+    assert computed_tokens(prompts, groups, 16, 0) < 0.6 * sum(map(len, prompts))

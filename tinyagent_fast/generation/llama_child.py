@@ -54,13 +54,14 @@ class Child:
         self._log = log
         # Threads that wait for others must not spin: next to one busy program, two spinning
         # threads are 27 times slower than one.
-        environment = {"GOMP_SPINCOUNT": "0", **os.environ}
+        environment = {**os.environ, "GOMP_SPINCOUNT": "0"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tinyagent_fast.generation.llama_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
+            cwd=Path(__file__).parents[2],  # else a folder of our name there would be imported
             start_new_session=True,  # Ctrl-C is for the parent, which ends the child in order
         )
         assert self._process.stdin is not None

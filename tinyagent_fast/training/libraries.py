@@ -17,7 +17,7 @@ def prepare_libraries(config: ModelConfig) -> None:
     Args:
         config: Says which backend is asked for.
     """
-    _quieten()
+    quieten()
     if config.backend == "transformers" or find_spec("unsloth") is None:
         return
     import torch
@@ -27,8 +27,11 @@ def prepare_libraries(config: ModelConfig) -> None:
         import unsloth  # noqa: F401
 
 
-def _quieten() -> None:
-    """Hold back other libraries' chatter; what matters is said by the display."""
+def quieten() -> None:
+    """Hold back other libraries' chatter; what matters is said by the display.
+
+    Commands that run no model of torch call it too, because peft imports bitsandbytes.
+    """
     warnings.filterwarnings("ignore", message=".*kernels-community.*")
     for name in ("transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -111,6 +111,21 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
     return _finish(model, config.model, base, plan)
 
 
+def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
+    """Choose the backend that `auto` stands for.
+
+    Args:
+        config: Names a backend, or `auto`.
+        cuda: Whether a GPU is there.
+
+    Returns:
+        `unsloth` or `transformers`.
+    """
+    if config.backend != "auto":
+        return config.backend
+    return "unsloth" if cuda and find_spec("unsloth") is not None else "transformers"
+
+
 def _decide(config: ModelConfig) -> _Plan:
     """Choose backend, device and precision; say whatever differs from what was asked."""
     import torch
@@ -118,12 +133,9 @@ def _decide(config: ModelConfig) -> _Plan:
     cuda = torch.cuda.is_available()
     notes: list[str] = []
     unsloth_installed = find_spec("unsloth") is not None
-    if config.backend == "auto":
-        backend = "unsloth" if cuda and unsloth_installed else "transformers"
-        if cuda and not unsloth_installed:
-            notes.append("unsloth is not installed: using transformers, which is slower")
-    else:
-        backend = config.backend
+    backend = choose_backend(config, cuda=cuda)
+    if config.backend == "auto" and cuda and not unsloth_installed:
+        notes.append("unsloth is not installed: using transformers, which is slower")
     if backend == "unsloth" and not unsloth_installed:
         raise ModelError(
             "backend unsloth",
@@ -186,7 +198,9 @@ def _torch_dtype(name: str) -> Any:
 def _transformers_base(config: ModelConfig, base: str, plan: _Plan) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # the display says what is being loaded
     quantization = None
     if config.weights == "nf4":
         quantization = BitsAndBytesConfig(

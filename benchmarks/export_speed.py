@@ -1,0 +1,290 @@
+"""Time and peak memory of every export step on a model of TinyLlama-1.1B's shape.
+
+`python benchmarks/export_speed.py` makes a model of random weights in a temporary folder (7 GB with
+what follows from it), converts and quantises it, each step in a process of its own, and writes
+benchmarks/results/export.json. `--shape tiny` takes seconds; `--official DIR` also times
+llama.cpp's own converter, and says whether its tensors are the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULT = ROOT / "benchmarks" / "results" / "export.json"
+SHAPES: Mapping[str, Mapping[str, int]] = {
+    # Source: config.json of Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct.
+    "1.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "tiny": {
+        "vocab_size": 32000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+QUANTS = ("q8_0", "q4_k_m")
+
+
+def make_tokenizer(path: Path, pieces: int = 32000) -> None:
+    """Write a SentencePiece model of Llama's kind whose pieces mean nothing.
+
+    Args:
+        path: Target.
+        pieces: Size of the vocabulary.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    proto = protobuf.ModelProto()
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    kinds = protobuf.ModelProto.SentencePiece
+    proto.pieces.add(piece="<unk>", score=0.0, type=kinds.UNKNOWN)
+    for text in ("<s>", "</s>"):
+        proto.pieces.add(piece=text, score=0.0, type=kinds.CONTROL)
+    for byte in range(256):
+        proto.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=kinds.BYTE)
+    letters = [*"abcdefghijklmnopqrstuvwxyz\u2581"]
+    words = itertools.chain.from_iterable(
+        itertools.product(letters, repeat=n) for n in (1, 2, 3, 4)
+    )
+    for rank, word in enumerate(itertools.islice(words, pieces - len(proto.pieces))):
+        proto.pieces.add(piece="".join(word), score=-float(rank), type=kinds.NORMAL)
+    path.write_bytes(proto.SerializeToString())
+
+
+def make_model(folder: Path, shape: str) -> dict[str, Any]:
+    """Write a Llama of random bf16 weights.
+
+    Args:
+        folder: Target folder.
+        shape: A name in `SHAPES`.
+
+    Returns:
+        Size of the weights.
+    """
+    import numpy as np
+
+    from tinyagent_fast.export.checkpoints import Checkpoint, SafetensorsWriter
+    from tinyagent_fast.export.llama import llama_tensors, read_shape
+
+    config: dict[str, Any] = {
+        **SHAPES[shape],
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    make_tokenizer(folder / "tokenizer.model", config["vocab_size"])
+    tensors = list(llama_tensors(read_shape(Checkpoint(folder, config, {}))))
+    random = np.random.default_rng(0)
+    weights = folder / "model.safetensors"
+    with SafetensorsWriter(weights, [(t.source, "BF16", t.shape) for t in tensors], {}) as writer:
+        for tensor in tensors:
+            rows = tensor.shape[0]
+            for start in range(0, rows, 512):
+                part = (min(512, rows - start), *tensor.shape[1:])
+                writer.write_rows(random.standard_normal(part, np.float32) * np.float32(0.02))
+    return {"size_mb": round(weights.stat().st_size / 1e6, 1)}
+
+
+def convert(model: Path, target: Path) -> dict[str, Any]:
+    """Convert a model folder to an f16 GGUF.
+
+    Args:
+        model: The folder.
+        target: The file.
+
+    Returns:
+        Size and notes.
+    """
+    from tinyagent_fast.export.conversion import convert_to_gguf
+
+    report = convert_to_gguf(
+        model, target, file_type="f16", name="export-speed", chat_template=None, extra={}
+    )
+    return {"size_mb": round(report.size_bytes / 1e6, 1), "notes": list(report.notes)}
+
+
+def quantise_file(source: Path, target: Path, quant: str, threads: int) -> dict[str, Any]:
+    """Quantise an f16 GGUF.
+
+    Args:
+        source: The f16 file.
+        target: The file to write.
+        quant: Name of the quantisation.
+        threads: Threads to use.
+
+    Returns:
+        Size, back end and bits per weight.
+    """
+    from tinyagent_fast.export.quantising import quantise
+
+    report = quantise(source, target, quant, threads=threads)
+    return {
+        "size_mb": round(report.size_bytes / 1e6, 1),
+        "bits_per_weight": round(report.bits_per_weight, 3),
+        "backend": report.backend,
+        "threads": threads,
+    }
+
+
+def compare_tensors(ours: Path, theirs: Path) -> dict[str, Any]:
+    """Count tensors with the same name, type, shape and bytes in two GGUF files.
+
+    Args:
+        ours: The file of `convert`.
+        theirs: The official converter's.
+
+    Returns:
+        Number of tensors in each, and of identical ones.
+    """
+    from gguf import GGUFReader
+
+    def digests(path: Path) -> dict[str, str]:
+        return {
+            t.name: f"{t.tensor_type.name} {list(t.shape)} {hashlib.sha256(t.data).hexdigest()}"
+            for t in GGUFReader(path).tensors
+        }
+
+    mine, official = digests(ours), digests(theirs)
+    same = sum(official.get(name) == digest for name, digest in mine.items())
+    return {"tensors": len(mine), "official_tensors": len(official), "identical": same}
+
+
+def run_step(step: str, *arguments: object) -> dict[str, Any]:
+    """Run one step in a process of its own.
+
+    Args:
+        step: Name of the step in `main`.
+        arguments: Its arguments.
+
+    Returns:
+        What it returns, with its seconds and its peak memory.
+    """
+    command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"step {step} failed:\n{done.stderr[-2000:]}")
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{step:10} {record['seconds']:7.1f} s {record['peak_rss_mib']:7.0f} MiB", flush=True)
+    return record
+
+
+def run_official(folder: Path, model: Path, target: Path) -> dict[str, Any]:
+    """Time llama.cpp's own converter.
+
+    Args:
+        folder: Holds convert_hf_to_gguf.py.
+        model: The model folder.
+        target: The file to write.
+
+    Returns:
+        Seconds and peak memory.
+    """
+    script = next(iter(folder.rglob("convert_hf_to_gguf.py")), None)
+    if script is None:
+        raise SystemExit(f"{folder} holds no convert_hf_to_gguf.py")
+    started = time.perf_counter()
+    command = [sys.executable, str(script), str(model), "--outtype", "f16", "--outfile"]
+    done = subprocess.run([*command, str(target)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script.name} failed:\n{done.stderr[-2000:]}")
+    seconds = time.perf_counter() - started
+    # The largest child so far: this one, which loads torch, as the other steps do not.
+    peak = _mib(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    print(f"{'official':10} {seconds:7.1f} s {peak:7.0f} MiB", flush=True)
+    return {"seconds": round(seconds, 2), "peak_rss_mib": peak}
+
+
+def _mib(ru_maxrss: int) -> float:
+    """Turn the system's figure into MiB: macOS counts bytes, Linux KiB."""
+    return round(ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _run_child(arguments: list[str]) -> None:
+    """Do one step, and print what it gave as the last line."""
+    step, *rest = arguments
+    steps: Mapping[str, Callable[[], dict[str, Any]]] = {
+        "make": lambda: make_model(Path(rest[0]), rest[1]),
+        "convert": lambda: convert(Path(rest[0]), Path(rest[1])),
+        "compare": lambda: compare_tensors(Path(rest[0]), Path(rest[1])),
+        **{
+            quant: lambda quant=quant: quantise_file(  # type: ignore[misc]
+                Path(rest[0]), Path(rest[1]), quant, int(rest[2])
+            )
+            for quant in QUANTS
+        },
+    }
+    started = time.perf_counter()
+    result = steps[step]()
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    result["peak_rss_mib"] = _mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Measure all steps and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1.1b")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the quantisation")
+    parser.add_argument("--official", type=Path, help="folder with convert_hf_to_gguf.py")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    if given.step:
+        _run_child(given.step)
+        return
+    from tinyagent_fast.runs import environment, write_json
+
+    machine = environment()
+    machine.pop("command")
+    record: dict[str, Any] = {"shape": given.shape, "environment": machine, "steps": {}}
+    steps = record["steps"]
+    with tempfile.TemporaryDirectory() as name:
+        model, f16 = Path(name) / "model", Path(name) / "f16.gguf"
+        steps["make"] = run_step("make", model, given.shape)
+        steps["convert_f16"] = run_step("convert", model, f16)
+        if given.official:
+            theirs = Path(name) / "official.gguf"
+            steps["official_f16"] = run_official(given.official, model, theirs)
+            steps["official_f16"] |= {"compared": run_step("compare", f16, theirs)}
+            theirs.unlink()
+        for quant in QUANTS:
+            target = Path(name) / f"{quant}.gguf"
+            steps[quant] = run_step(quant, f16, target, given.threads)
+            target.unlink()
+    write_json(given.out, record)
+    print(f"written: {given.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Two planners compared: figures that follow from their predictions alone, and no silent gaps."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.evaluation.comparison import (
+    ComparedRow,
+    bootstrap_interval,
+    compare_predictions,
+    comparison_table,
+)
+from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
+
+RIGHT = '1. open_note("n", "")\n2. join()'
+RIGHT_OTHERWISE = '1. open_note("n", "") \n2. join()'
+WRONG = "1. join()"
+Outcomes = Sequence[tuple[bool, bool]]
+
+
+def predictions(right: Sequence[bool]) -> list[Prediction]:
+    return [
+        Prediction(
+            key=f"k{at}",
+            query="open n",
+            label=RIGHT,
+            prediction=RIGHT if success else WRONG,
+            stop_reason="stop",
+            new_tokens=5,
+        )
+        for at, success in enumerate(right)
+    ]
+
+
+def pair(outcomes: Outcomes) -> tuple[list[Prediction], list[Prediction]]:
+    return predictions([a for a, _ in outcomes]), predictions([b for _, b in outcomes])
+
+
+outcome_lists = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
+
+
+@given(outcome_lists)
+def test_figures_count_who_is_right_where(outcomes: Outcomes) -> None:
+    got = compare_predictions(*pair(outcomes), None)
+    n = len(outcomes)
+    assert got.n == n
+    assert got.success_a == Proportion(sum(a for a, _ in outcomes), n)
+    assert got.success_b == Proportion(sum(b for _, b in outcomes), n)
+    assert got.difference == pytest.approx(got.success_b.share - got.success_a.share)
+    assert got.only_a == tuple(f"k{at}" for at, o in enumerate(outcomes) if o == (True, False))
+    assert got.only_b == tuple(f"k{at}" for at, o in enumerate(outcomes) if o == (False, True))
+    assert got.mcnemar_p == mcnemar_exact_p(len(got.only_a), len(got.only_b))
+    assert got.identical_texts == sum(a == b for a, b in outcomes)
+    low, high = got.interval_95
+    assert -1 <= low <= got.difference <= high <= 1
+
+
+@given(outcome_lists)
+def test_the_other_way_round_all_signs_change(outcomes: Outcomes) -> None:
+    a, b = pair(outcomes)
+    there, back = compare_predictions(a, b, None), compare_predictions(b, a, None)
+    assert back.difference == pytest.approx(-there.difference)
+    assert back.mcnemar_p == there.mcnemar_p
+    low, high = there.interval_95
+    # Quantiles of a lattice are taken from below on both sides, so one step may differ.
+    assert back.interval_95 == pytest.approx((-high, -low), abs=1.01 / len(outcomes))
+
+
+@given(outcome_lists, st.randoms())
+def test_the_order_of_predictions_does_not_matter(outcomes: Outcomes, rng: random.Random) -> None:
+    a, b = pair(outcomes)
+    expected = compare_predictions(a, b, None)
+    rng.shuffle(b)
+    assert compare_predictions(a, b, None) == expected
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "n"), [(3, 7, 60), (0, 2, 25), (20, 1, 80)])
+def test_the_interval_is_that_of_ten_thousand_resamples(only_a: int, only_b: int, n: int) -> None:
+    rng = random.Random(0)
+    draws = [-1] * only_a + [1] * only_b + [0] * (n - only_a - only_b)
+    means = [sum(rng.choices(draws, k=n)) / n for _ in range(10_000)]
+    cuts = statistics.quantiles(means, n=40)
+    assert bootstrap_interval(only_a, only_b, n) == pytest.approx((cuts[0], cuts[-1]), abs=1.01 / n)
+
+
+def test_the_interval_of_the_largest_test_file_takes_no_time() -> None:
+    started = time.process_time()
+    low, high = bootstrap_interval(60, 40, 1022)
+    assert time.process_time() - started < 2
+    # The normal approximation, which is good with so many disagreements.
+    spread = 1.96 * (100 / 1022 - (20 / 1022) ** 2) ** 0.5 / 1022**0.5
+    assert (low, high) == pytest.approx((-20 / 1022 - spread, -20 / 1022 + spread), abs=1.5 / 1022)
+
+
+def test_planners_that_never_disagree_have_no_difference() -> None:
+    got = compare_predictions(*pair([(True, True), (False, False)]), None)
+    assert (got.difference, got.interval_95, got.mcnemar_p) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_texts_are_compared_to_the_letter_and_success_by_the_plan() -> None:
+    a = predictions([True])
+    b = [replace(a[0], prediction=RIGHT_OTHERWISE)]
+    got = compare_predictions(a, b, None)
+    assert (got.success_b.count, got.identical_texts) == (1, 0)
+
+
+@pytest.mark.parametrize("case", ["none", "fewer", "other keys", "twice"])
+def test_predictions_of_different_examples_are_never_compared(case: str) -> None:
+    a = predictions([True, False])
+    b = {
+        "none": [],
+        "fewer": a[:1],
+        "other keys": [replace(row, key=f"x{row.key}") for row in a],
+        "twice": [a[0], a[0]],
+    }[case]
+    for left, right in ((a, b), (b, a)):
+        with pytest.raises(DataError, match="exactly one prediction"):
+            compare_predictions(left, right, None)
+    with pytest.raises(DataError):
+        compare_predictions([], [], None)
+
+
+def test_predictions_with_different_labels_are_never_compared() -> None:
+    a = predictions([True])
+    with pytest.raises(DataError, match="different labels"):
+        compare_predictions(a, [replace(a[0], label=WRONG)], None)
+
+
+def test_a_sentence_has_difference_interval_p_and_identical_plans() -> None:
+    got = compare_predictions(*pair([(True, False)] * 3 + [(True, True)] * 17), None)
+    assert got.sentence("f16", "q4_k_m") == (
+        "q4_k_m against f16: -15.0 (-30.0 to +0.0) points, McNemar p = 0.25, "
+        "17 of 20 plans identical"
+    )
+
+
+def test_a_table_has_a_line_for_each_planner_and_survives_json() -> None:
+    compared = compare_predictions(*pair([(True, False), (True, True)]), None)
+    rows = [
+        ComparedRow(name="adapter", size_bytes=None, success=Proportion(2, 2), seconds=3.0),
+        ComparedRow(
+            name="a.gguf",
+            size_bytes=1_500_000,
+            success=Proportion(1, 2),
+            seconds=1.25,
+            comparison=compared,
+        ),
+    ]
+    table = comparison_table(rows, "adapter")
+    lines = table.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| adapter |  | 100.0 % (34.2 - 100.0) | reference |")
+    assert lines[3].startswith("| a.gguf | 1.5 MB | 50.0 %")
+    assert "-50.0 (-100.0 to +0.0) | 1 | 1 of 2 | 1.2 s |" in lines[3]
+    written = json.loads(json.dumps([row.to_json() for row in rows]))
+    assert written[0]["comparison"] is None
+    assert written[1]["comparison"]["only_a"] == ["k0"]
+    assert "(none)" in comparison_table(rows[:1], None)
