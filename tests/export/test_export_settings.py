@@ -35,8 +35,10 @@ def test_what_cannot_be_made_is_refused(settings: ExportSettings, message: str) 
 
 
 def test_all_faulty_numbers_are_named_at_once() -> None:
-    settings = ExportSettings(gate_prompts=0, threads=-1, max_loss_points=101, name="a/b")
-    with pytest.raises(ConfigError, match="4 flag") as caught:
+    settings = ExportSettings(
+        gate_prompts=0, quant_prompts=-1, threads=-1, max_loss_points=101, name="a/b"
+    )
+    with pytest.raises(ConfigError, match="6 flag") as caught:
         check_settings(settings)
     for word in ("gate-prompts", "threads", "max-loss-points", "--name"):
         assert word in str(caught.value)

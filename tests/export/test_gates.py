@@ -105,3 +105,9 @@ def test_a_file_that_surely_loses_too_much_fails(right: int, passes: bool) -> No
     gate = gates.no_great_loss("q4", paired, 5.0)
     assert gate.passed is passes
     assert gate.figures["difference in points"] == pytest.approx(right - 80)
+
+
+def test_a_reference_without_success_is_said_to_prove_nothing() -> None:
+    paired = compare_predictions(predictions(0, 20), predictions(0, 20), None)
+    gate = gates.no_great_loss("q4", paired, 5.0)
+    assert "nothing could be lost" in gate.sentence()

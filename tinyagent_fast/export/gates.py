@@ -251,6 +251,7 @@ def no_great_loss(name: str, paired: PairedComparison, max_loss_points: float) -
         The gate; in doubt it passes, and the figures say how large the doubt is.
     """
     low, high = (100 * bound for bound in paired.interval_95)
+    note = {} if paired.success_a.count else {"note": "f16 solves none, so nothing could be lost"}
     return Gate(
         name=name,
         passed=high >= -max_loss_points,
@@ -262,5 +263,6 @@ def no_great_loss(name: str, paired: PairedComparison, max_loss_points: float) -
             "difference in points": round(100 * paired.difference, 2),
             "interval": [round(low, 2), round(high, 2)],
             "McNemar p": round(paired.mcnemar_p, 4),
+            **note,
         },
     )

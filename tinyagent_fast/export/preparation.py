@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
 from tinyagent_fast.export.record import ExportRecord, refuse_full_disk, refuse_small_memory
 from tinyagent_fast.export.settings import ExportSettings, QuantSpec, quant_specs
@@ -149,6 +149,12 @@ def prepare_export(
     checkpoint = open_checkpoint(base)
     display.say(refuse_full_disk(folder, _needed_bytes(export, checkpoint)))
     if settings.gates == "on":
+        if not examples.validation:
+            raise ConfigError(
+                "export with gates",
+                "the run has no validation plans, so nothing can be compared",
+                "train with --data.validation-entries above 0, or export with --gates off",
+            )
         model_bytes = int(4.5 * _values(checkpoint)) + 2**30
         display.say(refuse_small_memory(model_bytes, "comparing in fp32"))
     return export

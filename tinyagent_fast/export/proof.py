@@ -19,7 +19,6 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.comparison import compare_predictions
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
-from tinyagent_fast.evaluation.scoring import Prediction
 from tinyagent_fast.export import gates
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.conversion import convert_to_gguf
@@ -247,11 +246,31 @@ def messages(example: Example) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": example.user}]
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What one GGUF file does on validation prompts."""
+
+    result: EvaluationResult
+    difference: gates.DistributionDifference
+    """From the merged model's distributions."""
+
+    def figures(self) -> Mapping[str, Any]:
+        """Give plain values for export.json and the report."""
+        success = self.result.metrics.success
+        return {
+            **success.to_json(),
+            "text": percent(success),
+            "top1_as_merged": round(self.difference.top1, 4),
+            "mean_kl_nats": float(f"{self.difference.mean_kl:.3g}"),
+            "seconds": round(self.result.seconds, 1),
+        }
+
+
 def _quant_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
     """Measure plan success of every file on the same prompts, f16 being the reference."""
     examples = list(export.validation[: export.settings.quant_prompts])
-    reference = _success(export, f16, examples, "f16")
-    texts = {p.key: p.prediction for p in reference.predictions}
+    reference = _measure(export, f16, examples, witness, "f16")
+    texts = {p.key: p.prediction for p in reference.result.predictions}
     made = [
         gates.same_answers(
             "greedy plans of the f16 GGUF = merged model",
@@ -259,63 +278,48 @@ def _quant_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
             (witness.merged.loss, witness.merged.loss),
             (witness.merged.plans, tuple(texts[e.key] for e in witness.examples)),
         )
-        if len(examples) >= len(witness.examples)
-        else _too_few(len(examples))
     ]
     _announce(export, made)
-    successes = {"f16": _figures(reference)}
+    measured = {"f16": reference.figures()}
     for spec in export.specs:
         if spec.quant == "f16":
             continue
-        result = _success(export, export.folder / export.gguf_path(spec), examples, spec.name)
-        successes[spec.name] = _figures(result)
-        paired = compare_predictions(_of(reference), _of(result), export.tools)
+        path = export.folder / export.gguf_path(spec)
+        file = _measure(export, path, examples, witness, spec.name)
+        measured[spec.name] = file.figures()
+        paired = compare_predictions(
+            reference.result.predictions, file.result.predictions, export.tools
+        )
         gate = gates.no_great_loss(
             gates.success_gate(spec.name), paired, export.settings.max_loss_points
         )
         _announce(export, [gate])
         made.append(gate)
-    export.record.update(success_on_validation=successes)
+    export.record.update(success_on_validation=measured)
     return made
 
 
-def _too_few(prompts: int) -> Gate:
-    return Gate(
-        name="greedy plans of the f16 GGUF = merged model",
-        passed=False,
-        rule="--quant-prompts must be at least --gate-prompts",
-        figures={"prompts": prompts},
-    )
-
-
-def _of(result: EvaluationResult) -> Sequence[Prediction]:
-    return result.predictions
-
-
-def _figures(result: EvaluationResult) -> Mapping[str, Any]:
-    success = result.metrics.success
-    return {**success.to_json(), "text": percent(success), "seconds": round(result.seconds, 1)}
-
-
-def _success(
-    export: Export, model: Path, examples: Sequence[Example], name: str
-) -> EvaluationResult:
-    settings: EvalConfig = replace(export.config.eval, parity_prompts=0)
+def _measure(
+    export: Export, model: Path, examples: Sequence[Example], witness: _Witness, name: str
+) -> _Measured:
+    settings: EvalConfig = replace(export.config.eval, batch=_SLOTS, parity_prompts=0)
     digest = next(
         (a.sha256 for a in export.record.artefacts if export.folder / a.path == model), None
     )
-    with (
-        llama_server(_server_settings(export, model)) as server,
-        export.display.bar(f"plans of {name}", "plans") as update,
-    ):
-        return evaluate_examples(
-            LlamaCppEngine(server, tokenizer=export.tokenizer),
-            examples,
-            settings,
-            export.folder / "proof" / name,
-            made_with={"model_sha256": digest or time.time(), "keys": [e.key for e in examples]},
-            tools=export.tools,
-            title=f"{name} on validation prompts",
-            on_progress=update,
-            say=export.display.say,
-        )
+    with llama_server(_server_settings(export, model)) as server:
+        difference = _distributions(export, server, witness, f"distributions of {name}")
+        with export.display.bar(f"plans of {name}", "plans") as update:
+            result = evaluate_examples(
+                LlamaCppEngine(server, tokenizer=export.tokenizer),
+                examples,
+                settings,
+                export.folder / "proof" / name,
+                made_with={
+                    "model_sha256": digest or time.time(),
+                    "keys": [e.key for e in examples],
+                },
+                tools=export.tools,
+                title=f"{name} on validation prompts",
+                on_progress=update,
+            )
+    return _Measured(result, difference)

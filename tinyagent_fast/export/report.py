@@ -18,8 +18,11 @@ def export_report(content: Mapping[str, Any]) -> str:
         Markdown.
     """
     lines = [f"# Export of {content['run']}", "", _verdict(content), ""]
-    lines += ["| file | type | MiB | made in | bits per weight | success on validation prompts |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        "| file | type | MiB | made in | bits per weight | success on validation prompts "
+        "| top-1 as the merged model | mean KL, nats |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     successes = content.get("success_on_validation", {})
     for artefact in content["artefacts"]:
         details = artefact.get("details", {})
@@ -28,7 +31,8 @@ def export_report(content: Mapping[str, Any]) -> str:
         lines.append(
             f"| {artefact['path']} | {artefact['quant']} | {artefact['size_bytes'] / 2**20:,.1f} "
             f"| {artefact['seconds']:.1f} s | {f'{bits:.2f}' if bits else ''} "
-            f"| {success.get('text', 'not measured')} |"
+            f"| {success.get('text', 'not measured')} | {_top1(success)} "
+            f"| {success.get('mean_kl_nats', '')} |"
         )
     lines += ["", "## Gates", ""]
     gates = [Gate(**gate) for gate in content["gates"]]
@@ -41,6 +45,10 @@ def export_report(content: Mapping[str, Any]) -> str:
     if notes:
         lines += ["", "## Tensors in another type than asked", "", *notes]
     return "\n".join(lines) + "\n"
+
+
+def _top1(success: Mapping[str, Any]) -> str:
+    return f"{100 * success['top1_as_merged']:.1f} %" if success else ""
 
 
 def _verdict(content: Mapping[str, Any]) -> str:

@@ -120,6 +120,11 @@ def check_settings(settings: ExportSettings) -> None:
     ]
     if not 0 <= settings.max_loss_points <= 100:
         problems.append(f"--max-loss-points is in 0..100, got {settings.max_loss_points}")
+    if settings.quant_prompts < settings.gate_prompts:
+        problems.append(
+            f"--quant-prompts ({settings.quant_prompts}) must be at least "
+            f"--gate-prompts ({settings.gate_prompts})"
+        )
     if settings.dry_run and settings.push_to_hub is None:
         problems.append("--dry-run belongs to --push-to-hub")
     if settings.name is not None and settings.name != Path(settings.name).name:
