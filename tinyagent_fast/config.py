@@ -94,8 +94,9 @@ class TrainConfig:
     """Passes over the training rows."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; overrides epochs."""
-    batch: int = 1
-    """Rows per micro-batch."""
+    batch: int | Literal["auto"] = 1
+    """Rows per micro-batch; `auto` takes the most that are predicted to fit, at the same product
+    of batch and accumulation."""
     accumulation: int = 8
     """Micro-batches per optimizer step."""
     learning_rate: float = 7e-5
@@ -112,6 +113,8 @@ class TrainConfig:
     """8-bit AdamW of bitsandbytes, or torch's."""
     batching: Batching = "length-grouped"
     """Rows of similar length together, rows packed to max-length-tokens, or plain shuffling."""
+    shared_prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute the beginning that rows of a micro-batch share once, exactly; and no dead work."""
     seed: int = 3407
     """Seed of the adapter's weights and of the order of rows."""
     evaluations: int = 6
@@ -124,6 +127,12 @@ class TrainConfig:
     """Quantisation-aware training: compute with weights rounded as this GGUF type holds them."""
     threads: int | None = None
     """CPU threads; None times one step with one thread and with all, and takes the faster."""
+
+    @property
+    def rows_per_batch(self) -> int:
+        """The batch as a number, which it is from the first moment of a run."""
+        assert self.batch != "auto", "training resolves `auto` before anything uses the batch"
+        return self.batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +254,7 @@ def _too_small(config: Config) -> list[str]:
     problems = [
         f"{name} must be 1 or more, got {value}"
         for name, value in counts.items()
-        if value is not None and value < 1
+        if isinstance(value, int) and value < 1
     ]
     problems += [
         f"{name} must be 0 or more, got {value}"

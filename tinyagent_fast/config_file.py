@@ -118,10 +118,11 @@ def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
 def _described(hint: Any) -> str:
     """Name a field's type as someone who writes YAML knows it."""
     if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(typing.get_args(hint))}"
+        names = typing.get_args(hint)
+        return f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [a for a in typing.get_args(hint) if a is not type(None)]
-        return f"{' or '.join(map(_described, kinds))} or null"
+        kinds = typing.get_args(hint)
+        return " or ".join("null" if a is type(None) else _described(a) for a in kinds)
     return {
         bool: "true or false",
         int: "a whole number",
@@ -141,9 +142,9 @@ def _convert(value: Any, hint: Any) -> Any:
             raise ValueError("none of the choices")
         return text
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in typing.get_args(hint):
             return None
-        return _convert(value, next(a for a in typing.get_args(hint) if a is not type(None)))
+        return _convert_to_any(value, [a for a in typing.get_args(hint) if a is not type(None)])
     if isinstance(value, bool) and hint is not bool:
         raise TypeError("a truth value is no number")
     if hint is float and isinstance(value, int | float | str):
@@ -156,3 +157,13 @@ def _convert(value: Any, hint: Any) -> Any:
     if hint in (bool, int, str) and isinstance(value, hint):
         return value
     raise TypeError("another type")
+
+
+def _convert_to_any(value: Any, kinds: list[Any]) -> Any:
+    """Convert to the first of several types that takes the value."""
+    for kind in kinds[:-1]:
+        try:
+            return _convert(value, kind)
+        except (TypeError, ValueError):
+            continue
+    return _convert(value, kinds[-1])

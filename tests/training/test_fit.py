@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config, EvalConfig
-from tinyagent_fast.errors import ConfigError, DataError, TrainingError
+from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
 from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training import fit
 from tinyagent_fast.training.callbacks import (
@@ -406,6 +406,57 @@ def test_memory_that_runs_out_in_the_longest_batch_stops_the_run_with_flags(
     monkeypatch.setattr("tinyagent_fast.training.preflight._longest_batch", run_out)
     with pytest.raises(TrainingError, match=r"--train\.batch 1 --train\.accumulation 2"):
         fit.train(tiny_config(), quiet)
+
+
+def test_an_automatic_batch_without_a_gpu_is_that_of_the_preset(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    run = fit.train(tiny_config(train={"batch": "auto", "max_steps": 1, "accumulation": 2}), quiet)
+    trained = run.config().train
+    assert (trained.batch, trained.accumulation) == (2, 2)
+    assert "batch auto: no CUDA device, so the 2 rows of preset smoke" in quiet.file.getvalue()
+    assert not (run.path / "memory.json").exists()
+
+
+def with_card(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    """Let a run think that it has a GPU of that size."""
+    monkeypatch.setattr("tinyagent_fast.training.session.usable_gib", lambda: gib)
+
+
+@pytest.mark.parametrize(("gib", "batch"), [(20.0, 4), (0.049, 2), (0.01, 1)])
+def test_an_automatic_batch_is_the_largest_that_fits_and_is_what_the_run_remembers(
+    gib: float, batch: int, tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_card(monkeypatch, gib)
+    changes = {"batch": "auto", "accumulation": 2, "max_steps": 1}
+    run = fit.train(tiny_config(train=changes), quiet)
+    trained = run.config().train
+    assert (trained.batch, trained.accumulation) == (batch, 4 // batch)
+    shown = quiet.file.getvalue()
+    assert f"batch auto: {batch} x {4 // batch} rows" in shown
+    assert ("even one row may not fit" in shown) is (gib == 0.01)
+    assert f"of {batch} x {4 // batch} rows" in shown
+    memory = json.loads((run.path / "memory.json").read_text(encoding="utf-8"))
+    assert (memory["batch"], memory["usable_gib"], memory["peak_gib"]) == (batch, gib, None)
+    predicted = memory["predicted"]["total_gib"]
+    assert 0 < memory["longest_batch_predicted_gib"] <= predicted
+    assert f"predicted {predicted:.1f} GiB +-15 % for the longest micro-batch" in shown
+
+
+def test_a_base_without_known_sizes_trains_without_a_prediction(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_card(monkeypatch, 20.0)
+
+    def unknown(*_: Any) -> None:
+        raise ModelError("config.json: hidden_size is None", "why", "fix")
+
+    monkeypatch.setattr("tinyagent_fast.training.session._shape_of", unknown)
+    run = fit.train(tiny_config(train={"max_steps": 1}), quiet)
+    assert "memory cannot be predicted: config.json: hidden_size is None" in quiet.file.getvalue()
+    assert not (run.path / "memory.json").exists()
+    with pytest.raises(ModelError, match="hidden_size"):
+        fit.train(tiny_config(name="other", train={"batch": "auto"}), quiet)
 
 
 def test_equal_configs_give_equal_runs(tiny_config: MakeConfig, quiet: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyagent_fast.config import Config, TrainConfig
+from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.generation.decoding import generating
 from tinyagent_fast.training.callbacks import StepGuard
+from tinyagent_fast.training.footprint import GIB, RESERVE_GIB, ModelShape
 from tinyagent_fast.training.models import LoadedModel, load_for_training
-from tinyagent_fast.training.preflight import check_collator, preflight
+from tinyagent_fast.training.preflight import PreflightReport, check_collator, preflight
+from tinyagent_fast.training.sizing import Forecast, RowLengths, usable_gib
 from tinyagent_fast.training.trainer import (
     LengthGroupedOrder,
     build_trainer,
@@ -465,6 +468,93 @@ def test_memory_that_runs_out_is_found_before_the_first_step_and_the_fix_names_f
     assert "before the first step" in text
     assert "--train.batch 1 --train.accumulation 6 --eval.batch 8" in text
     assert "--model.gradient-checkpointing unsloth" in text
+
+
+def forecast_of(usable_gib: float, **changes: Any) -> Forecast:
+    """Predict for rows of 4,608 tokens of a 1.1B model, 3 x 2 as the trainer here."""
+    shape = ModelShape(
+        hidden=2048,
+        intermediate=5632,
+        layers=22,
+        heads=32,
+        kv_heads=4,
+        head_dim=64,
+        vocab=32000,
+        tied=False,
+    )
+    model = {"gradient_checkpointing": "false", "weights": "bf16", **changes}
+    return Forecast(
+        config=Config(model=ModelConfig(**model), train=TrainConfig(batch=3, accumulation=2)),
+        shape=shape,
+        lengths=RowLengths(rows=9, mean_tokens=3490, longest_tokens=4608, supervised_tokens=88),
+        backend="unsloth",
+        usable_gib=usable_gib,
+    )
+
+
+@only_shuffled
+@pytest.mark.parametrize(
+    ("forecast", "expected"),
+    [
+        (
+            forecast_of(20.0),
+            (
+                "predicted 19.0 GiB for rows of 4608 tokens, 20.0 usable; batch 3",
+                "the largest batch predicted to fit is 2",
+                "--train.batch 2 --train.accumulation 3 --eval.batch 8, or "
+                "--model.gradient-checkpointing unsloth (predicted 6.",
+            ),
+        ),
+        (
+            forecast_of(100.0),  # where the prediction was wrong
+            ("it is too low here", "--train.batch 1 --train.accumulation 6 --eval.batch 8"),
+        ),
+        (
+            forecast_of(3.0, gradient_checkpointing="unsloth"),
+            ("predicted to fit is none", "--train.batch 1", "or --model.weights nf4"),
+        ),
+        (
+            forecast_of(1.0, gradient_checkpointing="true", weights="nf4"),
+            ("--model.max-length-tokens 2304 --data.over-long drop",),
+        ),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_what_was_predicted(
+    forecast: Forecast, expected: tuple[str, ...], idle: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    trainer, loaded, rows = idle
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "compute_loss", run_out)
+    with pytest.raises(TrainingError) as caught:
+        preflight(trainer, loaded, rows, [[1, 5, 6]], 16, forecast=forecast)
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_the_measured_memory_is_told_beside_the_predicted() -> None:
+    report = PreflightReport(3, 9216, 1.5, None, 6.0, longest_batch_gib=5.0, predicted_gib=5.6)
+    told = "; peak 6.00 GiB, for the longest batch 5.00 GiB, predicted 5.60 GiB (+12 %)"
+    assert report.memory_text == told
+    assert replace(report, predicted_gib=None).memory_text == told.partition(", predicted")[0]
+    assert replace(report, longest_batch_gib=None).memory_text == "; peak 6.00 GiB"
+    assert replace(report, peak_gib=None).memory_text == ""
+
+
+def test_the_memory_of_the_gpu_is_what_is_free_or_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert usable_gib() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * GIB)
+    for free_gib, expected in ((10, 12.0), (20, 22.0 - RESERVE_GIB)):
+        free = free_gib * GIB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 22 * GIB))
+        assert usable_gib() == expected
 
 
 def test_a_loss_that_is_not_finite_from_the_start_is_found_by_preflight(

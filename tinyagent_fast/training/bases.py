@@ -36,7 +36,7 @@ from tinyagent_fast.training.threads import fastest_threads
 
 _TOKENIZER_TEXTS = 2000
 _RANDOM_TEXTS = 200
-_RANDOM_SHAPE = NanoShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2)
+RANDOM_SHAPE = NanoShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2)
 
 
 def resolve_base(
@@ -80,7 +80,7 @@ def base_tokenizer(
         texts = _nano_texts(PretrainSpec(), held_out)
         return _nano_tokenizer([text for _, text in texts], NanoShape())
     if config.model.base == "random":
-        return train_bpe_tokenizer(_random_texts(examples), _RANDOM_SHAPE.vocab_pieces)
+        return train_bpe_tokenizer(_random_texts(examples), RANDOM_SHAPE.vocab_pieces)
     return None
 
 
@@ -148,12 +148,12 @@ def _random_texts(examples: Sequence[Example]) -> list[str]:
 def _random(config: Config, examples: Sequence[Example]) -> Path:
     texts = _random_texts(examples)
     text_hash = hashlib.sha256("".join(texts).encode()).hexdigest()
-    key = _key([asdict(_RANDOM_SHAPE), text_hash, config.train.seed])
+    key = _key([asdict(RANDOM_SHAPE), text_hash, config.train.seed])
     folder = config.runs / "bases" / f"random-{key}"
     if (folder / "config.json").exists():
         return folder
-    hf = train_bpe_tokenizer(texts, _RANDOM_SHAPE.vocab_pieces)
-    return _save(random_llama(_RANDOM_SHAPE, hf, config.train.seed), hf, folder)
+    hf = train_bpe_tokenizer(texts, RANDOM_SHAPE.vocab_pieces)
+    return _save(random_llama(RANDOM_SHAPE, hf, config.train.seed), hf, folder)
 
 
 def _key(parts: list[object]) -> str:

@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -207,21 +207,30 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
 class History(TrainerCallback):  # type: ignore[misc]
     """Writes every logged step to history.jsonl and hands it to a display."""
 
-    def __init__(self, run: Run, tokens_seen: Callable[[], int], show: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        tokens_seen: Callable[[], int],
+        show: Callable[..., None],
+        counts: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         """Keep where to write and what to call.
 
         Args:
             run: The run.
             tokens_seen: Tokens, padding apart, that went through the model so far.
             show: Called with each record.
+            counts: More counts so far, by name; a record has what came since the one before.
         """
-        self.run, self.tokens_seen, self.show = run, tokens_seen, show
+        self.run, self.tokens_seen, self.show, self.counts = run, tokens_seen, show, counts
         self.last_time_s = 0.0
         self.last_tokens = 0
+        self.last_counts: Mapping[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self.last_time_s, self.last_tokens = time.perf_counter(), self.tokens_seen()
+        self.last_counts = dict(self.counts())
 
     def pause(self, seconds: float) -> None:
         """Leave time that was not spent on training out of tokens per second.
@@ -235,7 +244,7 @@ class History(TrainerCallback):  # type: ignore[misc]
         """Record loss, learning rate, gradient norm and tokens per second."""
         if not logs or "loss" not in logs:
             return
-        now, tokens = time.perf_counter(), self.tokens_seen()
+        now, tokens, counts = time.perf_counter(), self.tokens_seen(), dict(self.counts())
         record = {
             "event": "step",
             "step": state.global_step,
@@ -246,8 +255,9 @@ class History(TrainerCallback):  # type: ignore[misc]
             "grad_norm": logs.get("grad_norm"),
             "token_accuracy": logs.get("mean_token_accuracy"),
             "tokens_per_s": (tokens - self.last_tokens) / max(1e-9, now - self.last_time_s),
+            **{name: count - self.last_counts.get(name, 0) for name, count in counts.items()},
         }
-        self.last_time_s, self.last_tokens = now, tokens
+        self.last_time_s, self.last_tokens, self.last_counts = now, tokens, counts
         self.run.append_history(record)
         self.show(record)
 

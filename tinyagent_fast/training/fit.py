@@ -30,7 +30,7 @@ from tinyagent_fast.training.callbacks import (
 from tinyagent_fast.training.display import TrainingDisplay
 from tinyagent_fast.training.models import LoadedModel
 from tinyagent_fast.training.plots import plot_training
-from tinyagent_fast.training.preflight import preflight
+from tinyagent_fast.training.preflight import PreflightReport, preflight
 from tinyagent_fast.training.resume import (
     forget_after,
     last_checkpoint,
@@ -38,6 +38,12 @@ from tinyagent_fast.training.resume import (
     training_is_over,
 )
 from tinyagent_fast.training.session import Session, prepare_session
+from tinyagent_fast.training.sharing import (
+    Sharing,
+    check_same_loss,
+    decide_sharing,
+    share_prefixes,
+)
 from tinyagent_fast.training.threads import fastest_threads
 from tinyagent_fast.training.trainer import (
     build_trainer,
@@ -94,20 +100,24 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
         save_every_steps=config.train.save_every_steps,
         evaluations=config.train.evaluations,
     )
+    sharing = _share_prefixes(session, trainer, dataset, resumed=checkpoint is not None)
     if loaded.device == "cpu":
         _choose_threads(session, dataset)
     prompts = encode_prompts(loaded.tokenizer, session.examples.validation)
-    report = preflight(trainer, loaded, dataset, prompts, config.eval.batch)
-    display.say(
-        f"checked: {report.checked_rows} rows through the trainer's collator equal ours; longest "
-        f"batch of {report.longest_batch_tokens} tokens in {report.longest_batch_s:.2f} s"
-        + (f"; peak {report.peak_gib:.2f} GiB" if report.peak_gib else "")
+    report = preflight(
+        trainer, loaded, dataset, prompts, config.eval.batch, forecast=session.forecast
     )
+    _say_checked(session, report)
+    if sharing.on:
+        difference = check_same_loss(trainer, loaded, dataset)
+        display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     if config.eval.before_and_after and checkpoint is None:
         before = _test(session, "before")
         display.say(f"before training: {headline(before.metrics)} test queries")
     steps = optimizer_steps(len(trainer.train_dataset), config.train)
-    history = History(run, lambda: trainer.tokens_seen, display.step)
+    history = History(
+        run, lambda: trainer.tokens_seen, display.step, lambda: _token_counts(trainer)
+    )
     interrupt = StopOnInterrupt(display.say)
     callbacks = [StepGuard(), history, interrupt]
     if config.train.evaluations and session.rows.validation is not None:
@@ -134,6 +144,38 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
         )
 
 
+def _share_prefixes(session: Session, trainer: Any, dataset: Any, *, resumed: bool) -> Sharing:
+    """Decide whether shared prefixes are computed once; a resumed run goes on as it began."""
+    config, loaded, path = session.config, session.loaded, session.run.path / "sharing.json"
+    sharing = decide_sharing(loaded, config.train, dataset, path if resumed else None)
+    write_json(path, asdict(sharing))
+    session.display.say(f"shared prefixes {sharing.sentence()}")
+    share_prefixes(trainer, sharing, loaded, dataset, config.train)
+    return sharing
+
+
+def _token_counts(trainer: Any) -> dict[str, int]:
+    return {
+        "tokens_padded": trainer.tokens_padded,
+        "tokens_computed": trainer.tokens_computed,
+    }
+
+
+def _say_checked(session: Session, report: PreflightReport) -> None:
+    session.display.say(
+        f"checked: {report.checked_rows} rows through the trainer's collator equal ours; longest "
+        f"batch of {report.longest_batch_tokens} tokens in {report.longest_batch_s:.2f} s"
+        + report.memory_text
+    )
+    if session.forecast is not None:
+        measured = {
+            "longest_batch_gib": report.longest_batch_gib,
+            "longest_batch_predicted_gib": report.predicted_gib,
+            "peak_gib": report.peak_gib,
+        }
+        write_json(session.run.path / "memory.json", {**session.forecast.to_json(), **measured})
+
+
 def _choose_threads(session: Session, dataset: Any) -> None:
     """Take the number of threads that is faster now; other programs come and go."""
     import torch
@@ -141,7 +183,7 @@ def _choose_threads(session: Session, dataset: Any) -> None:
     if session.config.train.threads is not None:
         torch.set_num_threads(session.config.train.threads)
         return
-    count = min(session.config.train.batch, len(dataset))
+    count = min(session.config.train.rows_per_batch, len(dataset))
     batch = collate([dataset[i] for i in range(count)], session.loaded.tokenizer.pad_id)
 
     def step() -> None:
@@ -170,7 +212,7 @@ def _plan_success(
         started = time.perf_counter()
         with generating(loaded.model, loaded.backend):
             loss = validation_loss(
-                trainer, rows, loaded.tokenizer.pad_id, config.train.batch, lambda: None
+                trainer, rows, loaded.tokenizer.pad_id, config.train.rows_per_batch, lambda: None
             )
         result = evaluate_examples(
             TransformersEngine(loaded),

@@ -12,7 +12,9 @@ from typing import Any
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.generation.decoding import complete, generating
 from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.training.footprint import GIB
 from tinyagent_fast.training.models import LoadedModel
+from tinyagent_fast.training.sizing import Forecast
 from tinyagent_fast.training.trainer import collate, refuse_non_finite
 
 _EVALUATION_TOKENS = 4
@@ -27,6 +29,24 @@ class PreflightReport:
     longest_batch_s: float
     evaluation_batch_s: float | None
     peak_gib: float | None
+    """The most that was reserved on the GPU, by training and by generation."""
+    longest_batch_gib: float | None = None
+    """The most that was reserved for the longest batch; the optimizer's moments come later."""
+    predicted_gib: float | None = None
+
+    @property
+    def memory_text(self) -> str:
+        """Say what was measured, and beside it what had been predicted; empty without a GPU."""
+        if self.peak_gib is None:
+            return ""
+        text = f"; peak {self.peak_gib:.2f} GiB"
+        if self.longest_batch_gib is None:
+            return text
+        text += f", for the longest batch {self.longest_batch_gib:.2f} GiB"
+        if self.predicted_gib is None:
+            return text
+        error = 100 * (self.predicted_gib / self.longest_batch_gib - 1)
+        return f"{text}, predicted {self.predicted_gib:.2f} GiB ({error:+.0f} %)"
 
 
 def preflight(
@@ -35,6 +55,8 @@ def preflight(
     rows: Any,
     evaluation_prompts: Sequence[list[int]],
     evaluation_batch: int,
+    *,
+    forecast: Forecast | None = None,
 ) -> PreflightReport:
     """Compare a real batch with ours, then run the longest batch and one evaluation batch.
 
@@ -44,6 +66,7 @@ def preflight(
         rows: The dataset that went into the trainer.
         evaluation_prompts: Prompts of the validation sample.
         evaluation_batch: Prompts generated together.
+        forecast: What the memory is predicted from; none predicts nothing.
 
     Returns:
         What was measured.
@@ -55,19 +78,37 @@ def preflight(
 
     checked = check_collator(trainer, rows, loaded.tokenizer.pad_id)
     cpu_state = torch.get_rng_state()
+    cuda = loaded.device == "cuda"
+    if cuda:
+        # What loading took for a moment is no part of training.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
-        tokens, train_s = _longest_batch(trainer, loaded)
+        tokens, computed, train_s = _longest_batch(trainer, loaded)
+        train_gib = _reserved_gib() if cuda else None
         evaluation_s = _evaluation_batch(loaded, evaluation_prompts, evaluation_batch)
     except RuntimeError as error:
         # cuBLAS and the driver report a lack of memory as an ordinary RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError) and not _names_memory(error):
             raise
-        raise _out_of_memory(trainer, evaluation_batch, error) from error
+        raise _out_of_memory(trainer, evaluation_batch, error, forecast) from error
     torch.set_rng_state(cpu_state)
-    peak = None
-    if loaded.device == "cuda":
-        peak = torch.cuda.max_memory_reserved() / 2**30
-    return PreflightReport(checked, tokens, train_s, evaluation_s, peak)
+    return PreflightReport(
+        checked,
+        tokens,
+        train_s,
+        evaluation_s,
+        peak_gib=_reserved_gib() if cuda else None,
+        longest_batch_gib=train_gib,
+        predicted_gib=forecast.as_configured(computed).total_gib if forecast else None,
+    )
+
+
+def _reserved_gib() -> float:
+    """Give the most memory that torch has reserved since its statistics were reset."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() / GIB
 
 
 def check_collator(trainer: Any, rows: Any, pad_id: int) -> int:
@@ -130,8 +171,11 @@ def _other_batch(name: str) -> TrainingError:
     )
 
 
-def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, float]:
-    """Run forward and backward on the longest micro-batch; no step is made."""
+def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, int | None, float]:
+    """Run forward and backward on the longest micro-batch; no step is made.
+
+    Gives its tokens with padding, those computed where prefixes are shared, and the time.
+    """
     dataset = trainer.train_dataset
     batch_rows = trainer.args.per_device_train_batch_size
     if trainer.args.packing:
@@ -155,7 +199,9 @@ def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, float]:
     loaded.model.zero_grad(set_to_none=True)
     trainer._metrics["train"].clear()
     trainer._total_train_tokens = 0
-    return int(inputs["input_ids"].numel()), time.perf_counter() - started
+    stream = inputs.get("stream")
+    computed = None if stream is None else stream.computed_tokens
+    return int(inputs["input_ids"].numel()), computed, time.perf_counter() - started
 
 
 def _names_memory(error: RuntimeError) -> bool:
@@ -198,20 +244,46 @@ def _evaluation_batch(
     return time.perf_counter() - started
 
 
-def _out_of_memory(trainer: Any, evaluation_batch: int, error: Exception) -> TrainingError:
+def _out_of_memory(
+    trainer: Any, evaluation_batch: int, error: Exception, forecast: Forecast | None
+) -> TrainingError:
     import torch
 
-    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
-    batch, accumulation = (
-        trainer.args.per_device_train_batch_size,
-        trainer.args.gradient_accumulation_steps,
-    )
-    smaller = max(1, batch // 2)
+    peak = _reserved_gib() if torch.cuda.is_available() else 0.0
+    args = trainer.args
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    rows = batch * accumulation
+    smaller = max(n for n in range(1, max(1, batch // 2) + 1) if rows % n == 0)
+    predicted = why = ""
+    if forecast is not None:
+        expected, usable_gib = forecast.as_configured(), forecast.usable_gib
+        predicted = f"; predicted {expected.total_gib:.1f} GiB for rows of {forecast.row_tokens} "
+        predicted += f"tokens, {usable_gib:.1f} usable"
+        why = "; by the prediction they do, so it is too low here"
+        if not expected.fits(usable_gib):
+            how = forecast.config.model.gradient_checkpointing
+            found = forecast.largest(how, max(1, batch - 1))
+            smaller = found.batch
+            why = f"; the largest batch predicted to fit is {smaller if found.fits else 'none'}"
+    flags = f"--train.batch {smaller} --train.accumulation {rows // smaller} "
     return TrainingError(
-        f"out of memory in the longest batch ({peak:.1f} GiB reserved; batch {batch}, "
+        f"out of memory in the longest batch ({peak:.1f} GiB reserved{predicted}; batch {batch}, "
         f"evaluation batch {evaluation_batch}): {str(error).splitlines()[0]}",
-        "the longest rows do not fit together; this was found before the first step",
-        f"--train.batch {smaller} --train.accumulation {accumulation * batch // smaller} "
-        f"--eval.batch {max(1, evaluation_batch // 2)}, or "
-        "--model.gradient-checkpointing unsloth",
+        f"the longest rows do not fit together; this was found before the first step{why}",
+        f"{flags}--eval.batch {max(1, evaluation_batch // 2)}{_other_remedy(forecast)}",
     )
+
+
+def _other_remedy(forecast: Forecast | None) -> str:
+    """Name the flags that save memory at the same batch."""
+    if forecast is None:
+        return ", or --model.gradient-checkpointing unsloth"
+    config = forecast.config
+    if config.model.gradient_checkpointing == "false":
+        predicted = forecast.predict(config.train.rows_per_batch, "unsloth")
+        text = ", or --model.gradient-checkpointing unsloth"
+        return f"{text} (predicted {predicted.total_gib:.1f} GiB)"
+    if config.model.weights != "nf4":
+        return ", or --model.weights nf4"
+    shorter = forecast.row_tokens // 2
+    return f", or leave long rows out: --model.max-length-tokens {shorter} --data.over-long drop"

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.errors import ModelError
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+from tinyagent_fast.prompts.rows import RowStatistics
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training.bases import resolve_base
 from tinyagent_fast.training.display import TrainingDisplay
+from tinyagent_fast.training.footprint import ERROR_SHARE, ModelShape
 from tinyagent_fast.training.inputs import (
     RunExamples,
     RunRows,
     encode_run_rows,
     load_run_examples,
 )
-from tinyagent_fast.training.models import LoadedModel, load_for_training
+from tinyagent_fast.training.models import LoadedModel, choose_backend, load_for_training
 from tinyagent_fast.training.resume import remember_or_compare, trainable_parameters
+from tinyagent_fast.training.sizing import (
+    Forecast,
+    RowLengths,
+    preset_batch,
+    usable_gib,
+    with_batch,
+)
 from tinyagent_fast.training.trainer import optimizer_steps
 
 
@@ -39,6 +49,8 @@ class Session:
     loaded: LoadedModel
     tools: Mapping[str, Tool] | None
     display: TrainingDisplay
+    forecast: Forecast | None = None
+    """What its memory is predicted from; none without CUDA."""
 
 
 def scoring_tools(config: Config) -> Mapping[str, Tool] | None:
@@ -91,6 +103,7 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
                 f"dropped {len(dropped)} over-long {name} rows, the longest of "
                 f"{max(tokens for _, tokens in dropped)} tokens"
             )
+    config, forecast = _sized(config, base, rows.train.statistics, display)
     loaded = load_for_training(config, base)
     run = resume or create_run(config)
     session = Session(
@@ -102,6 +115,7 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
         loaded=loaded,
         tools=scoring_tools(config),
         display=display,
+        forecast=forecast,
     )
     remember_or_compare(
         run,
@@ -111,6 +125,65 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
     )
     _header(session)
     return session
+
+
+def _sized(
+    config: Config, base: str, rows: RowStatistics, display: TrainingDisplay
+) -> tuple[Config, Forecast | None]:
+    """Turn `batch: auto` into a number before anything uses it, and predict the run's memory."""
+    automatic = config.train.batch == "auto"
+    usable = usable_gib()
+    if usable is None:
+        if automatic:
+            config = with_batch(config, preset_batch(config))
+            display.say(
+                f"batch auto: no CUDA device, so the {config.train.batch} rows of preset "
+                f"{config.preset} are taken"
+            )
+        return config, None
+    try:
+        shape = _shape_of(base, config.model.revision)
+    except ModelError as error:
+        if automatic:
+            raise
+        display.say(f"memory cannot be predicted: {error.what}")
+        return config, None
+    transformers = config.train.qat != "off"
+    forecast = Forecast(
+        config=config,
+        shape=shape,
+        lengths=RowLengths(
+            rows=rows.rows,
+            mean_tokens=rows.mean_tokens,
+            longest_tokens=rows.longest_tokens,
+            supervised_tokens=rows.supervised_tokens / max(1, rows.rows),
+        ),
+        backend="transformers" if transformers else choose_backend(config.model, cuda=True),
+        usable_gib=usable,
+    )
+    if automatic:
+        found = forecast.largest(config.model.gradient_checkpointing)
+        config = with_batch(config, found.batch)
+        display.say(
+            f"batch auto: {found.batch} x {found.accumulation} rows"
+            + ("" if found.fits else ", although even one row may not fit by the prediction")
+        )
+    return config, replace(forecast, config=config)
+
+
+def _shape_of(base: str, revision: str | None) -> ModelShape:
+    """Read the sizes of a base model, from its folder or from the hub."""
+    from transformers import AutoConfig
+
+    try:
+        raw = AutoConfig.from_pretrained(base, revision=revision).to_dict()
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"config of base model {base!r}",
+            f"it cannot be read: {error}",
+            "check the name and the network, or name a local folder with config.json",
+        ) from error
+    return ModelShape.from_config(raw, f"config of {base}")
 
 
 def _data_record(session: Session) -> dict[str, Any]:
@@ -128,6 +201,17 @@ def _data_record(session: Session) -> dict[str, Any]:
             if session.rows.validation
             else None,
         },
+    }
+
+
+def _memory_fact(forecast: Forecast | None) -> dict[str, str]:
+    if forecast is None:
+        return {}
+    predicted, usable = forecast.as_configured(), forecast.usable_gib
+    verdict = "" if predicted.fits(usable) else "; it may not fit (tinyagent-fast plan says more)"
+    return {
+        "memory": f"predicted {predicted.total_gib:.1f} GiB +-{100 * ERROR_SHARE:.0f} % for the "
+        f"longest micro-batch, {usable:.1f} GiB usable{verdict}"
     }
 
 
@@ -154,6 +238,7 @@ def _header(session: Session) -> None:
         f"{trainable:,} parameters",
         "steps": f"{steps if train.batching != 'packed' else 'packed rows:'} "
         f"of {train.batch} x {train.accumulation} rows, {train.batching}",
+        **_memory_fact(session.forecast),
         "rate": f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}",
     }
     session.display.header("tinyagent-fast train", facts)

@@ -29,7 +29,7 @@ def optimizer_steps(rows: int, train: TrainConfig) -> int:
     """
     if train.max_steps is not None:
         return train.max_steps
-    micro_batches = math.ceil(rows / train.batch)
+    micro_batches = math.ceil(rows / train.rows_per_batch)
     return math.ceil(train.epochs * max(1, math.ceil(micro_batches / train.accumulation)))
 
 
@@ -105,7 +105,7 @@ def _arguments(
     cuda = loaded.device == "cuda"
     return SFTConfig(
         output_dir=str(output_dir),
-        per_device_train_batch_size=train.batch,
+        per_device_train_batch_size=train.rows_per_batch,
         gradient_accumulation_steps=train.accumulation,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps if train.max_steps is not None else -1,
@@ -142,9 +142,18 @@ def _trainer_class() -> Any:
         """SFTTrainer with a seeded order of rows, token counts and a guard on the loss."""
 
         group_by_length = False
+        layer_checkpointing = False
+        order: Any = None
         tokens_seen = 0
+        """Tokens of rows, padding apart."""
+        tokens_padded = 0
+        """Tokens of the same rows in padded batches."""
+        tokens_computed = 0
+        """Tokens that went through the model: the padded ones, or with shared prefixes once."""
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if self.order is not None:
+                return self.order
             if not self.group_by_length:
                 return RandomSampler(self.train_dataset, generator=_generator(self.args.seed))
             group = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -153,9 +162,31 @@ def _trainer_class() -> Any:
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             mask = inputs.get("attention_mask")
             self.tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            padded, stream = inputs["input_ids"].numel(), inputs.get("stream")
+            self.tokens_padded += padded
+            self.tokens_computed += padded if stream is None else stream.computed_tokens
             loss = super().training_step(model, inputs, *args, **kwargs)
             refuse_non_finite("loss", loss, self.state.global_step + 1)
             return loss
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            stream = inputs.get("stream")
+            if stream is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
+
+            return shared_prefix_loss(
+                model,
+                stream.to(self.args.device),
+                num_items_in_batch,
+                checkpointing=self.layer_checkpointing,
+            )
 
     return PlanTrainer
 

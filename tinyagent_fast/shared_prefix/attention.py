@@ -1,0 +1,319 @@
+"""Exact attention over a packed stream, from flash attention kernels that know of one block each.
+
+Each block's kernel gives its output and the log-sum-exp of its scores. A query's blocks are joined
+by weighting the outputs with the share that each block has in the sum. Backwards, the kernels are
+called with the joined output and log-sum-exp, from which they recompute the true probabilities of
+their own block: the sum of the blocks' gradients is the gradient, as in ring attention.
+
+Source: Dao 2023, arXiv 2307.08691 (log-sum-exp and backward); Liu et al. 2023, arXiv 2310.01889
+    (blocks joined by their log-sum-exp); Juravsky et al. 2024, arXiv 2402.05099 (shared prefixes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tinyagent_fast.shared_prefix.layout import Block
+
+Extras = tuple[Any, ...]
+"""What a kernel's backward wants back from its forward, apart from output and log-sum-exp."""
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention of one block, forward and backward.
+
+    Tensors are 1 x heads x tokens x head_dim, with as many heads for keys and values as they have;
+    log-sum-exps are 1 x heads x tokens.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Extras]]
+    """Query, key, value, causal, scale to output, log-sum-exp and extras."""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """Gradient, query, key, value, output, log-sum-exp, causal, scale, extras to gradients."""
+
+
+def stream_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], *, kernel: Kernel
+) -> Tensor:
+    """Let every query attend the keys of its blocks.
+
+    Args:
+        query: 1 x heads x queries x head_dim.
+        key: 1 x key heads x tokens x head_dim; the heads are a multiple of the key heads.
+        value: As key.
+        blocks: Which queries attend which keys; each query is in one causal block, which comes
+            before its other blocks.
+        kernel: What computes a block, from `kernel_for`.
+
+    Returns:
+        1 x queries x heads x head_dim, contiguous.
+    """
+    apply: Callable[..., Tensor] = _StreamAttention.apply
+    return apply(query, key, value, tuple(blocks), kernel)
+
+
+class _StreamAttention(torch.autograd.Function):
+    """Forward and backward by blocks; the blocks' probabilities are never stored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], kernel: Kernel
+    ) -> Tensor:
+        # Heads apart: rows of one head lie 4 KiB apart otherwise, which caches dislike.
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        scale = 1 / math.sqrt(query.shape[-1])
+        out = query.new_empty(query.transpose(1, 2).shape, dtype=_accumulator(query.dtype))
+        total = query.new_empty(query.shape[:-1], dtype=out.dtype)
+        extras = []
+        for block in blocks:
+            at = slice(block.query_start, block.query_stop)
+            keys = slice(block.key_start, block.key_stop)
+            part, part_total, extra = kernel.forward(
+                query[:, :, at], key[:, :, keys], value[:, :, keys], block.causal, scale
+            )
+            extras.append(extra)
+            part = part.transpose(1, 2)
+            if block.causal:
+                out[:, at] = part
+                total[:, :, at] = part_total
+            else:
+                _join(out[:, at], total[:, :, at], part, part_total)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, total)
+        ctx.blocks, ctx.kernel, ctx.scale, ctx.extras = blocks, kernel, scale, extras
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, total = ctx.saved_tensors
+        grad, out = grad.transpose(1, 2).contiguous(), out.transpose(1, 2)
+        sums = [
+            x.new_zeros(x.transpose(1, 2).shape, dtype=total.dtype).transpose(1, 2)
+            for x in (query, key, value)
+        ]
+        for block, extra in zip(ctx.blocks, ctx.extras, strict=True):
+            at = slice(block.query_start, block.query_stop)
+            keys = slice(block.key_start, block.key_stop)
+            parts = ctx.kernel.backward(
+                grad[:, :, at],
+                query[:, :, at],
+                key[:, :, keys],
+                value[:, :, keys],
+                out[:, :, at],
+                total[:, :, at].contiguous(),  # kernels take it as dense
+                block.causal,
+                ctx.scale,
+                extra,
+            )
+            for gradient, where, part in zip(sums, (at, keys, keys), parts, strict=True):
+                gradient[:, :, where] += part
+        grads = (x.to(query.dtype) for x in sums)
+        return (*grads, None, None)
+
+
+def _join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
+    """Add one more block's share to outputs and log-sum-exps, in place."""
+    joined = torch.logaddexp(total, part_total)
+
+    def share(of: Tensor) -> Tensor:
+        return (of - joined).exp_().transpose(1, 2)[..., None]
+
+    out.mul_(share(total)).addcmul_(part, share(part_total))
+    total.copy_(joined)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def kernel_for(query: Tensor) -> Kernel:
+    """Choose the fastest kernel that takes these tensors.
+
+    Args:
+        query: One with the device, type and head_dim that the others have too.
+
+    Returns:
+        The kernel; `PLAIN` where no fused one fits.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type == "cpu":
+        return CPU_FLASH
+    # Fused kernels on CUDA want rows of head_dim to begin at multiples of 16 bytes.
+    if query.device.type != "cuda" or query.shape[-1] % 8:
+        return PLAIN
+    if half and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        return CUDA_FLASH
+    return CUDA_EFFICIENT if half or query.dtype is torch.float32 else PLAIN
+
+
+def _grouped(x: Tensor, key_heads: int) -> Tensor:
+    """Give 1 x heads x .. as key heads x heads of each x .., in fp32 or better."""
+    return x.to(_accumulator(x.dtype)).reshape(key_heads, -1, *x.shape[2:])
+
+
+def _plain_scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+    """Give scaled scores, key heads x heads of each x queries x keys."""
+    grouped = _grouped(query, key.shape[1])
+    scores: Tensor = grouped @ key[0].to(grouped.dtype).unsqueeze(1).mT * scale
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    return scores
+
+
+def _plain_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Extras]:
+    scores = _plain_scores(query, key, causal, scale)
+    total = scores.logsumexp(-1)
+    out = (scores - total[..., None]).exp() @ value[0].to(scores.dtype).unsqueeze(1)
+    return out.flatten(0, 1)[None], total.flatten(0, 1)[None], ()
+
+
+def _plain_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    causal: bool,
+    scale: float,
+    _: Extras,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = _plain_scores(query, key, causal, scale)
+    wide, key_heads = scores.dtype, key.shape[1]
+    probabilities = (scores - _grouped(total, key_heads)[..., None]).exp()
+    grouped = _grouped(grad, key_heads)
+    mean = (grouped * _grouped(out, key_heads)).sum(-1, keepdim=True)
+    towards = grouped @ value[0].to(wide).unsqueeze(1).mT
+    towards = probabilities * (towards - mean) * scale
+    grad_query = towards @ key[0].to(wide).unsqueeze(1)
+    grad_key = (towards.mT @ _grouped(query, key_heads)).sum(1)
+    grad_value = (probabilities.mT @ grouped).sum(1)
+    return grad_query.flatten(0, 1)[None], grad_key[None], grad_value[None]
+
+
+def _cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Extras]:
+    out, total = _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, scale=scale
+    )
+    return out, total, ()
+
+
+def _cpu_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    causal: bool,
+    scale: float,
+    _: Extras,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor]
+    gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, total, 0.0, causal, scale=scale
+    )
+    return gradients
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Extras]:
+    out, total, *extras = _aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, causal, False, scale=scale
+    )
+    return out, total, tuple(extras[:6])
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    causal: bool,
+    scale: float,
+    extras: Extras,
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts_and_lengths, random_state = extras[:4], extras[4:]
+    gradients: tuple[Tensor, Tensor, Tensor]
+    gradients = _aten._scaled_dot_product_flash_attention_backward(
+        *(grad, query, key, value, out, total),
+        *starts_and_lengths,
+        *(0.0, causal),
+        *random_state,
+        scale=scale,
+    )
+    return gradients
+
+
+def _by_group(x: Tensor, key_heads: int) -> Tensor:
+    """View heads as a batch of groups, so that keys need no copy for the heads that share them."""
+    return x.view(key_heads, -1, *x.shape[2:]).transpose(0, 1)
+
+
+def _efficient_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Extras]:
+    grouped = _by_group(query, key.shape[1])
+    keys, values = (x.expand(len(grouped), -1, -1, -1) for x in (key, value))
+    out, total, *extras = _aten._scaled_dot_product_efficient_attention(
+        grouped, keys, values, None, True, 0.0, causal, scale=scale
+    )
+    total = total[..., : query.shape[2]]  # the kernel rounds up to a multiple of 32
+    return _heads_again(out), _heads_again(total), tuple(extras)
+
+
+def _efficient_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    causal: bool,
+    scale: float,
+    extras: Extras,
+) -> tuple[Tensor, Tensor, Tensor]:
+    key_heads = key.shape[1]
+    filled = torch.nn.functional.pad(total, (0, -total.shape[-1] % 32), value=math.inf)
+    grouped, grads, outs, totals = (_by_group(x, key_heads) for x in (query, grad, out, filled))
+    keys, values = (x.expand(len(grouped), -1, -1, -1) for x in (key, value))
+    grad_query, grad_key, grad_value, _ = _aten._scaled_dot_product_efficient_attention_backward(
+        *(grads, grouped, keys, values, None, outs, totals.contiguous()),
+        *extras,
+        *(0.0, [True, True, True, False], causal),
+        scale=scale,
+    )
+    return _heads_again(grad_query), grad_key.sum(0)[None], grad_value.sum(0)[None]
+
+
+def _heads_again(x: Tensor) -> Tensor:
+    """Undo `_by_group`."""
+    return x.transpose(0, 1).flatten(0, 1)[None]
+
+
+PLAIN = Kernel("plain", _plain_forward, _plain_backward)
+"""Attention as it is defined, in torch's own operations; for any device and type, and for tests."""
+CPU_FLASH = Kernel("cpu flash", _cpu_forward, _cpu_backward)
+CUDA_FLASH = Kernel("cuda flash", _flash_forward, _flash_backward)
+CUDA_EFFICIENT = Kernel("cuda efficient", _efficient_forward, _efficient_backward)
+"""For fp32, and for devices older than Ampere."""

@@ -1,0 +1,223 @@
+"""Rows of a micro-batch become one token stream in which every shared prefix stands once.
+
+The rows' token trie is written down depth first: `[prefix][suffix 1][suffix 2]..`, and where some
+of the suffixes share a long beginning of their own, `[prefix][shared][suffix 1][suffix 2]..`. Each
+segment attends itself causally and all its ancestors wholly, which is what every row alone would
+do, so no row changes. `attention.py` computes that, `forward.py` the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.prompts.tokens import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_SHARED_TOKENS = 32
+"""A shorter beginning is repeated: computing it again costs less than one more attention call."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A range of queries that attends a range of keys, wholly or causally.
+
+    A causal block is square: its first query attends its first key alone. Every query is in
+    exactly one causal block, and in any number of others.
+    """
+
+    query_start: int
+    query_stop: int
+    key_start: int
+    key_stop: int
+    causal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedStream:
+    """One micro-batch as a stream of tokens, and where its losses are.
+
+    The last layer is asked for `last_positions` only, so its queries are numbered anew: its blocks
+    and the target positions count within them.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    blocks: tuple[Block, ...]
+    last_positions: torch.Tensor
+    last_blocks: tuple[Block, ...]
+    target_positions: torch.Tensor
+    target_ids: torch.Tensor
+    prefix_tokens: int
+    """Tokens that all rows share; what only some of them share is not counted here."""
+    suffix_tokens: tuple[int, ...]
+    """Tokens of each row that no other row uses, in the order of the stream."""
+    plain_tokens: int
+    """What a padded batch of the same rows computes."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the model computes for this micro-batch."""
+        return len(self.input_ids)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return len(self.target_ids)
+
+    def to(self, device: torch.device | str) -> PackedStream:
+        """Move the tensors, as a trainer moves a batch.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The same stream there.
+        """
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            last_positions=self.last_positions.to(device),
+            target_positions=self.target_positions.to(device),
+            target_ids=self.target_ids.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is computed of a row: nothing behind its last supervised token feeds the loss."""
+
+    ids: list[int]
+    targets: list[tuple[int, int]]
+    """Index of the token that predicts, and the id that it predicts."""
+
+
+@dataclass
+class _Draft:
+    """The stream while segments are appended to it."""
+
+    rows: list[_Row]
+    shares: list[int]
+    smallest: int
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
+    last_blocks: list[Block] = field(default_factory=list)
+    targets: list[tuple[int, int]] = field(default_factory=list)
+    suffixes: list[int] = field(default_factory=list)
+
+    def place(self, first: int, stop: int, depth: int) -> None:
+        """Append rows first..stop, of which `depth` tokens are in the stream already."""
+        start = first
+        for row in range(first, stop):
+            if row + 1 < stop and self.shares[row] - depth >= self.smallest:
+                continue
+            if row == start:
+                self._append_suffix(self.rows[row], depth)
+            else:
+                self._append_shared(start, row + 1, depth)
+            start = row + 1
+
+    def _append_shared(self, first: int, stop: int, depth: int) -> None:
+        """Append what rows first..stop share, then what they do not."""
+        shared = min(self.shares[first : stop - 1])
+        start, end = self._append(self.rows[first].ids, depth, shared)
+        last_before = len(self.last)
+        self.place(first, stop, shared)
+        self.blocks.append(Block(end, len(self.ids), start, end, causal=False))
+        self.last_blocks.append(Block(last_before, len(self.last), start, end, causal=False))
+
+    def _append_suffix(self, row: _Row, depth: int) -> None:
+        """Append what is left of one row, with its targets."""
+        start, end = self._append(row.ids, depth, len(row.ids))
+        tail = start + row.targets[0][0] - depth
+        before = len(self.last)
+        self.last += range(tail, end)
+        self.last_blocks.append(Block(before, len(self.last), tail, end, causal=True))
+        if tail > start:
+            self.last_blocks.append(Block(before, len(self.last), start, tail, causal=False))
+        first = row.targets[0][0]
+        self.targets += [(before + at - first, target) for at, target in row.targets]
+        self.suffixes.append(end - start)
+
+    def _append(self, ids: list[int], depth: int, stop: int) -> tuple[int, int]:
+        start = len(self.ids)
+        self.ids += ids[depth:stop]
+        self.positions += range(depth, stop)
+        self.blocks.append(Block(start, len(self.ids), start, len(self.ids), causal=True))
+        return start, len(self.ids)
+
+
+def pack(
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    smallest_shared_tokens: int | None = SMALLEST_SHARED_TOKENS,
+) -> PackedStream:
+    """Write the rows of a micro-batch as one stream.
+
+    A prefix is cut at least one token before the first token in which its rows differ and before
+    the first supervised one, so that each row predicts its own targets from its own tokens.
+
+    Args:
+        rows: With input_ids and labels; the order does not matter, as losses are summed.
+        smallest_shared_tokens: A shorter beginning is repeated; none shares nothing at all.
+
+    Returns:
+        The stream, on the CPU.
+
+    Raises:
+        DataError: A row has no supervised token.
+    """
+    import torch
+
+    kept = sorted((_row(row, at) for at, row in enumerate(rows)), key=lambda row: row.ids)
+    longest = max(len(row["input_ids"]) for row in rows)
+    nothing = smallest_shared_tokens is None
+    shares = [0 if nothing else _shared(a, b) for a, b in pairwise(kept)]
+    draft = _Draft(kept, shares, max(1, smallest_shared_tokens or 1))
+    draft.place(0, len(kept), 0)
+    common = min(shares, default=0)
+    return PackedStream(
+        input_ids=torch.tensor(draft.ids),
+        position_ids=torch.tensor(draft.positions),
+        blocks=_causal_first(draft.blocks),
+        last_positions=torch.tensor(draft.last),
+        last_blocks=_causal_first(draft.last_blocks),
+        target_positions=torch.tensor([at for at, _ in draft.targets]),
+        target_ids=torch.tensor([target for _, target in draft.targets]),
+        prefix_tokens=common if common >= draft.smallest else 0,
+        suffix_tokens=tuple(draft.suffixes),
+        plain_tokens=longest * len(rows),
+    )
+
+
+def _causal_first(blocks: list[Block]) -> tuple[Block, ...]:
+    """Order blocks so that the first one of every query writes and the others add to it."""
+    return tuple(sorted(blocks, key=lambda block: not block.causal))
+
+
+def _row(row: Mapping[str, Sequence[int]], at: int) -> _Row:
+    labels = row["labels"]
+    targets = [(n - 1, label) for n, label in enumerate(labels) if n and label != IGNORED]
+    if not targets:
+        raise DataError(
+            f"row {at} of a micro-batch has no supervised token",
+            "it would be computed without teaching anything",
+            "encode rows with `prompts.rows.encode_examples`, which supervises every completion",
+        )
+    return _Row(list(row["input_ids"][: targets[-1][0] + 1]), targets)
+
+
+def _shared(a: _Row, b: _Row) -> int:
+    """Count the tokens that two rows may share."""
+    pairs = enumerate(zip(a.ids, b.ids, strict=False))
+    same = next((n for n, (x, y) in pairs if x != y), min(len(a.ids), len(b.ids)))
+    # targets[0][0] is the token before the first supervised one.
+    return max(0, min(same - 1, a.targets[0][0], b.targets[0][0]))
