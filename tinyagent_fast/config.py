@@ -147,6 +147,8 @@ class EvalConfig:
     """Validation entries on which checkpoints are compared during training."""
     parity_prompts: int = 8
     """Prompts generated at batch 1 and at batch N before a sweep; 0 skips the comparison."""
+    lookup_tokens: int = 0
+    """Guesses from the prompt that a decoding step checks at once; plans stay the same."""
     limit: int | None = None
     """Evaluate only the first so many test entries; None takes all."""
     before_and_after: bool = False
@@ -249,6 +251,7 @@ def _too_small(config: Config) -> list[str]:
         "train.evaluations": c.train.evaluations,
         "eval.sample": c.eval.sample,
         "eval.parity-prompts": c.eval.parity_prompts,
+        "eval.lookup-tokens": c.eval.lookup_tokens,
         "train.weight-decay": c.train.weight_decay,
     }
     problems = [

@@ -480,3 +480,20 @@ def test_real_training_prompts_share_their_instructions(real_data: Path) -> None
     assert len(groups) == 1
     assert groups[0].prefix_tokens > 1500
     assert computed_tokens(prompts, groups, 16, 0) < 0.6 * sum(map(len, prompts))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_gives_what_each_prompt_gives_alone(dtype: str, tokenizer: PromptTokenizer) -> None:
+    """In 16 bits two ways to compute may part where two tokens are about as likely."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = make_model(4, 2, hidden_size=256).to("cuda", getattr(torch, dtype))
+    assert decoding_path(model) == "shared prefix"
+    prompts = family_of(16)
+    expected = one_at_a_time(model, tokenizer, prompts)
+    found = run(model, tokenizer, prompts, batch=8, lookup_tokens=2)
+    equal = sum(one == other for one, other in zip(found, expected, strict=True))
+    assert equal == 16 if dtype == "float32" else equal >= 10

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.generation.decoding import Completion, complete, generating
+from tinyagent_fast.generation.decoding import (
+    Completion,
+    complete,
+    decoding_path,
+    generating,
+)
 from tinyagent_fast.generation.llama_cpp import LlamaServer
 from tinyagent_fast.generation.parity import ParityReport, compare_batches
 from tinyagent_fast.prompts.templates import render_prompt
@@ -83,6 +88,8 @@ class TransformersEngine:
     """A model in torch, left in its mode after every method."""
 
     loaded: LoadedModel
+    lookup_tokens: int = 0
+    """Guesses from the prompt that each step checks at once; plans stay the same."""
 
     @property
     def name(self) -> str:
@@ -98,15 +105,17 @@ class TransformersEngine:
         return {"backend": self.loaded.backend}
 
     def notes(self, examples: Sequence[Example]) -> list[str]:
-        """Say nothing: prompts are encoded as in training.
+        """Say which way the model runs; prompts are encoded as in training.
 
         Args:
             examples: What will be completed.
 
         Returns:
-            No lines.
+            One line.
         """
-        return []
+        path = decoding_path(self.loaded.model, self.loaded.backend)
+        guesses = self.lookup_tokens if path == "shared prefix" else 0
+        return [f"decoding: {path}" + (f", {guesses} guesses a step" if guesses else "")]
 
     def compare_batches(
         self,
@@ -163,6 +172,8 @@ class TransformersEngine:
                 batch=batch,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
+                backend=self.loaded.backend,
+                lookup_tokens=self.lookup_tokens,
             )
 
 

@@ -223,22 +223,28 @@ class _PrefillPass:
         self.last = _StepPass(rows, first, lengths_B[:, None] - 1, max(lengths))
 
     def store(self, layer: int, keys_1TKD: Tensor, values_1TKD: Tensor) -> None:
-        self.own = keys_1TKD.transpose(1, 2), values_1TKD.transpose(1, 2)
-        for stored, new in zip(self.rows.layer(layer, keys_1TKD), self.own, strict=True):
+        new = keys_1TKD[0].transpose(0, 1), values_1TKD[0].transpose(0, 1)
+        for stored, added in zip(self.rows.layer(layer, keys_1TKD), new, strict=True):
             for row, part in enumerate(self.parts, start=self.first):
-                stored[row, :, : part.stop - part.start] = new[0, :, part]
+                stored[row, :, : part.stop - part.start] = added[:, part]
 
     def attend(self, layer: int, queries_1THD: Tensor) -> Tensor:
         import torch
 
         if queries_1THD.shape[1] == len(self.parts):
             return self.last.attend(layer, queries_1THD)
-        llama, prefix = self.rows.llama, self.rows.prefix
-        queries, before = queries_1THD.transpose(1, 2), prefix.layer(layer)
-        keys, values = self.own
-        own = [(queries[:, :, p], keys[:, :, p], values[:, :, p]) for p in self.parts]
+        llama, before = self.rows.llama, self.rows.prefix.layer(layer)
+        # Tokens of one head side by side: the kernel is slower over strides.
+        queries = queries_1THD.transpose(1, 2).contiguous()
+        keys, values = self.rows.layer(layer, queries_1THD)
+        own = []
+        for row, part in enumerate(self.parts, start=self.first):
+            seen = part.stop - part.start
+            own.append(
+                (queries[:, :, part], keys[row, None, :, :seen], values[row, None, :, :seen])
+            )
         if not llama.by_blocks:
-            return torch.cat([_read_in_one(part, before, llama.scale) for part in own], dim=1)
+            return torch.cat([_read_in_one(*part, before, llama.scale) for part in own], dim=1)
         found = [cpu_attention(*part, scale=llama.scale, causal=True) for part in own]
         read, lse = (
             torch.cat([x.transpose(1, 2) for x in each], dim=1) for each in zip(*found, strict=True)
@@ -250,12 +256,15 @@ class _PrefillPass:
 
 
 def _read_in_one(
-    part: tuple[Tensor, Tensor, Tensor], before: tuple[Tensor, Tensor] | None, scale: float
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    before: tuple[Tensor, Tensor] | None,
+    scale: float,
 ) -> Tensor:
     """Attend from one row's tokens to the prefix and themselves, put into one tensor for it."""
     import torch
 
-    queries, keys, values = part
     if before is not None:
         keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
     return causal_attention(queries, keys, values, scale).transpose(1, 2)
