@@ -5,6 +5,8 @@ PRESET ?= auto
 RUN ?= latest
 ENGINE ?=
 MODEL ?=
+A ?=
+B ?=
 ARGS ?=
 BIN := $(VENV)/bin
 # The requirements file follows the machine: CUDA present or not.
@@ -12,7 +14,7 @@ CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nu
 REQUIREMENTS ?= $(if $(CUDA),requirements.txt,requirements-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-unsloth data preview train eval export score test lint gpu-check clean
+.PHONY: help setup setup-dev setup-unsloth doctor data preview train chat serve eval export score report compare test lint gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +39,9 @@ setup: $(VENV)/.installed ## set up .venv from the requirements file that fits t
 setup-dev: $(VENV)/.installed-dev ## add the tools for tests, lint and types
 setup-unsloth: $(VENV)/.installed-unsloth ## without CUDA: add Unsloth's CPU backend
 
+doctor: setup ## what this machine has and lacks for a config, with the fix
+	$(BIN)/tinyagent-fast doctor --preset $(PRESET) $(ARGS)
+
 data: setup ## download the published dataset into data/
 	$(BIN)/tinyagent-fast data download $(ARGS)
 
@@ -46,6 +51,12 @@ preview: setup ## show rows with their supervised tokens in colour
 train: setup ## train (PRESET=auto picks the preset for this machine)
 	$(BIN)/tinyagent-fast train --preset $(PRESET) $(ARGS)
 
+chat: setup ## type requests, see their plans and graphs (RUN=latest or MODEL=file.gguf)
+	$(BIN)/tinyagent-fast chat $(if $(MODEL),--model $(MODEL),--run $(RUN)) $(ARGS)
+
+serve: setup ## the same as a web page on this machine (RUN=latest or MODEL=file.gguf)
+	$(BIN)/tinyagent-fast serve $(if $(MODEL),--model $(MODEL),--run $(RUN)) $(ARGS)
+
 eval: setup ## measure plan success of a run (RUN=latest ENGINE=auto|transformers|gguf MODEL=file.gguf)
 	$(BIN)/tinyagent-fast eval --run $(RUN) $(if $(ENGINE),--engine $(ENGINE)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
@@ -54,6 +65,12 @@ export: setup ## merged weights and GGUF files of a run, proved (RUN=latest)
 
 score: setup ## score a run's predictions again
 	$(BIN)/tinyagent-fast score runs/$(RUN) $(ARGS)
+
+report: setup ## a run as one HTML page and as Markdown (RUN=latest)
+	$(BIN)/tinyagent-fast report --run $(RUN) $(ARGS)
+
+compare: setup ## two runs on the same queries, and which plans flipped (A=run B=run)
+	$(BIN)/tinyagent-fast compare $(A) $(B) $(ARGS)
 
 test: setup-dev setup-unsloth ## run the tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)

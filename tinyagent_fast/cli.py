@@ -13,9 +13,15 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("train", "train an adapter: data, rows, LoRA, best checkpoint by plan success"),
+    "plan": ("plan", "memory and hours of a config on a card, before renting one"),
     "eval": ("evaluate", "generate plans for the test file with a run's adapter and score them"),
     "score": ("score", "score predictions or a list of label/prediction pairs; needs no torch"),
     "export": ("export", "merged weights and GGUF files of a run, proved against its adapter"),
+    "chat": ("chat", "type a request, see its plan being written and its graph drawn"),
+    "serve": ("serve", "the same as a small web page on this machine"),
+    "report": ("report", "a run as one HTML page and as Markdown"),
+    "compare": ("compare", "two runs on the same queries: difference, interval, what flipped"),
+    "doctor": ("doctor", "what this machine has and lacks for a config, with the fix"),
     "preview": ("preview", "show rows with their supervised tokens in colour"),
     "data check": ("data_check", "report on a data file: counts, lengths, leaks, faults"),
     "data generate": ("data_generate", "write a generated dataset in the published schema"),

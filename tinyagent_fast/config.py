@@ -17,8 +17,9 @@ Weights = Literal["nf4", "bf16", "fp16", "fp32"]
 Checkpointing = Literal["unsloth", "true", "false"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
-Batching = Literal["length-grouped", "packed", "shuffled"]
+Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
 QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+Tracker = Literal["off", "tensorboard", "trackio", "wandb"]
 
 BASE_MODEL = "Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct"
 """The model that the published TinyAgent-1.1B was fine-tuned from."""
@@ -95,7 +96,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps; overrides epochs."""
     batch: int | Literal["auto"] = 1
-    """Rows per micro-batch; `auto` takes the most that are predicted to fit, at the same product
+    """Rows per micro-batch of each process; `auto` takes the most that are predicted to fit, at the same product
     of batch and accumulation."""
     accumulation: int = 8
     """Micro-batches per optimizer step."""
@@ -111,8 +112,9 @@ class TrainConfig:
     """Gradients are clipped to this norm."""
     optimizer: Literal["adamw_8bit", "adamw_torch"] = "adamw_8bit"
     """8-bit AdamW of bitsandbytes, or torch's."""
-    batching: Batching = "length-grouped"
-    """Rows of similar length together, rows packed to max-length-tokens, or plain shuffling."""
+    batching: Batching = "prefix-grouped"
+    """Rows with long common beginnings together (by length where prefixes are not shared), rows of
+    similar length, rows packed to max-length-tokens, or plain shuffling."""
     shared_prefix: Literal["auto", "on", "off"] = "auto"
     """Compute the beginning that rows of a micro-batch share once, exactly; and no dead work."""
     seed: int = 3407
@@ -165,6 +167,8 @@ class Config:
     """Name of the run's folder; None makes one from preset and time."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    track: Tracker = "off"
+    """Experiment tracker that gets every logged figure too; its package must be installed."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -215,7 +215,7 @@ def _plan_success(
                 trainer, rows, loaded.tokenizer.pad_id, config.train.rows_per_batch, lambda: None
             )
         result = evaluate_examples(
-            TransformersEngine(loaded),
+            TransformersEngine(loaded, config.eval.lookup_tokens),
             session.examples.validation,
             settings,
             run.path / "samples" / f"step-{step:06d}",
@@ -253,7 +253,7 @@ def _test(session: Session, name: str) -> EvaluationResult:
     """Measure the test entries with the model as it stands."""
     with session.display.bar(f"test queries, {name} training", "plans") as update:
         return evaluate_examples(
-            TransformersEngine(session.loaded),
+            TransformersEngine(session.loaded, session.config.eval.lookup_tokens),
             session.examples.test,
             session.config.eval,
             session.run.path / "test" / name,

@@ -183,9 +183,7 @@ def predict_memory(
     computed_tokens: int | None = None,
     usable_gib: float | None = None,
 ) -> MemoryPrediction:
-    """Predict the peak memory that torch reserves for training with a micro-batch.
-
-    Quantisation-aware training keeps more, which is not counted.
+    """Predict the peak memory that torch reserves for a micro-batch; qat's extra is not counted.
 
     Args:
         shape: The base model.
@@ -210,9 +208,9 @@ def predict_memory(
     # prepare_model_for_kbit_training turns all that is not in 4 bits into fp32. Source: peft.
     wide = 4 if model.weights == "fp32" or (model.weights == "nf4" and not unsloth) else 2
     weights_gib, adapter_gib = _static_gib(shape, model, lora, optimizer, wide)
-    per_layer = _plain_layer(shape, lora, held, expanded=padded)
-    if unsloth:
-        per_layer = _unsloth_layer(shape, lora, held)
+    per_layer = (
+        _unsloth_layer(shape, lora, held) if unsloth else _plain_layer(shape, lora, held, padded)
+    )
     kept, backward = _kept_and_backward(shape, per_layer, held, wide, unsloth, checkpointing)
     loss_gib = _loss_gib(shape, unsloth, tokens, supervised_tokens, wide, computed_tokens is None)
     if unsloth and usable_gib is not None:
@@ -249,9 +247,8 @@ def _kept_and_backward(
     """Bytes of a token that are kept through the step, and those that a backward layer adds."""
     h, i = shape.hidden, shape.intermediate
     if unsloth:
-        # The final norm's input; of a layer's backward pass, what an 8B model needs by the
-        # published context lengths (212 KB a token) beyond what its kernels save.
-        # Source: unsloth.ai/docs/basics/unsloth-benchmarks.
+        # The final norm's input; what a backward layer adds is fitted to an 8B model's 212 KB
+        # a token. Source: unsloth.ai/docs/basics/unsloth-benchmarks.
         rest, backward = held * h, held * (2 * i + 4 * h)
     else:
         # Counted: the hidden states that TRL sorts; an MLP's gradients, with peft's fp32 copies.
@@ -261,11 +258,10 @@ def _kept_and_backward(
     if unsloth and checkpointing == "unsloth":
         # The last layer's input stays, and one buffer brings the others back.
         return rest + 2 * held * h, per_layer + backward
-    inputs = shape.layers * (held if unsloth else wide) * h
-    return rest + inputs, per_layer + backward
+    return rest + shape.layers * (held if unsloth else wide) * h, per_layer + backward
 
 
-def _plain_layer(shape: ModelShape, lora: LoraConfig, held: int, *, expanded: bool) -> int:
+def _plain_layer(shape: ModelShape, lora: LoraConfig, held: int, expanded: bool) -> int:
     """Bytes of a token that autograd keeps of a layer of transformers with peft and SDPA."""
     linears = shape.linears(attention_only=lora.targets == "attention")
     inputs = sum(a for a, _ in linears)
@@ -283,10 +279,9 @@ def _plain_layer(shape: ModelShape, lora: LoraConfig, held: int, *, expanded: bo
 
 
 def _unsloth_layer(shape: ModelShape, lora: LoraConfig, held: int) -> int:
-    """Bytes of a token that Unsloth's kernels keep of a layer.
+    """Bytes of a token that Unsloth's kernels keep of a layer; xformers gets k and v of all heads.
 
-    Source: save_for_backward in unsloth/kernels (fast_lora, rms_layernorm); xformers gets keys and
-    values of all heads.
+    Source: save_for_backward in unsloth/kernels (fast_lora, rms_layernorm).
     """
     hidden = 4 * shape.hidden  # inputs of both norms, of q, k, v and of the MLP
     attention = 4 * shape.query_width  # q, k, v and the output

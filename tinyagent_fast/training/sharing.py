@@ -15,6 +15,7 @@ from typing import Any
 from tinyagent_fast.config import TrainConfig
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.training.models import LoadedModel
+from tinyagent_fast.training.trainer import LengthGroupedOrder
 
 _SAMPLED_BATCHES = 32
 
@@ -107,14 +108,17 @@ def row_order(rows: Any, train: TrainConfig) -> Any:
     """Make the order in which rows meet when prefixes are shared.
 
     Args:
-        rows: Dataset with input_ids.
-        train: Batch and seed.
+        rows: Dataset with input_ids and length.
+        train: Batching, batch and seed.
 
     Returns:
         A sampler; `set_epoch` chooses the epoch.
     """
     from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
 
+    if train.batching != "prefix-grouped":
+        # For counting only: plain shuffling shares as much as any order that ignores beginnings.
+        return LengthGroupedOrder(list(rows["length"]), train.rows_per_batch, train.seed)
     return PrefixGroupedOrder((row["input_ids"] for row in rows), train.rows_per_batch, train.seed)
 
 
@@ -135,7 +139,7 @@ def share_prefixes(
     base = loaded.model.get_base_model()
     trainer.layer_checkpointing = bool(base.is_gradient_checkpointing)
     trainer.data_collator = _WithStream(trainer.data_collator)
-    if train.batching == "length-grouped":
+    if train.batching == "prefix-grouped":
         trainer.order = row_order(rows, train)
 
 

@@ -9,27 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import TrainConfig
 from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.processes import Processes
 from tinyagent_fast.training.models import LoadedModel
 
 if TYPE_CHECKING:
     import torch
 
+    from tinyagent_fast.training.tracking import Tracking
+
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def optimizer_steps(rows: int, train: TrainConfig) -> int:
+def optimizer_steps(rows: int, train: TrainConfig, processes: int = 1) -> int:
     """Count the optimizer steps of a run.
 
     Args:
         rows: Training rows, or packed rows.
         train: Batch, accumulation, epochs and max_steps.
+        processes: How many take a batch each.
 
     Returns:
         Optimizer steps, as the trainer counts them.
     """
     if train.max_steps is not None:
         return train.max_steps
-    micro_batches = math.ceil(rows / train.rows_per_batch)
+    micro_batches = math.ceil(rows / (train.rows_per_batch * processes))
     return math.ceil(train.epochs * max(1, math.ceil(micro_batches / train.accumulation)))
 
 
@@ -55,6 +59,8 @@ def build_trainer(
     output_dir: Path,
     save_every_steps: int | None = None,
     evaluations: int = 0,
+    processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
+    tracking: Tracking | None = None,
 ) -> Any:
     """Wire the trainer; nothing of the rows is changed, cut or masked by it.
 
@@ -66,6 +72,8 @@ def build_trainer(
         output_dir: Folder for resumable checkpoints.
         save_every_steps: How often one is saved; none saves with every evaluation.
         evaluations: How many evaluations there will be.
+        processes: They share the rows of each step.
+        tracking: Where figures go besides the run's folder; none for nowhere.
 
     Returns:
         A `trl.SFTTrainer`.
@@ -77,7 +85,7 @@ def build_trainer(
     adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
     trainer = _trainer_class()(
         model=loaded.model,
-        args=_arguments(loaded, train, max_length_tokens, output_dir),
+        args=_arguments(loaded, train, max_length_tokens, output_dir, tracking),
         train_dataset=dataset,
         processing_class=loaded.tokenizer.hf,
     )
@@ -85,18 +93,23 @@ def build_trainer(
     for parameter, data in adapter:
         parameter.data = data
     # Only now is the number of packed rows known.
-    steps = optimizer_steps(len(trainer.train_dataset), train)
+    steps = optimizer_steps(len(trainer.train_dataset), train, processes.count)
     trainer.args.warmup_steps = math.ceil(steps * train.warmup)
     trainer.args.logging_steps = max(1, min(10, steps // 20))
     trainer.args.save_steps = save_every_steps or steps_between(steps, evaluations or 6)
-    trainer.group_by_length = train.batching == "length-grouped"
+    trainer.group_by_length = train.batching in ("length-grouped", "prefix-grouped")
+    trainer.processes = processes
     for display in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(display)
     return trainer
 
 
 def _arguments(
-    loaded: LoadedModel, train: TrainConfig, max_length_tokens: int, output_dir: Path
+    loaded: LoadedModel,
+    train: TrainConfig,
+    max_length_tokens: int,
+    output_dir: Path,
+    tracking: Tracking | None,
 ) -> Any:
     """Translate our settings; what depends on the number of rows is set later."""
     from trl import SFTConfig
@@ -128,8 +141,9 @@ def _arguments(
         packing=packed,
         padding_free=False,
         disable_tqdm=True,
-        report_to="none",
         dataset_num_proc=None,
+        ddp_find_unused_parameters=False,  # every step uses the whole adapter
+        **(tracking.arguments() if tracking else {"report_to": "none"}),
     )
 
 
@@ -143,6 +157,7 @@ def _trainer_class() -> Any:
 
         group_by_length = False
         layer_checkpointing = False
+        processes = Processes()
         order: Any = None
         tokens_seen = 0
         """Tokens of rows, padding apart."""
@@ -156,7 +171,9 @@ def _trainer_class() -> Any:
                 return self.order
             if not self.group_by_length:
                 return RandomSampler(self.train_dataset, generator=_generator(self.args.seed))
-            group = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+            # The trainer deals batches to the processes in turn, so a step's rows are neighbours.
+            batch = self.args.per_device_train_batch_size * self.processes.count
+            group = batch * self.args.gradient_accumulation_steps
             return LengthGroupedOrder(list(self.train_dataset["length"]), group, self.args.seed)
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +183,7 @@ def _trainer_class() -> Any:
             self.tokens_padded += padded
             self.tokens_computed += padded if stream is None else stream.computed_tokens
             loss = super().training_step(model, inputs, *args, **kwargs)
-            refuse_non_finite("loss", loss, self.state.global_step + 1)
+            refuse_non_finite("loss", loss, self.state.global_step + 1, self.processes)
             return loss
 
         def compute_loss(
@@ -191,22 +208,30 @@ def _trainer_class() -> Any:
     return PlanTrainer
 
 
-def refuse_non_finite(name: str, value: torch.Tensor, step: int) -> None:
-    """Stop before an optimizer step that would spoil the adapter.
+def refuse_non_finite(
+    name: str,
+    value: torch.Tensor,
+    step: int,
+    processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
+) -> None:
+    """Stop before an optimizer step that would spoil the adapter, all processes together.
 
     Args:
         name: `loss` or `gradient norm`.
         value: A scalar tensor.
         step: The optimizer step that was about to be made.
+        processes: Each has a value of its own.
 
     Raises:
         TrainingError: The value is not finite.
     """
     import torch
 
-    if not torch.isfinite(value).all():
+    finite = bool(torch.isfinite(value).all())
+    if processes.in_any(not finite):
+        found = "not finite in another process" if finite else str(float(value))
         raise TrainingError(
-            f"the {name} is {float(value)} before optimizer step {step}",
+            f"the {name} is {found} before optimizer step {step}",
             "one such step would turn every adapter weight into NaN; none was made",
             "lower --train.learning-rate, look at the rows of that step with "
             "`tinyagent-fast preview`, and resume from the last checkpoint with --resume",
@@ -289,7 +314,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tens
 def validation_loss(
     trainer: Any, rows: Sequence[dict[str, Any]], pad_id: int, batch: int, each: Callable[[], None]
 ) -> float:
-    """Measure the mean loss of a supervised token over rows.
+    """Measure the mean loss of a supervised token over rows, which processes share.
 
     Args:
         trainer: Holds the model and puts batches on its device.
@@ -302,11 +327,13 @@ def validation_loss(
         Loss in nats per supervised token.
     """
     total = tokens = 0.0
-    for start in range(0, len(rows), batch):
+    processes: Processes = trainer.processes
+    for start in processes.share(range(0, len(rows), batch)):
         inputs = trainer._prepare_inputs(collate(rows[start : start + batch], pad_id))
         supervised = int((inputs["labels"][:, 1:] != -100).sum())
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             total += float(trainer.model(**inputs, use_cache=False).loss) * supervised
         tokens += supervised
         each()
+    total, tokens = processes.summed(total, tokens)
     return total / tokens

@@ -1,0 +1,233 @@
+"""`report` writes one page that needs nothing else, and Markdown that says the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.cli import main
+from tinyagent_fast.reports.html import run_page
+from tinyagent_fast.reports.markdown import fenced, plain, run_markdown
+from tinyagent_fast.reports.markup import printable
+from tinyagent_fast.reports.reading import read_run
+from tinyagent_fast.runs import Run
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Reads a page and fails on tags that are not closed in order."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words = ""
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words += data
+
+
+def assert_self_contained(source: str, page: Page) -> None:
+    for name, value in page.attributes:
+        assert not name.startswith("on"), name
+        if name in ("href", "src", "srcset", "action", "data", "xlink:href"):
+            assert value.startswith("#"), value
+        assert "url(" not in value
+    styles = re.findall(r"<style>(.*?)</style>", source, flags=re.S)
+    assert len(styles) == 1
+    assert not re.search(r"url\(|@import|http", styles[0])
+    assert {"script", "link", "img", "iframe", "object", "base", "form"}.isdisjoint(page.tags)
+
+
+def test_a_run_with_nothing_but_its_config_gives_a_report(
+    bare_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report"]) == 0
+    out = capsys.readouterr().out
+    assert "no plan success on test queries yet" in out
+    assert "note: history.jsonl is missing" in out
+    source = (bare_run.path / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert_self_contained(source, page)
+    assert "history.jsonl is missing" in page.words
+    assert "history.jsonl is missing" in (bare_run.path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_page_needs_no_network_and_no_script_and_shows_texts_as_they_are(
+    full_run: Run,
+) -> None:
+    source = run_page(read_run(full_run))
+    page = Page(source)
+    assert_self_contained(source, page)
+    query = '</script><b onclick="x">note & "quotes" `ticks` | pipe \ufffd\n# heading'
+    assert page.words.count(query) >= 7
+    assert "b" not in page.tags
+    source.encode("utf-8")
+
+
+def test_the_page_has_every_part(full_run: Run) -> None:
+    page = Page(run_page(read_run(full_run)))
+    for words in (
+        "20.0 %",
+        "2 of 10 test queries (test/after)",
+        "before training 0.0 %",
+        "Not comparable with the published results",
+        "TinyAgent-7B with ToolRAG",
+        "84.95 %",
+        "Plan success on 4 validation queries",
+        "Memory",
+        "Success by number of calls",
+        "Success by tool",
+        "Why plans fail",
+        "8 of 8 failing plans",
+        "gguf/a-q4_k_m.gguf",
+        "75.0 % (30.1 - 95.4)",
+        "All 1 gates passed.",
+        "+10.0 (",
+        "no GPU, 2 CPU cores",
+        "2 min 10 s",
+    ):
+        assert words in page.words, words
+    anchors = {value for name, value in page.attributes if name == "id"}
+    links = {value[1:] for name, value in page.attributes if name == "href"}
+    assert links == anchors
+    assert page.tags.count("article") == 8
+
+
+def test_what_was_not_recorded_has_no_chart(full_run: Run) -> None:
+    text = full_run.history_path.read_text().replace("memory_gib", "other")
+    full_run.history_path.write_text(text)
+    page = Page(run_page(read_run(full_run)))
+    assert "Memory" not in page.words
+    assert "Speed" in page.words
+
+
+def test_markdown_has_the_same_figures_and_no_text_breaks_out(full_run: Run) -> None:
+    text = run_markdown(read_run(full_run))
+    assert "**plan success 20.0 % (5.7 - 51.0), n = 10 (test/after)**" in text
+    assert "| TinyAgent-7B with ToolRAG | 84.95 % |" in text
+    assert "Not comparable" in text
+    assert "\n# heading" not in text
+    assert "### \\</script\\>\\<b onclick" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) > 20
+
+
+def test_a_fence_is_longer_than_any_in_the_text() -> None:
+    lines = list(fenced("a\n````\nb"))
+    assert lines[0] == "`````text"
+    assert lines[2] == "`````"
+    assert next(iter(fenced("a"))) == "```text"
+    assert plain("a\n- b\n\n1. c") == "a - b 1. c"
+    assert plain("a_b *c* _d_") == r"a_b \*c\* \_d\_"
+
+
+def test_the_page_and_the_markdown_go_where_out_says(full_run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "page.html"
+    assert main(["report", full_run.path.name, "--out", str(out)]) == 0
+    assert out.exists()
+    assert out.with_suffix(".md").exists()
+    assert not (full_run.path / "report.html").exists()
+
+
+def test_errors_say_what_to_do(bare_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--run", "none"]) == 2
+    assert "there is no such run" in capsys.readouterr().err
+    assert main(["report", "--out", "x.pdf"]) == 2
+    assert "ends in .html" in capsys.readouterr().err
+
+
+def test_texts_that_no_file_can_hold_are_written_with_a_mark(full_run: Run) -> None:
+    path = full_run.path / "test" / "after" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["query"] = "lone \ud800 surrogate"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    assert main(["report"]) == 0
+    for name in ("report.html", "report.md"):
+        assert printable("lone \ud800") in (full_run.path / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def browser() -> Iterator[str]:
+    """Start a browser of a phone's width, or skip; yields the address of its session."""
+    driver = shutil.which("chromedriver")
+    if driver is None or shutil.which("chromium") is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                ask(f"{address}/status")
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "chromedriver does not answer"
+                time.sleep(0.1)
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-sync",
+        ]
+        flags += ["--disable-background-networking", "--disable-component-update"]
+        screen = {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 1, "touch": True}}
+        options = {"args": flags, "mobileEmulation": screen}
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options}
+        session = ask(f"{address}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        yield f"{address}/session/{session}"
+        ask(f"{address}/session/{session}", method="DELETE")
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def ask(address: str, body: object = None, method: str | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data=data, method=method)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())["value"]
+
+
+def test_a_phone_shows_the_page_without_scrolling_sideways(full_run: Run, browser: str) -> None:
+    assert main(["report"]) == 0
+    ask(f"{browser}/url", {"url": (full_run.path / "report.html").resolve().as_uri()})
+
+    def value(script: str) -> Any:
+        return ask(f"{browser}/execute/sync", {"script": f"return {script}", "args": []})
+
+    assert value("document.documentElement.scrollWidth") == value("window.innerWidth") == 390
+    assert value("document.querySelectorAll('article svg.dag g.node').length") > 10
+    assert value("document.querySelector('.big').textContent") == "20.0 %"
+    assert value("document.querySelector('svg.plot').getBoundingClientRect().height") > 100

@@ -1,0 +1,204 @@
+"""A run's folder is read whole; whatever is missing, broken or doubtful is said and no more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tinyagent_fast.config_file import text_of
+from tinyagent_fast.errors import UserError
+from tinyagent_fast.evaluation.scoring import FAILURE_CODES, Prediction
+from tinyagent_fast.evaluation.statistics import Proportion
+from tinyagent_fast.presets import preset_config
+from tinyagent_fast.reports.breakdown import by_cause, by_tool, gallery
+from tinyagent_fast.reports.published import PUBLISHED_TEST_QUERIES, comparability
+from tinyagent_fast.reports.reading import RunContents, read_run, scored
+from tinyagent_fast.runs import Run
+
+RIGHT = '1. open_note("n", "")\n2. join()'
+NO_CALL = "1. join()"
+
+
+def told(contents: RunContents, words: str) -> bool:
+    return any(words in note for note in contents.notes)
+
+
+def test_a_run_with_nothing_but_its_config_says_what_is_missing(bare_run: Run) -> None:
+    contents = read_run(bare_run)
+    assert contents.main is None
+    assert contents.steps == contents.validations == ()
+    for words in ("history.jsonl is missing", "data.json is missing", "eval/, test/after/"):
+        assert told(contents, words)
+    assert told(contents, "nothing was exported")
+
+
+def test_everything_that_is_there_is_read(full_run: Run) -> None:
+    contents = read_run(full_run)
+    assert contents.notes == ()
+    assert contents.main is not None
+    assert contents.main.name == "test/after"
+    assert contents.main.metrics.success == Proportion(2, 10)
+    assert set(contents.evaluations) == {"test/before", "test/after", "eval-gguf-a-q4_k_m"}
+    assert [step.step for step in contents.steps] == [10, 20, 30, 40]
+    assert contents.steps[0].memory_gib == 3.5
+    assert [v.success for v in contents.validations] == [Proportion(1, 4), Proportion(3, 4)]
+    assert contents.timings_s == {"steps": 65.0, "all": 130.2}
+    assert contents.export is not None
+    assert [file.stem for file in contents.export.files] == ["a-q4_k_m"]
+    assert contents.export.files[0].success == Proportion(3, 4)
+    assert contents.export.verdict() == "All 1 gates passed."
+
+
+def test_the_newer_evaluation_gives_the_headline(
+    full_run: Run, write_predictions: Callable[..., None]
+) -> None:
+    write_predictions(full_run.path / "eval", [NO_CALL] * 10)
+    contents = read_run(full_run)
+    assert contents.main is not None
+    assert contents.main.name == "eval"
+
+
+def test_fewer_queries_another_test_file_and_another_adapter_are_said(
+    full_run: Run, write_predictions: Callable[..., None]
+) -> None:
+    folder = full_run.path / "eval"
+    write_predictions(folder, [NO_CALL] * 4)
+    assert told(read_run(full_run), "eval holds 4 of the run's 10 test queries")
+    made_with = {"test_sha256": "other", "adapter_sha256": "other"}
+    (folder / "made_with.json").write_text(json.dumps(made_with))
+    full_run.adapter.mkdir()
+    (full_run.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    contents = read_run(full_run)
+    assert told(contents, "another test file")
+    assert told(contents, "another adapter")
+
+
+@pytest.mark.parametrize("name", ["data.json", "timings.json", "environment.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "\x00", '{"a": ' * 20_000])
+def test_a_broken_file_is_left_out_and_named(full_run: Run, name: str, content: str) -> None:
+    (full_run.path / name).write_text(content)
+    contents = read_run(full_run)
+    assert any(note.startswith(name) and "left out" in note for note in contents.notes)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"artefacts": 3, "gates": [], "passed": 1}'])
+def test_a_broken_export_record_is_left_out_and_named(full_run: Run, content: str) -> None:
+    (full_run.path / "export" / "export.json").write_text(content)
+    contents = read_run(full_run)
+    assert contents.export is None
+    assert told(contents, "export/export.json cannot be read")
+
+
+def test_half_a_line_of_predictions_leaves_that_evaluation_out(full_run: Run) -> None:
+    with (full_run.path / "test" / "after" / "predictions.jsonl").open("a") as stream:
+        stream.write('{"key": "half')
+    contents = read_run(full_run)
+    assert contents.main is None
+    assert told(contents, "test/after is left out")
+
+
+def test_broken_and_repeated_lines_of_history_are_counted(full_run: Run) -> None:
+    with full_run.history_path.open("a") as stream:
+        stream.write('{"event": "step", "st\nnull\n{"event": "early stop", "step": 40}\n')
+        stream.write('{"event": "step", "step": 40, "loss": NaN}\n')
+    contents = read_run(full_run)
+    assert told(contents, "2 lines cannot be read")
+    assert told(contents, "1 records of repeated steps")
+    assert contents.steps[-1].loss is None
+
+
+def test_failed_and_skipped_gates_are_not_called_passed(full_run: Run) -> None:
+    path = full_run.path / "export" / "export.json"
+    content = json.loads(path.read_text())
+    content["gates"].append({"name": "loss", "passed": False, "rule": "equal"})
+    for gates, passed, verdict in (
+        (content["gates"], False, "1 of 2 gates failed: loss."),
+        ([], None, "Nothing was proved"),
+    ):
+        path.write_text(json.dumps({**content, "gates": gates, "passed": passed}))
+        export = read_run(full_run).export
+        assert export is not None
+        assert verdict in export.verdict()
+
+
+def test_plans_of_own_tools_are_scored_with_the_catalogue_and_never_without(
+    full_run: Run, tmp_path: Path
+) -> None:
+    config = preset_config("cpu")
+    text = text_of(config).replace("catalogue: null", "catalogue: gone.yaml")
+    full_run.config_path.write_text(text)
+    with pytest.raises(UserError, match=r"gone\.yaml"):
+        read_run(full_run)
+
+
+def test_comparable_is_only_what_was_tested_on_the_published_file(
+    full_run: Run, write_predictions: Callable[..., None]
+) -> None:
+    def verdict() -> str:
+        contents = read_run(full_run)
+        assert contents.main is not None
+        return comparability(contents, contents.main)
+
+    assert "generated data" in verdict()
+    text = full_run.config_path.read_text().replace("test: null", "test: t.json")
+    full_run.config_path.write_text(text)
+    assert verdict().startswith("Not comparable")
+    assert "10 queries of the test file t.json" in verdict()
+    write_predictions(full_run.path / "eval", [NO_CALL] * PUBLISHED_TEST_QUERIES)
+    assert verdict().startswith("Comparable with the published results only if")
+    (full_run.path / "eval" / "made_with.json").write_text('{"test_sha256": "other"}')
+    assert "not the run's own" in verdict()
+
+
+def plan(key: str, text: str, label: str = RIGHT) -> Prediction:
+    fields = {"key": key, "query": "q", "label": label, "prediction": text, "new_tokens": 1}
+    return Prediction(stop_reason="stop", **fields)  # type: ignore[arg-type]
+
+
+def test_tools_are_counted_by_query() -> None:
+    both = '1. open_note("a", "")\n2. open_note("b", "")\n3. send_sms([], "$1$2")\n4. join()'
+    rows = by_tool(
+        scored([plan("a", RIGHT), plan("b", both), plan("c", NO_CALL, both)], None),
+    )
+    found = {row.tool: (row.success, row.lacking, row.surplus) for row in rows}
+    assert found == {
+        "open_note": (Proportion(1, 3), 1, 1),
+        "send_sms": (Proportion(0, 1), 1, 1),
+    }
+
+
+def test_causes_are_counted_before_and_after() -> None:
+    before = scored([plan("a", NO_CALL), plan("b", "")], None)
+    after = scored([plan("a", RIGHT), plan("b", NO_CALL)], None)
+    assert [(row.code, row.count, row.before) for row in by_cause(after, before)] == [
+        ("missing_tool", 1, 1),
+        ("empty", 0, 1),
+    ]
+    assert [row.before for row in by_cause(after, None)] == [None]
+
+
+def test_the_gallery_takes_from_every_cause_and_no_success() -> None:
+    plans = [plan(f"m{at}", NO_CALL) for at in range(30)]
+    plans += [plan("r", RIGHT), plan("e", ""), plan("x", "1. fly()\n2. join()")]
+    chosen = gallery(scored(plans, None), 6)
+    assert [one.score.failure for one in chosen] == ["missing_tool"] * 4 + ["empty", "unknown_tool"]
+    assert len(gallery(scored(plans, None))) == 24
+    assert len(gallery(scored(plans[30:], None))) == 2
+    assert gallery(()) == []
+    assert {one.score.failure for one in chosen} <= set(FAILURE_CODES)
+
+
+def test_reports_need_nothing_heavy() -> None:
+    folder = Path(__file__).parents[2] / "tinyagent_fast" / "reports"
+    names = [f"tinyagent_fast.reports.{path.stem}" for path in folder.glob("*.py")]
+    heavy = {"torch", "transformers", "numpy", "matplotlib", "pyarrow"}
+    code = "import importlib, sys; [importlib.import_module(n) for n in sys.argv[1:]];"
+    code += f"sys.exit(' '.join(set(sys.modules) & {heavy!r}))"
+    words = [sys.executable, "-c", code, *names]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""

@@ -1,0 +1,101 @@
+"""`compare`: two runs or folders of predictions on the same queries, and which plans flipped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from tinyagent_fast.reports.flips import FlipCount, FlippedPlans
+
+_SHOWN_QUERIES = 10
+_SHOWN_TOOLS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareFlags:
+    """Flags of `compare`."""
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """A run, a folder with predictions.jsonl, or such a file."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """The same, to be held against A."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    common: bool = False
+    """Compare on the queries that both planned for, where they are not all the same."""
+    catalogue: Path | None = None
+    """YAML catalogue with the tools that plans may call; by default the runs', else TinyAgent's."""
+    html: bool = False
+    """Write a page with all flips drawn, compare-A.html beside B's predictions."""
+    out: Path | None = None
+    """Write that page into this file instead."""
+    json: bool = False
+    """Print all figures as JSON."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compare.
+
+    Args:
+        arguments: Flags of the command.
+
+    Returns:
+        0 whatever the outcome is.
+    """
+    flags = tyro.cli(CompareFlags, args=list(arguments), prog="tinyagent-fast compare")
+    from tinyagent_fast.reports.flips import find_planners, flipped_plans, tools_of_both
+
+    a, b = find_planners(flags.a, flags.b, flags.runs)
+    tools = tools_of_both(a, b, flags.catalogue)
+    compared = flipped_plans(a, b, tools, common=flags.common)
+    if flags.json:
+        print(json.dumps(compared.to_json(), indent=2))
+    else:
+        print("\n".join(_text(compared)))
+    if flags.html or flags.out is not None:
+        from tinyagent_fast.reports.compare_page import compare_page
+        from tinyagent_fast.runs import write_text
+
+        name = a.name.strip("/").replace("/", "-")
+        path = flags.out or b.folder / f"compare-{name}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, compare_page(compared))
+        # Beside the JSON of --json, the line would break what reads it.
+        print(f"written: {path}", file=sys.stderr if flags.json else sys.stdout)
+    return 0
+
+
+def _text(compared: FlippedPlans) -> list[str]:
+    lines = compared.lines()
+    lines += _counts("flips by number of calls", compared.by_calls)
+    lines += _counts("flips by tool", compared.by_tool)
+    for side in ("A", "B"):
+        flips = [flip for flip in compared.flips if flip.winner == side]
+        if flips:
+            lines += ["", f"right in {side} only:"]
+            lines += [f"  {' '.join(f.query.split())}  [{f.cause}]" for f in flips[:_SHOWN_QUERIES]]
+        if len(flips) > _SHOWN_QUERIES:
+            lines.append(f"  and {len(flips) - _SHOWN_QUERIES} more; --html lists all")
+    return lines
+
+
+def _counts(title: str, counts: Sequence[FlipCount]) -> list[str]:
+    if not counts:
+        return []
+    width = max(len(count.group) for count in counts)
+    lines = ["", f"{title:<{width + 2}}  queries  A only  B only"]
+    width = len(lines[1]) - len("  queries  A only  B only")
+    lines += [
+        f"  {count.group:<{width - 2}}  {count.queries:>7}  {count.only_a:>6}  {count.only_b:>6}"
+        for count in counts[:_SHOWN_TOOLS]
+    ]
+    if len(counts) > _SHOWN_TOOLS:
+        lines.append(f"  and {len(counts) - _SHOWN_TOOLS} more; --html lists all")
+    return lines

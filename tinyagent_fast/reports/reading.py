@@ -1,0 +1,339 @@
+"""What a run's folder holds, as typed values; what is missing or unreadable is noted, not fatal.
+
+Stands between the files that training, evaluation and export write and the pages made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.scoring import Metrics, PairScore, Prediction, score_prediction
+from tinyagent_fast.evaluation.scoring import summarise as summarise_scores
+from tinyagent_fast.evaluation.statistics import Proportion
+from tinyagent_fast.export.record import sha256_of
+from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.reports.export_contents import ExportContents, read_export
+from tinyagent_fast.runs import Run
+
+MAIN_EVALUATIONS = ("eval", "test/after")
+"""Where a run's headline comes from: `eval` is written later than `train`'s own test."""
+_MEMORY_KEYS = ("memory_gib", "peak_gib", "peak_reserved_gib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One logged step of training; None where nothing was recorded."""
+
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    tokens_per_s: float | None
+    memory_gib: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """Plan success on the validation sample at one step."""
+
+    step: int
+    loss: float | None
+    success: Proportion
+    best: bool
+
+
+@dataclass(frozen=True)
+class ScoredPlan:
+    """A prediction with its scores."""
+
+    prediction: Prediction
+    score: PairScore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One folder of predictions, scored anew."""
+
+    name: str
+    plans: tuple[ScoredPlan, ...]
+    metrics: Metrics
+    made_with: Mapping[str, object]
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """The predictions alone."""
+        return [plan.prediction for plan in self.plans]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContents:
+    """All that is known of a run; `notes` says what is not there or not as it should be."""
+
+    name: str
+    folder: Path
+    config: Config
+    tools: Mapping[str, Tool] | None
+    steps: tuple[StepRecord, ...]
+    validations: tuple[ValidationRecord, ...]
+    evaluations: Mapping[str, Evaluation]
+    export: ExportContents | None
+    environment: Mapping[str, object]
+    data: Mapping[str, object]
+    timings_s: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def main(self) -> Evaluation | None:
+        """The evaluation that the headline is taken from, if there is one."""
+        return next((self.evaluations[n] for n in MAIN_EVALUATIONS if n in self.evaluations), None)
+
+
+def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
+    """Read a run's folder.
+
+    Args:
+        run: The run; only its config.yaml must be there.
+        catalogue: YAML catalogue of the tools that plans may call, instead of the run's.
+
+    Returns:
+        What is there.
+
+    Raises:
+        UserError: The config cannot be read, or the catalogue that its plans are scored with.
+    """
+    notes: list[str] = []
+    config = run.config()
+    steps, validations = _read_history(run, notes)
+    folders = list(_evaluation_folders(run.path))
+    tools = tools_of(catalogue or config.data.catalogue) if folders else None
+    data = _read_object(run.path / "data.json", notes)
+    evaluations = {}
+    for name, folder in folders:
+        evaluation = _read_evaluation(name, folder, tools, notes)
+        if evaluation is not None:
+            evaluations[name] = evaluation
+    if not any(name in evaluations for name in MAIN_EVALUATIONS):
+        notes.append(
+            "no plans for test queries (eval/, test/after/): "
+            f"`tinyagent-fast eval --run {run.path.name}` makes them"
+        )
+    notes += _doubts(run, data, evaluations)
+    timings = _read_object(run.path / "timings.json", notes)
+    return RunContents(
+        name=run.path.name,
+        folder=run.path,
+        config=config,
+        tools=tools,
+        steps=steps,
+        validations=validations,
+        evaluations=evaluations,
+        export=read_export(run.path, notes),
+        environment=_read_object(run.path / "environment.json", notes),
+        data=data,
+        timings_s={k: v for k in timings if (v := number(timings, k)) is not None},
+        notes=tuple(notes),
+    )
+
+
+def tools_of(catalogue: Path | None) -> Mapping[str, Tool] | None:
+    """Give the tools that plans may call.
+
+    Args:
+        catalogue: YAML catalogue, or none.
+
+    Returns:
+        Its tools by name; none stands for TinyAgent's own.
+    """
+    if catalogue is None:
+        return None
+    return {tool.name: tool.plan_tool() for tool in load_catalogue(catalogue).tools}
+
+
+def scored(
+    predictions: list[Prediction], tools: Mapping[str, Tool] | None
+) -> tuple[ScoredPlan, ...]:
+    """Score predictions and keep each score with its prediction.
+
+    Args:
+        predictions: Of one planner.
+        tools: Tools by name; none stands for TinyAgent's own.
+
+    Returns:
+        In the same order.
+    """
+    return tuple(ScoredPlan(row, score_prediction(row, tools)) for row in predictions)
+
+
+def number(record: Mapping[str, object], key: str) -> float | None:
+    """Take a finite number out of a JSON object.
+
+    Args:
+        record: The object.
+        key: Name of the field.
+
+    Returns:
+        The number; none if it is missing, no number or not finite.
+    """
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def child(record: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """Take an object out of a JSON object.
+
+    Args:
+        record: The outer object.
+        key: Name of the field.
+
+    Returns:
+        The inner object; an empty one if there is none.
+    """
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes.append(f"{path.name} is missing")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{path.name} cannot be read and is left out: {error}")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} is left out: it is no JSON object")
+        return {}
+    return value
+
+
+def _read_history(
+    run: Run, notes: list[str]
+) -> tuple[tuple[StepRecord, ...], tuple[ValidationRecord, ...]]:
+    """Read history.jsonl; where a resumed run measured a step again, the later record counts."""
+    if not run.history_path.exists():
+        notes.append("history.jsonl is missing: there are no curves")
+        return (), ()
+    steps: dict[int, StepRecord] = {}
+    validations: dict[int, ValidationRecord] = {}
+    unread = again = 0
+    for record in _json_lines(run.history_path):
+        at = number(record, "step")
+        step = _step(int(at), record) if at is not None else None
+        validation = _validation(int(at), record) if at is not None else None
+        if step is not None:
+            again += step.step in steps
+            steps[step.step] = step
+        elif validation is not None:
+            again += validation.step in validations
+            validations[validation.step] = validation
+        else:
+            unread += record.get("event") in (None, "step", "evaluation")
+    if unread:
+        notes.append(f"history.jsonl: {unread} lines cannot be read and are left out")
+    if again:
+        notes.append(f"history.jsonl: {again} records of repeated steps replace earlier ones")
+    if not validations:
+        notes.append("history.jsonl has no evaluation on validation queries")
+    return _ordered(steps), _ordered(validations)
+
+
+_Record = TypeVar("_Record")
+
+
+def _ordered(records: Mapping[int, _Record]) -> tuple[_Record, ...]:
+    return tuple(record for _, record in sorted(records.items()))
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, object]]:
+    """Give the object of each line; an empty one for a line that is none."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield value if isinstance(value, dict) else {}
+
+
+def _step(step: int, record: Mapping[str, object]) -> StepRecord | None:
+    if record.get("event") != "step":
+        return None
+    memory = (number(record, key) for key in _MEMORY_KEYS)
+    return StepRecord(
+        step=step,
+        loss=number(record, "loss"),
+        learning_rate=number(record, "learning_rate"),
+        tokens_per_s=number(record, "tokens_per_s"),
+        memory_gib=next((value for value in memory if value is not None), None),
+    )
+
+
+def _validation(step: int, record: Mapping[str, object]) -> ValidationRecord | None:
+    samples, success = number(record, "samples"), number(record, "success")
+    if record.get("event") != "evaluation" or not samples or success is None:
+        return None
+    if not 0 <= success <= 1:
+        return None
+    return ValidationRecord(
+        step=step,
+        loss=number(record, "loss"),
+        success=Proportion(round(success * samples), int(samples)),
+        best=record.get("best") is True,
+    )
+
+
+def _evaluation_folders(run: Path) -> Iterator[tuple[str, Path]]:
+    named = [(name, run / name) for name in ("eval", "eval-base", "test/before", "test/after")]
+    files = [(path.name, path) for path in sorted(run.glob("eval-gguf-*"))]
+    for name, folder in (*named, *files):
+        if (folder / "predictions.jsonl").exists():
+            yield name, folder
+
+
+def _read_evaluation(
+    name: str, folder: Path, tools: Mapping[str, Tool] | None, notes: list[str]
+) -> Evaluation | None:
+    file = PredictionFile(folder)
+    try:
+        plans = scored(file.read(), tools)
+    except DataError as error:
+        notes.append(f"{name} is left out: {error.what}: {error.why}")
+        return None
+    if not plans:
+        notes.append(f"{name} is left out: it holds no prediction yet")
+        return None
+    made_with: Mapping[str, object] = {}
+    if file.made_with_path.exists():
+        made_with = _read_object(file.made_with_path, notes)
+    metrics = summarise_scores([plan.score for plan in plans])
+    return Evaluation(name=name, plans=plans, metrics=metrics, made_with=made_with)
+
+
+def _doubts(
+    run: Run, data: Mapping[str, object], evaluations: Mapping[str, Evaluation]
+) -> Iterator[str]:
+    """Say where predictions are not those of the run's adapter for all of its test queries."""
+    weights = run.adapter / "adapter_model.safetensors"
+    test_sha256 = child(data, "test_file").get("sha256")
+    queries = number(child(data, "examples"), "test")
+    for name, evaluation in evaluations.items():
+        made_with = evaluation.made_with
+        if test_sha256 and made_with.get("test_sha256") not in (None, test_sha256):
+            yield f"{name} was made with another test file than the run's own"
+        elif queries and evaluation.metrics.n != queries:
+            yield f"{name} holds {evaluation.metrics.n} of the run's {queries:.0f} test queries"
+        if name == "eval" and made_with.get("adapter_sha256") and weights.exists():
+            adapter_sha256 = sha256_of(weights)
+            if made_with["adapter_sha256"] != adapter_sha256:
+                yield f"{name} was made with another adapter than the run's own"
