@@ -1,0 +1,92 @@
+"""`doctor`: what this machine has and lacks for a config, with the command that repairs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.commands.train import preset_of_card
+
+if TYPE_CHECKING:
+    from tinyagent_fast.config import Config
+    from tinyagent_fast.doctor.findings import Finding
+    from tinyagent_fast.doctor.machine import Machine
+
+_FLAGS_HELP = "--online also asks the hub, --json prints JSON."
+_STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Check this machine.
+
+    Args:
+        arguments: Flags of the command: those of `train`, `--online` and `--json`.
+
+    Returns:
+        0, also with warnings; 1 with a failure, which would stop training or break it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="tinyagent-fast doctor", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--online", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    flags, rest = parser.parse_known_args(list(arguments))
+    from tinyagent_fast.doctor.checks import all_checks, ask_torch
+    from tinyagent_fast.doctor.machine import read_machine
+
+    if "-h" in rest or "--help" in rest:
+        resolve_config("doctor", rest, lambda: "cpu", more_flags=_FLAGS_HELP)  # leaves here
+    machine, probe = ask_torch(read_machine(), always=True)
+    automatic = False
+
+    def preset_of_this_machine() -> str:
+        nonlocal automatic
+        automatic = True
+        return _preset(machine if probe is not None and probe.cuda else None)
+
+    config = resolve_config("doctor", rest, preset_of_this_machine, more_flags=_FLAGS_HELP)
+    found = all_checks(config, machine, automatic=automatic, probe=probe, online=flags.online)
+    if flags.json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        _show(found, config, online=flags.online)
+    return 1 if any(finding.status == "failure" for finding in found) else 0
+
+
+def _preset(machine: Machine | None) -> str:
+    """Choose the preset that training would choose; none stands for no GPU that torch can use."""
+    gpu = machine.gpu if machine else None
+    if gpu is None:
+        return "cpu"
+    return preset_of_card(gpu.total_gib or 0.0, (gpu.capability or (0, 0))[0])
+
+
+def _show(found: Sequence[Finding], config: Config, *, online: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    title = f"preset {config.preset}: {config.model.base} in {config.model.weights}"
+    console.print(title, markup=False, soft_wrap=True)
+    for finding in found:
+        if console.is_terminal:
+            line = Table.grid(padding=(0, 1))
+            for width in (7, 10, None):
+                line.add_column(width=width)
+            status = Text(finding.status, _STYLES[finding.status])
+            line.add_row(status, Text(finding.name), Text(finding.text))
+            console.print(line)
+        else:
+            plain = f"{finding.status:<7} {finding.name:<10} {finding.text}"
+            console.print(plain, markup=False, soft_wrap=True)
+        if finding.fix:
+            # One unbroken line, so that a command can be copied.
+            console.print(f"{'':19} fix: {finding.fix}", markup=False, soft_wrap=True)
+    counts = {status: sum(f.status == status for f in found) for status in _STYLES}
+    summary = f"{counts['ok']} ok, {counts['warning']} warning(s), {counts['failure']} failure(s)"
+    console.print(summary + ("" if online else "; the hub was not asked (--online asks it)"))
