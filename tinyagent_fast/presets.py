@@ -72,12 +72,12 @@ def t4() -> Config:
 
 
 def a100() -> Config:
-    """One A100 or better: bf16 weights, eight rows at a time, no checkpointing."""
+    """One A100 of 40 GB or better: bf16 weights, four rows at a time, no checkpointing."""
     return replace(
         l4(),
         preset="a100",
         model=ModelConfig(weights="bf16"),
-        train=TrainConfig(batch=8, accumulation=2, learning_rate=2e-4, schedule="cosine"),
+        train=TrainConfig(batch=4, accumulation=4, learning_rate=2e-4, schedule="cosine"),
         eval=EvalConfig(batch=64),
     )
 

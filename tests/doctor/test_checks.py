@@ -417,12 +417,6 @@ def test_every_disk_is_looked_at_once() -> None:
     assert found.name == "disk"
 
 
-def test_sizes_of_exports_are_those_that_the_export_estimates() -> None:
-    from tinyagent_fast.export import preparation
-
-    assert resources.BITS == preparation._BITS
-
-
 @pytest.mark.parametrize(
     ("environment", "folder"),
     [

@@ -15,7 +15,12 @@ from tinyagent_fast.data.download import DATASET_REPOSITORY
 from tinyagent_fast.doctor.accelerator import forecast_of
 from tinyagent_fast.doctor.findings import Finding, failure, ok, warning
 from tinyagent_fast.doctor.machine import Machine
-from tinyagent_fast.export.settings import ExportSettings, quant_specs
+from tinyagent_fast.export.settings import (
+    BITS_PER_WEIGHT,
+    FEWEST_BITS,
+    ExportSettings,
+    quant_specs,
+)
 from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
 from tinyagent_fast.training.footprint import ERROR_SHARE
 
@@ -25,9 +30,6 @@ if TYPE_CHECKING:
 _GIB = 2**30
 PUBLISHED_BYTES = {REAL_TRAIN: 734_000_000, REAL_TEST: 12_800_000}
 """Sizes of the published files. Source: the dataset's page (squeeze-ai-lab/TinyAgent-dataset)."""
-BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7}
-"""Bits of a weight in a GGUF file; `q4_k_m` has 4.9. An export estimates with the same."""
-_OTHER_BITS = 4.9
 _GENERATED_BYTES = 3200
 """Of a generated entry as JSON; measured: 66.8 MB for 24,200 short ones, 1.2 MB for 400 long."""
 _ROW_TOKEN_BYTES = 8
@@ -159,7 +161,7 @@ def _export_needs(config: Config, shape: ModelShape) -> list[Need]:
     """List what an export with the default flags makes, and what it makes in passing."""
     weights = _weights(shape)
     merged = (4 if config.model.base in ("nano", "random") else 2) * weights
-    bits = [BITS.get(spec.quant, _OTHER_BITS) for spec in quant_specs(ExportSettings())]
+    bits = [BITS_PER_WEIGHT.get(spec.quant, FEWEST_BITS) for spec in quant_specs(ExportSettings())]
     sizes = {
         "merged": merged,
         "GGUF files": weights * sum(bits) / 8,

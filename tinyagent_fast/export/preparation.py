@@ -11,7 +11,13 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
 from tinyagent_fast.export.record import ExportRecord, refuse_full_disk, refuse_small_memory
-from tinyagent_fast.export.settings import ExportSettings, QuantSpec, quant_specs
+from tinyagent_fast.export.settings import (
+    BITS_PER_WEIGHT,
+    FEWEST_BITS,
+    ExportSettings,
+    QuantSpec,
+    quant_specs,
+)
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -20,7 +26,6 @@ from tinyagent_fast.training.display import TrainingDisplay
 from tinyagent_fast.training.inputs import load_run_examples
 
 MERGED = "merged"
-_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7}
 
 
 def resolve_model_folder(base: str, revision: str | None = None) -> Path:
@@ -178,7 +183,9 @@ def _needed_bytes(export: Export, checkpoint: Checkpoint) -> dict[str, int]:
     )
     sizes = {MERGED: merged}
     for spec in export.specs:
-        sizes[export.gguf_path(spec)] = int(values * _BITS.get(spec.quant, 4.9) / 8)
+        sizes[export.gguf_path(spec)] = int(
+            values * BITS_PER_WEIGHT.get(spec.quant, FEWEST_BITS) / 8
+        )
     needed = {
         path: 0 if (export.folder / path).exists() and not export.settings.fresh else size
         for path, size in sizes.items()

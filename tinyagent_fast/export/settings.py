@@ -10,6 +10,9 @@ from tinyagent_fast.errors import ConfigError
 
 QUANT_NAMES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 IMATRIX = "-imatrix"
+BITS_PER_WEIGHT = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7}
+"""Of whole files, for estimates of their size; what is not listed takes `FEWEST_BITS`."""
+FEWEST_BITS = 4.9
 
 
 @dataclass(frozen=True, kw_only=True)
