@@ -258,6 +258,7 @@ def memorise(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
         learning_rate=2e-3,
         schedule="constant",
         batching="shuffled",
+        shared_prefix="off",
     )
     steps = Steps(warmup=0, most=scale.memorise_steps, most_s=scale.memorise_s)
     training = measure_training(bench, loaded, rows, train, steps)

@@ -134,6 +134,13 @@ class Group:
 
 
 L4_TRAINING = "train: l4 preset"
+SHARING = ("train: transformers, shared prefix off", "train: transformers, shared prefix on")
+DECODING = {
+    "generate: shared prefix off": {"shared_prefix": False, "lookup_tokens": 0},
+    "generate: shared prefix on": {"shared_prefix": True, "lookup_tokens": 0},
+    "generate: shared prefix on, lookup 4": {"shared_prefix": True, "lookup_tokens": 4},
+}
+"""Evaluation of prompts that begin alike, each row with one thing more than the one before."""
 _INPUTS = ("base", "rows")
 _NO_BLOCK_COMPILE = {"UNSLOTH_BLOCK_COMPILE": "0"}
 
@@ -202,6 +209,7 @@ def _later_groups(scale: Scale) -> list[Group]:
             _on("preflight", "preflight", l4, 35, 150),
             _on("memorise", "memorise", l4, 30, 120),
         ),
+        _sharing_group(reference),
         _group("plain", *plain_shapes),
         _group(
             "bf16",
@@ -222,6 +230,20 @@ def _later_groups(scale: Scale) -> list[Group]:
         ),
         Group(name="tests", measurements=(_simple("tests", "gpu_tests", 20, 240),)),
     ]
+
+
+def _sharing_group(model: ModelSpec) -> Group:
+    """List the rows with and without shared prefixes, the same in everything else.
+
+    Generation comes first: TRL's trainer replaces the forward pass of the model that it is given,
+    and generation with shared prefixes then keeps away from it.
+    """
+    switches = zip(SHARING, ("off", "on"), strict=True)
+    return _group(
+        "shared prefix",
+        *(_on(n, "generate_alike", model, 20, 90, **how) for n, how in DECODING.items()),
+        *(_on(n, "train_rows", model, 35, 120, shared_prefix=to) for n, to in switches),
+    )
 
 
 def as_one_process(every: list[Group]) -> list[Group]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_check_plan import L4_TRAINING, Measurement, Scale
+from gpu_check_plan import DECODING, L4_TRAINING, SHARING, Measurement, Scale
 
 _COLUMNS = (
     "samples_per_s",
@@ -19,6 +19,11 @@ _COLUMNS = (
     "first_step_s",
     "peak_reserved_gib",
     "peak_allocated_gib",
+    "predicted_gib",
+    "predicted_over_measured",
+    "shared_prefix",
+    "computed_share",
+    "plans_per_s",
     "load_s",
     "fused_layers",
     "tflop_per_s_4096",
@@ -156,6 +161,15 @@ def ratios(measurements: Mapping[str, Mapping[str, Any]], scale: Scale) -> dict[
             (with_it, "tokens_per_s"),
         ),
     }
+    off, on = SHARING
+    found["shared_prefix_on_over_off_samples_per_s"] = ratio(
+        (on, "samples_per_s"), (off, "samples_per_s")
+    )
+    plain, shared, guessing = DECODING
+    for key, name in (("shared_prefix_on", shared), ("lookup", guessing)):
+        found[f"generate_{key}_over_off_plans_per_s"] = ratio(
+            (name, "plans_per_s"), (plain, "plans_per_s")
+        )
     rate, fastest = figure(l4, "tokens_per_s"), f"tflop_per_s_{scale.matmul_sizes[-1]}"
     matmul, row_tokens = figure("matmul", fastest), figure("rows", "mean_tokens")
     found["l4_work_over_matmul_rate"] = None

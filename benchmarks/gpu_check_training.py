@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -13,6 +14,8 @@ from gpu_check_inputs import exact_rows, prompts_of
 from gpu_check_parts import memory, synchronize
 from gpu_check_worker import Bench, Part, release
 
+from tinyagent_fast.prompts.tokens import IGNORED
+
 
 def train_shape(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     """Time single micro-batches of one exact shape through the project's trainer."""
@@ -20,7 +23,7 @@ def train_shape(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     loaded = bench.loaded(item["model"])
     steps = Steps(bench.scale.warmup_steps, bench.scale.steps, bench.scale.steps_s)
     dataset = exact_rows(bench.rows(), batch, tokens, steps.warmup + steps.most + 1)
-    train = replace(bench.config.train, batch=batch, accumulation=1)
+    train = replace(bench.config.train, batch=batch, accumulation=1, shared_prefix="off")
     return measure_training(bench, loaded, dataset, train, steps)
 
 
@@ -29,6 +32,11 @@ def train_rows(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     loaded = bench.loaded(item["model"])
     steps = Steps(bench.scale.warmup_steps, bench.scale.recipe_steps, bench.scale.recipe_s)
     train = bench.config.train
+    if "shared_prefix" in item["arguments"]:
+        train = replace(train, shared_prefix=item["arguments"]["shared_prefix"])
+    else:
+        # What is switched on by itself would be a second factor of these rows.
+        train = replace(train, shared_prefix="off")
     if item["arguments"].get("packed"):
         train = replace(train, batching="packed", batch=1, accumulation=1)
         steps = replace(steps, most=bench.scale.steps)
@@ -83,9 +91,12 @@ def _train(bench: Bench, loaded: Any, dataset: Any, train: Any, steps: Steps) ->
     clock = _Clock()
     started = time.perf_counter()
     trainer = _trainer(bench, loaded, dataset, train)
+    sharing = _share(trainer, loaded, dataset, train)
     built_s = time.perf_counter() - started
+    predicted = predicted_gib(bench, loaded, dataset, train)
 
     def figures() -> dict[str, Any]:
+        peaks = memory(bench)
         return {
             "batch": train.batch,
             "accumulation": train.accumulation,
@@ -93,7 +104,11 @@ def _train(bench: Bench, loaded: Any, dataset: Any, train: Any, steps: Steps) ->
             "trainer_s": round(built_s, 2),
             **rates(clock.seconds, clock.tokens, steps.warmup, train.batch * train.accumulation),
             **losses(trainer.state.log_history),
-            **memory(bench),
+            **peaks,
+            **sharing,
+            "computed_share": round(trainer.tokens_computed / max(1, trainer.tokens_padded), 4),
+            "predicted_gib": predicted,
+            "predicted_over_measured": _relative(predicted, peaks["peak_reserved_gib"]),
         }
 
     trainer.add_callback(_stopper(bench, trainer, clock, steps, figures))
@@ -113,6 +128,57 @@ def _trainer(bench: Bench, loaded: Any, dataset: Any, train: Any) -> Any:
         output_dir=bench.work / "checkpoints",
         save_every_steps=10**6,
     )
+
+
+def _share(trainer: Any, loaded: Any, dataset: Any, train: Any) -> dict[str, Any]:
+    """Let the trainer share prefixes as a run does, if the recipe says so."""
+    from tinyagent_fast.training.sharing import decide_sharing, share_prefixes
+
+    sharing = decide_sharing(loaded, train, dataset, None)
+    share_prefixes(trainer, sharing, loaded, dataset, train)
+    return {"shared_prefix": sharing.on, "sharing": sharing.sentence()}
+
+
+def predicted_gib(bench: Bench, loaded: Any, dataset: Any, train: Any) -> float:
+    """Ask the project's memory planner for the peak of the longest micro-batch.
+
+    Args:
+        bench: The base, the config and the cap.
+        loaded: The model, which says what backend it has.
+        dataset: The rows.
+        train: Batch, batching and shared prefixes.
+
+    Returns:
+        GiB, an estimate.
+    """
+    from tinyagent_fast.shared_prefix.layout import pack
+    from tinyagent_fast.training.footprint import ModelShape, predict_memory
+
+    raw = json.loads((bench.base / "config.json").read_text(encoding="utf-8"))
+    model, batch = bench.config.model, train.rows_per_batch
+    lengths = list(dataset["length"])
+    longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])[:batch]
+    rows = [dataset[index] for index in longest]
+    packed = train.batching == "packed"
+    supervised = sum(label != IGNORED for row in rows for label in row["labels"])
+    prediction = predict_memory(
+        ModelShape.from_config(raw),
+        model,
+        bench.config.lora,
+        optimizer=train.optimizer,
+        backend=loaded.backend,
+        batch=batch,
+        row_tokens=model.max_length_tokens if packed else lengths[longest[0]],
+        supervised_tokens=supervised,
+        checkpointing=model.gradient_checkpointing,
+        computed_tokens=pack(rows).computed_tokens if train.shared_prefix == "on" else None,
+        usable_gib=bench.job["cap_gib"] or None,
+    )
+    return round(prediction.total_gib, 3)
+
+
+def _relative(predicted: float, measured: float | None) -> float | None:
+    return None if measured is None else round(predicted / measured, 4)
 
 
 def _stopper(bench: Bench, trainer: Any, clock: _Clock, steps: Steps, figures: Any) -> Any:

@@ -240,9 +240,11 @@ def all_parts() -> dict[str, Part]:
     """
     import gpu_check_decoding
     import gpu_check_parts
+    import gpu_check_sharing
     import gpu_check_training
 
-    return {**gpu_check_parts.PARTS, **gpu_check_training.PARTS, **gpu_check_decoding.PARTS}
+    modules = (gpu_check_parts, gpu_check_training, gpu_check_decoding, gpu_check_sharing)
+    return {kind: part for module in modules for kind, part in module.PARTS.items()}
 
 
 def main(job_file: str) -> None:

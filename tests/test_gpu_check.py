@@ -19,7 +19,16 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_check_parts  # noqa: E402
 import gpu_check_worker  # noqa: E402
 from gpu_check_decoding import pytest_counts, same_prefixes  # noqa: E402
-from gpu_check_plan import FULL, TINY, Group, Measurement, ModelSpec, groups  # noqa: E402
+from gpu_check_plan import (  # noqa: E402
+    DECODING,
+    FULL,
+    SHARING,
+    TINY,
+    Group,
+    Measurement,
+    ModelSpec,
+    groups,
+)
 from gpu_check_results import Results, finite, ratios, work_flop_per_token  # noqa: E402
 from gpu_check_runner import Runner  # noqa: E402
 from gpu_check_training import losses, rates  # noqa: E402
@@ -389,10 +398,22 @@ def test_every_part_runs_on_the_cpu_in_small(tmp_path):
     assert {name for name, entry in measured.items() if entry["status"] != "ok"} == set()
     assert measured["machine"]["figures"]["versions"]["torch"]
     training = [e["figures"] for e in measured.values() if e["kind"].startswith("train_")]
-    assert len(training) == 10
+    assert len(training) == 12
     for figures in training:
         assert figures["tokens_per_s"] > 0 and figures["loss_plausible"] is True
-        assert figures["peak_reserved_gib"] is None
+        assert figures["peak_reserved_gib"] is figures["predicted_over_measured"] is None
+        assert figures["predicted_gib"] > 0
+    off, on = (measured[name]["figures"] for name in SHARING)
+    assert [off["shared_prefix"], on["shared_prefix"]] == [False, True]
+    assert on["computed_share"] < 0.9 and off["computed_share"] == 1
+    assert measured[SHARING[0]]["model"] == measured[SHARING[1]]["model"]
+    assert on["losses"] == pytest.approx(off["losses"], rel=0.05)
+    decoded = [measured[name]["figures"] for name in DECODING]
+    assert [f["path"] for f in decoded] == ["left padding", "shared prefix", "shared prefix"]
+    assert decoded[0]["shared_tokens"] > 16
+    for figures in decoded[1:]:
+        same = figures["agreement_with_the_first"]
+        assert same["equal"] == same["compared"] == TINY.prompts
     assert measured["rows"]["figures"]["dropped"] == 0
     numerics = measured["numerics: transformers"]["figures"]
     assert numerics["loss_relative_difference"] < 1e-6
@@ -401,6 +422,8 @@ def test_every_part_runs_on_the_cpu_in_small(tmp_path):
     assert numerics["masked_loss_relative_difference"] < 1e-5
     assert measured["preflight"]["figures"]["report"]["checked_rows"] >= 2
     assert content["ratios"]["l4_over_seed_samples_per_s"] > 0
+    assert content["ratios"]["shared_prefix_on_over_off_samples_per_s"] > 0
+    assert content["ratios"]["generate_lookup_over_off_plans_per_s"] > 0
     assert content["finished"] and content["seconds"] > 0
     assert str(path) in done.stdout
     assert "samples_per_s" in done.stdout

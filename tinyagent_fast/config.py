@@ -96,8 +96,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps; overrides epochs."""
     batch: int | Literal["auto"] = 1
-    """Rows per micro-batch of each process; `auto` takes the most that are predicted to fit, at the same product
-    of batch and accumulation."""
+    """Rows per micro-batch of each process; `auto` takes the most that are predicted to fit, at the
+    same product of batch and accumulation."""
     accumulation: int = 8
     """Micro-batches per optimizer step."""
     learning_rate: float = 7e-5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.export.record import sha256_of
+from tinyagent_fast.processes import join_processes, launched
 from tinyagent_fast.runs import Run, find_run
 
 if TYPE_CHECKING:
@@ -67,6 +69,13 @@ def run(arguments: Sequence[str]) -> int:
     import tyro
 
     flags = tyro.cli(EvalFlags, args=list(arguments), prog="tinyagent-fast eval")
+    with launched().first_speaks():
+        _run(flags)
+    join_processes().leave()
+    return 0
+
+
+def _run(flags: EvalFlags) -> None:
     found = find_run(flags.run, flags.runs)
     config = _config(found, flags)
     if _wants_gguf(flags):
@@ -75,11 +84,10 @@ def run(arguments: Sequence[str]) -> int:
         evaluate_files(found, config, flags, _base(found, config), _display())
     else:
         _evaluate_adapter(found, config, flags)
-    return 0
 
 
 def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
-    adapter = _adapter(found, flags)
+    adapter, processes = _adapter(found, flags), join_processes()
     from tinyagent_fast.training.libraries import prepare_libraries
 
     prepare_libraries(config.model)
@@ -90,18 +98,18 @@ def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
     from tinyagent_fast.training.session import scoring_tools
 
     display = _display()
-    examples, test_sha256 = load_test_examples(config)
+    examples, test_sha256 = processes.in_turn(lambda: load_test_examples(config))
     base = _base(found, config)
     display.say(f"run {found.path.name}: {len(examples)} test queries, adapter {adapter or 'none'}")
     loaded = load_for_generation(config, base, adapter)
     for note in loaded.notes:
         display.say(f"note: {note}")
     folder = flags.out or found.evaluation.with_name("eval" if adapter else "eval-base")
-    if flags.fresh:
+    if flags.fresh and processes.first:
         PredictionFile(folder).forget()
     with display.bar("evaluation", "plans") as update:
         result = evaluate_examples(
-            TransformersEngine(loaded),
+            TransformersEngine(loaded, config.eval.lookup_tokens),
             examples,
             config.eval,
             folder,
@@ -110,7 +118,10 @@ def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
             title=f"Run {found.path.name}",
             on_progress=update,
             say=display.say,
+            processes=processes,
         )
+    if not processes.first:
+        return
     display.say((folder / "report.md").read_text(encoding="utf-8").split("\n## The first")[0])
     display.say(headline(result.metrics))
     display.say(f"written: {folder}/metrics.json, predictions.jsonl, report.md")
@@ -121,7 +132,9 @@ def _display() -> TrainingDisplay:
 
     from tinyagent_fast.training.display import TrainingDisplay
 
-    return TrainingDisplay(Console(highlight=False))
+    if launched().first:
+        return TrainingDisplay(Console(highlight=False))
+    return TrainingDisplay(Console(file=StringIO(), quiet=True))
 
 
 def _wants_gguf(flags: EvalFlags) -> bool:
@@ -137,6 +150,12 @@ def _wants_gguf(flags: EvalFlags) -> bool:
             "leave --engine out, or name an adapter with --adapter",
         )
     gguf = flags.engine == "gguf" or flags.model is not None
+    if gguf and launched().count > 1:
+        raise ConfigError(
+            f"a GGUF file in {launched().count} processes",
+            "llama.cpp answers several queries at once in a single process",
+            "start it without torchrun; --batch says how many at once",
+        )
     ignored = {"adapter": flags.adapter != "best", "backend": flags.backend is not None}
     for name in (name for name, given in ignored.items() if gguf and given):
         raise ConfigError(

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.config import Config
 from tinyagent_fast.presets import REAL_TRAIN
-from tinyagent_fast.runs import find_run
+from tinyagent_fast.processes import join_processes
+from tinyagent_fast.runs import Run, find_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train an adapter.
+    """Train an adapter, together with the other processes of the launch if there are any.
 
     Args:
         arguments: Flags of the command.
@@ -21,6 +26,23 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0 when training has finished.
     """
+    processes = join_processes()
+    with processes.first_speaks():
+        config, resumed = processes.first_does(lambda: _settings(arguments))
+        from rich.console import Console
+
+        from tinyagent_fast.training.libraries import prepare_libraries
+
+        prepare_libraries(config.model)
+        from tinyagent_fast.training.fit import train
+
+        train(config, Console(highlight=False), resume=resumed)
+    processes.leave()
+    return 0
+
+
+def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
+    """Resolve the config, look at the machine and fetch the data; also find a run to go on with."""
     parser = argparse.ArgumentParser(
         prog="tinyagent-fast train", add_help=False, allow_abbrev=False
     )
@@ -29,8 +51,11 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
+    automatic = False
 
     def preset_of_this_machine() -> str:
+        nonlocal automatic
+        automatic = True
         preset, reason = choose_preset()
         console.print(f"preset {preset}: {reason}", markup=False)
         console.print('another one: make train PRESET=l4 ARGS="--train.epochs 4"', markup=False)
@@ -44,15 +69,10 @@ def run(arguments: Sequence[str]) -> int:
         start=resumed.config() if resumed else None,
         more_flags="--resume RUN goes on with a run that was broken off.",
     )
+    check_machine(config, console, automatic=automatic)
     if resumed is None:
         _download_if_absent(config, console)
-    from tinyagent_fast.training.libraries import prepare_libraries
-
-    prepare_libraries(config.model)
-    from tinyagent_fast.training.fit import train
-
-    train(config, console, resume=resumed)
-    return 0
+    return config, resumed
 
 
 def choose_preset() -> tuple[str, str]:
@@ -67,10 +87,46 @@ def choose_preset() -> tuple[str, str]:
         return "cpu", "no CUDA device was found, so a small model learns generated data"
     properties = torch.cuda.get_device_properties(0)
     memory_gib = properties.total_memory / 2**30
-    preset = "t4" if memory_gib < 18 else "l4" if memory_gib < 36 else "a100"
-    if properties.major < 8 and preset != "t4":
-        preset = "t4"
+    preset = preset_of_card(memory_gib, properties.major)
     return preset, f"{properties.name} with {memory_gib:.0f} GiB was found"
+
+
+def preset_of_card(memory_gib: float, capability_major: int) -> str:
+    """Choose the preset for a GPU.
+
+    Args:
+        memory_gib: Its memory.
+        capability_major: First number of its compute capability; 8 is the first with bf16.
+
+    Returns:
+        A preset's name.
+    """
+    preset = "t4" if memory_gib < 18 else "l4" if memory_gib < 36 else "a100"
+    return preset if capability_major >= 8 else "t4"
+
+
+def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
+    """Look at this machine for a second, before anything takes long.
+
+    Args:
+        config: The resolved config.
+        console: Gets one line for each warning.
+        automatic: Whether the preset was chosen for this machine.
+
+    Raises:
+        TrainingError: The run cannot end well; what is wrong and how to repair it.
+    """
+    from tinyagent_fast.doctor.checks import ask_torch, quick_checks
+    from tinyagent_fast.doctor.findings import refuse_failures
+    from tinyagent_fast.doctor.machine import read_machine
+
+    machine, probe = ask_torch(read_machine(), always=False)
+    findings = quick_checks(config, machine, automatic=automatic, probe=probe)
+    for found in findings:
+        if found.status == "warning":
+            text = f"warning: {found.name}: {found.text}; fix: {found.fix}"
+            console.print(text, markup=False, soft_wrap=True)
+    refuse_failures(findings)
 
 
 def _download_if_absent(config: Config, console: object) -> None:

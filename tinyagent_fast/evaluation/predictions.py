@@ -29,6 +29,33 @@ class PredictionFile:
         """What the predictions depend on; others are never mixed with them."""
         return self.folder / "made_with.json"
 
+    def part(self, rank: int) -> PredictionFile:
+        """Give the file that one of several processes appends to.
+
+        Args:
+            rank: The process's number.
+
+        Returns:
+            A file beside this one, until `gather_parts` empties it into this one.
+        """
+        return PredictionFile(self.folder, f"predictions-rank{rank}.jsonl")
+
+    def gather_parts(self) -> None:
+        """Move what processes have written into this file, each query once.
+
+        A stop may leave parts behind, and may come between the copy of a part and its removal.
+        """
+        parts = sorted(self.folder.glob("predictions-rank*.jsonl"))
+        if not parts:
+            return
+        there = {prediction.key for prediction in self.read(repair=True)}
+        for path in parts:
+            found = PredictionFile(self.folder, path.name).read(repair=True)
+            new = {p.key: p for p in found if p.key not in there}
+            self.append(new.values())
+            there |= new.keys()
+            path.unlink()
+
     def start(self, made_with: Mapping[str, Any]) -> dict[str, Prediction]:
         """Open for appending: keep predictions made with the same things, put others aside.
 
@@ -39,6 +66,7 @@ class PredictionFile:
             The predictions that are there already, by key.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.gather_parts()
         wanted = json.loads(json.dumps(made_with))
         if self.made_with_path.exists() and self.path.exists():
             there = json.loads(self.made_with_path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from tinyagent_fast.generation.engines import Engine
 from tinyagent_fast.generation.parity import ParityReport
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.processes import Processes
 from tinyagent_fast.runs import write_json, write_text
 
 
@@ -59,6 +60,7 @@ def evaluate_examples(
     title: str = "evaluation",
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     say: Callable[[str], None] = lambda _: None,
+    processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
 ) -> EvaluationResult:
     """Generate the plans that are missing, then score all of them.
 
@@ -73,6 +75,7 @@ def evaluate_examples(
         title: Heading of the report.
         on_progress: Called with predictions done and in all.
         say: Prints one line for the user.
+        processes: Each generates its share; the first one writes what came of all.
 
     Returns:
         Metrics, predictions and how they came about.
@@ -80,7 +83,7 @@ def evaluate_examples(
     started = time.perf_counter()
     identity = {**engine.identity(), **made_with, "max_new_tokens": settings.max_new_tokens}
     file = PredictionFile(folder)
-    there = file.start(identity)
+    there = processes.first_does(lambda: file.start(identity))
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
     if kept:
@@ -91,7 +94,7 @@ def evaluate_examples(
     for note in notes:
         say(note)
     if missing:
-        parity = _generate(engine, missing, settings, file, kept, on_progress, say)
+        parity = _generate(engine, missing, settings, file, kept, on_progress, say, processes)
     by_key = {prediction.key: prediction for prediction in file.read()}
     predictions = [by_key[example.key] for example in examples]
     result = EvaluationResult(
@@ -105,8 +108,9 @@ def evaluate_examples(
     strange = result.metrics.label_problems.get("unknown_tool", 0)
     if strange:
         say(f"{strange} labels call unknown tools; --data.catalogue names tools of your own")
-    write_json(folder / "metrics.json", result.to_json())
-    write_text(folder / "report.md", markdown_report(title, result.metrics, predictions, tools))
+    if processes.first:
+        write_json(folder / "metrics.json", result.to_json())
+        write_text(folder / "report.md", markdown_report(title, result.metrics, predictions, tools))
     return result
 
 
@@ -118,20 +122,25 @@ def _generate(
     done: int,
     on_progress: Callable[[int, int], None],
     say: Callable[[str], None],
+    processes: Processes,
 ) -> ParityReport:
     """Compare batches, then sweep; each batch is appended as soon as it is finished."""
-    total = done + len(examples)
-    parity = engine.compare_batches(
-        examples,
-        batch=settings.batch,
-        max_new_tokens=settings.max_new_tokens,
-        stop=END_OF_PLAN,
-        sample=settings.parity_prompts,
+    kept, total = done, done + len(examples)
+    parity = processes.first_does(
+        lambda: engine.compare_batches(
+            examples,
+            batch=settings.batch,
+            max_new_tokens=settings.max_new_tokens,
+            stop=END_OF_PLAN,
+            sample=settings.parity_prompts,
+        )
     )
     say(parity.sentence())
+    mine = processes.share(examples)
+    part = file.part(processes.rank) if processes.count > 1 else file
     batch_started = time.perf_counter()
     batches = engine.complete(
-        examples,
+        mine,
         batch=parity.safe_batch,
         max_new_tokens=settings.max_new_tokens,
         stop=END_OF_PLAN,
@@ -139,11 +148,11 @@ def _generate(
     with closing(batches):
         for pairs in batches:
             seconds = (time.perf_counter() - batch_started) / len(pairs)
-            file.append(
+            part.append(
                 Prediction(
-                    key=examples[index].key,
-                    query=examples[index].query,
-                    label=examples[index].output,
+                    key=mine[index].key,
+                    query=mine[index].query,
+                    label=mine[index].output,
                     prediction=completion.text,
                     stop_reason=completion.stop_reason,
                     new_tokens=completion.new_tokens,
@@ -152,6 +161,9 @@ def _generate(
                 for index, completion in pairs
             )
             done += len(pairs)
-            on_progress(done, total)
+            # The others are about as far.
+            on_progress(min(total, kept + (done - kept) * processes.count), total)
             batch_started = time.perf_counter()
+    processes.wait()
+    processes.first_does(file.gather_parts)
     return parity

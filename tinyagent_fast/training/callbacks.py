@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tinyagent_fast.processes import Processes
 from tinyagent_fast.runs import Run, write_json
 from tinyagent_fast.training.trainer import refuse_non_finite
 
@@ -151,6 +152,7 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         *,
         every_steps: int,
         patience: int | None,
+        processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
     ) -> None:
         """Keep what is needed at each evaluation.
 
@@ -161,17 +163,19 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
             show: Tells the user; the flag says whether it is the best so far.
             every_steps: Optimizer steps between evaluations; the last step has one too.
             patience: Evaluations without a better one after which training stops.
+            processes: All measure; the first one records, saves and decides.
         """
         self.run, self.measure, self.save, self.show = run, measure, save, show
-        self.every_steps, self.patience = every_steps, patience
+        self.every_steps, self.patience, self.processes = every_steps, patience, processes
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when it is time."""
         if state.global_step % self.every_steps and state.global_step != state.max_steps:
             return
         self.evaluate(state.global_step)
-        if self.patience is not None and self._evaluations_since_best() >= self.patience:
-            self.run.append_history({"event": "early stop", "step": state.global_step})
+        if self.patience is not None and self.processes.first_does(self._patience_is_over):
+            if self.processes.first:
+                self.run.append_history({"event": "early stop", "step": state.global_step})
             control.should_training_stop = True
             control.should_save = True
 
@@ -185,6 +189,8 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
             The measurement.
         """
         new = self.measure(step)
+        if not self.processes.first:
+            return new
         best = read_best(self.run)
         better = is_better(new, best)
         # A resumed run measures steps again that a stopped one measured behind its checkpoint.
@@ -196,6 +202,9 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
             self.save(self.run.best, kept)
         self.show(new, better)
         return new
+
+    def _patience_is_over(self) -> bool:
+        return self.patience is not None and self._evaluations_since_best() >= self.patience
 
     def _evaluations_since_best(self) -> int:
         best = read_best(self.run)
@@ -213,6 +222,7 @@ class History(TrainerCallback):  # type: ignore[misc]
         tokens_seen: Callable[[], int],
         show: Callable[..., None],
         counts: Callable[[], Mapping[str, int]] = dict,
+        processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
     ) -> None:
         """Keep where to write and what to call.
 
@@ -221,16 +231,24 @@ class History(TrainerCallback):  # type: ignore[misc]
             tokens_seen: Tokens, padding apart, that went through the model so far.
             show: Called with each record.
             counts: More counts so far, by name; a record has what came since the one before.
+            processes: Their tokens are added up; the first one writes.
         """
         self.run, self.tokens_seen, self.show, self.counts = run, tokens_seen, show, counts
+        self.processes = processes
         self.last_time_s = 0.0
         self.last_tokens = 0
         self.last_counts: Mapping[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self.last_time_s, self.last_tokens = time.perf_counter(), self.tokens_seen()
-        self.last_counts = dict(self.counts())
+        self.last_tokens, self.last_counts = self._counted()
+        self.last_time_s = time.perf_counter()
+
+    def _counted(self) -> tuple[int, dict[str, int]]:
+        """Add up tokens and counts of all processes."""
+        counts = self.counts()
+        tokens, *sums = self.processes.summed(self.tokens_seen(), *counts.values())
+        return int(tokens), dict(zip(counts, map(int, sums), strict=True))
 
     def pause(self, seconds: float) -> None:
         """Leave time that was not spent on training out of tokens per second.
@@ -244,7 +262,8 @@ class History(TrainerCallback):  # type: ignore[misc]
         """Record loss, learning rate, gradient norm and tokens per second."""
         if not logs or "loss" not in logs:
             return
-        now, tokens, counts = time.perf_counter(), self.tokens_seen(), dict(self.counts())
+        tokens, counts = self._counted()
+        now = time.perf_counter()
         record = {
             "event": "step",
             "step": state.global_step,
@@ -258,20 +277,26 @@ class History(TrainerCallback):  # type: ignore[misc]
             **{name: count - self.last_counts.get(name, 0) for name, count in counts.items()},
         }
         self.last_time_s, self.last_tokens, self.last_counts = now, tokens, counts
-        self.run.append_history(record)
-        self.show(record)
+        if self.processes.first:
+            self.run.append_history(record)
+            self.show(record)
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C into a saved checkpoint at the end of the step."""
 
-    def __init__(self, show: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        show: Callable[[str], None],
+        processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
+    ) -> None:
         """Keep whom to tell.
 
         Args:
             show: Prints one line.
+            processes: They stop after the same step, whichever heard of it first.
         """
-        self.show = show
+        self.show, self.processes = show, processes
         self.interrupted = False
         self._previous: Any = None
 
@@ -289,6 +314,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if asked to."""
+        self.interrupted = self.processes.in_any(self.interrupted)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.generation.decoding import generating
 from tinyagent_fast.generation.engines import TransformersEngine, encode_prompts
+from tinyagent_fast.processes import join_processes
 from tinyagent_fast.runs import Run, refuse_taken_name, write_json
 from tinyagent_fast.training.callbacks import (
     Best,
@@ -45,6 +48,7 @@ from tinyagent_fast.training.sharing import (
     share_prefixes,
 )
 from tinyagent_fast.training.threads import fastest_threads
+from tinyagent_fast.training.tracking import Tracking, check_tracker
 from tinyagent_fast.training.trainer import (
     build_trainer,
     collate,
@@ -59,7 +63,7 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
 
     Args:
         config: The resolved config.
-        console: Where progress is printed.
+        console: Where progress is printed, by the first process.
         resume: A run to go on with, from its last checkpoint.
 
     Returns:
@@ -69,6 +73,10 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
         UserError: Anything that a user can repair, before the first step wherever possible.
     """
     check_config(config)
+    check_tracker(config.track)
+    processes = join_processes()
+    if not processes.first:
+        console = Console(file=StringIO(), quiet=True)
     checkpoint = None
     if resume is None:
         refuse_taken_name(config)
@@ -84,13 +92,15 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
     session.display.say(f"trained in {timings_s['steps and validation']:.0f} s")
     _finish(session)
     timings_s["all"] = round(time.perf_counter() - started, 2)
-    write_json(session.run.path / "timings.json", timings_s)
+    if processes.first:
+        write_json(session.run.path / "timings.json", timings_s)
     return session.run
 
 
 def _fit(session: Session, checkpoint: Path | None) -> None:
     config, loaded, display, run = session.config, session.loaded, session.display, session.run
-    dataset = session.rows.train.dataset()
+    processes, dataset = session.processes, session.rows.train.dataset()
+    tracking = Tracking(tracker=config.track, run=run)
     trainer = build_trainer(
         loaded,
         dataset,
@@ -99,6 +109,8 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
         output_dir=run.checkpoints,
         save_every_steps=config.train.save_every_steps,
         evaluations=config.train.evaluations,
+        processes=processes,
+        tracking=tracking,
     )
     sharing = _share_prefixes(session, trainer, dataset, resumed=checkpoint is not None)
     if loaded.device == "cpu":
@@ -114,29 +126,31 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
     if config.eval.before_and_after and checkpoint is None:
         before = _test(session, "before")
         display.say(f"before training: {headline(before.metrics)} test queries")
-    steps = optimizer_steps(len(trainer.train_dataset), config.train)
+    steps = optimizer_steps(len(trainer.train_dataset), config.train, processes.count)
     history = History(
-        run, lambda: trainer.tokens_seen, display.step, lambda: _token_counts(trainer)
+        run, lambda: trainer.tokens_seen, display.step, lambda: _token_counts(trainer), processes
     )
-    interrupt = StopOnInterrupt(display.say)
+    interrupt = StopOnInterrupt(display.say, processes)
     callbacks = [StepGuard(), history, interrupt]
     if config.train.evaluations and session.rows.validation is not None:
         every = steps_between(steps, config.train.evaluations)
-        success = _plan_success(session, trainer, history, every)
+        success = _plan_success(session, trainer, history, every, tracking)
         callbacks.append(success)
         if checkpoint is None:
             success.evaluate(0)
     for callback in callbacks:
         trainer.add_callback(callback)
     if checkpoint is not None:
-        if training_is_over(run, checkpoint, steps):
+        if processes.first_does(lambda: training_is_over(run, checkpoint, steps)):
             _load_adapter_weights(loaded, checkpoint)
             display.say(f"{checkpoint.name} is the last one: no step is left to make")
             return
-        dropped = forget_after(run, checkpoint)
+        dropped = processes.first_does(lambda: forget_after(run, checkpoint))
         display.say(f"going on from {checkpoint.name}: {dropped} later records of history dropped")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.interrupted:
+        if not processes.first:
+            raise SystemExit(TrainingError.exit_code)  # the first one says it
         raise TrainingError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} by Ctrl-C",
             "a checkpoint was saved",
@@ -148,7 +162,8 @@ def _share_prefixes(session: Session, trainer: Any, dataset: Any, *, resumed: bo
     """Decide whether shared prefixes are computed once; a resumed run goes on as it began."""
     config, loaded, path = session.config, session.loaded, session.run.path / "sharing.json"
     sharing = decide_sharing(loaded, config.train, dataset, path if resumed else None)
-    write_json(path, asdict(sharing))
+    if session.processes.first:
+        write_json(path, asdict(sharing))
     session.display.say(f"shared prefixes {sharing.sentence()}")
     share_prefixes(trainer, sharing, loaded, dataset, config.train)
     return sharing
@@ -167,7 +182,7 @@ def _say_checked(session: Session, report: PreflightReport) -> None:
         f"batch of {report.longest_batch_tokens} tokens in {report.longest_batch_s:.2f} s"
         + report.memory_text
     )
-    if session.forecast is not None:
+    if session.forecast is not None and session.processes.first:
         measured = {
             "longest_batch_gib": report.longest_batch_gib,
             "longest_batch_predicted_gib": report.predicted_gib,
@@ -180,8 +195,12 @@ def _choose_threads(session: Session, dataset: Any) -> None:
     """Take the number of threads that is faster now; other programs come and go."""
     import torch
 
+    processes = session.processes
     if session.config.train.threads is not None:
         torch.set_num_threads(session.config.train.threads)
+        return
+    if processes.count > 1:  # timed together they would slow each other down
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_count))
         return
     count = min(session.config.train.rows_per_batch, len(dataset))
     batch = collate([dataset[i] for i in range(count)], session.loaded.tokenizer.pad_id)
@@ -201,7 +220,7 @@ def _choose_threads(session: Session, dataset: Any) -> None:
 
 
 def _plan_success(
-    session: Session, trainer: Any, history: History, every_steps: int
+    session: Session, trainer: Any, history: History, every_steps: int, tracking: Tracking
 ) -> PlanSuccess:
     config, loaded, run = session.config, session.loaded, session.run
     assert session.rows.validation is not None, "the caller has checked that there are such rows"
@@ -222,12 +241,13 @@ def _plan_success(
             made_with={"step": step, "started": time.time()},
             tools=session.tools,
             title=f"Validation sample at step {step}",
+            processes=session.processes,
         )
         if loaded.device == "cpu":
             _choose_threads(session, session.rows.train.dataset())
         seconds = time.perf_counter() - started
         history.pause(seconds)
-        return Evaluation(
+        new = Evaluation(
             step=step,
             success=result.metrics.success.share,
             success_dag=result.metrics.success_dag.share,
@@ -235,6 +255,8 @@ def _plan_success(
             samples=result.metrics.n,
             seconds=seconds,
         )
+        tracking.evaluation(trainer, new)
+        return new
 
     def save(folder: Path, best: Best) -> None:
         save_adapter(loaded.model, loaded.tokenizer.hf, folder, {"best.json": asdict(best)})
@@ -246,6 +268,7 @@ def _plan_success(
         session.display.evaluation,
         every_steps=every_steps,
         patience=config.train.early_stopping,
+        processes=session.processes,
     )
 
 
@@ -262,11 +285,23 @@ def _test(session: Session, name: str) -> EvaluationResult:
             title=f"Test queries {name} training",
             on_progress=update,
             say=session.display.say,
+            processes=session.processes,
         )
 
 
 def _finish(session: Session) -> None:
     """Put the best adapter where evaluation and export look for it, and say what came out."""
+    run, loaded, display = session.run, session.loaded, session.display
+    if session.processes.first_does(lambda: _keep_best(session)):
+        _load_adapter_weights(loaded, run.adapter)
+    if session.config.eval.before_and_after:
+        after = _test(session, "after")
+        display.say(f"after training: {headline(after.metrics)} test queries")
+    display.say(f"run folder: {run.path}; next: make eval RUN={run.path.name}")
+
+
+def _keep_best(session: Session) -> bool:
+    """Copy the best adapter and draw the curves; say whether there is a best one."""
     run, loaded, display = session.run, session.loaded, session.display
     best = read_best(run)
     if best is None:
@@ -276,12 +311,8 @@ def _finish(session: Session) -> None:
         shutil.rmtree(run.adapter, ignore_errors=True)
         shutil.copytree(run.best, run.adapter)
         display.say(f"best adapter: step {best.step}, {best.reason}")
-        _load_adapter_weights(loaded, run.adapter)
     plot_training(run)
-    if session.config.eval.before_and_after:
-        after = _test(session, "after")
-        display.say(f"after training: {headline(after.metrics)} test queries")
-    display.say(f"run folder: {run.path}; next: make eval RUN={run.path.name}")
+    return best is not None
 
 
 def _load_adapter_weights(loaded: LoadedModel, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.processes import launched
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.training.libraries import prepare_libraries
@@ -215,7 +216,7 @@ def _transformers_base(config: ModelConfig, base: str, plan: _Plan) -> Any:
             revision=config.revision,
             dtype=_torch_dtype(plan.compute_dtype),
             quantization_config=quantization,
-            device_map={"": 0 if plan.device == "cuda" else "cpu"},
+            device_map={"": launched().local_rank if plan.device == "cuda" else "cpu"},
             attn_implementation="sdpa",
         )
     except (OSError, ValueError) as error:
@@ -304,6 +305,8 @@ def _unsloth_base(config: Config, base: str, plan: _Plan) -> Any:
     }
     if config.model.revision is not None:
         arguments["revision"] = config.model.revision
+    if launched().count > 1:
+        arguments["device_map"] = {"": launched().local_rank if plan.device == "cuda" else "cpu"}
     try:
         model, _ = FastLanguageModel.from_pretrained(**arguments)
     except (OSError, ValueError, RuntimeError) as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.processes import Processes, join_processes
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.rows import RowStatistics
 from tinyagent_fast.prompts.templates import template_hash
@@ -51,6 +52,8 @@ class Session:
     display: TrainingDisplay
     forecast: Forecast | None = None
     """What its memory is predicted from; none without CUDA."""
+    processes: Processes = field(default_factory=Processes)
+    """Those that train together; the first one writes."""
 
 
 def scoring_tools(config: Config) -> Mapping[str, Tool] | None:
@@ -81,20 +84,25 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
     Raises:
         UserError: Data, base or backend cannot be used as asked.
     """
+    processes = join_processes()
     with display.bar("reading data"):
-        examples = load_run_examples(config)
+        examples = processes.in_turn(lambda: load_run_examples(config))
     with display.bar("base model", "steps") as update:
-        base = resolve_base(
-            config,
-            examples.train,
-            [example.query for example in examples.test],
-            lambda progress: update(progress.step, progress.steps),
+        base = processes.first_does(
+            lambda: resolve_base(
+                config,
+                examples.train,
+                [example.query for example in examples.test],
+                lambda progress: update(progress.step, progress.steps),
+            )
         )
     folder = resolve_tokenizer_folder(base, config.model.revision)
     tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
     with display.bar("encoding rows", "rows") as update:
-        rows = encode_run_rows(
-            config, examples, tokenizer, lambda done: update(done, len(examples.train))
+        rows = processes.in_turn(
+            lambda: encode_run_rows(
+                config, examples, tokenizer, lambda done: update(done, len(examples.train))
+            )
         )
     for name, row_file in (("train", rows.train), ("validation", rows.validation)):
         if row_file is not None and row_file.statistics.dropped:
@@ -103,9 +111,9 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
                 f"dropped {len(dropped)} over-long {name} rows, the longest of "
                 f"{max(tokens for _, tokens in dropped)} tokens"
             )
-    config, forecast = _sized(config, base, rows.train.statistics, display)
+    config, forecast = _sized(config, base, rows.train.statistics, display, processes)
     loaded = load_for_training(config, base)
-    run = resume or create_run(config)
+    run = resume or processes.first_does(lambda: create_run(config))
     session = Session(
         run=run,
         config=config,
@@ -116,23 +124,32 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
         tools=scoring_tools(config),
         display=display,
         forecast=forecast,
+        processes=processes,
     )
-    remember_or_compare(
-        run,
-        _data_record(session),
-        trainable_parameters(loaded.model),
-        resumed=resume is not None,
+    processes.first_does(
+        lambda: remember_or_compare(
+            run,
+            _data_record(session),
+            trainable_parameters(loaded.model),
+            resumed=resume is not None,
+        )
     )
     _header(session)
     return session
 
 
 def _sized(
-    config: Config, base: str, rows: RowStatistics, display: TrainingDisplay
+    config: Config,
+    base: str,
+    rows: RowStatistics,
+    display: TrainingDisplay,
+    processes: Processes,
 ) -> tuple[Config, Forecast | None]:
     """Turn `batch: auto` into a number before anything uses it, and predict the run's memory."""
     automatic = config.train.batch == "auto"
     usable = usable_gib()
+    if usable is not None:
+        usable = processes.least(usable)  # all must take the same batch
     if usable is None:
         if automatic:
             config = with_batch(config, preset_batch(config))
@@ -201,6 +218,7 @@ def _data_record(session: Session) -> dict[str, Any]:
             if session.rows.validation
             else None,
         },
+        **({"processes": session.processes.count} if session.processes.count > 1 else {}),
     }
 
 
@@ -215,11 +233,24 @@ def _memory_fact(forecast: Forecast | None) -> dict[str, str]:
     }
 
 
+def _processes_fact(session: Session) -> dict[str, str]:
+    train, count = session.config.train, session.processes.count
+    if count == 1:
+        return {}
+    batch = train.rows_per_batch
+    text = f"{count}: {batch * train.accumulation * count} rows of all processes per step"
+    again = -session.rows.train.statistics.rows % (batch * count)
+    if again and train.batching != "packed":
+        text += f"; the last batches of an epoch take {again} of its first rows again"
+    return {"processes": text}
+
+
 def _header(session: Session) -> None:
     config, loaded, rows = session.config, session.loaded, session.rows.train.statistics
     train = config.train
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    steps = optimizer_steps(rows.rows, train)
+    count = session.processes.count
+    steps = optimizer_steps(rows.rows, train, count)
     leaks = [pair for pair in session.examples.leaks.between if pair.normalised]
     files = session.examples.files
     facts = {
@@ -238,6 +269,7 @@ def _header(session: Session) -> None:
         f"{trainable:,} parameters",
         "steps": f"{steps if train.batching != 'packed' else 'packed rows:'} "
         f"of {train.batch} x {train.accumulation} rows, {train.batching}",
+        **_processes_fact(session),
         **_memory_fact(session.forecast),
         "rate": f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}",
     }
