@@ -14,7 +14,7 @@ CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nu
 REQUIREMENTS ?= $(if $(CUDA),requirements.txt,requirements-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-unsloth doctor data preview train chat serve eval export score report compare test lint gpu-check clean
+.PHONY: help setup setup-dev setup-unsloth doctor data preview train chat serve eval export score report compare test lint bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ test: setup-dev setup-unsloth ## run the tests that need no GPU
 
 lint: setup-dev ## ruff and mypy --strict
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup ## measure training, evaluation and data against the usual ways (ARGS=--quick)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 gpu-check: ## on a CUDA machine: measure, and write one JSON into benchmarks/results/
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)

@@ -178,11 +178,14 @@ def _progress(part: str) -> Iterator[Tell]:
         TextColumn("{task.completed:.0f} timings"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(part)
 
         def tell(way: str) -> None:
             progress.update(task, description=f"{part}: {way}", advance=1)
+            if not console.is_terminal:
+                print(f"{time.strftime('%H:%M:%S')} {part}: {way}", file=sys.stderr, flush=True)
 
         yield tell
 
@@ -213,7 +216,7 @@ def _measured(
 def _command(given: Sequence[str]) -> str:
     """Write the command so that it can be repeated; folders of this machine are nobody's."""
     words = ["python", "benchmarks/bench.py"]
-    for before, word in zip(["", *given[:-1]], given, strict=True):
+    for before, word in zip(["", *given], given, strict=False):
         flag, equals, _ = word.partition("=")
         if before in _PATH_FLAGS:
             words.append(before.removeprefix("--").upper())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,6 @@ from tinyagent_fast.training.nano import train_bpe_tokenizer
 READ, PLAIN_READ = "read and validate", "json.load alone"
 TOKENISE, PLAIN_TOKENISE = "tokenise and prove", "tokenise alone"
 SCORE = "score"
-TIMED_WAYS = 5
 _CHUNK_ROWS = 256
 
 
@@ -61,11 +60,7 @@ def measure_data(
     Returns:
         The figures.
     """
-    if real is None:
-        spec = GenerationSpec(train_entries=sizes.entries, test_entries=1, prompt_style="full")
-        path = generate_dataset(spec, work / "bench-data").train
-    else:
-        path = real / TRAINING_FILE
+    path = real / TRAINING_FILE if real else _generated(sizes, work)
     examples = list(islice(plan_examples(path), max(sizes.rows, sizes.pairs)))
     texts = [(e.key, render(e, "alpaca")) for e in examples[: sizes.rows]]
     tokenizer = _tokenizer(real, [r for _, r in texts], sizes.tokenizer_pieces)
@@ -78,15 +73,7 @@ def measure_data(
         SCORE: lambda: sum(score_pair(label, found).success for label, found in pairs),
     }
     timed = in_turns(ways, rounds, tell)
-    entries = int(timed.results[READ])
-    size_mb = path.stat().st_size / 1e6
-    counts = {
-        READ: entries,
-        PLAIN_READ: entries,
-        TOKENISE: len(texts),
-        PLAIN_TOKENISE: len(texts),
-        SCORE: len(pairs),
-    }
+    entries, size_mb = int(timed.results[READ]), path.stat().st_size / 1e6
     return {
         "what": "one process; the file is in the system's cache after the first round",
         "entries": entries,
@@ -95,13 +82,16 @@ def measure_data(
         "tokens": int(timed.results[TOKENISE]),
         "pairs": len(pairs),
         "pairs_right": int(timed.results[SCORE]),
-        "ways": {
-            name: {
-                "seconds": spread(taken),
-                "per_s": spread([counts[name] / s for s in taken]),
-            }
-            for name, taken in timed.seconds.items()
-        },
+        "ways": _rates(
+            timed.seconds,
+            {
+                READ: entries,
+                PLAIN_READ: entries,
+                TOKENISE: len(texts),
+                PLAIN_TOKENISE: len(texts),
+                SCORE: len(pairs),
+            },
+        ),
         "read_mb_per_s": spread([size_mb / s for s in timed.seconds[READ]]),
         "ratios": {
             f"{READ} : {PLAIN_READ}": _over(timed.seconds, PLAIN_READ, READ),
@@ -110,7 +100,20 @@ def measure_data(
     }
 
 
-def _over(seconds: dict[str, list[float]], plain: str, mine: str) -> dict[str, Any]:
+def _generated(sizes: DataSizes, work: Path) -> Path:
+    """Write a file with prompts of the published build and length."""
+    spec = GenerationSpec(train_entries=sizes.entries, test_entries=1, prompt_style="full")
+    return generate_dataset(spec, work / "bench-data").train
+
+
+def _rates(seconds: Mapping[str, list[float]], counts: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        name: {"seconds": spread(taken), "per_s": spread([counts[name] / s for s in taken])}
+        for name, taken in seconds.items()
+    }
+
+
+def _over(seconds: Mapping[str, list[float]], plain: str, mine: str) -> dict[str, Any]:
     return spread([a / b for a, b in zip(seconds[plain], seconds[mine], strict=True)])
 
 

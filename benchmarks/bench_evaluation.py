@@ -126,7 +126,7 @@ def measure_evaluation(
     write(model, tokenizer, {0: prompts.ids[0]}, Decoding(batch=1, new_tokens=1))
     timed = in_turns(ways, sizes.rounds, tell)
     samples = {name: len(chosen) for name, (chosen, _) in todo.items()}
-    over_static = summary(timed.seconds, samples, STATIC)
+    over_static = summary(timed, samples, STATIC)
     tokens = [len(ids) for ids in prompts.ids]
     return {
         "what": f"{sizes.new_tokens} tokens written greedily behind each prompt, random weights",
@@ -136,7 +136,7 @@ def measure_evaluation(
         "mean_tokens": round(sum(tokens) / len(tokens), 1),
         "shared_share": round(shared_share(prompts.ids), 4),
         "baseline": SINGLE,
-        "ways": summary(timed.seconds, samples, SINGLE),
+        "ways": summary(timed, samples, SINGLE),
         "over_static": {name: over_static[name]["ratio"] for name in (SHARED, LOOKUP)},
         "output_passes": {name: written.passes for name, written in timed.results.items()},
         "equal_outputs": {

@@ -21,6 +21,8 @@ class Timed(Generic[Result]):
     """What each way took and gave, round by round."""
 
     seconds: dict[str, list[float]]
+    cpu_seconds: dict[str, list[float]]
+    """Of all threads of this process; what other programs take hardly counts here."""
     results: dict[str, Result]
     """Of the first round."""
 
@@ -41,16 +43,23 @@ def in_turns(
         Seconds of each way in each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, Result] = {}
-    for _ in range(rounds):
-        for name, run in ways.items():
-            step(name)
-            gc.collect()
-            started = time.perf_counter()
-            found = run()
-            seconds[name].append(time.perf_counter() - started)
-            results.setdefault(name, found)
-    return Timed(seconds, results)
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again before every timing
+    try:
+        for _ in range(rounds):
+            for name, run in ways.items():
+                step(name)
+                gc.collect()
+                started, cpu_started = time.perf_counter(), time.process_time()
+                found = run()
+                seconds[name].append(time.perf_counter() - started)
+                cpu_seconds[name].append(time.process_time() - cpu_started)
+                results.setdefault(name, found)
+    finally:
+        gc.unfreeze()
+    return Timed(seconds, cpu_seconds, results)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -70,27 +79,33 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def summary(
-    seconds: Mapping[str, Sequence[float]], samples: Mapping[str, int], baseline: str
-) -> dict[str, dict[str, Any]]:
+def summary(timed: Timed[Any], samples: Mapping[str, int], baseline: str) -> dict[str, Any]:
     """Turn seconds into rates and ratios.
 
     Args:
-        seconds: Of each way in each round.
+        timed: All ways.
         samples: How many each way did in a round.
         baseline: The way to compare with.
 
     Returns:
-        For each way its seconds, its samples/s, and in each round how many times as many samples/s
-        as the baseline it had.
+        For each way its seconds, its samples/s, and how many times as many samples/s as the
+        baseline it had in each round, by the clock and by CPU time.
     """
-    rates = {name: [samples[name] / s for s in taken] for name, taken in seconds.items()}
     return {
         name: {
             "samples": samples[name],
-            "seconds": spread(seconds[name]),
-            "samples_per_s": spread(mine),
-            "ratio": spread([a / b for a, b in zip(mine, rates[baseline], strict=True)]),
+            "seconds": spread(taken),
+            "cpu_seconds": spread(timed.cpu_seconds[name]),
+            "samples_per_s": spread([samples[name] / s for s in taken]),
+            "ratio": spread(_ratios(timed.seconds, samples, name, baseline)),
+            "cpu_ratio": spread(_ratios(timed.cpu_seconds, samples, name, baseline)),
         }
-        for name, mine in rates.items()
+        for name, taken in timed.seconds.items()
     }
+
+
+def _ratios(
+    seconds: Mapping[str, Sequence[float]], samples: Mapping[str, int], name: str, baseline: str
+) -> list[float]:
+    share = samples[name] / samples[baseline]
+    return [share * b / a for a, b in zip(seconds[name], seconds[baseline], strict=True)]

@@ -19,7 +19,7 @@ from bench_inputs import (
     with_adapter,
     word_tokenizer,
 )
-from bench_rounds import in_turns, spread, summary
+from bench_rounds import Timed, in_turns, summary
 from bench_sizes import Lengths, Shape
 from bench_training import PADDED, TrlWays, ours, step_of
 from bench_training import SHARED as SHARED_ROWS
@@ -87,6 +87,9 @@ QUICK = Grid(
 )
 
 
+_WARM_UP = Point(share=0.5, batch=2, length=100)
+
+
 def measure_scaling(
     grid: Grid, rounds: int, tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
@@ -103,22 +106,20 @@ def measure_scaling(
     longest = max(point.length for axis in AXES for point in grid.along(axis))
     tokenizer = never_stopping(word_tokenizer(grid.shape.vocab))
     base = random_llama(grid.shape, longest + grid.new_tokens)
+    runs = [(axis, point) for axis in AXES for point in grid.along(axis)]
+
+    def told(axis: str, point: Point) -> Callable[[str], None]:
+        return lambda way: tell(f"{axis} {vars(point)[axis]}: {way}")
+
     # Evaluated before the adapter comes, as adapters cost every way the same.
-    evaluated = [
-        [_evaluate(base.eval(), tokenizer, point, grid, rounds, tell) for point in grid.along(axis)]
-        for axis in AXES
-    ]
+    _evaluate(base.eval(), tokenizer, _WARM_UP, grid, 1, tell)
+    evaluated = [_evaluate(base, tokenizer, p, grid, rounds, told(a, p)) for a, p in runs]
     trl = TrlWays(with_adapter(base), tokenizer.hf)
-    trained = [
-        [_train(trl, point, grid, rounds, tell) for point in grid.along(axis)] for axis in AXES
-    ]
-    found: dict[str, Any] = {
-        axis: [
-            {**vars(point), "training": t, "evaluation": e}
-            for point, t, e in zip(grid.along(axis), trained[at], evaluated[at], strict=True)
-        ]
-        for at, axis in enumerate(AXES)
-    }
+    _train(trl, _WARM_UP, grid, 1, tell)
+    trained = [_train(trl, p, grid, rounds, told(a, p)) for a, p in runs]
+    found: dict[str, list[dict[str, Any]]] = {axis: [] for axis in AXES}
+    for (axis, point), training, evaluation in zip(runs, trained, evaluated, strict=True):
+        found[axis].append({**vars(point), "training": training, "evaluation": evaluation})
     return {
         "what": {
             "training": f"{SHARED_ROWS} against {PADDED}, forward and backward",
@@ -149,7 +150,7 @@ def _train(
     timed = in_turns(ways, rounds, tell)
     losses = {name: step.loss for name, step in timed.results.items()}
     return {
-        **_pair(timed.seconds, PADDED, SHARED_ROWS, point.batch),
+        **_pair(timed, PADDED, SHARED_ROWS, point.batch),
         "computed_share": round(stream.computed_tokens / stream.plain_tokens, 4),
         "loss_difference": abs(losses[SHARED_ROWS] - losses[PADDED]) / losses[PADDED],
     }
@@ -173,14 +174,15 @@ def _evaluate(
     texts = {name: written.texts for name, written in timed.results.items()}
     equal = sum(text == texts[STATIC][at] for at, text in texts[SHARED_PROMPTS].items())
     return {
-        **_pair(timed.seconds, STATIC, SHARED_PROMPTS, point.batch),
+        **_pair(timed, STATIC, SHARED_PROMPTS, point.batch),
         "equal_outputs": f"{equal} of {len(prompts)}",
     }
 
 
-def _pair(seconds: dict[str, list[float]], usual: str, new: str, samples: int) -> dict[str, Any]:
-    found = summary(seconds, {usual: samples, new: samples}, usual)
+def _pair(timed: Timed[Any], usual: str, new: str, samples: int) -> dict[str, Any]:
+    found = summary(timed, {usual: samples, new: samples}, usual)
     return {
-        "seconds": {usual: spread(seconds[usual]), new: spread(seconds[new])},
+        "seconds": {name: found[name]["seconds"] for name in (usual, new)},
         "ratio": found[new]["ratio"],
+        "cpu_ratio": found[new]["cpu_ratio"],
     }

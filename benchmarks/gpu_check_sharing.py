@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from bench_inputs import shared_share
 from gpu_check_decoding import same_prefixes
 from gpu_check_parts import memory, synchronize
 from gpu_check_worker import Bench, Part, release
@@ -56,7 +57,7 @@ def generate_alike(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompts": len(prompts),
         "mean_tokens": round(sum(map(len, prompts)) / len(prompts), 1),
-        "shared_tokens": _shared_tokens(prompts),
+        "shared_share": round(shared_share(prompts), 4),
         "batch": batch,
         "new_tokens": scale.new_tokens,
         "path": path,
@@ -82,13 +83,6 @@ def whole_prompts(rows: Any, count: int) -> list[list[int]]:
         end = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
         prompts.append(list(row["input_ids"][:end]))
     return prompts
-
-
-def _shared_tokens(prompts: list[list[int]]) -> int:
-    """Count the tokens with which all prompts begin."""
-    first, last = min(prompts), max(prompts)
-    pairs = enumerate(zip(first, last, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
 def _compared(bench: Bench, texts: dict[int, str]) -> dict[str, float | int] | None:

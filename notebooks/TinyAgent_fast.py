@@ -44,9 +44,11 @@ IN_COLAB = "google.colab" in sys.modules
 def shell(*words: str, **variables: str) -> None:
     """Run a program, show what it prints as it comes, and stop the notebook when it fails."""
     print("$", shlex.join(words), flush=True)
+    # Jupyter sets FORCE_COLOR, which would fill the cell with every state of a progress bar.
+    inherited = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
     child = subprocess.Popen(
         words,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110", **variables},
+        env={**inherited, "PYTHONUNBUFFERED": "1", "COLUMNS": "110", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def test_cells_come_out_as_they_were_put_in(cells: list[tuple[str, list[str]]]) 
     wanted, source = [], '"""Not a cell."""\n\n'
     for kind, drawn in cells:
         # The ends of a cell are stripped, and a mark would begin another cell.
-        lines = ["x", *(line.replace("%%", "%") for line in drawn), "x"]
+        lines = ["x", *(re.sub("%+", "%", line) for line in drawn), "x"]
         wanted.append(build.Cell(kind, "\n".join(lines)))
         comments = ["#" if line == "" else f"# {line}" for line in lines]
         body = comments if kind == "markdown" else lines
@@ -293,6 +294,19 @@ def test_a_command_that_fails_stops_the_notebook_and_shows_what_it_said(
     with pytest.raises(RuntimeError, match="the lines above say why"):
         shell(sys.executable, "-c", "print('no disk'); raise SystemExit(1)")
     assert "no disk" in capsys.readouterr().out
+
+
+def test_only_a_cell_that_asks_for_colours_gets_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shell: Callable[..., None] = first_cell()["shell"]
+    show = "import os; print('colours:', os.environ.get('FORCE_COLOR'))"
+    shell(sys.executable, "-c", show)
+    shell(sys.executable, "-c", show, FORCE_COLOR="2")
+    said = capsys.readouterr().out
+    assert "\ncolours: None\n" in said
+    assert "\ncolours: 2\n" in said
 
 
 def test_an_interrupt_lets_the_command_save_what_it_has() -> None:

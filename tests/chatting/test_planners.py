@@ -156,7 +156,7 @@ def test_an_adapter_answers_with_a_plan_stream_and_says_what_it_is(
     assert "--max-new-tokens" in stream.ending.sentence()
     assert planner.facts["model"] == "runs/one/adapter"
     assert planner.facts["engine"] == "transformers on cpu, float32"
-    assert "first test query" in planner.facts["system text"]
+    assert "most similar test query" in planner.facts["system text"]
     assert "tool" in planner.facts["it names"]
 
 

@@ -62,7 +62,7 @@ fit.build_trainer = building
 config = read_config(Path(sys.argv[1]).read_text())
 out = Path(sys.argv[2])
 run = fit.train(config, Console(highlight=False, width=200))
-(out / f"rows-{here.rank}.json").write_text(json.dumps(rows))
+(out / f"length-grouped-{here.rank}.json").write_text(json.dumps(rows))
 
 def half() -> Run:
     shutil.copytree(run.path, run.path.with_name("half"))
@@ -70,6 +70,18 @@ def half() -> Run:
     return Run(run.path.with_name("half"))
 
 fit.train(config, Console(highlight=False), resume=here.first_does(half))
+
+rows.clear()
+fit.train(
+    replace(
+        config,
+        name="shuffled",
+        train=replace(config.train, batching="shuffled", evaluations=0),
+        eval=replace(config.eval, before_and_after=False),
+    ),
+    Console(quiet=True),
+)
+(out / f"shuffled-{here.rank}.json").write_text(json.dumps(rows))
 
 Processes.leave = lambda self: None
 arguments = ["eval", "--run", str(run.path), "--out", str(out / "eval"), "--parity-prompts", "2"]
@@ -105,11 +117,11 @@ class Launch:
     config: Config
     output: str
 
-    def rows(self) -> dict[int, list[list[str]]]:
+    def rows(self, batching: str) -> dict[int, list[list[str]]]:
         """Give the rows of each step, one list for each process."""
         found: dict[int, list[list[str]]] = {}
         for rank in (0, 1):
-            for step, texts in json.loads((self.folder / f"rows-{rank}.json").read_text()):
+            for step, texts in json.loads((self.folder / f"{batching}-{rank}.json").read_text()):
                 found.setdefault(step, []).append(texts)
         return found
 
@@ -168,10 +180,11 @@ def launch(tmp_path_factory: pytest.TempPathFactory, config_in: Callable[..., Co
     return Launch(folder, Run(folder / "runs" / "pair"), single, config, done.stdout)
 
 
+@pytest.mark.parametrize("batching", ["length-grouped", "shuffled"])
 def test_every_row_comes_once_an_epoch_but_for_those_that_fill_the_last_step(
-    launch: Launch,
+    batching: str, launch: Launch
 ) -> None:
-    rows = launch.rows()
+    rows = launch.rows(batching)
     assert sorted(rows) == list(range(STEPS * EPOCHS))
     assert all(len(batches) == 2 for batches in rows.values())
     orders = []

@@ -116,7 +116,7 @@ def load_prompts(system: str, run: Run | None) -> PromptSource:
     """Make the source of system texts that a user asked for.
 
     Args:
-        system: `first`, `nearest`, or a text file.
+        system: `nearest`, `first`, a text file, or `auto`: nearest where there is a test file.
         run: The run whose test file has the texts; none if the model lies in no run.
 
     Returns:
@@ -127,9 +127,9 @@ def load_prompts(system: str, run: Run | None) -> PromptSource:
     """
     file, examples = (None, ()) if run is None else _test_examples(run)
     question = _question(examples[0]) if examples else _DEFAULT_QUESTION
-    if system not in ("first", "nearest"):
+    if system not in ("auto", "first", "nearest"):
         return PromptSource(system=_read(Path(system)), source=f"file {system}", question=question)
-    if examples and system == "nearest":
+    if examples and system != "first":
         source = f"that of the most similar test query of {file}, for each request"
         return PromptSource(
             system=None, source=source, question=question, nearest=NearestQuery(examples)
@@ -211,5 +211,5 @@ def _read(path: Path) -> str:
         raise ConfigError(
             f"--system {path}",
             f"it cannot be read as text: {error}",
-            "name a UTF-8 text file, or `first` or `nearest`",
+            "name a UTF-8 text file, or `auto`, `nearest` or `first`",
         ) from error

@@ -27,9 +27,10 @@ class PlannerChoice:
     """Folder of all runs."""
     model: Path | None = None
     """A .gguf file, a merged folder or an adapter instead of the run's own adapter."""
-    system: str = "first"
-    """`first` takes the system text of the run's first test query for all requests, `nearest` for
-    each request that of the most similar test query; anything else is a text file."""
+    system: str = "auto"
+    """`nearest` takes for each request the system text of the run's most similar test query,
+    `first` that of the first one for all requests, `auto` the nearest where the test file is
+    there, and none elsewhere; anything else is a text file."""
     max_new_tokens: int | None = None
     """Tokens after which a plan is broken off; None takes the run's, or 300."""
     threads: int | None = None

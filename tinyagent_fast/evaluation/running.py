@@ -86,10 +86,7 @@ def evaluate_examples(
     there = processes.first_does(lambda: file.start(identity))
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
-    if kept:
-        say(f"{kept} predictions are there, made with the same things; they are kept")
-    if len(there) > kept:
-        say(f"{len(there) - kept} predictions of other queries are there; no figure counts them")
+    _say_kept(kept, len(there) - kept, say)
     parity, notes = None, engine.notes(missing) if missing else []
     for note in notes:
         say(note)
@@ -112,6 +109,13 @@ def evaluate_examples(
         write_json(folder / "metrics.json", result.to_json())
         write_text(folder / "report.md", markdown_report(title, result.metrics, predictions, tools))
     return result
+
+
+def _say_kept(kept: int, others: int, say: Callable[[str], None]) -> None:
+    if kept:
+        say(f"{kept} predictions are there, made with the same things; they are kept")
+    if others:
+        say(f"{others} predictions of other queries are there; no figure counts them")
 
 
 def _generate(

@@ -56,7 +56,7 @@ def unsupported(model: Any) -> str | None:
     own = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention)
     if not layers or any(type(part) not in own for part in passes):
         return f"its layers are not those of a plain Llama but of {type(base).__name__}"
-    if any("forward" in vars(part) or "generate" in vars(part) for part in passes) or any(
+    if any(_is_replaced(part) for part in passes) or any(
         kind.forward.__module__ != llama.__name__ for kind in own
     ):
         return "another library replaced its forward pass"
@@ -66,6 +66,14 @@ def unsupported(model: Any) -> str | None:
         return "it is spread over several devices"
     asked = [name for name in _PROCESSORS if _is_asked(base.generation_config, name)]
     return f"its generation_config sets {asked[0]}" if asked else None
+
+
+def _is_replaced(part: Any) -> bool:
+    """Tell whether calling a module does something else than its class says."""
+    forward = vars(part).get("forward")
+    # trl's way to the loss goes round the head only, and the layers are called one by one here.
+    replaced = forward is not None and not str(forward.__module__).startswith("trl.")
+    return replaced or "generate" in vars(part)
 
 
 def _without_peft(model: Any) -> tuple[Any, str | None]:

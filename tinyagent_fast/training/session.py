@@ -98,19 +98,7 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
         )
     folder = resolve_tokenizer_folder(base, config.model.revision)
     tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
-    with display.bar("encoding rows", "rows") as update:
-        rows = processes.in_turn(
-            lambda: encode_run_rows(
-                config, examples, tokenizer, lambda done: update(done, len(examples.train))
-            )
-        )
-    for name, row_file in (("train", rows.train), ("validation", rows.validation)):
-        if row_file is not None and row_file.statistics.dropped:
-            dropped = row_file.statistics.dropped
-            display.say(
-                f"dropped {len(dropped)} over-long {name} rows, the longest of "
-                f"{max(tokens for _, tokens in dropped)} tokens"
-            )
+    rows = _encoded(config, examples, tokenizer, display, processes)
     config, forecast = _sized(config, base, rows.train.statistics, display, processes)
     loaded = load_for_training(config, base)
     run = resume or processes.first_does(lambda: create_run(config))
@@ -136,6 +124,30 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
     )
     _header(session)
     return session
+
+
+def _encoded(
+    config: Config,
+    examples: RunExamples,
+    tokenizer: PromptTokenizer,
+    display: TrainingDisplay,
+    processes: Processes,
+) -> RunRows:
+    """Encode the rows, the first process before the others, and say what was left out."""
+    with display.bar("encoding rows", "rows") as update:
+        rows = processes.in_turn(
+            lambda: encode_run_rows(
+                config, examples, tokenizer, lambda done: update(done, len(examples.train))
+            )
+        )
+    for name, row_file in (("train", rows.train), ("validation", rows.validation)):
+        if row_file is not None and row_file.statistics.dropped:
+            dropped = row_file.statistics.dropped
+            display.say(
+                f"dropped {len(dropped)} over-long {name} rows, the longest of "
+                f"{max(tokens for _, tokens in dropped)} tokens"
+            )
+    return rows
 
 
 def _sized(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -64,7 +65,9 @@ class Tracking:
             "eval_success_dag": new.success_dag,
             "eval_loss": new.loss,
         }
-        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, figures)
+        # A copy, because the handler marks the step's own figures as logged.
+        control = copy(trainer.control)
+        trainer.callback_handler.on_log(trainer.args, trainer.state, control, figures)
 
 
 def check_tracker(tracker: Tracker) -> None:

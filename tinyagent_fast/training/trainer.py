@@ -233,8 +233,8 @@ def refuse_non_finite(
         raise TrainingError(
             f"the {name} is {found} before optimizer step {step}",
             "one such step would turn every adapter weight into NaN; none was made",
-            "lower --train.learning-rate, look at the rows of that step with "
-            "`tinyagent-fast preview`, and resume from the last checkpoint with --resume",
+            "look at the rows with `tinyagent-fast preview`, and start a new run with a lower "
+            "--train.learning-rate; --resume goes on from the last checkpoint as the run is set",
         )
 
 
