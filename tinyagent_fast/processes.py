@@ -63,7 +63,7 @@ class Processes:
             try:
                 outcome[0] = work()
             except BaseException as error:
-                code = getattr(error, "code", 3)  # of a SystemExit
+                code = getattr(error, "code", 3) or 0  # of a SystemExit, where None is success
                 failed = [None, getattr(error, "exit_code", code)]
                 dist.broadcast_object_list(failed, src=0, group=self.group)
                 raise

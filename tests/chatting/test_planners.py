@@ -146,7 +146,7 @@ def test_an_adapter_answers_with_a_plan_stream_and_says_what_it_is(
     from tinyagent_fast.training.models import load_for_training
 
     load_for_training(config_in(tmp_path), str(tiny_base)).model.save_pretrained(str(run.adapter))
-    with open_planner(PlannerChoice(threads=1)) as planner:
+    with open_planner(PlannerChoice(threads=1, system="first")) as planner:
         stream = planner.stream("open the note")
         pieces = list(stream)
     assert "".join(pieces) == stream.text
@@ -156,7 +156,7 @@ def test_an_adapter_answers_with_a_plan_stream_and_says_what_it_is(
     assert "--max-new-tokens" in stream.ending.sentence()
     assert planner.facts["model"] == "runs/one/adapter"
     assert planner.facts["engine"] == "transformers on cpu, float32"
-    assert "most similar test query" in planner.facts["system text"]
+    assert "first test query" in planner.facts["system text"]
     assert "tool" in planner.facts["it names"]
 
 
