@@ -50,6 +50,8 @@ class Grid:
     shares: tuple[float, ...]
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
+    batch_of_lengths: int
+    """Smaller than elsewhere, because the longest rows are long."""
     new_tokens: int = 32
 
     def along(self, axis: str) -> list[Point]:
@@ -67,15 +69,18 @@ class Grid:
             "length": self.lengths,
         }
         sizes = vars(self.default)
+        if axis == "length":
+            sizes = {**sizes, "batch": self.batch_of_lengths}
         return [Point(**{**sizes, axis: value}) for value in values[axis]]
 
 
 FULL = Grid(
     shape=Shape.of(512, 2),
-    default=Point(share=0.53, batch=8, length=2048),
+    default=Point(share=0.53, batch=8, length=1024),
     shares=(0.0, 0.2, 0.4, 0.6, 0.8),
     batches=(1, 2, 4, 8, 16, 32),
     lengths=(512, 1024, 2048, 4096, 8192),
+    batch_of_lengths=4,
 )
 QUICK = Grid(
     shape=replace(Shape.of(64, 1), vocab=1000),
@@ -83,6 +88,7 @@ QUICK = Grid(
     shares=(0.0, 0.5),
     batches=(1, 2),
     lengths=(160, 200),
+    batch_of_lengths=2,
     new_tokens=4,
 )
 

@@ -75,7 +75,7 @@ def _scaling(figures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for kind in ("training", "evaluation"):
         for axis in AXES:
             points = figures[axis]
-            others = {k: v for k, v in figures["default"].items() if k != axis}
+            others = {k: points[0][k] for k in AXES if k != axis}
             yield (
                 f"{kind} with {axis} {', '.join(str(p[axis]) for p in points)}",
                 " / ".join(f"{_fastest(p[kind], -1):.2f} s" for p in points),

@@ -29,11 +29,11 @@ class EvalFlags:
     """Run to evaluate: its name, its folder, or `latest`."""
     runs: Path = Path("runs")
     """Folder of all runs."""
-    engine: Literal["auto", "transformers", "gguf"] = "auto"
-    """`transformers` runs the adapter on its base, `gguf` the exported files in llama.cpp; `auto`
-    takes what `--model` is, and the adapter without it."""
+    engine: Literal["auto", "transformers", "gguf", "vllm"] = "auto"
+    """`transformers` runs the adapter on its base, `gguf` the exported files in llama.cpp, `vllm`
+    the merged folder on CUDA; `auto` takes what `--model` is, and the adapter without it."""
     model: Path | None = None
-    """A .gguf file to evaluate; `--engine gguf` without it takes all that the run has exported."""
+    """A .gguf file, or for vllm a merged folder; without it those that the run has exported."""
     adapter: str = "best"
     """`best` for the run's adapter, `none` for the bare base model, or a folder."""
     test: Path | None = None
@@ -44,6 +44,8 @@ class EvalFlags:
     """Tokens after which a plan counts as truncated."""
     parity_prompts: int | None = None
     """Prompts generated at batch 1 and at batch N before the sweep; 0 skips the comparison."""
+    lookup_tokens: int | None = None
+    """Guesses from the prompt that a decoding step checks at once; plans stay the same."""
     limit: int | None = None
     """Evaluate only the first so many entries."""
     backend: Backend | None = None
@@ -78,7 +80,11 @@ def run(arguments: Sequence[str]) -> int:
 def _run(flags: EvalFlags) -> None:
     found = find_run(flags.run, flags.runs)
     config = _config(found, flags)
-    if _wants_gguf(flags):
+    if flags.engine == "vllm":
+        from tinyagent_fast.commands.evaluate_vllm import evaluate_with_vllm
+
+        evaluate_with_vllm(found, config, flags, _base(found, config), _display())
+    elif _wants_gguf(flags):
         from tinyagent_fast.commands.evaluate_files import evaluate_files
 
         evaluate_files(found, config, flags, _base(found, config), _display())
@@ -181,7 +187,7 @@ def _config(found: Run, flags: EvalFlags) -> Config:
     config = found.config()
     changes = {
         name: value
-        for name in ("batch", "max_new_tokens", "parity_prompts", "limit")
+        for name in ("batch", "max_new_tokens", "parity_prompts", "lookup_tokens", "limit")
         if (value := getattr(flags, name)) is not None
     }
     config = replace(config, eval=replace(config.eval, **changes))
