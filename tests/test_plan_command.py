@@ -120,9 +120,9 @@ def test_the_card_is_named_or_that_of_the_preset(
 @pytest.mark.parametrize(
     ("given", "rows_per_step"),
     [
-        (["--lora.rank", "64", "--train.batch", "8", "--data.points=all"], 32),
+        (["--lora.rank", "64", "--train.batch", "8", "--data.points=all"], 64),
         (["--preset", "seed", "--train.accumulation=4"], 4),
-        (["--preset=a100", "--name", "my run", "--train.batch=4"], 8),
+        (["--preset=a100", "--name", "my run", "--train.batch=4"], 16),
         (["--model.gradient-checkpointing", "true", "--lora.alpha", "8"], 16),
         (["--train.batch", "auto"], 16),
     ],

@@ -453,10 +453,9 @@ def test_on_a_cpu_half_precision_weights_take_whole_ones() -> None:
     config = preset_config("a100")
     whole = replace(config, model=replace(config.model, weights="fp32"))
     assert resources.needed_memory_gib(config, LAPTOP) == resources.needed_memory_gib(whole, LAPTOP)
-    on_gpu = resources.needed_memory_gib(preset_config("l4"), WITH_L4)
-    plain = replace(
-        preset_config("l4"), model=replace(preset_config("l4").model, gradient_checkpointing="true")
-    )
+    t4 = preset_config("t4")
+    on_gpu = resources.needed_memory_gib(t4, WITH_L4)
+    plain = replace(t4, model=replace(t4.model, gradient_checkpointing="true"))
     without = resources.needed_memory_gib(plain, WITH_L4)
     assert on_gpu is not None
     assert without is not None

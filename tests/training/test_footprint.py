@@ -510,7 +510,7 @@ def test_an_automatic_batch_keeps_the_rows_of_a_step_of_its_preset() -> None:
     config = preset_config("a100")
     auto = with_train(config, batch="auto")
     assert rows_per_step(auto) == rows_per_step(config) == 16
-    assert rows_per_step(with_train(auto, accumulation=6)) == 8 * 6
+    assert rows_per_step(with_train(auto, accumulation=6)) == 4 * 6
     assert rows_per_step(Config(preset="mine", train=TrainConfig(batch="auto"))) == 8
     found = recommend(forecast_of(auto))
     resolved = with_batch(auto, found.batch)
