@@ -459,7 +459,7 @@ def test_on_a_cpu_half_precision_weights_take_whole_ones() -> None:
     without = resources.needed_memory_gib(plain, WITH_L4)
     assert on_gpu is not None
     assert without is not None
-    assert on_gpu > without + 1  # offloaded checkpoints are kept in the host's memory
+    assert on_gpu > without + 0.5  # offloaded checkpoints are kept in the host's memory
 
 
 # --- data and base
