@@ -45,6 +45,13 @@ def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
         axes = rows[-1].subplots(1, len(_SCALING_LABELS), sharey=True)
         for axis, name in zip(axes, _SCALING_LABELS, strict=True):
             _draw_lines(axis, name, scaling[name])
+        shape = scaling["model"]
+        size = f"hidden {shape['hidden']}, {shape['layers']} layers"
+        rows[-1].suptitle(
+            f"Shared prefixes against padded batches ({size}; of the last, training computes "
+            "only what the loss needs)",
+            fontsize=10,
+        )
         axes[0].set_ylabel("times as many samples/s")
         axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -77,6 +77,7 @@ def test_the_table_has_no_empty_cell(quick):
     assert all(cell for row in rows for cell in row)
     assert bench_table.table(parts) in done.stdout
     assert "quick: sizes that show that everything runs" in done.stdout
+    assert "one layer of 1 (training), 1 (scaling), of 22 in TinyLlama-1.1B" in done.stdout
 
 
 def test_the_ways_of_a_training_step_give_the_same_loss_and_gradients(quick):
