@@ -134,6 +134,9 @@ def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
 
 
 def _display() -> TrainingDisplay:
+    from tinyagent_fast.training.libraries import quieten
+
+    quieten()  # before the first import that reaches bitsandbytes
     from rich.console import Console
 
     from tinyagent_fast.training.display import TrainingDisplay
