@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench_table import table
 
     from tinyagent_fast.runs import write_json
+    from tinyagent_fast.training.libraries import quieten
+
+    quieten()
 
     sizes = _sizes(flags)
     parts = _earlier(flags.out, flags.quick)

@@ -43,6 +43,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "test_before": _figures(run.path / "test" / "before"),
         "test_after": _figures(run.path / "test" / "after"),
         "eval": _figures(run.evaluation),
+        "gguf_files": _read(run.path / "eval-gguf.json"),
     }
 
 
