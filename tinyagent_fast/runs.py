@@ -23,23 +23,14 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.config_file import read_config, text_of
 from tinyagent_fast.errors import ConfigError
 
-_PACKAGES = [
-    "tinyagent-fast",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "unsloth",
-    "unsloth_zoo",
-    "xformers",
-    "tokenizers",
-    "sentencepiece",
-    "pyarrow",
-    "tyro",
-]
+# fmt: off
+PACKAGES = (
+    "tinyagent-fast", "torch", "transformers", "trl", "peft", "accelerate", "datasets",
+    "bitsandbytes", "unsloth", "unsloth_zoo", "xformers", "tokenizers", "sentencepiece", "pyarrow",
+    "tyro", "gguf", "xllamacpp",
+)
+# fmt: on
+"""Distributions whose versions a result may depend on."""
 
 
 _RESERVED = ("latest", "bases")
@@ -99,6 +90,43 @@ class Run:
             )
         text = self.config_path.read_text(encoding="utf-8")
         return read_config(text, source=str(self.config_path))
+
+    def base_of(self, config: Config) -> str:
+        """Find the folder that `nano` or `random` became in this run.
+
+        Args:
+            config: The run's config; it names other bases.
+
+        Returns:
+            A folder or hub name.
+        """
+        record = self.path / "data.json"
+        if record.exists():
+            return str(json.loads(record.read_text(encoding="utf-8"))["base"])
+        return config.model.base
+
+    def find_adapter(self, wanted: str) -> Path:
+        """Find an adapter to evaluate or export.
+
+        Args:
+            wanted: `best` for the run's own, or a folder.
+
+        Returns:
+            A folder with adapter weights.
+
+        Raises:
+            ConfigError: There are none.
+        """
+        folder = self.adapter if wanted == "best" else Path(wanted)
+        if wanted == "best" and not folder.exists():
+            folder = self.best  # a run that was broken off has its best adapter there
+        if not (folder / "adapter_model.safetensors").exists():
+            raise ConfigError(
+                f"adapter {folder}",
+                "it holds no adapter_model.safetensors",
+                f"finish the run (make train ARGS='--resume {self.path.name}'), or name a folder",
+            )
+        return folder
 
     def append_history(self, record: Mapping[str, Any]) -> None:
         """Add one line to history.jsonl.
@@ -274,7 +302,7 @@ def environment() -> dict[str, Any]:
         Versions, platform, GPU if torch is loaded and sees one, git commit and whether it is clean.
     """
     versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

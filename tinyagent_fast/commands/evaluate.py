@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -83,17 +82,18 @@ def _run(flags: EvalFlags) -> None:
     if flags.engine == "vllm":
         from tinyagent_fast.commands.evaluate_vllm import evaluate_with_vllm
 
-        evaluate_with_vllm(found, config, flags, _base(found, config), _display())
+        evaluate_with_vllm(found, config, flags, found.base_of(config), _display())
     elif _wants_gguf(flags):
         from tinyagent_fast.commands.evaluate_files import evaluate_files
 
-        evaluate_files(found, config, flags, _base(found, config), _display())
+        evaluate_files(found, config, flags, found.base_of(config), _display())
     else:
         _evaluate_adapter(found, config, flags)
 
 
 def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
-    adapter, processes = _adapter(found, flags), join_processes()
+    processes = join_processes()
+    adapter = None if flags.adapter == "none" else found.find_adapter(flags.adapter)
     from tinyagent_fast.training.libraries import prepare_libraries
 
     prepare_libraries(config.model)
@@ -105,7 +105,7 @@ def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
 
     display = _display()
     examples, test_sha256 = processes.in_turn(lambda: load_test_examples(config))
-    base = _base(found, config)
+    base = found.base_of(config)
     display.say(f"run {found.path.name}: {len(examples)} test queries, adapter {adapter or 'none'}")
     loaded = load_for_generation(config, base, adapter)
     for note in loaded.notes:
@@ -200,27 +200,3 @@ def _config(found: Run, flags: EvalFlags) -> Config:
         config = replace(config, model=replace(config.model, backend=flags.backend))
     check_config(config)
     return config
-
-
-def _adapter(found: Run, flags: EvalFlags) -> Path | None:
-    if flags.adapter == "none":
-        return None
-    folder = found.adapter if flags.adapter == "best" else Path(flags.adapter)
-    if flags.adapter == "best" and not folder.exists():
-        folder = found.best  # a run that was broken off has its best adapter there
-    if not (folder / "adapter_model.safetensors").exists():
-        raise ConfigError(
-            f"adapter {folder}",
-            "it holds no adapter_model.safetensors",
-            f"finish the run (make train ARGS='--resume {found.path.name}'), or name a folder",
-        )
-    return folder
-
-
-def _base(found: Run, config: Config) -> str:
-    """Find the folder that `nano` or `random` became in this run."""
-    data = found.path / "data.json"
-    if data.exists():
-        record: dict[str, Any] = json.loads(data.read_text(encoding="utf-8"))
-        return str(record["base"])
-    return config.model.base

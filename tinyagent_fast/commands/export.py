@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.export.settings import ExportSettings, check_settings, quant_specs
 from tinyagent_fast.runs import Run, find_run
 
@@ -28,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     check_settings(settings)
     quant_specs(settings)
     found = find_run(settings.run, settings.runs)
-    adapter = _adapter(found, settings)
+    adapter = found.find_adapter(settings.adapter)
     config = _config(found, settings)
     from tinyagent_fast.training.libraries import prepare_libraries
 
@@ -48,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         found,
         config,
         settings,
-        base=resolve_model_folder(_base(found, config), config.model.revision),
+        base=resolve_model_folder(found.base_of(config), config.model.revision),
         adapter=adapter,
         tools=scoring_tools(config),
         display=display,
@@ -66,29 +63,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _adapter(found: Run, settings: ExportSettings) -> Path:
-    folder = found.adapter if settings.adapter == "best" else Path(settings.adapter)
-    if settings.adapter == "best" and not folder.exists():
-        folder = found.best  # a run that was broken off has its best adapter there
-    if not (folder / "adapter_model.safetensors").exists():
-        raise ConfigError(
-            f"adapter {folder}",
-            "it holds no adapter_model.safetensors",
-            f"finish the run (make train ARGS='--resume {found.path.name}'), or name a folder",
-        )
-    return folder
-
-
 def _config(found: Run, settings: ExportSettings) -> Config:
     """Take the run's config with as many validation plans as the gates use."""
     config = found.config()
     sample = max(settings.gate_prompts, settings.quant_prompts)
     return replace(config, eval=replace(config.eval, sample=sample))
-
-
-def _base(found: Run, config: Config) -> str:
-    """Find the folder that `nano` or `random` became in this run."""
-    data = found.path / "data.json"
-    if data.exists():
-        return str(json.loads(data.read_text(encoding="utf-8"))["base"])
-    return config.model.base
