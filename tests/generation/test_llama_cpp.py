@@ -241,6 +241,15 @@ def test_the_server_is_gone_at_once_also_while_a_request_is_under_way(
     assert "gave no answer" in str(failures[0])
 
 
+def test_a_request_that_outlives_the_log_still_says_what_happened(
+    tiny_gguf: dict[str, Path],
+) -> None:
+    with llama_server(settings_for(tiny_gguf["f16"])) as running:
+        child = running.child
+    assert child is not None
+    assert "its process ended with code" in child.last_words()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

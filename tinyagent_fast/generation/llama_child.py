@@ -108,8 +108,11 @@ class Child:
         words = ""
         with suppress(subprocess.TimeoutExpired):
             words = f"; its process ended with code {self._process.wait(timeout=1)}"
-        self._log.seek(0)
-        said = self._log.read()[-600:].decode(errors="replace").strip()
+        try:
+            self._log.seek(0)
+            said = self._log.read()[-600:].decode(errors="replace").strip()
+        except ValueError:  # the server was closed by another thread, and its log with it
+            said = ""
         return words + (f"; it said: {said}" if said else "")
 
     def stop(self) -> None:
