@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench_plot import plot
     from bench_table import table
 
+    from tinyagent_fast.models.libraries import quieten
     from tinyagent_fast.runs import write_json
-    from tinyagent_fast.training.libraries import quieten
 
     quieten()
 

@@ -16,9 +16,9 @@ from bench_rounds import in_turns, spread
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
 from tinyagent_fast.data.reading import read_entries
 from tinyagent_fast.evaluation.scoring import score_pair
+from tinyagent_fast.models.nano import train_bpe_tokenizer
 from tinyagent_fast.prompts.templates import RenderedExample, render
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.training.nano import train_bpe_tokenizer
 
 READ, PLAIN_READ = "read and validate", "json.load alone"
 TOKENISE, PLAIN_TOKENISE = "tokenise and prove", "tokenise alone"

@@ -16,8 +16,8 @@ from bench_inputs import NEVER_WRITTEN_ID, Prompts, shared_share
 from bench_rounds import in_turns, summary
 from bench_sizes import Sizes
 
-from tinyagent_fast.generation.decoding import complete, generating
-from tinyagent_fast.generation.lookup import PromptLookup, agreeing_tokens
+from tinyagent_fast.inference.decoding import complete, generating
+from tinyagent_fast.inference.lookup import PromptLookup, agreeing_tokens
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 

@@ -19,8 +19,8 @@ from bench_sizes import Lengths, Shape, Sizes
 from tinyagent_fast.data.cache import entry_examples
 from tinyagent_fast.data.reading import read_entries
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
 from tinyagent_fast.prompts.templates import render
+from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
 
 TRAINING_FILE, TESTING_FILE = "training_data.json", "testing_data.json"

@@ -24,8 +24,8 @@ _ADAPTER_SEED = 7
 
 def generate(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     """Time generation prompt by prompt and in batches, and compare what was written."""
-    from tinyagent_fast.generation.decoding import generating
-    from tinyagent_fast.generation.parity import compare_batches
+    from tinyagent_fast.inference.decoding import generating
+    from tinyagent_fast.inference.parity import compare_batches
 
     loaded = bench.loaded(item["model"])
     release(bench.cuda)
@@ -64,7 +64,7 @@ def _complete(
     loaded: Any, prompts: Sequence[list[int]], batch: int, new_tokens: int
 ) -> dict[int, str]:
     """Give the texts by the prompts' indices; call it inside `generating`."""
-    from tinyagent_fast.generation.decoding import complete
+    from tinyagent_fast.inference.decoding import complete
 
     batches = complete(
         loaded.model,
@@ -241,7 +241,7 @@ def memorise(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     What it writes again shows labels, stop string, prefix and batching at once on the card; how far
     a random base gets in so few steps is told by the loss.
     """
-    from tinyagent_fast.generation.decoding import generating
+    from tinyagent_fast.inference.decoding import generating
     from tinyagent_fast.prompts.rows import encode_examples
     from tinyagent_fast.prompts.templates import render
 

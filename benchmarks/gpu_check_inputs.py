@@ -17,12 +17,12 @@ from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
 from tinyagent_fast.data.reading import entry_from_json
 from tinyagent_fast.data.schema import Entry, Example
+from tinyagent_fast.models.nano import train_bpe_tokenizer
 from tinyagent_fast.plans.grammar import END_OF_PLAN
-from tinyagent_fast.prompts.loading import load_tokenizer, tokenizer_from_sentencepiece
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
 from tinyagent_fast.prompts.templates import render
+from tinyagent_fast.prompts.tokenizers import load_tokenizer, tokenizer_from_sentencepiece
 from tinyagent_fast.prompts.tokens import IGNORED, PromptTokenizer
-from tinyagent_fast.training.nano import train_bpe_tokenizer
 
 _SEED = 0
 _EXAMPLES_FOR_TOKENIZER = 150

@@ -24,7 +24,7 @@ def generate_alike(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
 
     The first row leaves its texts in the work folder; the others compare theirs with them.
     """
-    from tinyagent_fast.generation.decoding import complete, decoding_path, generating
+    from tinyagent_fast.inference.decoding import complete, decoding_path, generating
 
     loaded, how = bench.loaded(item["model"]), dict(item["arguments"])
     scale = bench.scale

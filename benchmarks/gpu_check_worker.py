@@ -106,7 +106,7 @@ class Bench:
             self.config = config_of(spec, self.tiny)
             if self.config.model.backend == "unsloth":
                 import unsloth  # noqa: F401  # patches transformers, so it must come first
-            from tinyagent_fast.training.models import load_for_training
+            from tinyagent_fast.models.loading import load_for_training
 
             self._loaded = load_for_training(self.config, str(self.base))
         except Exception as error:

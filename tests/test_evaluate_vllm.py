@@ -11,9 +11,9 @@ import pytest
 
 from tinyagent_fast import cli
 from tinyagent_fast.config import Config
-from tinyagent_fast.generation import vllm_engine
-from tinyagent_fast.generation.decoding import Completion
-from tinyagent_fast.generation.parity import ParityReport
+from tinyagent_fast.inference import vllm_engine
+from tinyagent_fast.inference.decoding import Completion
+from tinyagent_fast.inference.parity import ParityReport
 from tinyagent_fast.runs import Run, create_run, write_json
 
 

@@ -291,7 +291,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return SimpleNamespace(origin=found[name], submodule_search_locations=[found[name]])
 
         monkeypatch.setattr(attention, "find_spec", find_spec)
-        monkeypatch.setattr("tinyagent_fast.training.models.find_spec", find_spec)
+        monkeypatch.setattr("tinyagent_fast.models.loading.find_spec", find_spec)
 
     return make
 

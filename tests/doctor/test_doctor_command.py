@@ -160,7 +160,7 @@ def test_train_stops_before_anything_heavy(
     def too_early(*_: object) -> None:
         raise AssertionError("libraries were prepared")
 
-    monkeypatch.setattr("tinyagent_fast.training.libraries.prepare_libraries", too_early)
+    monkeypatch.setattr("tinyagent_fast.models.libraries.prepare_libraries", too_early)
     got = call("train", "--preset", "smoke", "--data.train", "missing.json")
     assert got.code == 2
     assert "this machine is not ready: 1 check(s) failed" in got.err

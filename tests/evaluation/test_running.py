@@ -15,13 +15,13 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.evaluation.scoring import score_predictions
-from tinyagent_fast.generation import engines
-from tinyagent_fast.generation.decoding import Completion
-from tinyagent_fast.generation.engines import TransformersEngine, encode_prompts
-from tinyagent_fast.prompts.loading import load_tokenizer
+from tinyagent_fast.inference import engines
+from tinyagent_fast.inference.decoding import Completion
+from tinyagent_fast.inference.engines import TransformersEngine, encode_prompts
+from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.prompts.templates import render
+from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.training.models import LoadedModel
 
 SETTINGS = EvalConfig(batch=3, max_new_tokens=5, parity_prompts=2)
 MADE_WITH = {"adapter_sha256": "a1"}

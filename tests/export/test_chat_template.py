@@ -35,7 +35,7 @@ def messages(system: str | None, user: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Return a byte-level tokenizer with BOS and EOS, whose template a test sets."""
-    from tinyagent_fast.training.nano import train_bpe_tokenizer
+    from tinyagent_fast.models.nano import train_bpe_tokenizer
 
     return train_bpe_tokenizer(["### Instruction: 1. get_email_address"], 300)
 
@@ -168,7 +168,7 @@ def served(
     """Serve a tiny GGUF with the template of a format in it."""
     pytest.importorskip("xllamacpp", reason="rendering in llama.cpp needs the package xllamacpp")
     from tinyagent_fast.export.conversion import convert_to_gguf
-    from tinyagent_fast.generation.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
 
     file = tmp_path_factory.mktemp("served") / "tiny.gguf"
     convert_to_gguf(
@@ -198,7 +198,7 @@ def test_llama_cpp_renders_the_template_in_the_file_as_training_did(
 def test_llama_cpps_chat_endpoint_evaluates_the_ids_that_were_trained_on(
     served: tuple[PromptFormat, Any], tiny_merged: Path
 ) -> None:
-    from tinyagent_fast.prompts.loading import load_tokenizer
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     prompt_format, server = served

@@ -81,7 +81,7 @@ def largest_difference(folder: Path, gguf: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tinyagent_fast.generation.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = model.config.vocab_size

@@ -163,7 +163,7 @@ def test_the_merged_folder_loads_in_plain_transformers_with_its_tokenizer_and_te
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tinyagent_fast.prompts.loading import load_tokenizer
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer
 
     merge_adapter(tiny_base, adapter, tmp_path / "merged")
     tokenizer = load_tokenizer(tiny_base)

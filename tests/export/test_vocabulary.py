@@ -23,7 +23,7 @@ from tinyagent_fast.export.vocabulary import (
     USER_DEFINED,
     read_vocabulary,
 )
-from tinyagent_fast.prompts.loading import HARD_STRINGS, load_tokenizer
+from tinyagent_fast.prompts.tokenizers import HARD_STRINGS, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 Edit = Callable[[dict[str, Any]], object]
@@ -68,7 +68,7 @@ def strings(count: int) -> list[str]:
 def different(folder: Path, gguf: Path, texts: Iterable[str]) -> list[str]:
     """Return the texts whose ids, BOS included, llama.cpp gives otherwise than training does."""
     pytest.importorskip("xllamacpp")
-    from tinyagent_fast.generation.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
 
     tokenizer = PromptTokenizer(load_tokenizer(folder))
     settings = LlamaCppSettings(model=gguf, slots=1, context_tokens_per_slot=64, threads=1)

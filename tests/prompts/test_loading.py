@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.prompts import loading
-from tinyagent_fast.prompts.loading import (
+from tinyagent_fast.prompts.tokenizers import (
     HARD_STRINGS,
     check_tokenizer,
     load_tokenizer,

@@ -311,7 +311,7 @@ def test_autocast_computes_in_half_precision() -> None:
 def four_bits(
     config_in: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    from tinyagent_fast.training.models import load_for_training
+    from tinyagent_fast.models.loading import load_for_training
 
     folder: Path = tmp_path_factory.mktemp("four-bits")
     config = config_in(folder, model={"weights": "nf4"})

@@ -43,8 +43,8 @@ def cuda_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tinyagent_fast.prompts.loading import load_tokenizer
-    from tinyagent_fast.training.nano import save_model
+    from tinyagent_fast.models.nano import save_model
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_base)
     torch.manual_seed(0)
@@ -204,10 +204,10 @@ def test_batches_are_compared_with_single_prompts_and_only_an_equal_one_is_used(
 def test_in_32_bits_every_batch_gives_the_plans_of_single_prompts(
     config_in: MakeConfig, cuda_base: Path, tmp_path: Path
 ) -> None:
-    from tinyagent_fast.generation.decoding import generating
-    from tinyagent_fast.generation.parity import compare_batches
+    from tinyagent_fast.inference.decoding import generating
+    from tinyagent_fast.inference.parity import compare_batches
+    from tinyagent_fast.models.loading import load_for_generation
     from tinyagent_fast.plans.grammar import END_OF_PLAN
-    from tinyagent_fast.training.models import load_for_generation
 
     config = config_in(tmp_path, model={"backend": "transformers", "weights": "fp32"})
     loaded = load_for_generation(config, str(cuda_base), None)
@@ -284,7 +284,7 @@ def test_too_large_a_batch_is_found_before_the_first_step(
     import torch
 
     from tinyagent_fast.errors import TrainingError
-    from tinyagent_fast.training.models import load_for_training
+    from tinyagent_fast.models.loading import load_for_training
     from tinyagent_fast.training.preflight import preflight
     from tinyagent_fast.training.trainer import build_trainer
 

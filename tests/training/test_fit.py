@@ -92,7 +92,7 @@ def test_the_adapter_folder_is_the_best_one_and_loads_for_generation(
 ) -> None:
     import torch
 
-    from tinyagent_fast.training.models import load_for_generation
+    from tinyagent_fast.models.loading import load_for_generation
 
     config = tiny_config(train={"evaluations": 2})
     run = fit.train(config, quiet)
@@ -174,9 +174,9 @@ def test_a_small_model_learns_eight_plans_by_heart(
 ) -> None:
     """All parts together: rows, masks, loss, optimizer, adapter on disk, generation, scoring."""
     from tinyagent_fast.evaluation.running import evaluate_examples
-    from tinyagent_fast.generation.engines import TransformersEngine
+    from tinyagent_fast.inference.engines import TransformersEngine
+    from tinyagent_fast.models.loading import load_for_generation
     from tinyagent_fast.training.inputs import load_run_examples
-    from tinyagent_fast.training.models import load_for_generation
 
     config = tiny_config(
         data={"train": write_short_plans(tmp_path / "short.json"), "validation_entries": 0},

@@ -227,7 +227,7 @@ def _counted_bytes(
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
 
-    from tinyagent_fast.training.models import TARGET_MODULES
+    from tinyagent_fast.models.loading import TARGET_MODULES
 
     model = LlamaForCausalLM(
         LlamaConfig(

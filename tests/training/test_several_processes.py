@@ -20,10 +20,10 @@ from tinyagent_fast import processes as processes_module
 from tinyagent_fast.cli import main
 from tinyagent_fast.config import Config
 from tinyagent_fast.config_file import text_of
+from tinyagent_fast.distributed import Processes, launch_environment
 from tinyagent_fast.errors import ConfigError, UserError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.scoring import Prediction
-from tinyagent_fast.processes import Processes, launched
 from tinyagent_fast.runs import Run
 
 ROWS = 13
@@ -39,12 +39,12 @@ from rich.console import Console
 from tinyagent_fast.cli import main
 from tinyagent_fast.config_file import read_config
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.processes import Processes, join_processes
+from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training import fit
 
 fit.plot_training = lambda _: None
-here = join_processes()
+here = init_processes()
 build, rows = fit.build_trainer, []
 
 def building(*arguments, **keywords):
@@ -69,7 +69,7 @@ def half() -> Run:
     shutil.rmtree(run.path.with_name("half") / "checkpoints" / "checkpoint-8")
     return Run(run.path.with_name("half"))
 
-fit.train(config, Console(highlight=False), resume=here.first_does(half))
+fit.train(config, Console(highlight=False), resume=here.on_main_process(half))
 
 rows.clear()
 fit.train(
@@ -339,7 +339,7 @@ def test_a_launcher_s_variables_are_read(rank: int, monkeypatch: pytest.MonkeyPa
     for name, value in {"WORLD_SIZE": 4, "RANK": rank + 2, "LOCAL_RANK": rank}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert launched() == Processes(rank=rank + 2, count=4, local_rank=rank, local_count=2)
+    assert launch_environment() == Processes(rank=rank + 2, count=4, local_rank=rank, local_count=2)
 
 
 def test_without_a_launcher_there_is_one_process_that_does_everything(
@@ -347,11 +347,11 @@ def test_without_a_launcher_there_is_one_process_that_does_everything(
 ) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    alone = launched()
+    alone = launch_environment()
     assert alone == Processes()
-    assert alone.first
+    assert alone.is_main_process
     assert alone.summed(1.5, 2) == [1.5, 2]
-    assert alone.first_does(lambda: 7) == alone.in_turn(lambda: 7) == 7
+    assert alone.on_main_process(lambda: 7) == alone.main_process_first(lambda: 7) == 7
     alone.wait()
     alone.leave()
 
@@ -367,7 +367,7 @@ def test_half_a_launcher_s_variables_are_refused(
     else:
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(ConfigError, match="torchrun or accelerate launch"):
-        launched()
+        launch_environment()
 
 
 @pytest.mark.parametrize(("rank", "waits"), [(0, []), (1, [5.0])])
@@ -376,7 +376,7 @@ def test_a_later_process_lets_the_first_one_report_an_error(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(processes_module.time, "sleep", slept.append)
-    with pytest.raises(UserError), Processes(rank=rank, count=2).first_speaks():
+    with pytest.raises(UserError), Processes(rank=rank, count=2).main_process_reports():
         raise UserError("what", "why", "fix")
     assert slept == waits
 

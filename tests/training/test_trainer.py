@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.generation.decoding import generating
+from tinyagent_fast.inference.decoding import generating
+from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.training.callbacks import StepGuard
 from tinyagent_fast.training.footprint import GIB, RESERVE_GIB, ModelShape
-from tinyagent_fast.training.models import LoadedModel, load_for_training
 from tinyagent_fast.training.preflight import PreflightReport, check_collator, preflight
 from tinyagent_fast.training.sizing import Forecast, RowLengths, usable_gib
 from tinyagent_fast.training.trainer import (

@@ -8,13 +8,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.chatting.sources import PlannerChoice
+from tinyagent_fast.chat.sources import PlannerChoice
 from tinyagent_fast.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinyagent_fast.chatting.planners import Planner
+    from tinyagent_fast.chat.planners import Planner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError("--once", "the request is empty", "write what should be done")
     from rich.console import Console
 
-    from tinyagent_fast.chatting.planners import open_planner
-    from tinyagent_fast.chatting.terminal import show_header, show_stream
+    from tinyagent_fast.chat.planners import open_planner
+    from tinyagent_fast.chat.terminal import show_header, show_stream
 
     console = Console(highlight=False)
     with open_planner(flags) as planner:
@@ -79,7 +79,7 @@ def _converse(console: Console, planner: Planner) -> None:
     """Answer requests until the input ends."""
     from rich.text import Text
 
-    from tinyagent_fast.chatting.terminal import printable, show_stream
+    from tinyagent_fast.chat.terminal import printable, show_stream
 
     with suppress(ImportError):
         import readline  # noqa: F401  (gives the prompt a history and line editing)

@@ -68,7 +68,7 @@ def _encoder(flags: CheckFlags) -> tuple[Encode, Callable[[Example], tuple[str, 
 
     if flags.tokenizer is None:
         return None, lambda example: _texts(render(example, flags.prompt_format))
-    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     folder = resolve_tokenizer_folder(flags.tokenizer)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.config import Backend, Config, check_config
+from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.export.record import sha256_of
-from tinyagent_fast.processes import join_processes, launched
 from tinyagent_fast.runs import Run, find_run
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def run(arguments: Sequence[str]) -> int:
     import tyro
 
     flags = tyro.cli(EvalFlags, args=list(arguments), prog="tinyagent-fast eval")
-    with launched().first_speaks():
+    with launch_environment().main_process_reports():
         _run(flags)
-    join_processes().leave()
+    init_processes().leave()
     return 0
 
 
@@ -92,26 +92,26 @@ def _run(flags: EvalFlags) -> None:
 
 
 def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
-    processes = join_processes()
+    processes = init_processes()
     adapter = None if flags.adapter == "none" else found.find_adapter(flags.adapter)
-    from tinyagent_fast.training.libraries import prepare_libraries
+    from tinyagent_fast.models.libraries import prepare_libraries
 
     prepare_libraries(config.model)
     from tinyagent_fast.evaluation.running import evaluate_examples
-    from tinyagent_fast.generation.engines import TransformersEngine
+    from tinyagent_fast.inference.engines import TransformersEngine
+    from tinyagent_fast.models.loading import load_for_generation
     from tinyagent_fast.training.inputs import load_test_examples
-    from tinyagent_fast.training.models import load_for_generation
     from tinyagent_fast.training.session import scoring_tools
 
     display = _display()
-    examples, test_sha256 = processes.in_turn(lambda: load_test_examples(config))
+    examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
     base = found.base_of(config)
     display.say(f"run {found.path.name}: {len(examples)} test queries, adapter {adapter or 'none'}")
     loaded = load_for_generation(config, base, adapter)
     for note in loaded.notes:
         display.say(f"note: {note}")
     folder = flags.out or found.evaluation.with_name("eval" if adapter else "eval-base")
-    if flags.fresh and processes.first:
+    if flags.fresh and processes.is_main_process:
         PredictionFile(folder).forget()
     with display.bar("evaluation", "plans") as update:
         result = evaluate_examples(
@@ -126,7 +126,7 @@ def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
             say=display.say,
             processes=processes,
         )
-    if not processes.first:
+    if not processes.is_main_process:
         return
     display.say((folder / "report.md").read_text(encoding="utf-8").split("\n## The first")[0])
     display.say(headline(result.metrics))
@@ -134,14 +134,14 @@ def _evaluate_adapter(found: Run, config: Config, flags: EvalFlags) -> None:
 
 
 def _display() -> TrainingDisplay:
-    from tinyagent_fast.training.libraries import quieten
+    from tinyagent_fast.models.libraries import quieten
 
     quieten()  # before the first import that reaches bitsandbytes
     from rich.console import Console
 
     from tinyagent_fast.training.display import TrainingDisplay
 
-    if launched().first:
+    if launch_environment().is_main_process:
         return TrainingDisplay(Console(highlight=False))
     return TrainingDisplay(Console(file=StringIO(), quiet=True))
 
@@ -159,9 +159,9 @@ def _wants_gguf(flags: EvalFlags) -> bool:
             "leave --engine out, or name an adapter with --adapter",
         )
     gguf = flags.engine == "gguf" or flags.model is not None
-    if gguf and launched().count > 1:
+    if gguf and launch_environment().count > 1:
         raise ConfigError(
-            f"a GGUF file in {launched().count} processes",
+            f"a GGUF file in {launch_environment().count} processes",
             "llama.cpp answers several queries at once in a single process",
             "start it without torchrun; --batch says how many at once",
         )

@@ -98,10 +98,10 @@ def evaluate_files(
 def _task(
     found: Run, config: Config, flags: EvalFlags, base: str, display: TrainingDisplay
 ) -> _Task:
-    from tinyagent_fast.training.libraries import prepare_libraries
+    from tinyagent_fast.models.libraries import prepare_libraries
 
     prepare_libraries(replace(config.model, backend="transformers"))
-    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.tokens import PromptTokenizer
     from tinyagent_fast.training.inputs import load_test_examples
     from tinyagent_fast.training.session import scoring_tools
@@ -123,8 +123,8 @@ def _task(
 
 def _evaluate_file(path: Path, task: _Task) -> Sequence[Prediction]:
     from tinyagent_fast.evaluation.running import evaluate_examples
-    from tinyagent_fast.generation.engines import LlamaCppEngine, encode_prompts
-    from tinyagent_fast.generation.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.engines import LlamaCppEngine, encode_prompts
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
 
     folder, display = task.folder / f"eval-gguf-{path.stem}", task.display
     if task.flags.fresh:

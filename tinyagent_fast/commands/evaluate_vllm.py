@@ -35,8 +35,8 @@ def evaluate_with_vllm(
     """
     folder = _merged_folder(found, flags)
     from tinyagent_fast.evaluation.running import evaluate_examples
-    from tinyagent_fast.generation.vllm_engine import VllmEngine
-    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.inference.vllm_engine import VllmEngine
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.tokens import PromptTokenizer
     from tinyagent_fast.training.inputs import load_test_examples
     from tinyagent_fast.training.session import scoring_tools

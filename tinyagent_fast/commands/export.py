@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     found = find_run(settings.run, settings.runs)
     adapter = found.find_adapter(settings.adapter)
     config = _config(found, settings)
-    from tinyagent_fast.training.libraries import prepare_libraries
+    from tinyagent_fast.models.libraries import prepare_libraries
 
     # The reference is plain transformers, whatever backend has trained the adapter.
     prepare_libraries(replace(config.model, backend="transformers"))

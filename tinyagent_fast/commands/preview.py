@@ -33,10 +33,10 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--rows {known.rows}", "there is nothing to show", "ask for 1 or more")
     from rich.console import Console
 
-    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.models.bases import base_tokenizer
     from tinyagent_fast.prompts.templates import render
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.tokens import PromptTokenizer, common_prefix_tokens
-    from tinyagent_fast.training.bases import base_tokenizer
     from tinyagent_fast.training.inputs import load_run_examples
 
     console = Console(highlight=False)

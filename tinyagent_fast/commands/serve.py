@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyagent_fast.chatting.sources import PlannerChoice
+from tinyagent_fast.chat.sources import PlannerChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ def run(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from tinyagent_fast.chatting.planners import open_planner
-    from tinyagent_fast.chatting.terminal import show_header
-    from tinyagent_fast.chatting.web import PlannerServer, is_loopback
+    from tinyagent_fast.chat.planners import open_planner
+    from tinyagent_fast.chat.terminal import show_header
+    from tinyagent_fast.chat.web import PlannerServer, is_loopback
 
     console = Console(highlight=False)
     with PlannerServer(flags.host, flags.port) as server, open_planner(flags) as planner:

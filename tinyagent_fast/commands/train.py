@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.config import Config
+from tinyagent_fast.distributed import init_processes
 from tinyagent_fast.presets import REAL_TRAIN
-from tinyagent_fast.processes import join_processes
 from tinyagent_fast.runs import Run, find_run
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0 when training has finished.
     """
-    processes = join_processes()
-    with processes.first_speaks():
-        config, resumed = processes.first_does(lambda: _settings(arguments))
+    processes = init_processes()
+    with processes.main_process_reports():
+        config, resumed = processes.on_main_process(lambda: _settings(arguments))
         from rich.console import Console
 
-        from tinyagent_fast.training.libraries import prepare_libraries
+        from tinyagent_fast.models.libraries import prepare_libraries
 
         prepare_libraries(config.model)
         from tinyagent_fast.training.fit import train

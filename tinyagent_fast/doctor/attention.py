@@ -35,7 +35,7 @@ def takes_unsloth(config: Config, machine: Machine) -> bool:
     Returns:
         Whether it is Unsloth.
     """
-    from tinyagent_fast.training.models import choose_backend
+    from tinyagent_fast.models.loading import choose_backend
 
     if config.train.qat != "off":
         return False

@@ -11,14 +11,14 @@ from typing import Any
 
 from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
+from tinyagent_fast.distributed import Processes
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import markdown_report
 from tinyagent_fast.evaluation.scoring import Metrics, Prediction, score_predictions
-from tinyagent_fast.generation.engines import Engine
-from tinyagent_fast.generation.parity import ParityReport
+from tinyagent_fast.inference.engines import Engine
+from tinyagent_fast.inference.parity import ParityReport
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.processes import Processes
 from tinyagent_fast.runs import write_json, write_text
 
 
@@ -83,7 +83,7 @@ def evaluate_examples(
     started = time.perf_counter()
     identity = {**engine.identity(), **made_with, "max_new_tokens": settings.max_new_tokens}
     file = PredictionFile(folder)
-    there = processes.first_does(lambda: file.start(identity))
+    there = processes.on_main_process(lambda: file.start(identity))
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
     _say_kept(kept, len(there) - kept, say)
@@ -105,7 +105,7 @@ def evaluate_examples(
     strange = result.metrics.label_problems.get("unknown_tool", 0)
     if strange:
         say(f"{strange} labels call unknown tools; --data.catalogue names tools of your own")
-    if processes.first:
+    if processes.is_main_process:
         write_json(folder / "metrics.json", result.to_json())
         write_text(folder / "report.md", markdown_report(title, result.metrics, predictions, tools))
     return result
@@ -130,7 +130,7 @@ def _generate(
 ) -> ParityReport:
     """Compare batches, then sweep; each batch is appended as soon as it is finished."""
     kept, total = done, done + len(examples)
-    parity = processes.first_does(
+    parity = processes.on_main_process(
         lambda: engine.compare_batches(
             examples,
             batch=settings.batch,
@@ -140,7 +140,7 @@ def _generate(
         )
     )
     say(parity.sentence())
-    mine = processes.share(examples)
+    mine = processes.shard(examples)
     part = file.part(processes.rank) if processes.count > 1 else file
     batch_started = time.perf_counter()
     batches = engine.complete(
@@ -169,5 +169,5 @@ def _generate(
             on_progress(min(total, kept + (done - kept) * processes.count), total)
             batch_started = time.perf_counter()
     processes.wait()
-    processes.first_does(file.gather_parts)
+    processes.on_main_process(file.gather_parts)
     return parity

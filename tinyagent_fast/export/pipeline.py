@@ -63,9 +63,9 @@ def run_export(export: Export) -> Path:
     record.update(tinyagent_fast=__version__, **identity, environment=machine, **nothing_proved)
     if settings.fresh:
         record.update(artefacts=[])
-    _make_merged(export, identity)
+    merged = _make_merged(export, identity)
     with tempfile.TemporaryDirectory(prefix=".work-", dir=export.folder) as work:
-        f16 = _make_files(export, identity, Path(work))
+        f16 = _make_files(export, merged, Path(work))
         gates = prove(export, Path(work), f16) if settings.gates == "on" else []
     _finish(export, gates, time.perf_counter() - started)
     failed = [gate for gate in gates if not gate.passed]
@@ -128,12 +128,10 @@ def _announced(export: Export, artefact: Artefact, was_there: bool) -> Artefact:
     return artefact
 
 
-def _make_files(export: Export, identity: Mapping[str, Any], work: Path) -> Path | None:
+def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
     """Make the GGUF files; give the f16 one, which may be temporary."""
     if not export.specs:
         return None
-    merged = export.record.kept(MERGED, key_of([identity, export.settings.merged_dtype]))
-    assert merged is not None, "it has just been made"
     importance = None
     if any(spec.importance for spec in export.specs):
         importance = _make_importance(export, merged)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
 from tinyagent_fast.export.record import ExportRecord, refuse_full_disk, refuse_small_memory
 from tinyagent_fast.export.settings import (
@@ -19,7 +19,7 @@ from tinyagent_fast.export.settings import (
     quant_specs,
 )
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.prompts.loading import load_tokenizer
+from tinyagent_fast.prompts.tokenizers import hub_folder, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training.display import TrainingDisplay
@@ -41,28 +41,9 @@ def resolve_model_folder(base: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: There is no such folder and the hub does not give the files.
     """
-    if Path(base).is_dir():
-        return Path(base)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
-    try:
-        try:
-            # Training has put it into the cache, so an export needs no network.
-            return Path(
-                snapshot_download(
-                    base, revision=revision, allow_patterns=patterns, local_files_only=True
-                )
-            )
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(
-            f"base model {base!r}",
-            f"it is no local folder, and the hub did not give it: {error}",
-            "check the name and the network, or put the model into a folder and name that",
-        ) from error
+    # Training has put it into the cache, so an export needs no network.
+    return hub_folder("base model", base, revision, patterns, cached_first=True)
 
 
 @dataclass(frozen=True, kw_only=True)

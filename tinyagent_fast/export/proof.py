@@ -31,10 +31,10 @@ from tinyagent_fast.export.reference import (
     reference_model,
     spread_positions,
 )
-from tinyagent_fast.generation.engines import LlamaCppEngine
-from tinyagent_fast.generation.llama_cpp import LlamaCppSettings, LlamaServer, llama_server
-from tinyagent_fast.prompts.loading import HARD_STRINGS
-from tinyagent_fast.prompts.templates import render_prompt
+from tinyagent_fast.inference.engines import LlamaCppEngine
+from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer, llama_server
+from tinyagent_fast.prompts.templates import prompt_messages, render_prompt
+from tinyagent_fast.prompts.tokenizers import HARD_STRINGS
 from tinyagent_fast.prompts.tokens import EncodedRow
 
 if TYPE_CHECKING:
@@ -223,7 +223,9 @@ def _file_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
             (text, wanted, server.tokenize(text, special=special, bos=True))
             for text, wanted in zip(prompts, tokenizer.encode_prompts(prompts), strict=True)
         ]
-        rendered = [server.apply_template(messages(example)) for example in witness.examples]
+        rendered = [
+            server.apply_template(prompt_messages(e.system, e.user)) for e in witness.examples
+        ]
         found = _distributions(export, server, witness, "distributions of the f16 file")
     return [
         gates.same_ids("ids of hard strings", hard, None),
@@ -231,19 +233,6 @@ def _file_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
         gates.same_texts("prompt template in the file", list(zip(prompts, rendered, strict=True))),
         gates.near_logits("f16 GGUF, distributions", found),
     ]
-
-
-def messages(example: Example) -> list[dict[str, str]]:
-    """Give an example's prompt as a client sends it.
-
-    Args:
-        example: A plan.
-
-    Returns:
-        Messages with roles.
-    """
-    system = [{"role": "system", "content": example.system}] if example.system is not None else []
-    return [*system, {"role": "user", "content": example.user}]
 
 
 @dataclass(frozen=True)

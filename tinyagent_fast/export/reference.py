@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from tinyagent_fast.config import Config, Weights
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.generation.decoding import complete, generating
+from tinyagent_fast.inference.decoding import complete, generating
+from tinyagent_fast.models.loading import LoadedModel, load_for_generation
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
-from tinyagent_fast.training.models import LoadedModel, load_for_generation
 
 
 @dataclass(frozen=True)

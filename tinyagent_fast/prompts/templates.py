@@ -33,6 +33,20 @@ class RenderedExample:
     completion: str
 
 
+def prompt_messages(system: str | None, user: str) -> list[dict[str, str]]:
+    """Give a prompt as a client sends it to a chat endpoint.
+
+    Args:
+        system: System text, or none.
+        user: User text.
+
+    Returns:
+        Messages with role and content.
+    """
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [*first, {"role": "user", "content": user}]
+
+
 def render_prompt(
     system: str | None, user: str, prompt_format: PromptFormat, chat: ChatRenderer | None = None
 ) -> str:
@@ -55,8 +69,7 @@ def render_prompt(
         return f"{system or ''}{user}"
     if prompt_format == "chat":
         assert chat is not None, "the chat format needs a chat template"
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        return chat([*messages, {"role": "user", "content": user}])
+        return chat(prompt_messages(system, user))
     if system is None:
         return f"\n### Instruction:\n{user}\n\n### Response:\n"
     return f"\n### Instruction:\n{system}\n\n### Input:\n{user}\n\n### Response:\n"

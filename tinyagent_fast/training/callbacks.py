@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tinyagent_fast.processes import Processes
+from tinyagent_fast.distributed import Processes
 from tinyagent_fast.runs import Run, write_json
 from tinyagent_fast.training.trainer import refuse_non_finite
 
@@ -173,8 +173,8 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         if state.global_step % self.every_steps and state.global_step != state.max_steps:
             return
         self.evaluate(state.global_step)
-        if self.patience is not None and self.processes.first_does(self._patience_is_over):
-            if self.processes.first:
+        if self.patience is not None and self.processes.on_main_process(self._patience_is_over):
+            if self.processes.is_main_process:
                 self.run.append_history({"event": "early stop", "step": state.global_step})
             control.should_training_stop = True
             control.should_save = True
@@ -189,7 +189,7 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
             The measurement.
         """
         new = self.measure(step)
-        if not self.processes.first:
+        if not self.processes.is_main_process:
             return new
         best = read_best(self.run)
         better = is_better(new, best)
@@ -247,7 +247,7 @@ class History(TrainerCallback):  # type: ignore[misc]
     def _counted(self) -> tuple[int, dict[str, int]]:
         """Add up tokens and counts of all processes."""
         counts = self.counts()
-        tokens, *sums = self.processes.summed(self.tokens_seen(), *counts.values())
+        tokens, *sums = self.processes.all_reduce_sum(self.tokens_seen(), *counts.values())
         return int(tokens), dict(zip(counts, map(int, sums), strict=True))
 
     def pause(self, seconds: float) -> None:
@@ -277,7 +277,7 @@ class History(TrainerCallback):  # type: ignore[misc]
             **{name: count - self.last_counts.get(name, 0) for name, count in counts.items()},
         }
         self.last_time_s, self.last_tokens, self.last_counts = now, tokens, counts
-        if self.processes.first:
+        if self.processes.is_main_process:
             self.run.append_history(record)
             self.show(record)
 
@@ -314,7 +314,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if asked to."""
-        self.interrupted = self.processes.in_any(self.interrupted)
+        self.interrupted = self.processes.any(self.interrupted)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

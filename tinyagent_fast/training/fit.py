@@ -13,12 +13,14 @@ from typing import Any
 from rich.console import Console
 
 from tinyagent_fast.config import Config, check_config
+from tinyagent_fast.distributed import init_processes
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
-from tinyagent_fast.generation.decoding import generating
-from tinyagent_fast.generation.engines import TransformersEngine, encode_prompts
-from tinyagent_fast.processes import join_processes
+from tinyagent_fast.inference.decoding import generating
+from tinyagent_fast.inference.engines import TransformersEngine, encode_prompts
+from tinyagent_fast.models.loading import LoadedModel
+from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.runs import Run, refuse_taken_name, write_json
 from tinyagent_fast.training.callbacks import (
     Best,
@@ -31,7 +33,6 @@ from tinyagent_fast.training.callbacks import (
     save_adapter,
 )
 from tinyagent_fast.training.display import TrainingDisplay
-from tinyagent_fast.training.models import LoadedModel
 from tinyagent_fast.training.plots import plot_training
 from tinyagent_fast.training.preflight import PreflightReport, preflight
 from tinyagent_fast.training.resume import (
@@ -47,7 +48,6 @@ from tinyagent_fast.training.sharing import (
     decide_sharing,
     share_prefixes,
 )
-from tinyagent_fast.training.threads import fastest_threads
 from tinyagent_fast.training.tracking import Tracking, check_tracker
 from tinyagent_fast.training.trainer import (
     build_trainer,
@@ -74,8 +74,8 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
     """
     check_config(config)
     check_tracker(config.track)
-    processes = join_processes()
-    if not processes.first:
+    processes = init_processes()
+    if not processes.is_main_process:
         console = Console(file=StringIO(), quiet=True)
     checkpoint = None
     if resume is None:
@@ -92,7 +92,7 @@ def train(config: Config, console: Console, *, resume: Run | None = None) -> Run
     session.display.say(f"trained in {timings_s['steps and validation']:.0f} s")
     _finish(session)
     timings_s["all"] = round(time.perf_counter() - started, 2)
-    if processes.first:
+    if processes.is_main_process:
         write_json(session.run.path / "timings.json", timings_s)
     return session.run
 
@@ -141,15 +141,15 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
     for callback in callbacks:
         trainer.add_callback(callback)
     if checkpoint is not None:
-        if processes.first_does(lambda: training_is_over(run, checkpoint, steps)):
+        if processes.on_main_process(lambda: training_is_over(run, checkpoint, steps)):
             _load_adapter_weights(loaded, checkpoint)
             display.say(f"{checkpoint.name} is the last one: no step is left to make")
             return
-        dropped = processes.first_does(lambda: forget_after(run, checkpoint))
+        dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
         display.say(f"going on from {checkpoint.name}: {dropped} later records of history dropped")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.interrupted:
-        if not processes.first:
+        if not processes.is_main_process:
             raise SystemExit(TrainingError.exit_code)  # the first one says it
         raise TrainingError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} by Ctrl-C",
@@ -162,7 +162,7 @@ def _share_prefixes(session: Session, trainer: Any, dataset: Any, *, resumed: bo
     """Decide whether shared prefixes are computed once; a resumed run goes on as it began."""
     config, loaded, path = session.config, session.loaded, session.run.path / "sharing.json"
     sharing = decide_sharing(loaded, config.train, dataset, path if resumed else None)
-    if session.processes.first:
+    if session.processes.is_main_process:
         write_json(path, asdict(sharing))
     session.display.say(f"shared prefixes {sharing.sentence()}")
     share_prefixes(trainer, sharing, loaded, dataset, config.train)
@@ -182,7 +182,7 @@ def _say_checked(session: Session, report: PreflightReport) -> None:
         f"batch of {report.longest_batch_tokens} tokens in {report.longest_batch_s:.2f} s"
         + report.memory_text
     )
-    if session.forecast is not None and session.processes.first:
+    if session.forecast is not None and session.processes.is_main_process:
         measured = {
             "longest_batch_gib": report.longest_batch_gib,
             "longest_batch_predicted_gib": report.predicted_gib,
@@ -292,7 +292,7 @@ def _test(session: Session, name: str) -> EvaluationResult:
 def _finish(session: Session) -> None:
     """Put the best adapter where evaluation and export look for it, and say what came out."""
     run, loaded, display = session.run, session.loaded, session.display
-    if session.processes.first_does(lambda: _keep_best(session)):
+    if session.processes.on_main_process(lambda: _keep_best(session)):
         _load_adapter_weights(loaded, run.adapter)
     if session.config.eval.before_and_after:
         after = _test(session, "after")

@@ -52,8 +52,8 @@ def base_shape(base: str) -> ModelShape:
     if base == BASE_MODEL:
         return _TINYLLAMA_32K
     if base in ("nano", "random"):
-        from tinyagent_fast.training.bases import RANDOM_SHAPE
-        from tinyagent_fast.training.nano import NanoShape
+        from tinyagent_fast.models.bases import RANDOM_SHAPE
+        from tinyagent_fast.models.nano import NanoShape
 
         made = NanoShape() if base == "nano" else RANDOM_SHAPE
         return ModelShape(
@@ -148,8 +148,8 @@ def _parsed(given: str) -> tuple[int, int]:
 def _counted(config: Config) -> RowLengths:
     """Count tokens of a seeded sample, and of the rows with the longest texts."""
     from tinyagent_fast.data.cache import cache_folder, load_examples
-    from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.templates import render
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     data, prompt_format = config.data, config.model.prompt_format

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.generation.decoding import complete, generating
+from tinyagent_fast.inference.decoding import complete, generating
+from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.training.footprint import GIB
-from tinyagent_fast.training.models import LoadedModel
 from tinyagent_fast.training.sizing import Forecast
 from tinyagent_fast.training.trainer import collate, refuse_non_finite
 

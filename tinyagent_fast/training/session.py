@@ -9,15 +9,16 @@ from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.models.bases import resolve_base
+from tinyagent_fast.models.loading import LoadedModel, choose_backend, load_for_training
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.processes import Processes, join_processes
-from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.rows import RowStatistics
 from tinyagent_fast.prompts.templates import template_hash
+from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run, create_run
-from tinyagent_fast.training.bases import resolve_base
 from tinyagent_fast.training.display import TrainingDisplay
 from tinyagent_fast.training.footprint import ERROR_SHARE, ModelShape
 from tinyagent_fast.training.inputs import (
@@ -26,7 +27,6 @@ from tinyagent_fast.training.inputs import (
     encode_run_rows,
     load_run_examples,
 )
-from tinyagent_fast.training.models import LoadedModel, choose_backend, load_for_training
 from tinyagent_fast.training.resume import remember_or_compare, trainable_parameters
 from tinyagent_fast.training.sizing import (
     Forecast,
@@ -84,11 +84,11 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
     Raises:
         UserError: Data, base or backend cannot be used as asked.
     """
-    processes = join_processes()
+    processes = init_processes()
     with display.bar("reading data"):
-        examples = processes.in_turn(lambda: load_run_examples(config))
+        examples = processes.main_process_first(lambda: load_run_examples(config))
     with display.bar("base model", "steps") as update:
-        base = processes.first_does(
+        base = processes.on_main_process(
             lambda: resolve_base(
                 config,
                 examples.train,
@@ -101,7 +101,7 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
     rows = _encoded(config, examples, tokenizer, display, processes)
     config, forecast = _sized(config, base, rows.train.statistics, display, processes)
     loaded = load_for_training(config, base)
-    run = resume or processes.first_does(lambda: create_run(config))
+    run = resume or processes.on_main_process(lambda: create_run(config))
     session = Session(
         run=run,
         config=config,
@@ -114,7 +114,7 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
         forecast=forecast,
         processes=processes,
     )
-    processes.first_does(
+    processes.on_main_process(
         lambda: remember_or_compare(
             run,
             _data_record(session),
@@ -135,7 +135,7 @@ def _encoded(
 ) -> RunRows:
     """Encode the rows, the first process before the others, and say what was left out."""
     with display.bar("encoding rows", "rows") as update:
-        rows = processes.in_turn(
+        rows = processes.main_process_first(
             lambda: encode_run_rows(
                 config, examples, tokenizer, lambda done: update(done, len(examples.train))
             )
@@ -161,7 +161,7 @@ def _sized(
     automatic = config.train.batch == "auto"
     usable = usable_gib()
     if usable is not None:
-        usable = processes.least(usable)  # all must take the same batch
+        usable = processes.all_reduce_min(usable)  # all must take the same batch
     if usable is None:
         if automatic:
             config = with_batch(config, preset_batch(config))

@@ -14,7 +14,7 @@ from typing import Any
 
 from tinyagent_fast.config import TrainConfig
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.training.models import LoadedModel
+from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.training.trainer import LengthGroupedOrder
 
 _SAMPLED_BATCHES = 32

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import TrainConfig
+from tinyagent_fast.distributed import Processes
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.processes import Processes
-from tinyagent_fast.training.models import LoadedModel
+from tinyagent_fast.models.loading import LoadedModel
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ def refuse_non_finite(
     import torch
 
     finite = bool(torch.isfinite(value).all())
-    if processes.in_any(not finite):
+    if processes.any(not finite):
         found = "not finite in another process" if finite else str(float(value))
         raise TrainingError(
             f"the {name} is {found} before optimizer step {step}",
@@ -328,12 +328,12 @@ def validation_loss(
     """
     total = tokens = 0.0
     processes: Processes = trainer.processes
-    for start in processes.share(range(0, len(rows), batch)):
+    for start in processes.shard(range(0, len(rows), batch)):
         inputs = trainer._prepare_inputs(collate(rows[start : start + batch], pad_id))
         supervised = int((inputs["labels"][:, 1:] != -100).sum())
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             total += float(trainer.model(**inputs, use_cache=False).loss) * supervised
         tokens += supervised
         each()
-    total, tokens = processes.summed(total, tokens)
+    total, tokens = processes.all_reduce_sum(total, tokens)
     return total / tokens

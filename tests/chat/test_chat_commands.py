@@ -1,0 +1,188 @@
+"""The commands `chat` and `serve`, with a scripted planner behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins import ScriptedWriter, planner_with
+
+from tinyagent_fast.chat import planners
+from tinyagent_fast.cli import main
+from tinyagent_fast.errors import ModelError
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = ['1. open_note("a", "")\n', '2. open_note("$1", "")\n', "3. join()"]
+
+SERVE = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+# Background processes of a shell ignore Ctrl-C, and so do their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from contextlib import contextmanager
+from stand_ins import ScriptedWriter, planner_with
+from tinyagent_fast.chat import planners
+from tinyagent_fast.cli import main
+
+@contextmanager
+def scripted(choice):
+    yield planner_with(ScriptedWriter(["1. join()"]))
+    print("closed", flush=True)
+
+planners.open_planner = scripted
+sys.exit(main(["serve", "--port", "0"]))
+"""
+
+
+@pytest.fixture
+def writer(monkeypatch: pytest.MonkeyPatch) -> ScriptedWriter:
+    """Return what stands in for the model of every planner that is opened."""
+    scripted = ScriptedWriter(PLAN)
+
+    @contextmanager
+    def opened(_: Any) -> Iterator[planners.Planner]:
+        yield planner_with(scripted)
+
+    monkeypatch.setattr(planners, "open_planner", opened)
+    return scripted
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that types lines into the prompt and then ends the input."""
+
+    def type_lines(*lines: str | BaseException) -> None:
+        left = iter([*lines, EOFError()])
+
+        def take(_: str) -> str:
+            line = next(left)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", take)
+
+    return type_lines
+
+
+def test_once_answers_one_request_and_ends(
+    writer: ScriptedWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "--once", "open it"]) == 0
+    said = capsys.readouterr().out
+    assert "".join(PLAN) in said
+    assert "$1 -> 2" in said
+    assert writer.asked == [("tools", "Q: open it")]
+
+
+def test_once_as_json_is_one_object_for_scripts(
+    writer: ScriptedWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "--once", "open it", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["plan"] == "".join(PLAN)
+    assert answer["view"]["edges"] == [[0, 1]]
+    assert answer["stop_reason"] == "stop"
+    assert answer["request"] == "open it"
+
+
+def test_requests_are_answered_until_the_input_ends(
+    writer: ScriptedWriter, typed: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed("one", "  ", "two")
+    assert main(["chat"]) == 0
+    assert [user for _, user in writer.asked] == ["Q: one", "Q: two"]
+    assert "Ctrl-D ends" in capsys.readouterr().out
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(
+    writer: ScriptedWriter, typed: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(KeyboardInterrupt(), "one")
+    assert main(["chat"]) == 0
+    assert [user for _, user in writer.asked] == ["Q: one"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyboardInterrupt(), "broken off"), (ModelError("a", "no room", "shorten it"), "shorten it")],
+)
+def test_a_plan_that_ends_badly_ends_no_conversation(
+    writer: ScriptedWriter,
+    typed: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    error: Any,
+    said: str,
+) -> None:
+    writer.error = error
+    typed("one", "two")
+    assert main(["chat"]) == 0
+    assert capsys.readouterr().out.count(said) == 2
+    assert len(writer.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--json"], "--once"), (["--once", " "], "empty"), (["--run", "absent"], "absent")],
+)
+def test_mistakes_are_messages(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["chat", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_serve_listens_until_ctrl_c_and_closes_what_it_opened() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert process.stdout is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        url = next(line.split()[0] for line in lines if line.startswith("http://"))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=20) as response:
+            assert b"<title>Planner</title>" in response.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+        assert "closed" in process.stdout.read()
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+def test_serve_warns_of_an_address_that_others_can_reach(
+    writer: ScriptedWriter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tinyagent_fast.chat.web import PlannerServer
+
+    monkeypatch.setattr(PlannerServer, "serve", lambda *_: None)
+    assert main(["serve", "--port", "0"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert main(["serve", "--port", "0", "--host", "0.0.0.0"]) == 0
+    assert "no password" in capsys.readouterr().out
+
+
+def test_the_page_is_part_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("tinyagent_fast = [")]
+    assert '"**/*.html"' in line
+    assert (ROOT / "tinyagent_fast" / "chatting" / "page.html").is_file()

@@ -1,0 +1,115 @@
+"""A plan drawn in the terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from stand_ins import ScriptedWriter, planner_with
+
+from tinyagent_fast.chat.plan_view import view_plan
+from tinyagent_fast.chat.terminal import draw_plan, printable, show_header, show_stream
+
+PLAN = """1. get_phone_number("Sid")
+2. get_zoom_meeting_link("Review", "2026-11-24 10:00:00", 60, [])
+3. send_sms(["$1"], "See you: $2")
+4. join()"""
+
+
+def drawn(text: str, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(draw_plan(view_plan(text)))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def lines_with(text: str, *words: str) -> list[int]:
+    return [n for n, line in enumerate(text.splitlines()) if all(word in line for word in words)]
+
+
+def test_calls_that_run_at_once_stand_side_by_side_above_what_waits_for_them() -> None:
+    text = drawn(PLAN)
+    (first,) = lines_with(text, "1 get_phone_number", "2 get_zoom_meeting_link")
+    (arrows,) = lines_with(text, "$1 -> 3", "$2 -> 3")
+    (second,) = lines_with(text, "3 send_sms")
+    (join,) = lines_with(text, "join() waits for all calls")
+    assert first < arrows < second < join
+
+
+def test_arguments_are_shown_as_they_were_written() -> None:
+    assert lines_with(drawn(PLAN), '["$1"], "See you: $2"')
+
+
+@pytest.mark.parametrize("width", [30, 60, 200])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    assert max(map(len, drawn(PLAN, width).splitlines())) <= width
+
+
+def test_every_problem_is_named_where_it_is() -> None:
+    text = drawn('1. fly("Mars")\n2. send_sms(["$7"], "")\nand so on\n3. join()')
+    for said in ("there is no tool fly", "and there is no such step", "'and so on' is no step"):
+        assert said in text, said
+
+
+def test_markup_in_a_plan_is_text() -> None:
+    assert '"[bold]x[/] [/nothing]"' in drawn(
+        '1. open_note("[bold]x[/] [/nothing]", "")\n2. join()'
+    )
+
+
+@given(st.text())
+def test_no_text_sends_a_control_character_to_the_terminal(text: str) -> None:
+    shown = printable(text)
+    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
+    assert printable(shown) == shown
+
+
+@given(st.text(), st.booleans())
+def test_any_text_can_be_drawn(text: str, as_argument: bool) -> None:
+    plan = f"1. open_note({text!r}, '')\n2. join()" if as_argument else text
+    assert "\x1b" not in drawn(plan)
+
+
+def test_a_very_long_argument_is_shortened() -> None:
+    text = drawn(f'1. open_note("{"x" * 5000}", "")\n2. join()')
+    assert len(text.splitlines()) < 15
+    assert "..." in text
+
+
+def test_a_stream_is_shown_while_it_is_written_and_drawn_at_its_end(quiet: Any) -> None:
+    stream = planner_with(ScriptedWriter(PLAN.splitlines(keepends=True))).stream("go")
+    show_stream(quiet, stream)
+    said = quiet.file.getvalue()
+    assert said.startswith(PLAN)
+    assert said.index("4. join()") < said.index("1 get_phone_number")
+    assert "4 tokens in" in said
+
+
+def test_a_plan_that_is_broken_off_leaves_the_model_free(quiet: Any) -> None:
+    writer = ScriptedWriter(["1. open"])
+    writer.error = KeyboardInterrupt()  # type: ignore[assignment]
+    planner = planner_with(writer)
+    with pytest.raises(KeyboardInterrupt):
+        show_stream(quiet, planner.stream("go"))
+    assert not planner.turn.locked()
+
+
+def test_a_failing_console_leaves_the_model_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = planner_with(ScriptedWriter(PLAN.splitlines(keepends=True)))
+    console = Console(file=io.StringIO())
+    monkeypatch.setattr(console, "out", lambda *_a, **_k: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full") as caught:
+        show_stream(console, planner.stream("go"))
+    assert caught.value  # its traceback still refers to the frame that had the pieces
+    assert not planner.turn.locked()
+
+
+def test_a_header_names_every_fact(quiet: Any) -> None:
+    show_header(quiet, "title", {"model": "a\x1b[31m", "engine": "b"})
+    said = quiet.file.getvalue()
+    assert "title" in said
+    assert "engine  b" in said
+    assert "\x1b" not in said

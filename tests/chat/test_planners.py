@@ -1,0 +1,229 @@
+"""Opening a planner by what a user names, and asking it, one plan at a time."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stand_ins import ScriptedWriter, planner_with, wait_until
+
+from tinyagent_fast.chat.planners import open_planner
+from tinyagent_fast.chat.sources import PlannerChoice, find_source, loading_plan
+from tinyagent_fast.config import Config
+from tinyagent_fast.config_file import text_of
+from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.runs import Run
+
+PLAN = ['1. open_note("a", "")\n', '2. open_note("$1", "")\n', "3. join()"]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path,
+    config_in: Callable[..., Config],
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Return a run with the files that a choice is made by, and no weights in them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYAGENT_FAST_CACHE", str(tmp_path / "cache"))
+    made = Run(tmp_path / "runs" / "one")
+    for folder in (made.adapter, made.best, made.path / "export" / "merged"):
+        folder.mkdir(parents=True)
+    made.config_path.write_text(text_of(config_in(tmp_path)), encoding="utf-8")
+    (made.path / "data.json").write_text(json.dumps({"base": str(tiny_base)}), encoding="utf-8")
+    for folder in (made.adapter, made.best):
+        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+    merged = {"dtype": "float32"}
+    (made.path / "export" / "merged" / "config.json").write_text(json.dumps(merged))
+    (tmp_path / "runs" / "latest").symlink_to("one")
+    return made
+
+
+def test_without_flags_it_is_the_adapter_of_the_latest_run(run: Run) -> None:
+    source = find_source(PlannerChoice())
+    assert (source.kind, source.path, source.run) == ("adapter", run.adapter, run)
+
+
+def test_a_run_that_was_broken_off_is_tried_with_its_best_adapter(run: Run) -> None:
+    (run.adapter / "adapter_model.safetensors").unlink()
+    assert find_source(PlannerChoice(run="one")).path == run.best
+    (run.best / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="--resume one"):
+        find_source(PlannerChoice())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("runs/one", "adapter"),
+        ("runs/latest", "adapter"),
+        ("runs/one/best", "adapter"),
+        ("runs/one/export/merged", "folder"),
+        ("runs/one/export/gguf/x.gguf", "gguf"),
+    ],
+)
+def test_a_model_within_a_run_comes_with_that_run(run: Run, name: str, kind: str) -> None:
+    source = find_source(PlannerChoice(model=Path(name)))
+    assert (source.kind, source.run) == (kind, run)
+
+
+def test_a_model_outside_any_run_takes_the_run_that_is_named(run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "x.gguf"
+    assert find_source(PlannerChoice(model=model)).run is None
+    assert find_source(PlannerChoice(model=model, run="one")).run == run
+
+
+def test_an_adapter_outside_any_run_needs_one_for_its_base(run: Run, tmp_path: Path) -> None:
+    run.adapter.rename(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="--run"):
+        find_source(PlannerChoice(model=tmp_path / "mine"))
+    assert find_source(PlannerChoice(model=tmp_path / "mine", run="one")).run == run
+
+
+def test_the_prompts_of_another_run_are_not_taken_in_silence(run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "runs" / "two"
+    other.mkdir()
+    (other / "config.yaml").write_text(run.config_path.read_text(), encoding="utf-8")
+    with pytest.raises(ConfigError, match="lies in run one"):
+        find_source(PlannerChoice(model=run.adapter, run="two"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (PlannerChoice(run="absent"), "there: one"),
+        (PlannerChoice(model=Path("nothing")), "config.json"),
+        (PlannerChoice(max_new_tokens=0), "--max-new-tokens 0"),
+        (PlannerChoice(threads=-1), "--threads -1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(run: Run, choice: PlannerChoice, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        find_source(choice)
+
+
+def test_an_adapter_is_loaded_on_its_runs_base_by_plain_transformers(
+    run: Run, tiny_base: Path
+) -> None:
+    config = run.config()
+    plan = loading_plan(find_source(PlannerChoice()), config)
+    assert (plan.base, plan.adapter) == (str(tiny_base), run.adapter)
+    assert plan.config.model.backend == "transformers"
+    assert plan.config.model.prompt_format == config.model.prompt_format
+
+
+def test_a_merged_folder_tells_its_precision_and_its_export_the_prompt_format(run: Run) -> None:
+    source = find_source(PlannerChoice(model=run.path / "export" / "merged"))
+    assert loading_plan(source, run.config()).config.model.prompt_format == "alpaca"
+    (run.path / "export" / "export.json").write_text('{"prompt_format": "flat"}', encoding="utf-8")
+    model = loading_plan(source, run.config()).config.model
+    assert (model.weights, model.prompt_format) == ("fp32", "flat")
+
+
+def test_a_merged_folder_from_elsewhere_is_asked_with_its_own_template(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"torch_dtype": "bfloat16"}', encoding="utf-8")
+    source = find_source(PlannerChoice(model=tmp_path))
+    assert loading_plan(source, Config()).config.model.prompt_format == "alpaca"
+    (tmp_path / "chat_template.jinja").write_text("", encoding="utf-8")
+    model = loading_plan(source, Config()).config.model
+    assert (model.weights, model.prompt_format) == ("bf16", "chat")
+
+
+def test_a_merged_folder_with_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        loading_plan(find_source(PlannerChoice(model=tmp_path)), Config())
+
+
+def test_an_adapter_answers_with_a_plan_stream_and_says_what_it_is(
+    run: Run, config_in: Callable[..., Config], tmp_path: Path, tiny_base: Path
+) -> None:
+    from tinyagent_fast.models.loading import load_for_training
+
+    load_for_training(config_in(tmp_path), str(tiny_base)).model.save_pretrained(str(run.adapter))
+    with open_planner(PlannerChoice(threads=1, system="first")) as planner:
+        stream = planner.stream("open the note")
+        pieces = list(stream)
+    assert "".join(pieces) == stream.text
+    assert stream.ending is not None
+    assert stream.ending.new_tokens == 6  # the config's limit
+    assert stream.ending.stop_reason == "length"
+    assert "--max-new-tokens" in stream.ending.sentence()
+    assert planner.facts["model"] == "runs/one/adapter"
+    assert planner.facts["engine"] == "transformers on cpu, float32"
+    assert "first test query" in planner.facts["system text"]
+    assert "tool" in planner.facts["it names"]
+
+
+def test_a_gguf_answers_too(tiny_gguf: dict[str, Path]) -> None:
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    choice = PlannerChoice(model=tiny_gguf["f16"], threads=1, max_new_tokens=5)
+    with open_planner(choice) as planner:
+        stream = planner.stream("open the note", system="tools")
+        assert "".join(stream) == stream.text
+    assert stream.ending is not None
+    assert stream.ending.new_tokens == 5
+    assert "llama.cpp" in planner.facts["engine"]
+
+
+def test_a_catalogue_of_the_run_says_which_tools_there_are(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyagent_fast.chat.planners import _tools
+    from tinyagent_fast.config import DataConfig
+    from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
+
+    tools = _tools(Config(data=DataConfig(catalogue=BUILT_IN_CATALOGUE)))
+    assert tools is not None
+    assert "send_sms" in tools
+    assert _tools(Config()) is None
+
+
+def test_a_stream_tells_its_plan_at_every_moment() -> None:
+    stream = planner_with(ScriptedWriter(PLAN)).stream("go")
+    seen = []
+    for _ in stream:
+        seen.append((len(stream.view().nodes), stream.ending))
+    assert seen == [(1, None), (2, None), (2, None)]
+    assert stream.view().joined
+    assert not stream.view().has_problems
+    assert stream.ending is not None
+
+
+def test_two_plans_are_never_written_at_once() -> None:
+    writer = ScriptedWriter({"Q: a": PLAN, "Q: b": PLAN})
+    planner = planner_with(writer)
+    first = iter(planner.stream("a"))
+    next(first)
+    second = threading.Thread(target=lambda: list(planner.stream("b")))
+    second.start()
+    second.join(timeout=0.2)
+    assert second.is_alive()
+    assert writer.asked == [("tools", "Q: a")]
+    first.close()
+    second.join(timeout=10)
+    assert writer.asked == [("tools", "Q: a"), ("tools", "Q: b")]
+
+
+def test_closing_a_planner_ends_a_plan_in_another_thread() -> None:
+    writer = ScriptedWriter(PLAN)
+    writer.gate = threading.Semaphore(1)
+    planner = planner_with(writer)
+    stream = planner.stream("a")
+    thread = threading.Thread(target=lambda: list(stream))
+    thread.start()
+    wait_until(lambda: stream.text == PLAN[0], "the first piece")
+    closing = threading.Thread(target=planner.close)
+    closing.start()
+    wait_until(lambda: planner.closed, "closing to begin")
+    writer.gate.release()
+    thread.join(timeout=10)
+    closing.join(timeout=10)
+    assert not thread.is_alive()
+    assert stream.ending is None
+    assert writer.closed == 1

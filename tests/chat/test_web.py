@@ -1,0 +1,322 @@
+"""The local server: streams to its own page, and to no other site."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPResponse
+from typing import Any
+
+import pytest
+from stand_ins import ScriptedWriter, planner_with, serving, wait_until
+
+from tinyagent_fast.chat.planners import Planner
+from tinyagent_fast.chat.queueing import Queue, QueueFull
+from tinyagent_fast.chat.web import MAX_REQUEST_CHARS, PlannerServer, is_loopback
+from tinyagent_fast.errors import ConfigError, ModelError
+
+PLAN = ['1. open_note("a', '", "")\n', '2. open_note("$1", "")\n', "3. join()"]
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def writer() -> ScriptedWriter:
+    return ScriptedWriter(PLAN)
+
+
+@pytest.fixture
+def planner(writer: ScriptedWriter) -> Planner:
+    return planner_with(writer)
+
+
+@pytest.fixture
+def server(planner: Planner) -> Iterator[PlannerServer]:
+    with serving(planner) as running:
+        yield running
+
+
+def ask(
+    server: PlannerServer, method: str, path: str, body: Any = None, **headers: str
+) -> HTTPResponse:
+    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, content, {**(JSON if body is not None else {}), **sent})
+    return connection.getresponse()
+
+
+def events(response: HTTPResponse) -> list[tuple[str, Any]]:
+    found = []
+    for block in response.read().decode().split("\n\n")[:-1]:
+        first, second = block.split("\n")
+        found.append((first.removeprefix("event: "), json.loads(second.removeprefix("data: "))))
+    return found
+
+
+def of_kind(found: list[tuple[str, Any]], kind: str) -> list[Any]:
+    return [value for name, value in found if name == kind]
+
+
+def test_a_request_is_answered_piece_by_piece_with_its_graph_and_its_cost(
+    server: PlannerServer, writer: ScriptedWriter
+) -> None:
+    found = events(ask(server, "POST", "/plan", {"request": " go "}))
+    assert writer.asked == [("tools", "Q: go")]
+    assert [piece["text"] for piece in of_kind(found, "piece")] == PLAN
+    assert [len(view["nodes"]) for view in of_kind(found, "view")] == [1, 2, 2]
+    assert of_kind(found, "view")[-1]["edges"] == [[0, 1]]
+    (done,) = of_kind(found, "done")
+    assert done["plan"] == "".join(PLAN)
+    assert done["new_tokens"] == 4
+    assert [name for name, _ in found][:2] == ["begun", "piece"]
+    assert found[-1][0] == "done"
+
+
+def test_a_system_text_of_the_request_is_used(
+    server: PlannerServer, writer: ScriptedWriter
+) -> None:
+    events(ask(server, "POST", "/plan", {"request": "go", "system": "mine"}))
+    assert writer.asked == [("mine", "Q: go")]
+
+
+def test_a_failing_model_is_reported_and_the_next_request_is_answered(
+    server: PlannerServer, writer: ScriptedWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, said in (
+        (ModelError("a long prompt", "no room", "shorten it"), "shorten it"),
+        (ZeroDivisionError("secret"), "bug"),
+    ):
+        writer.error = error
+        found = events(ask(server, "POST", "/plan", {"request": "go"}))
+        assert found[-1][0] == "failed"
+        assert said in found[-1][1]["message"]
+        assert "secret" not in found[-1][1]["message"]
+    writer.error = None
+    assert events(ask(server, "POST", "/plan", {"request": "go"}))[-1][0] == "done"
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:{port}", "localhost:{port}", "LOCALHOST", "[::1]:{port}", "127.0.0.1:9"]
+)
+def test_the_names_that_a_user_types_are_answered(server: PlannerServer, host: str) -> None:
+    assert ask(server, "GET", "/", Host=host.format(port=server.server_port)).status == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:{port}",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "a@localhost@evil.example",
+        "192.168.0.9",
+        "0.0.0.0",
+        "127.0.0.1:x",
+        "[::1",
+        "",
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/planner"), ("POST", "/plan")])
+def test_a_name_that_was_made_to_point_here_is_refused(
+    server: PlannerServer, writer: ScriptedWriter, host: str, method: str, path: str
+) -> None:
+    body = {"request": "go"} if method == "POST" else None
+    response = ask(server, method, path, body, Host=host.format(port=server.server_port))
+    assert response.status == 421
+    assert b"<html" not in response.read()
+    assert writer.asked == []
+
+
+def test_behind_a_wildcard_addresses_are_answered_and_names_are_not(planner: Planner) -> None:
+    with serving(planner, "0.0.0.0") as server:
+        assert ask(server, "GET", "/", Host="192.168.0.9:80").status == 200
+        assert ask(server, "GET", "/", Host="evil.example").status == 421
+
+
+def test_a_name_that_was_given_as_the_host_is_answered(planner: Planner) -> None:
+    with serving(planner, "localhost") as server:
+        assert server.allows_host("localhost:1")
+        server.host = "My-Box"
+        assert server.allows_host("my-box:8000")
+        assert not server.allows_host("other-box:8000")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "https://127.0.0.1:{port}"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Origin": "http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}, 200),
+    ],
+)
+def test_posts_of_other_sites_are_refused(
+    server: PlannerServer, writer: ScriptedWriter, headers: dict[str, str], status: int
+) -> None:
+    sent = {name: value.format(port=server.server_port) for name, value in headers.items()}
+    response = ask(server, "POST", "/plan", {"request": "go"}, **sent)
+    response.read()
+    assert response.status == status
+    assert len(writer.asked) == (status == 200)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        b"\xff",
+        b"{}",
+        b'{"request": 3}',
+        b'{"request": " "}',
+        b'{"request": "a", "system": 1}',
+        b'{"request": "\\ud800"}',
+        json.dumps({"request": "x" * (MAX_REQUEST_CHARS + 1)}).encode(),
+    ],
+)
+def test_what_is_no_request_is_refused_with_a_reason(
+    server: PlannerServer, writer: ScriptedWriter, body: bytes
+) -> None:
+    response = ask(server, "POST", "/plan", body)
+    assert response.status == 400
+    assert json.loads(response.read())["error"]
+    assert writer.asked == []
+
+
+def test_a_body_of_unknown_or_absurd_length_is_not_read(server: PlannerServer) -> None:
+    assert ask(server, "POST", "/plan", b"{}", Content_Length="9" * 30).status == 413
+    assert ask(server, "POST", "/plan", b"{}", Content_Length="-1").status == 411
+
+
+@pytest.mark.parametrize("path", ["/x", "/plan", "/../pyproject.toml", "//evil.example/"])
+def test_there_is_nothing_else_to_get(server: PlannerServer, path: str) -> None:
+    assert ask(server, "GET", path).status == 404
+
+
+def test_the_page_runs_only_its_own_script_and_asks_nobody_else(server: PlannerServer) -> None:
+    responses = [ask(server, "GET", "/") for _ in range(2)]
+    pages = [response.read().decode() for response in responses]
+    policies = [response.headers["Content-Security-Policy"] for response in responses]
+    assert policies[0] != policies[1]
+    assert "default-src 'none'" in policies[0]
+    assert "unsafe" not in policies[0]
+    nonce = policies[0].split("'nonce-")[1].split("'")[0]
+    assert pages[0].count(f'nonce="{nonce}"') == 2 == pages[0].count("nonce=")
+    assert "@NONCE@" not in pages[0]
+    without_names = pages[0].replace("http://www.w3.org/2000/svg", "")
+    assert "http://" not in without_names
+    assert "https://" not in without_names
+
+
+def test_the_page_is_told_what_plans(server: PlannerServer) -> None:
+    response = ask(server, "GET", "/planner")
+    assert json.loads(response.read()) == {"facts": {"model": "scripted"}}
+
+
+def test_requests_wait_for_one_another_and_are_told_so(
+    server: PlannerServer, writer: ScriptedWriter
+) -> None:
+    writer.gate = threading.Semaphore(0)
+    first = ask(server, "POST", "/plan", {"request": "a"})
+    wait_until(lambda: writer.asked, "the first request at the model")
+    second = ask(server, "POST", "/plan", {"request": "b"})
+    assert second.readline() == b"event: waiting\n"
+    assert second.readline() == b'data: {"ahead": 1}\n'
+    assert writer.asked == [("tools", "Q: a")]
+    writer.gate.release(2 * len(PLAN))
+    found = events(first)
+    assert found[-1][0] == "done"
+    assert of_kind(found, "waiting") == []
+    assert b"event: done" in second.read()
+    assert [user for _, user in writer.asked] == ["Q: a", "Q: b"]
+
+
+def test_a_reader_who_leaves_frees_the_model(server: PlannerServer, writer: ScriptedWriter) -> None:
+    writer.answers = ["1. "] * 100_000
+    connection = socket.create_connection(("127.0.0.1", server.server_port))
+    body = b'{"request": "go"}'
+    head = "POST /plan HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    while b"event: piece" not in connection.recv(1000):
+        pass
+    connection.close()
+    wait_until(lambda: writer.closed, "the end of the plan that nobody reads")
+    writer.answers = PLAN
+    assert events(ask(server, "POST", "/plan", {"request": "go"}))[-1][0] == "done"
+
+
+def test_a_closing_planner_says_so(
+    server: PlannerServer, planner: Planner, writer: ScriptedWriter
+) -> None:
+    planner.close()
+    found = events(ask(server, "POST", "/plan", {"request": "go"}))
+    assert found[-1] == ("failed", {"message": "the server is closing"})
+
+
+def test_the_queue_keeps_the_order_of_arrival_and_has_an_end() -> None:
+    queue = Queue()
+    with queue.place() as first, queue.place() as second:
+        with queue.place() as third:
+            assert [queue.ahead(ticket) for ticket in (first, second, third)] == [0, 1, 2]
+        assert queue.ahead(second, wait_s=0.01) == 1
+    places = [queue.place() for _ in range(17)]
+    for place in places:
+        place.__enter__()
+    with pytest.raises(QueueFull), queue.place():
+        pass
+    for place in places:
+        place.__exit__(None, None, None)
+    with queue.place() as ticket:
+        assert queue.ahead(ticket) == 0
+
+
+def test_when_too_many_wait_the_next_is_told_to_come_later(
+    server: PlannerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> Any:
+        raise QueueFull
+
+    monkeypatch.setattr(server.queue, "place", full)
+    assert ask(server, "POST", "/plan", {"request": "go"}).status == 503
+
+
+def test_a_port_that_is_taken_is_a_message_with_a_way_out(server: PlannerServer) -> None:
+    with pytest.raises(ConfigError, match="--port"):
+        PlannerServer("127.0.0.1", server.server_port)
+    with pytest.raises(ConfigError, match="--port"):
+        PlannerServer("127.0.0.1", 70_000)
+    with pytest.raises(ConfigError, match="--host"):
+        PlannerServer("no such host", 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "inside"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("192.168.0.9", False),
+        ("my-box", False),
+    ],
+)
+def test_an_address_that_others_can_reach_is_known(host: str, inside: bool) -> None:
+    assert is_loopback(host) == inside
+
+
+def test_the_address_of_the_page_can_be_opened(planner: Planner) -> None:
+    with serving(planner) as server:
+        assert server.url == f"http://127.0.0.1:{server.server_port}/"
+        server.host = "::1"
+        assert server.url == f"http://[::1]:{server.server_port}/"

@@ -1,0 +1,1 @@
+"""Base models: families, loading, and the small ones built on the spot."""

@@ -1,0 +1,171 @@
+"""Turn `nano` and `random` into folders with a base model; any other name stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.data.cache import entry_examples
+from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
+from tinyagent_fast.data.generation.queries import write_parts
+from tinyagent_fast.data.reading import entry_from_json
+from tinyagent_fast.data.schema import Entry, Example
+from tinyagent_fast.data.splits import normalise_query
+from tinyagent_fast.models.nano import (
+    NanoShape,
+    PretrainProgress,
+    PretrainSpec,
+    pretrain,
+    random_llama,
+    save_model,
+    train_bpe_tokenizer,
+)
+from tinyagent_fast.models.threads import fastest_threads
+from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.prompts.templates import RenderedExample, render, render_prompt
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+_TOKENIZER_TEXTS = 2000
+_RANDOM_TEXTS = 200
+RANDOM_SHAPE = NanoShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2)
+
+
+def resolve_base(
+    config: Config,
+    examples: Sequence[Example],
+    held_out: Sequence[str] = (),
+    on_progress: Callable[[PretrainProgress], None] = lambda _: None,
+) -> str:
+    """Build the base model that the config names, unless it exists.
+
+    Args:
+        config: The run's config.
+        examples: The run's training examples; the `random` model's tokenizer is trained on them.
+        held_out: Test queries, which the nano base must not have seen either.
+        on_progress: Called while the nano base is pretrained.
+
+    Returns:
+        A folder, or the hub name from the config.
+    """
+    if config.model.base == "nano":
+        return str(_nano(config, held_out, on_progress))
+    if config.model.base == "random":
+        return str(_random(config, examples))
+    return config.model.base
+
+
+def base_tokenizer(
+    config: Config, examples: Sequence[Example], held_out: Sequence[str] = ()
+) -> Any:
+    """Make the tokenizer of a base that is built on the spot, without building the model.
+
+    Args:
+        config: The run's config.
+        examples: The run's training examples.
+        held_out: The run's test queries.
+
+    Returns:
+        A transformers tokenizer, or none for a base that is loaded from a folder or the hub.
+    """
+    if config.model.base == "nano":
+        texts = _nano_texts(PretrainSpec(), held_out)
+        return _nano_tokenizer([text for _, text in texts], NanoShape())
+    if config.model.base == "random":
+        return train_bpe_tokenizer(_random_texts(examples), RANDOM_SHAPE.vocab_pieces)
+    return None
+
+
+def _nano_texts(spec: PretrainSpec, held_out: Sequence[str]) -> list[tuple[str, RenderedExample]]:
+    """Write what the nano base is pretrained on: single calls, and lists of a request's parts."""
+    generation = GenerationSpec(single_calls=True)
+    catalogue = load_catalogue()
+    rng = random.Random(f"nano/{spec.seed}")
+    taken = {normalise_query(query) for query in held_out}
+    entries = generate_entries(catalogue, generation, spec.entries, rng, taken)
+    examples = [_plan_example(key, raw) for key, raw in entries]
+    texts = [(example.key, render(example, "alpaca")) for example in examples]
+    for number in range(spec.lists):
+        request, parts = write_parts(catalogue, rng)
+        prompt = render_prompt("List the parts", f"Question: {request}", "alpaca")
+        lines = "\n".join(f"{n}. {part}" for n, part in enumerate(parts, start=1))
+        texts.append((f"list/{number}", RenderedExample(prompt, lines + END_OF_PLAN)))
+    rng.shuffle(texts)
+    return texts
+
+
+def _nano_tokenizer(texts: Sequence[RenderedExample], shape: NanoShape) -> Any:
+    chosen = [t.prompt + t.completion for t in texts[:_TOKENIZER_TEXTS]]
+    return train_bpe_tokenizer(chosen, shape.vocab_pieces)
+
+
+def _nano(
+    config: Config, held_out: Sequence[str], on_progress: Callable[[PretrainProgress], None]
+) -> Path:
+    shape, spec = NanoShape(), PretrainSpec()
+    texts = _nano_texts(spec, held_out)
+    text_hash = hashlib.sha256("".join(t.prompt + t.completion for _, t in texts).encode())
+    key = _key([asdict(shape), asdict(spec), text_hash.hexdigest()])
+    folder = config.runs / "bases" / f"nano-{key}"
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+
+    hf = _nano_tokenizer([text for _, text in texts], shape)
+    tokenizer = PromptTokenizer(hf)
+    model = random_llama(shape, hf, spec.seed)
+    rows = tokenizer.encode_rows(texts)
+    if config.train.threads is None:
+        few = PretrainSpec(steps=1, batch=spec.batch, learning_rate=1e-9)
+        state = copy.deepcopy(model.state_dict())
+        fastest_threads(lambda: pretrain(model, rows, tokenizer.pad_id, few))
+        model.load_state_dict(state)
+    else:
+        torch.set_num_threads(config.train.threads)
+    pretrain(model, rows, tokenizer.pad_id, spec, on_progress)
+    return _save(model, hf, folder)
+
+
+def _plan_example(key: str, raw: object) -> Example:
+    entry = entry_from_json(key, raw)
+    assert isinstance(entry, Entry), f"a generated entry breaks the schema: {entry}"
+    return entry_examples(entry)[0]
+
+
+def _random_texts(examples: Sequence[Example]) -> list[str]:
+    chosen = [examples[i] for i in range(min(len(examples), _RANDOM_TEXTS))]
+    return [t.prompt + t.completion for t in (render(example, "alpaca") for example in chosen)]
+
+
+def _random(config: Config, examples: Sequence[Example]) -> Path:
+    texts = _random_texts(examples)
+    text_hash = hashlib.sha256("".join(texts).encode()).hexdigest()
+    key = _key([asdict(RANDOM_SHAPE), text_hash, config.train.seed])
+    folder = config.runs / "bases" / f"random-{key}"
+    if (folder / "config.json").exists():
+        return folder
+    hf = train_bpe_tokenizer(texts, RANDOM_SHAPE.vocab_pieces)
+    return _save(random_llama(RANDOM_SHAPE, hf, config.train.seed), hf, folder)
+
+
+def _key(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+
+
+def _save(model: object, tokenizer: object, folder: Path) -> Path:
+    """Save under the final name only when whole."""
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_model(model, tokenizer, temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+    return folder

@@ -1,0 +1,275 @@
+"""Model families as data: one row says all that training, decoding and export know of a family.
+
+A new family is a new row. Where its layers compute something that the shared forward pass does not,
+that is written there; where GGUF stores its tensors in another way, `export` has it. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tinyagent_fast.errors import ModelError
+
+Targets = Literal["all-linear", "attention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder-only model, from which memory, work and tensor shapes follow."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    """Whether the token embedding is also the output layer."""
+
+    @classmethod
+    def from_config(cls, raw: Mapping[str, object], source: str = "config.json") -> ModelShape:
+        """Read the sizes from a model's config.
+
+        Args:
+            raw: What its config.json holds.
+            source: Named in messages.
+
+        Returns:
+            The shape.
+
+        Raises:
+            ModelError: A size is missing or no positive whole number.
+        """
+
+        def size(name: str, default: int | None = None) -> int:
+            value = raw.get(name)
+            value = default if value is None else value
+            if not isinstance(value, int) or value < 1:
+                raise ModelError(
+                    f"{source}: {name} is {value!r}",
+                    "it must be a positive whole number",
+                    "name a base model whose config.json has it",
+                )
+            return value
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        return cls(
+            hidden=hidden,
+            intermediate=size("intermediate_size"),
+            layers=size("num_hidden_layers"),
+            heads=heads,
+            kv_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", max(1, hidden // heads)),
+            vocab=size("vocab_size"),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def query_width(self) -> int:
+        """Features of all query heads of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Features of all key heads of a token, and of all value heads."""
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearModule:
+    """One linear module of a layer, as transformers and as GGUF name it."""
+
+    module: str
+    """Its path within a layer, such as `self_attn.q_proj`."""
+    gguf: str
+    """Its name in GGUF, such as `attn_q`."""
+    inputs: str
+    """The `ModelShape` attribute that gives its input features."""
+    outputs: str
+    """The `ModelShape` attribute that gives its output features."""
+    rotary_rows: bool = False
+    """Whether llama.cpp expects the rows of each head as interleaved pairs."""
+
+    @property
+    def leaf(self) -> str:
+        """The last part of its path, which LoRA's target modules name."""
+        return self.module.rpartition(".")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor of a model file in both namings."""
+
+    gguf: str
+    source: str
+    """Its name in transformers."""
+    shape: tuple[int, ...]
+    head_rows: int | None = None
+    """Rows of one head, where llama.cpp orders them as interleaved pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models."""
+
+    name: str
+    model_type: str
+    """`model_type` in config.json."""
+    causal_lm: str
+    """Its class in transformers."""
+    modeling: str
+    """The module of transformers that has the class."""
+    gguf_architecture: str
+    linears: Sequence[LinearModule]
+    """Of a layer, in the order in which they compute."""
+    norms: Mapping[str, str]
+    """Of a layer: path in transformers to name in GGUF."""
+    config_values: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json must say where it says anything: other values are other models."""
+    rope_types: Sequence[str] = ("default", "linear", "llama3")
+    """Scalings of the rotary embedding that can be exported."""
+
+    def target_modules(self, targets: Targets) -> list[str]:
+        """Name the modules that get an adapter.
+
+        Args:
+            targets: All linear modules of a layer, or those of attention.
+
+        Returns:
+            Last parts of their paths, as peft wants them.
+        """
+        return [one.leaf for one in self.linears_of(targets)]
+
+    def linears_of(self, targets: Targets) -> list[LinearModule]:
+        """List a layer's linear modules.
+
+        Args:
+            targets: All of them, or those of attention.
+
+        Returns:
+            The modules in the order in which they compute.
+        """
+        return [
+            one
+            for one in self.linears
+            if targets == "all-linear" or one.module.startswith("self_attn.")
+        ]
+
+    def tensors(self, shape: ModelShape) -> Iterator[Tensor]:
+        """List the tensors of a model, in the order in which a GGUF file has them.
+
+        Args:
+            shape: Its sizes.
+
+        Yields:
+            Each tensor in both namings.
+
+        Source: llama.cpp, gguf-py/gguf/tensor_mapping.py.
+        """
+        rows = (shape.vocab, shape.hidden)
+        yield Tensor(gguf="token_embd.weight", source="model.embed_tokens.weight", shape=rows)
+        parts: list[tuple[str, str, tuple[int, ...], int | None]] = [
+            (gguf, module, (shape.hidden,), None) for module, gguf in self.norms.items()
+        ]
+        parts += [
+            (
+                one.gguf,
+                one.module,
+                (getattr(shape, one.outputs), getattr(shape, one.inputs)),
+                shape.head_dim if one.rotary_rows else None,
+            )
+            for one in self.linears
+        ]
+        for layer in range(shape.layers):
+            for gguf, module, size, head_rows in parts:
+                yield Tensor(
+                    gguf=f"blk.{layer}.{gguf}.weight",
+                    source=f"model.layers.{layer}.{module}.weight",
+                    shape=size,
+                    head_rows=head_rows,
+                )
+        yield Tensor(gguf="output_norm.weight", source="model.norm.weight", shape=(shape.hidden,))
+        if not shape.tied:
+            yield Tensor(gguf="output.weight", source="lm_head.weight", shape=rows)
+
+
+LLAMA = Family(
+    name="Llama",
+    model_type="llama",
+    causal_lm="LlamaForCausalLM",
+    modeling="transformers.models.llama.modeling_llama",
+    gguf_architecture="llama",
+    linears=(
+        LinearModule(
+            module="self_attn.q_proj",
+            gguf="attn_q",
+            inputs="hidden",
+            outputs="query_width",
+            rotary_rows=True,
+        ),
+        LinearModule(
+            module="self_attn.k_proj",
+            gguf="attn_k",
+            inputs="hidden",
+            outputs="kv_width",
+            rotary_rows=True,
+        ),
+        LinearModule(module="self_attn.v_proj", gguf="attn_v", inputs="hidden", outputs="kv_width"),
+        LinearModule(
+            module="self_attn.o_proj", gguf="attn_output", inputs="query_width", outputs="hidden"
+        ),
+        LinearModule(
+            module="mlp.gate_proj", gguf="ffn_gate", inputs="hidden", outputs="intermediate"
+        ),
+        LinearModule(module="mlp.up_proj", gguf="ffn_up", inputs="hidden", outputs="intermediate"),
+        LinearModule(
+            module="mlp.down_proj", gguf="ffn_down", inputs="intermediate", outputs="hidden"
+        ),
+    ),
+    norms={"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    config_values={
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": None,
+        "hidden_act": "silu",
+        "partial_rotary_factor": 1.0,
+    },
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA,)}
+"""Families by `model_type`."""
+
+
+def family_of(config: Mapping[str, Any], source: str = "config.json") -> Family:
+    """Find the family of a model.
+
+    Args:
+        config: What its config.json holds.
+        source: Named in messages.
+
+    Returns:
+        The family's row.
+
+    Raises:
+        ModelError: No row has this model type, or a setting makes it another model.
+    """
+    kind = config.get("model_type")
+    names = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        raise ModelError(
+            f"{source}: model_type {kind!r}",
+            "the project does not know this family of models",
+            f"take a base model of one of these families: {names}",
+        )
+    for key, value in family.config_values.items():
+        if config.get(key) not in (value, None):
+            raise ModelError(
+                f"{source}: {key} is {config[key]!r}",
+                f"a plain {family.name} model has {value!r}",
+                f"take a plain base model of one of these families: {names}",
+            )
+    return family

@@ -1,0 +1,340 @@
+"""Load a base model with a fresh or a trained adapter, by Unsloth or by transformers + peft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
+from tinyagent_fast.distributed import launch_environment
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.models.libraries import prepare_libraries
+from tinyagent_fast.models.quantisation_aware import train_quantised
+from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+TARGET_MODULES = {
+    "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready for training or generation, the same whichever backend built it."""
+
+    model: Any
+    tokenizer: PromptTokenizer
+    backend: str
+    device: str
+    compute_dtype: str
+    notes: tuple[str, ...] = ()
+    """What was done otherwise than asked, one sentence each; shown to the user."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    backend: str
+    device: str
+    compute_dtype: str
+    checkpointing: str
+    notes: tuple[str, ...]
+
+
+def load_for_training(config: Config, base: str) -> LoadedModel:
+    """Load the base and put a fresh adapter on it.
+
+    Args:
+        config: The run's config.
+        base: Folder or hub name; `nano` and `random` have become folders by now.
+
+    Returns:
+        The model in training mode, with only the adapter trainable.
+
+    Raises:
+        ModelError: The base, the backend or the tokenizer cannot be had.
+    """
+    model_config = config.model
+    if config.train.qat != "off":
+        model_config = replace(model_config, backend="transformers")
+    plan = _decide(model_config)
+    if plan.backend == "unsloth":
+        if plan.device == "cpu":
+            plan = replace(plan, notes=(*plan.notes, *_unsloth_cpu_notes(config.train)))
+        model = _unsloth_base(config, base, plan)
+        model = _unsloth_adapter(model, config, plan)
+    else:
+        model = _transformers_base(config.model, base, plan)
+        model = _peft_adapter(model, config, plan)
+        if config.train.qat != "off":
+            grids = train_quantised(model, config.train.qat)
+            held = ", ".join(f"{count} as {grid}" for grid, count in sorted(grids.items()))
+            note = f"computing with weights rounded for {config.train.qat}: {held}"
+            plan = replace(plan, notes=(*plan.notes, note))
+    return _finish(model, config.model, base, plan)
+
+
+def load_for_generation(config: Config, base: str, adapter: Path | None) -> LoadedModel:
+    """Load the base and, if given, a trained adapter.
+
+    Args:
+        config: The config of the run that trained the adapter.
+        base: Folder or hub name of the base.
+        adapter: Folder with adapter weights; none for the bare base.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: The base, the adapter or the backend cannot be had.
+    """
+    plan = _decide(config.model)
+    unsloth = plan.backend == "unsloth"
+    base_model = (
+        _unsloth_base(config, base, plan)
+        if unsloth
+        else _transformers_base(config.model, base, plan)
+    )
+    model = base_model
+    if adapter is not None:
+        if not (adapter / "adapter_config.json").exists():
+            raise ModelError(
+                f"adapter {adapter}",
+                "it holds no adapter_config.json",
+                "let training finish, or name another run",
+            )
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(base_model, str(adapter))
+    model.eval()
+    return _finish(model, config.model, base, plan)
+
+
+def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
+    """Choose the backend that `auto` stands for.
+
+    Args:
+        config: Names a backend, or `auto`.
+        cuda: Whether a GPU is there.
+
+    Returns:
+        `unsloth` or `transformers`.
+    """
+    if config.backend != "auto":
+        return config.backend
+    return "unsloth" if cuda and find_spec("unsloth") is not None else "transformers"
+
+
+def _decide(config: ModelConfig) -> _Plan:
+    """Choose backend, device and precision; say whatever differs from what was asked."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    notes: list[str] = []
+    unsloth_installed = find_spec("unsloth") is not None
+    backend = choose_backend(config, cuda=cuda)
+    if config.backend == "auto" and cuda and not unsloth_installed:
+        notes.append("unsloth is not installed: using transformers, which is slower")
+    if backend == "unsloth" and not unsloth_installed:
+        raise ModelError(
+            "backend unsloth",
+            "the package unsloth is not installed",
+            "make setup installs it where CUDA is present; or use --model.backend transformers",
+        )
+    if cuda:
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        if config.weights == "bf16" and dtype == "float16":
+            notes.append("this GPU has no bf16: weights are held in fp16")
+        if config.weights in ("fp16", "fp32"):
+            dtype = {"fp16": "float16", "fp32": "float32"}[config.weights]
+    else:
+        dtype = "float32"
+        if config.weights in ("bf16", "fp16"):
+            notes.append(f"no GPU: weights are held in fp32 instead of {config.weights}")
+    checkpointing = config.gradient_checkpointing
+    if checkpointing == "unsloth" and backend != "unsloth":
+        notes.append("gradient checkpointing `unsloth` needs that backend: using plain `true`")
+        checkpointing = "true"
+    return _Plan(backend, "cuda" if cuda else "cpu", dtype, checkpointing, tuple(notes))
+
+
+def _finish(model: Any, config: ModelConfig, base: str, plan: _Plan) -> LoadedModel:
+    folder = resolve_tokenizer_folder(base, config.revision)
+    tokenizer = PromptTokenizer(load_tokenizer(folder), config.prompt_format)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"base {base}",
+            f"its tokenizer has {tokenizer.vocab_size} tokens but the model only {rows} embeddings",
+            "use the tokenizer that belongs to the model; the vocabulary is never resized",
+        )
+    model.config.pad_token_id = tokenizer.pad_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_id
+    notes = plan.notes
+    if config.weights == "nf4" and not any(_is_4bit(p) for p in model.parameters()):
+        notes = (*notes, "bitsandbytes could not quantise the weights: they are not in 4 bits")
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        backend=plan.backend,
+        device=plan.device,
+        compute_dtype=plan.compute_dtype,
+        notes=notes,
+    )
+
+
+def _is_4bit(parameter: Any) -> bool:
+    return type(parameter).__name__ == "Params4bit"
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _transformers_base(config: ModelConfig, base: str, plan: _Plan) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # the display says what is being loaded
+    quantization = None
+    if config.weights == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=_torch_dtype(plan.compute_dtype),
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            revision=config.revision,
+            dtype=_torch_dtype(plan.compute_dtype),
+            quantization_config=quantization,
+            device_map={"": launch_environment().local_rank if plan.device == "cuda" else "cpu"},
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {base!r}",
+            f"it cannot be loaded: {error}",
+            "check the name and the network, or name a local folder with config.json and weights",
+        ) from error
+    if plan.device == "cpu" and quantization is not None:
+        _keep_cpu_weights_unpacked(model)
+    if plan.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return model
+
+
+def _keep_cpu_weights_unpacked(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place, after which gradients are wrong.
+
+    Source: bitsandbytes 0.50 on CPUs with AVX512-BF16, first forward without gradients.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _peft_adapter(model: Any, config: Config, plan: _Plan) -> Any:
+    import torch
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    checkpointing = plan.checkpointing == "true"
+    kwargs = {"use_reentrant": False}
+    if config.model.weights == "nf4":
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs=kwargs,
+        )
+    elif checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.enable_input_require_grads()
+    torch.manual_seed(config.train.seed)
+    return get_peft_model(model, _peft_config(config.lora))
+
+
+def _peft_config(lora: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=TARGET_MODULES[lora.targets],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _unsloth_cpu_notes(train: TrainConfig) -> list[str]:
+    """Say what Unsloth's CPU backend changes without an error.
+
+    Source: unsloth_zoo 2026.10.9, cpu/trainer.py.
+    """
+    notes = []
+    if train.optimizer == "adamw_8bit":
+        notes.append("Unsloth without a GPU takes torch's fused AdamW instead of adamw_8bit")
+    if train.batching == "packed":
+        notes.append("Unsloth without a GPU does not pack rows: they are shuffled and padded")
+    return notes
+
+
+def _unsloth_base(config: Config, base: str, plan: _Plan) -> Any:
+    prepare_libraries(config.model)
+    from unsloth import FastLanguageModel
+
+    name = str(Path(base).resolve()) if Path(base).is_dir() else base
+    arguments: dict[str, Any] = {
+        "model_name": name,
+        "max_seq_length": config.model.max_length_tokens,
+        "dtype": _torch_dtype(plan.compute_dtype),
+        "load_in_4bit": config.model.weights == "nf4",
+        "use_gradient_checkpointing": _unsloth_checkpointing(plan),
+        "random_state": config.train.seed,
+        "use_exact_model_name": True,
+    }
+    if config.model.revision is not None:
+        arguments["revision"] = config.model.revision
+    if launch_environment().count > 1:
+        arguments["device_map"] = {
+            "": launch_environment().local_rank if plan.device == "cuda" else "cpu"
+        }
+    try:
+        model, _ = FastLanguageModel.from_pretrained(**arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"base model {base!r}",
+            f"Unsloth cannot load it: {error}",
+            "check the name and the network, or try --model.backend transformers",
+        ) from error
+    return model
+
+
+def _unsloth_checkpointing(plan: _Plan) -> str | bool:
+    return "unsloth" if plan.checkpointing == "unsloth" else plan.checkpointing == "true"
+
+
+def _unsloth_adapter(model: Any, config: Config, plan: _Plan) -> Any:
+    from unsloth import FastLanguageModel
+
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=TARGET_MODULES[config.lora.targets],
+        bias="none",
+        use_gradient_checkpointing=_unsloth_checkpointing(plan),
+        random_state=config.train.seed,
+        max_seq_length=config.model.max_length_tokens,
+    )

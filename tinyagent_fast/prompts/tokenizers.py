@@ -1,0 +1,267 @@
+"""Load tokenizers so that their ids equal SentencePiece's and llama.cpp's.
+
+transformers 5 replaces the normaliser of Llama tokenizers when they are loaded by their class, so
+that a model would be trained on other ids than it is served with. Here tokenizer.json is taken as
+it is; a tokenizer.model alone is turned into an equal fast tokenizer; `check_tokenizer` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.errors import ModelError
+
+HARD_STRINGS = (
+    "",
+    " ",
+    "  two  spaces ",
+    "\n",
+    "\n\n",
+    " \n ",
+    "\ttab",
+    "Hello",
+    " Hello",
+    '1. get_email_address("Sid")\n2. join()',
+    '["$1", "$2"], "Link: $3", None)',
+    "### Response:\n1. ",
+    "Apéro à 18 h, naïve café",
+    "日本語 と 한국어",
+    "👩‍💻 🚀",
+    "x" * 60,
+    "3.14159 1000000 -5",
+    "don't 'quote' \"quote\" `tick`",
+    "<END_OF_PLAN>",
+    "trailing space ",
+    "line\r\nline",
+)
+"""Strings on which tokenizers are known to differ; compared at every training start."""
+
+_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def resolve_tokenizer_folder(base: str, revision: str | None = None) -> Path:
+    """Find the folder with a model's tokenizer files, downloading them from the hub if needed.
+
+    Args:
+        base: A local folder, or a model's name on the hub.
+        revision: Revision on the hub.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        ModelError: There is no such folder and the hub does not give the files.
+    """
+    return hub_folder("tokenizer of", base, revision, [*_FILES, "chat_template.jinja"])
+
+
+def hub_folder(
+    what: str,
+    base: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    *,
+    cached_first: bool = False,
+) -> Path:
+    """Find a model's files: in a local folder, in the hub's cache, or by downloading them.
+
+    Args:
+        what: What is looked for, to begin a message with.
+        base: A local folder, or a model's name on the hub.
+        revision: Revision on the hub.
+        patterns: Names of the files.
+        cached_first: Take what is cached without asking the hub for anything newer.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        ModelError: There is no such folder and the hub does not give the files.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = list(patterns)
+    try:
+        if cached_first:
+            with suppress(LocalEntryNotFoundError):
+                return Path(
+                    snapshot_download(
+                        base, revision=revision, allow_patterns=wanted, local_files_only=True
+                    )
+                )
+        return Path(snapshot_download(base, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{what} {base!r}",
+            f"it is no local folder, and the hub did not give it: {error}",
+            "check the name and the network, or put the model into a folder and name that",
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a fast tokenizer without letting its class change the ids.
+
+    Args:
+        folder: Holds tokenizer.json or tokenizer.model.
+
+    Returns:
+        A transformers fast tokenizer with EOS and a pad token out of the existing vocabulary.
+
+    Raises:
+        ModelError: No tokenizer file, no EOS, or ids that differ from the file's own.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    elif (folder / "tokenizer.model").exists():
+        tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")
+    else:
+        raise ModelError(
+            f"folder {folder}",
+            "it holds neither tokenizer.json nor tokenizer.model",
+            "copy the base model's tokenizer files into it",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"tokenizer in {folder}",
+            "it has no EOS token, so a model could never learn to stop",
+            "set eos_token in tokenizer_config.json",
+        )
+    if tokenizer.pad_token_id is None:
+        # Never a new token: the vocabulary must keep its size, and padding is masked anyway.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def tokenizer_from_sentencepiece(path: Path) -> Any:
+    """Build a fast tokenizer with the ids of a SentencePiece BPE model with byte fallback.
+
+    Args:
+        path: A tokenizer.model file.
+
+    Returns:
+        A transformers fast tokenizer.
+
+    Raises:
+        ModelError: The file is no SentencePiece BPE model without text normalisation.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    proto = _read_sentencepiece(path)
+    pieces = [piece.piece for piece in proto.pieces]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    if absent := [token for token in _SPECIAL_TOKENS if token not in vocab]:
+        raise ModelError(
+            f"{path}",
+            f"it has no {', '.join(absent)}, which Llama's models begin, end or pad with",
+            "use a base model with a Llama tokenizer or with tokenizer.json",
+        )
+    merges = _merges([(p.piece, p.score) for p in proto.pieces if p.type == 1], vocab)
+    core = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    core.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in _SPECIAL_TOKENS]
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def _read_sentencepiece(path: Path) -> Any:
+    """Parse a tokenizer.model that is a BPE model without text normalisation."""
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    proto = protobuf.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError differs between its implementations
+        raise ModelError(
+            f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
+        ) from error
+    if proto.trainer_spec.model_type != 2 or proto.normalizer_spec.name != "identity":
+        raise ModelError(
+            f"{path}",
+            "it is no BPE model, or it normalises text, so its ids cannot be reproduced",
+            "use a base model with a Llama tokenizer or with tokenizer.json",
+        )
+    return proto
+
+
+def _merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """List every split of a piece into two pieces, best score first, as SentencePiece merges."""
+    scored = []
+    for piece, score in pieces:
+        splits = [
+            (piece[:cut], piece[cut:])
+            for cut in range(1, len(piece))
+            if piece[:cut] in vocab and piece[cut:] in vocab
+        ]
+        splits.sort(key=lambda split: (vocab[split[0]], vocab[split[1]]))
+        scored += [(-score, index, split) for index, split in enumerate(splits)]
+    scored.sort(key=lambda item: item[0])
+    return [split for _, _, split in scored]
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Compare a loaded tokenizer's ids with those of the file it came from.
+
+    Args:
+        tokenizer: A transformers fast tokenizer.
+        folder: Where tokenizer.model or tokenizer.json lies; the former is the better witness.
+
+    Raises:
+        ModelError: Ids differ on one of `HARD_STRINGS`.
+
+    Source: huggingface/transformers#45488 (ids changed by the tokenizer's class).
+    """
+    from tokenizers import Tokenizer
+
+    if (folder / "tokenizer.model").exists():
+        from sentencepiece import SentencePieceProcessor
+
+        witness = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        expected = {text: list(witness.encode(text)) for text in HARD_STRINGS}
+        source = "tokenizer.model"
+    else:
+        core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        expected = {t: list(core.encode(t, add_special_tokens=False).ids) for t in HARD_STRINGS}
+        source = "tokenizer.json"
+    different = [
+        text
+        for text, ids in expected.items()
+        if list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) != ids
+    ]
+    if different:
+        raise ModelError(
+            f"tokenizer in {folder}",
+            f"as loaded it gives other ids than {source} on {len(different)} of {len(expected)} "
+            f"test strings, the first {different[0]!r}: a model trained so would be served with "
+            "other ids by llama.cpp",
+            "use the transformers version of the requirements file, or remove the damaged "
+            "tokenizer.json so that it is rebuilt from tokenizer.model",
+        )
