@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
     from tinyagent_fast.config import Config
 
 REAL_DATA = "TINYAGENT_FAST_REAL_DATA"
@@ -211,6 +214,18 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return file.dataset()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """Return a headless Chromium, or skip."""
+    found = [shutil.which(program) for program in ("chromium", "chromedriver")]
+    if None in found:
+        pytest.skip("needs chromium and chromedriver (Debian: apt install chromium-driver)")
+    from browser import chromium
+
+    with chromium(*found, tmp_path_factory.mktemp("profile")) as running:
+        yield running
 
 
 @pytest.fixture

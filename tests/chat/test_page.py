@@ -6,7 +6,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from headless import Browser
+from browser import show_as
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from stand_ins import ScriptedWriter, planner_with, serving, wait_until
 
 from tinyagent_fast.chat.web import PlannerServer
@@ -47,92 +50,102 @@ def server(writer: ScriptedWriter) -> Iterator[PlannerServer]:
 
 
 @pytest.fixture
-def page(browser: Browser, server: PlannerServer) -> Iterator[Browser]:
+def page(browser: Chrome, server: PlannerServer) -> Iterator[Chrome]:
     """Return the browser with the page open at the size of a desk."""
-    browser.emulate(width=1280, height=900)
-    browser.open(server.url)
+    show_as(browser, width=1280, height=900)
+    browser.get(server.url)
     yield browser
-    assert browser.console() == []  # no script failed, and the policy refused nothing
+    assert browser.get_log("browser") == []  # no script failed, and the policy refused nothing
 
 
-def text_of(page: Browser, name: str) -> str:
-    text: str = page.run("return document.getElementById(arguments[0]).textContent", name)
+def click(page: Chrome, selector: str) -> None:
+    page.find_element(By.CSS_SELECTOR, selector).click()
+
+
+def write(page: Chrome, selector: str, text: str) -> None:
+    page.find_element(By.CSS_SELECTOR, selector).send_keys(text)
+
+
+def text_of(page: Chrome, name: str) -> str:
+    text: str = page.execute_script(
+        "return document.getElementById(arguments[0]).textContent", name
+    )
     return text
 
 
-def wait_for_end(page: Browser) -> None:
+def wait_for_end(page: Chrome) -> None:
     wait_until(lambda: "tokens in" in text_of(page, "cost"), "the end of the plan")
 
 
-def test_a_typed_request_becomes_a_plan_and_its_graph(
-    page: Browser, writer: ScriptedWriter
-) -> None:
-    page.type("#request", "text Sid")
-    page.click("#send")
+def test_a_typed_request_becomes_a_plan_and_its_graph(page: Chrome, writer: ScriptedWriter) -> None:
+    write(page, "#request", "text Sid")
+    click(page, "#send")
     wait_for_end(page)
     assert writer.asked == [("tools", "Q: text Sid")]
     assert text_of(page, "plan") == "".join(PLAN)
-    assert sorted(page.run(NODES)) == ["1", "2", "3", "4", "5"]
-    edges = page.run(
+    assert sorted(page.execute_script(NODES)) == ["1", "2", "3", "4", "5"]
+    edges = page.execute_script(
         "return [...document.querySelectorAll('#graph .edge')].map((e) => e.dataset.edge)"
     )
     assert edges == ["0-2", "0-3", "1-2", "2-3"]
     assert "join()" in text_of(page, "graph")
     assert "there is no tool fly" in text_of(page, "problems")
-    assert page.run("return document.querySelectorAll('#graph .faulty').length") == 1
+    assert page.execute_script("return document.querySelectorAll('#graph .faulty').length") == 1
 
 
-def test_the_enter_key_sends(page: Browser, writer: ScriptedWriter) -> None:
-    page.type("#request", "text Sid\ue007")
+def test_the_enter_key_sends(page: Chrome, writer: ScriptedWriter) -> None:
+    write(page, "#request", "text Sid" + Keys.ENTER)
     wait_for_end(page)
     assert writer.asked == [("tools", "Q: text Sid")]
 
 
-def test_the_graph_grows_while_the_plan_is_written(page: Browser, writer: ScriptedWriter) -> None:
+def test_the_graph_grows_while_the_plan_is_written(page: Chrome, writer: ScriptedWriter) -> None:
     writer.gate = threading.Semaphore(0)
-    page.type("#request", "text Sid")
-    page.click("#send")
+    write(page, "#request", "text Sid")
+    click(page, "#send")
     for count in range(1, 4):
         writer.gate.release()
         steps = [str(number + 1) for number in range(count)]
-        wait_until(lambda steps=steps: page.run(NODES) == steps, f"{count} calls in the graph")
+        wait_until(
+            lambda steps=steps: page.execute_script(NODES) == steps, f"{count} calls in the graph"
+        )
     assert text_of(page, "cost") == "system text: a test"
     for _ in PLAN:
         writer.gate.release()
     wait_for_end(page)
 
 
-def test_markup_in_plans_and_requests_stays_text(page: Browser) -> None:
-    page.type("#request", "<img src=x><b>bold</b>")
-    page.click("#send")
+def test_markup_in_plans_and_requests_stays_text(page: Chrome) -> None:
+    write(page, "#request", "<img src=x><b>bold</b>")
+    click(page, "#send")
     wait_for_end(page)
-    assert page.run("return document.querySelectorAll('main img, main b').length") == 0
+    assert page.execute_script("return document.querySelectorAll('main img, main b').length") == 0
     assert "<b>x</b>" in text_of(page, "graph")
     assert "<b>bold</b>" in text_of(page, "history")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (320, "light"), (1280, "dark")])
 def test_calls_never_overlap_and_nothing_is_cut_at_any_width(
-    browser: Browser, server: PlannerServer, width: int, scheme: str
+    browser: Chrome, server: PlannerServer, width: int, scheme: str
 ) -> None:
-    browser.emulate(width=width, height=844, scheme=scheme)
-    browser.open(server.url)
-    browser.type("#request", "text Sid, and a long request that a phone has to break into lines")
-    browser.click("#send")
+    show_as(browser, width=width, height=844, scheme=scheme)
+    browser.get(server.url)
+    write(browser, "#request", "text Sid, and a long request that a phone has to break into lines")
+    click(browser, "#send")
     wait_for_end(browser)
-    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-    assert browser.run("return innerWidth") == width
-    assert not browser.run(OVERLAPS)
-    assert not browser.run(OUTSIDE)
-    assert browser.run("return document.querySelector('#graph svg').clientWidth") < width
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.execute_script("return innerWidth") == width
+    assert not browser.execute_script(OVERLAPS)
+    assert not browser.execute_script(OUTSIDE)
+    assert browser.execute_script("return document.querySelector('#graph svg').clientWidth") < width
 
 
-def test_dark_and_light_differ_and_both_can_be_read(page: Browser) -> None:
+def test_dark_and_light_differ_and_both_can_be_read(page: Chrome) -> None:
     found: list[list[str]] = []
     for scheme in ("light", "dark"):
-        page.emulate(width=1280, height=900, scheme=scheme)
+        show_as(page, width=1280, height=900, scheme=scheme)
         style = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
-        found.append(page.run(style))
+        found.append(page.execute_script(style))
     assert found[0][0] != found[1][0]
     for back, ink in found:
         assert contrast(back, ink) > 7
@@ -149,79 +162,83 @@ def contrast(*colours: str) -> float:
 
 
 def test_earlier_requests_can_be_shown_again_also_after_a_reload_and_forgotten(
-    page: Browser, server: PlannerServer, writer: ScriptedWriter
+    page: Chrome, server: PlannerServer, writer: ScriptedWriter
 ) -> None:
     for request in ("first", "second"):
-        page.run("document.getElementById('request').value = ''")
-        page.type("#request", request)
-        page.click("#send")
+        page.execute_script("document.getElementById('request').value = ''")
+        write(page, "#request", request)
+        click(page, "#send")
         wait_until(lambda request=request: request in text_of(page, "history"), request)
         writer.answers = PLAN[:2] + PLAN[-1:]
-    page.open(server.url)
-    assert page.run(NODES) == []
-    page.click("#history li:nth-child(2) button")
-    assert page.run("return document.getElementById('request').value") == "first"
-    assert len(page.run(NODES)) == 5
-    page.click("#clear")
-    page.open(server.url)
-    assert page.run("return document.getElementById('past').hidden")
+    page.get(server.url)
+    assert page.execute_script(NODES) == []
+    click(page, "#history li:nth-child(2) button")
+    assert page.execute_script("return document.getElementById('request').value") == "first"
+    assert len(page.execute_script(NODES)) == 5
+    click(page, "#clear")
+    page.get(server.url)
+    assert page.execute_script("return document.getElementById('past').hidden")
 
 
-def test_copy_takes_the_plan_to_the_clipboard(page: Browser) -> None:
-    page.run("window.taken = []; navigator.clipboard.writeText = async (text) => taken.push(text);")
-    page.type("#request", "text Sid")
-    page.click("#send")
+def test_copy_takes_the_plan_to_the_clipboard(page: Chrome) -> None:
+    page.execute_script(
+        "window.taken = []; navigator.clipboard.writeText = async (text) => taken.push(text);"
+    )
+    write(page, "#request", "text Sid")
+    click(page, "#send")
     wait_for_end(page)
-    page.click("#copy")
-    assert wait_until(lambda: page.run("return taken"), "the clipboard") == ["".join(PLAN)]
+    click(page, "#copy")
+    assert wait_until(lambda: page.execute_script("return taken"), "the clipboard") == [
+        "".join(PLAN)
+    ]
     wait_until(lambda: text_of(page, "copy") == "Copied", "a word of it")
 
 
 def test_a_plan_can_be_stopped_and_the_next_is_written(
-    page: Browser, writer: ScriptedWriter
+    page: Chrome, writer: ScriptedWriter
 ) -> None:
     writer.gate = threading.Semaphore(1)
-    page.type("#request", "text Sid")
-    page.click("#send")
-    wait_until(lambda: page.run(NODES) == ["1"], "the first call")
-    page.click("#stop")
+    write(page, "#request", "text Sid")
+    click(page, "#send")
+    wait_until(lambda: page.execute_script(NODES) == ["1"], "the first call")
+    click(page, "#stop")
     wait_until(lambda: text_of(page, "status") == "stopped", "a word of it")
     writer.gate.release(1000)
     wait_until(lambda: writer.closed == 1, "the end of the plan")
-    page.click("#send")
+    click(page, "#send")
     wait_for_end(page)
 
 
-def test_a_failure_of_the_model_is_shown(page: Browser, writer: ScriptedWriter) -> None:
+def test_a_failure_of_the_model_is_shown(page: Chrome, writer: ScriptedWriter) -> None:
     from tinyagent_fast.errors import ModelError
 
     writer.error = ModelError("a long prompt", "there is no room", "shorten it")
-    page.type("#request", "text Sid")
-    page.click("#send")
+    write(page, "#request", "text Sid")
+    click(page, "#send")
     wait_until(lambda: "shorten it" in text_of(page, "status"), "the message")
-    assert not page.run("return document.getElementById('send').disabled")
+    assert not page.execute_script("return document.getElementById('send').disabled")
 
 
-def test_an_empty_request_is_not_sent(page: Browser, writer: ScriptedWriter) -> None:
-    page.click("#send")
+def test_an_empty_request_is_not_sent(page: Chrome, writer: ScriptedWriter) -> None:
+    click(page, "#send")
     assert text_of(page, "status") == "type a request first"
     assert writer.asked == []
 
 
-def test_a_system_text_can_be_given(page: Browser, writer: ScriptedWriter) -> None:
-    page.click("#ask summary")
-    page.type("#system", "only open_note")
-    page.type("#request", "text Sid")
-    page.click("#send")
+def test_a_system_text_can_be_given(page: Chrome, writer: ScriptedWriter) -> None:
+    click(page, "#ask summary")
+    write(page, "#system", "only open_note")
+    write(page, "#request", "text Sid")
+    click(page, "#send")
     wait_for_end(page)
     assert writer.asked == [("only open_note", "Q: text Sid")]
 
 
-def test_what_a_call_gives_and_takes_stands_out_under_the_pointer(page: Browser) -> None:
-    page.type("#request", "text Sid")
-    page.click("#send")
+def test_what_a_call_gives_and_takes_stands_out_under_the_pointer(page: Chrome) -> None:
+    write(page, "#request", "text Sid")
+    click(page, "#send")
     wait_for_end(page)
-    loud = page.run(
+    loud = page.execute_script(
         "document.querySelector('#graph [data-step=\"2\"]').dispatchEvent(new Event('focus'));"
         "const edges = [...document.querySelectorAll('#graph .edge:not(.quiet)')];"
         "return edges.map((edge) => edge.dataset.edge);"

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import socket
-import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import show_as
+from selenium.webdriver import Chrome
 
 from tinyagent_fast.cli import main
 from tinyagent_fast.reports.html import run_page
@@ -173,59 +169,13 @@ def test_texts_that_no_file_can_hold_are_written_with_a_mark(full_run: Run) -> N
         assert printable("lone \ud800") in (full_run.path / name).read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def browser() -> Iterator[str]:
-    """Start a browser of a phone's width, or skip; yields the address of its session."""
-    driver = shutil.which("chromedriver")
-    if driver is None or shutil.which("chromium") is None:
-        pytest.skip("chromium and chromedriver are not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                ask(f"{address}/status")
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "chromedriver does not answer"
-                time.sleep(0.1)
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-sync",
-        ]
-        flags += ["--disable-background-networking", "--disable-component-update"]
-        screen = {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 1, "touch": True}}
-        options = {"args": flags, "mobileEmulation": screen}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options}
-        session = ask(f"{address}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-        yield f"{address}/session/{session}"
-        ask(f"{address}/session/{session}", method="DELETE")
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def ask(address: str, body: object = None, method: str | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(address, data=data, method=method)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())["value"]
-
-
-def test_a_phone_shows_the_page_without_scrolling_sideways(full_run: Run, browser: str) -> None:
+def test_a_phone_shows_the_page_without_scrolling_sideways(full_run: Run, browser: Chrome) -> None:
     assert main(["report"]) == 0
-    ask(f"{browser}/url", {"url": (full_run.path / "report.html").resolve().as_uri()})
+    show_as(browser, width=390)
+    browser.get((full_run.path / "report.html").resolve().as_uri())
 
     def value(script: str) -> Any:
-        return ask(f"{browser}/execute/sync", {"script": f"return {script}", "args": []})
+        return browser.execute_script(f"return {script}")
 
     assert value("document.documentElement.scrollWidth") == value("window.innerWidth") == 390
     assert value("document.querySelectorAll('article svg.dag g.node').length") > 10
