@@ -185,4 +185,4 @@ def test_the_page_is_part_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (line,) = [line for line in text.splitlines() if line.startswith("tinyagent_fast = [")]
     assert '"**/*.html"' in line
-    assert (ROOT / "tinyagent_fast" / "chatting" / "page.html").is_file()
+    assert (ROOT / "tinyagent_fast" / "chat" / "page.html").is_file()

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast import processes as processes_module
+from tinyagent_fast import distributed as processes_module
 from tinyagent_fast.cli import main
 from tinyagent_fast.config import Config
 from tinyagent_fast.config_file import text_of
