@@ -57,7 +57,7 @@ def group_prompts(
     for at, row in enumerate(rows):
         cost = len(row) + batch_cost_tokens
         starting[at] = ending[at] = _Span(at, at, len(row), len(row), cost, ((at, at, 0),))
-    shared = [_common_tokens(one, other) for one, other in pairwise(rows)]
+    shared = [common_tokens(one, other) for one, other in pairwise(rows)]
     for at in sorted(range(len(shared)), key=lambda at: -shared[at]):
         left, right = ending.pop(at), starting.pop(at + 1)
         span = _joined(left, right, shared[at], batch, batch_cost_tokens, least_tokens)
@@ -85,8 +85,16 @@ def _joined(
     return _Span(left.start, right.end, tokens, shortest, cost, groups)
 
 
-def _common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """Measure a common prefix by bisection, since slices compare faster than tokens one by one."""
+def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Measure a common prefix by bisection, since slices compare faster than tokens one by one.
+
+    Args:
+        one: Token ids.
+        other: Token ids.
+
+    Returns:
+        Tokens with which both begin.
+    """
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -48,25 +48,48 @@ class Prefix:
         """
         return (self.keys_1KTD[at], self.values_1KTD[at]) if self.tokens else None
 
+    def first(self, tokens: int) -> Prefix:
+        """Give the beginning.
 
-def compute_prefix(llama: LayerRunner, ids: Sequence[int]) -> Prefix:
+        Args:
+            tokens: Of how many tokens.
+
+        Returns:
+            A prefix of so many tokens, or of all if there are fewer.
+        """
+        if tokens >= self.tokens:
+            return self
+        keys, values = (
+            tuple(x[:, :, :tokens] for x in layers) if tokens else ()
+            for layers in (self.keys_1KTD, self.values_1KTD)
+        )
+        return Prefix(tokens, keys, values)
+
+
+def compute_prefix(llama: LayerRunner, ids: Sequence[int], *, behind: Prefix = Prefix(0)) -> Prefix:
     """Compute the keys and values of tokens that several prompts begin with.
 
     Args:
         llama: The model.
-        ids: The tokens; none give an empty prefix.
+        ids: The tokens.
+        behind: What stands before them.
 
     Returns:
-        What `RowBatch` attends to.
+        Both together, which is what `RowBatch` attends to.
     """
     import torch
 
     if not ids:
-        return Prefix(0)
-    through = _PrefixPass(llama)
+        return behind
+    through = _PrefixPass(llama, behind)
     positions = torch.arange(len(ids), device=llama.device)
-    llama.run(torch.tensor(ids, device=llama.device), positions, through, positions[:0])
-    return Prefix(len(ids), tuple(through.keys), tuple(through.values))
+    llama.run(
+        torch.tensor(ids, device=llama.device),
+        positions + behind.tokens,
+        through,
+        positions[:0],
+    )
+    return Prefix(behind.tokens + len(ids), tuple(through.keys), tuple(through.values))
 
 
 class RowBatch:
@@ -169,6 +192,28 @@ class RowBatch:
         self.lengths[row] = used
         self.lengths.pop()
 
+    def as_prefix(self, row: int) -> Prefix:
+        """Copy what is known of a row, for prompts that begin like it.
+
+        Args:
+            row: Which.
+
+        Returns:
+            The batch's prefix and the row's tokens.
+        """
+        import torch
+
+        used = self.lengths[row]
+        both = []
+        for before, stored in (
+            (self.prefix.keys_1KTD, self.keys_BKTD),
+            (self.prefix.values_1KTD, self.values_BKTD),
+        ):
+            own = [x[row, None, :, :used] for x in stored]
+            heads = [(x,) for x in before] or [()] * len(own)
+            both.append(tuple(torch.cat([*h, x], 2) for h, x in zip(heads, own, strict=True)))
+        return Prefix(self.prefix.tokens + used, *both)
+
     def layer(self, at: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Give a layer's keys and values, made when they are first asked for.
 
@@ -192,14 +237,20 @@ class RowBatch:
 class _PrefixPass:
     """The prefix: causal in itself."""
 
-    def __init__(self, llama: LayerRunner) -> None:
+    def __init__(self, llama: LayerRunner, behind: Prefix) -> None:
         self.llama = llama
+        self.behind = behind
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def store(self, layer: int, keys_1TKD: Tensor, values_1TKD: Tensor) -> None:
-        self.keys.append(keys_1TKD.transpose(1, 2).contiguous())
-        self.values.append(values_1TKD.transpose(1, 2).contiguous())
+        import torch
+
+        before = self.behind.layer(layer)
+        new = keys_1TKD.transpose(1, 2), values_1TKD.transpose(1, 2)
+        for at, (stored, added) in enumerate(zip((self.keys, self.values), new, strict=True)):
+            parts = [added] if before is None else [before[at], added]
+            stored.append(torch.cat(parts, dim=2).contiguous())
 
     def attend(self, layer: int, queries_1THD: Tensor) -> Tensor:
         queries = queries_1THD.transpose(1, 2)

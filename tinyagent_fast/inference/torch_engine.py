@@ -1,0 +1,481 @@
+"""A model in torch: the one greedy loop, in batches or for one prompt that is watched.
+
+Prompts that begin alike are run over one prefix (`grouping`, `prefix_cache`), and so is a prompt
+that begins like the last one. Every other model than those that `shared_prefix` can run is left to
+its own `generate`, padded on the left. All ways write the same plans.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
+from tinyagent_fast.inference.grouping import common_tokens, group_prompts
+from tinyagent_fast.inference.lookup import PromptLookup, agreeing_tokens
+from tinyagent_fast.inference.prefix_cache import Prefix, RowBatch, compute_prefix
+from tinyagent_fast.prompts.templates import render_prompt
+from tinyagent_fast.shared_prefix.shared_llama import LayerRunner, unsupported
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinyagent_fast.models.loading import LoadedModel
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+_CHUNK_TOKENS = 256
+"""Tokens of a single prompt that are computed between two chances to break off."""
+_STEP_COST_TOKENS = {"cpu": 24}
+"""Prompt tokens that take as long as one step of a batch, by device; a rough figure is enough."""
+_STEP_COST_TOKENS_ELSEWHERE = 256
+_PLAN_TOKENS = 150
+"""About what a plan of the published data takes with Llama's tokenizer."""
+
+
+@contextmanager
+def generating(loaded: LoadedModel) -> Iterator[None]:
+    """Switch a model to generation and put everything back, so training goes on as if untouched.
+
+    Args:
+        loaded: The model, in training or not.
+
+    Yields:
+        Nothing; inside, the model is in evaluation mode with its KV cache on, without gradients,
+        and computes in its own 16 bits where it has them.
+    """
+    import torch
+
+    model, unsloth = loaded.model, loaded.backend == "unsloth"
+    was_training = model.training
+    use_cache = model.config.use_cache
+    cpu_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    if unsloth:
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
+    model.eval()
+    model.config.use_cache = True
+    try:
+        with torch.no_grad(), _autocast(loaded):
+            yield
+    finally:
+        if unsloth and was_training:
+            FastLanguageModel.for_training(model)
+        model.train(was_training)
+        model.config.use_cache = use_cache
+        torch.set_rng_state(cpu_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _autocast(loaded: LoadedModel) -> AbstractContextManager[Any]:
+    """Compute in 16 bits as training does, even where parts of the model are kept in fp32."""
+    import torch
+
+    if loaded.device == "cuda" and loaded.compute_dtype in ("bfloat16", "float16"):
+        return torch.autocast("cuda", dtype=getattr(torch, loaded.compute_dtype))
+    return nullcontext()
+
+
+def encode_prompts(tokenizer: PromptTokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Encode prompts exactly as training rows begin.
+
+    Args:
+        tokenizer: It holds the prompt format.
+        prompts: What to answer.
+
+    Returns:
+        Token ids of each prompt.
+    """
+    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    return tokenizer.encode_prompts(
+        [render_prompt(p.system, p.user, tokenizer.prompt_format, chat) for p in prompts]
+    )
+
+
+class TorchEngine:
+    """A model in torch, left in its mode whenever the caller has control."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        lookup_tokens: int = 0,
+        shared_prefix: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        """Use a loaded model, whose weights stay as they are while the engine is used.
+
+        Args:
+            loaded: In evaluation mode or in training.
+            lookup_tokens: Guesses from the prompt that each step checks at once; plans stay the
+                same. The model's own `generate` goes without them.
+            shared_prefix: False lets every model use its own `generate`, to compare with.
+            threads: CPU threads of torch, in the whole process; None leaves them.
+        """
+        self.loaded = loaded
+        self.lookup_tokens = lookup_tokens
+        self.shared_prefix = shared_prefix
+        self._kept = _Kept()
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+
+    @property
+    def name(self) -> str:
+        """The backend that built the model."""
+        return self.loaded.backend
+
+    def identity(self) -> Mapping[str, Any]:
+        """Name the backend; weights and settings are known to who loaded the model.
+
+        Returns:
+            Plain values.
+        """
+        return {"backend": self.loaded.backend}
+
+    def notes(self, prompts: Sequence[Prompt] = ()) -> list[str]:
+        """Say which way the model runs; prompts are encoded as in training.
+
+        Args:
+            prompts: What will be completed.
+
+        Returns:
+            One line.
+        """
+        reason = self.why_padded()
+        if reason is not None:
+            return [f"decoding: left padding: {reason}"]
+        guesses = f", {self.lookup_tokens} guesses a step" if self.lookup_tokens else ""
+        return [f"decoding: shared prefix{guesses}"]
+
+    def why_padded(self) -> str | None:
+        """Say why prefixes are not shared.
+
+        Returns:
+            The reason, or None where they are.
+        """
+        if not self.shared_prefix:
+            return "asked for"
+        if self.loaded.backend == "unsloth":
+            return "Unsloth generates with kernels of its own"
+        return unsupported(self.loaded.model)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        stop: str,
+        max_new_tokens: int,
+        batch: int = 1,
+        on_token: OnToken | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete prompts greedily, as `Engine` says.
+
+        Args:
+            prompts: What to answer; the keys and values of a single one are kept for the next.
+            stop: Text that ends a completion.
+            max_new_tokens: Where a completion is broken off.
+            batch: Prompts completed together.
+            on_token: Gets pieces of text that no further token can change, and an empty one after
+                each chunk of a single prompt.
+
+        Yields:
+            Each prompt's index and completion; longest prompts first among those that share a
+            prefix.
+
+        Raises:
+            ModelError: A prompt does not fit into the model's context.
+        """
+        yield from self.complete_tokens(
+            encode_prompts(self.loaded.tokenizer, prompts),
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            on_token=on_token,
+        )
+
+    def complete_tokens(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        stop: str,
+        max_new_tokens: int,
+        batch: int = 1,
+        on_token: OnToken | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete prompts that are token ids already; otherwise as `generate`.
+
+        Args:
+            prompts: Token ids of each prompt.
+            stop: Text that ends a completion.
+            max_new_tokens: Where a completion is broken off.
+            batch: Prompts completed together.
+            on_token: As in `generate`.
+
+        Yields:
+            Each prompt's index and completion.
+
+        Raises:
+            ModelError: A prompt does not fit into the model's context.
+        """
+        room_tokens = self._context_tokens()
+        _refuse_too_long(prompts, room_tokens)
+
+        def answer(index: int) -> _Answer:
+            prompt = prompts[index]
+            most = max_new_tokens
+            if room_tokens is not None:
+                most = min(most, room_tokens - len(prompt))
+            return _Answer(self.loaded.tokenizer, index, prompt, stop, most, on_token)
+
+        if self.why_padded() is not None:
+            order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+            batches = self._padded([answer(index) for index in order], batch)
+        elif len(prompts) == 1:
+            batches = self._single(answer(0))
+        else:
+            batches = self._grouped([answer(index) for index in range(len(prompts))], batch)
+        started = time.perf_counter()
+        for answers in batches:
+            seconds = (time.perf_counter() - started) / len(answers)
+            yield from ((one.index, one.completion(seconds)) for one in answers)
+            started = time.perf_counter()
+
+    def close(self) -> None:
+        """Forget the last prompt."""
+        self._kept = _Kept()
+
+    def _context_tokens(self) -> int | None:
+        """Tell how many tokens prompt and completion may have; Unsloth would cut the prompt."""
+        model = self.loaded.model
+        loaded_for: int | None = getattr(model, "max_seq_length", None)
+        return loaded_for or getattr(model.config, "max_position_embeddings", None)
+
+    def _grouped(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
+        """Run each group of prompts over its prefix, which is computed once."""
+        llama = LayerRunner(self.loaded.model)
+        step_cost = _STEP_COST_TOKENS.get(llama.device.type, _STEP_COST_TOKENS_ELSEWHERE)
+        longest = max((answer.most_tokens for answer in answers), default=0)
+        prompts = [answer.prompt for answer in answers]
+        cost = step_cost * min(longest, _PLAN_TOKENS)
+        for group in group_prompts(prompts, batch=batch, batch_cost_tokens=cost):
+            prefix: Prefix | None = None
+            for start in range(0, len(group.indices), batch):
+                together = [answers[index] for index in group.indices[start : start + batch]]
+                with generating(self.loaded):
+                    for answer in together[prefix is None :]:
+                        answer.cached_tokens = group.prefix_tokens
+                    if prefix is None:
+                        prefix = compute_prefix(llama, together[0].prompt[: group.prefix_tokens])
+                    self._write_together(self._rows(llama, prefix, together), together)
+                yield together
+
+    def _single(self, answer: _Answer) -> Iterator[Sequence[_Answer]]:
+        """Run one prompt over what is kept of the last one, in chunks; keep what was computed."""
+        llama, prompt = LayerRunner(self.loaded.model), answer.prompt
+        with generating(self.loaded):
+            answer.cached_tokens = min(common_tokens(self._kept.ids, prompt), len(prompt) - 1)
+            prefix = self._kept.prefix.first(answer.cached_tokens)
+            while len(prompt) - prefix.tokens > _CHUNK_TOKENS:
+                chunk = prompt[prefix.tokens : prefix.tokens + _CHUNK_TOKENS]
+                prefix = compute_prefix(llama, chunk, behind=prefix)
+                self._kept = _Kept(prompt[: prefix.tokens], prefix)
+                if answer.on_token is not None:
+                    answer.on_token(answer.index, "")
+            rows = self._rows(llama, prefix, [answer])
+            try:
+                self._write_together(rows, [answer])
+            finally:
+                # Guesses that the model agreed with may stand behind the end of the answer.
+                written = prompt + answer.ids
+                prefix = rows.as_prefix(0).first(len(written))
+                self._kept = _Kept(written[: prefix.tokens], prefix)
+        yield [answer]
+
+    def _rows(self, llama: LayerRunner, prefix: Prefix, answers: Sequence[_Answer]) -> RowBatch:
+        suffixes = [answer.prompt[prefix.tokens :] for answer in answers]
+        most = max(answer.most_tokens for answer in answers)
+        return RowBatch(llama, prefix, suffixes, room_tokens=most + self.lookup_tokens)
+
+    def _write_together(self, rows: RowBatch, answers: Sequence[_Answer]) -> None:
+        """Let all answers be written to their ends; those that are there make room."""
+        live = list(answers)
+        guesses = [PromptLookup(one.prompt if self.lookup_tokens else ()) for one in answers]
+        written = [[token] for token in rows.next_ids]
+        while True:
+            for row in reversed(range(len(live))):
+                live[row].write(written[row])
+                guesses[row].extend(written[row] if self.lookup_tokens else ())
+                if live[row].reason is not None:
+                    if len(live) == 1:
+                        return
+                    rows.drop(row)
+                    live[row], guesses[row] = live[-1], guesses[-1]
+                    live.pop()
+                    guesses.pop()
+            fed = [
+                [one.ids[-1], *lookup.draft(min(self.lookup_tokens, one.left_tokens - 1))]
+                for one, lookup in zip(live, guesses, strict=True)
+            ]
+            found = rows.step(fed)
+            for row, (tokens, following) in enumerate(zip(fed, found, strict=True)):
+                kept = 1 + agreeing_tokens(tokens[1:], following)
+                rows.keep(row, kept)
+                found[row] = following[:kept]
+            written = found
+
+    def _padded(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
+        """Let the model's own `generate` complete the longest prompts first."""
+        for start in range(0, len(answers), batch):
+            together = answers[start : start + batch]
+            with generating(self.loaded):
+                self._generate_padded(together)
+            yield together
+
+    def _generate_padded(self, answers: Sequence[_Answer]) -> None:
+        import torch
+        from transformers import StoppingCriteriaList
+
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        prompts = [answer.prompt for answer in answers]
+        input_ids_BT, mask_BT = left_padded(prompts, tokenizer.pad_id, model.device)
+
+        def written(ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+            for answer, token in zip(answers, ids_BT[:, -1].tolist(), strict=True):
+                if answer.reason is None:
+                    answer.write([token])
+            done = [answer.reason is not None for answer in answers]
+            return torch.tensor(done, device=ids_BT.device)
+
+        model.generate(
+            input_ids=input_ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=max(answer.most_tokens for answer in answers),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_id,
+            eos_token_id=tokenizer.eos_id,
+            stopping_criteria=StoppingCriteriaList([written]),
+        )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The tokens of the last single prompt and its answer, with their keys and values."""
+
+    ids: Sequence[int] = ()
+    prefix: Prefix = field(default_factory=lambda: Prefix(0))
+
+
+@dataclass
+class _Answer:
+    """What is written behind one prompt, until it ends."""
+
+    tokenizer: PromptTokenizer
+    index: int
+    prompt: list[int]
+    stop: str
+    most_tokens: int
+    on_token: OnToken | None
+    cached_tokens: int = 0
+    ids: list[int] = field(default_factory=list)
+    reason: StopReason | None = None
+    _shown: int = 0
+
+    @property
+    def left_tokens(self) -> int:
+        """Tokens that may still be written."""
+        return self.most_tokens - len(self.ids)
+
+    def write(self, ids: Sequence[int]) -> None:
+        """Add tokens, up to the first that ends the answer, and show what is certain."""
+        # Every token holds a byte or more, so these hold the stop string and what precedes it.
+        window_tokens = len(self.stop.encode()) + 4
+        for token in ids:
+            if token == self.tokenizer.eos_id:
+                self.reason = "eos"
+                break
+            self.ids.append(token)
+            if self.stop in self.tokenizer.decode(self.ids[-window_tokens:]):
+                self.reason = "stop"
+                break
+            if not self.left_tokens:
+                self.reason = "length"
+                break
+        if self.on_token is not None:
+            text = self._text()
+            certain = len(text) if self.reason is not None else certain_length(text, self.stop)
+            if certain > self._shown:
+                shown, self._shown = self._shown, certain
+                self.on_token(self.index, text[shown:certain])
+
+    def _text(self) -> str:
+        return self.tokenizer.decode_continuation(self.prompt, self.ids).partition(self.stop)[0]
+
+    def completion(self, seconds: float) -> Completion:
+        """Give the text before its end."""
+        assert self.reason is not None
+        return Completion(
+            text=self._text(),
+            stop_reason=self.reason,
+            new_tokens=len(self.ids),
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self.cached_tokens,
+            seconds=seconds,
+        )
+
+
+def certain_length(text: str, stop: str) -> int:
+    """Count the characters that can be shown: no part of a stop string, no part of a character.
+
+    Args:
+        text: An answer so far, without the stop string.
+        stop: The stop string.
+
+    Returns:
+        How many characters from the start are certain.
+    """
+    text = text.rstrip("\ufffd")
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return len(text) - length
+    return len(text)
+
+
+def left_padded(
+    rows: Sequence[list[int]], pad_id: int, device: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad prompts on the left, so that all end where generation begins.
+
+    Args:
+        rows: Token ids.
+        pad_id: The id that fills up.
+        device: Where the tensors go.
+
+    Returns:
+        input_ids_BT and attention_mask_BT.
+    """
+    import torch
+
+    longest = max(len(row) for row in rows)
+    ids = [[pad_id] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _refuse_too_long(prompts: Sequence[Sequence[int]], room_tokens: int | None) -> None:
+    longest = max(map(len, prompts), default=0)
+    if room_tokens is not None and longest >= room_tokens:
+        raise ModelError(
+            f"a prompt of {longest} tokens",
+            f"the model has a context of {room_tokens} tokens for the prompt and what it writes",
+            "shorten the request or the system text; with the backend unsloth, --model."
+            "max-length-tokens raises it",
+        )
