@@ -204,15 +204,17 @@ class RowBatch:
         import torch
 
         used = self.lengths[row]
-        both = []
-        for before, stored in (
-            (self.prefix.keys_1KTD, self.keys_BKTD),
-            (self.prefix.values_1KTD, self.values_BKTD),
-        ):
+
+        def whole(before: Sequence[Tensor], stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
             own = [x[row, None, :, :used] for x in stored]
-            heads = [(x,) for x in before] or [()] * len(own)
-            both.append(tuple(torch.cat([*h, x], 2) for h, x in zip(heads, own, strict=True)))
-        return Prefix(self.prefix.tokens + used, *both)
+            if not before:
+                return tuple(x.clone() for x in own)
+            return tuple(torch.cat(both, 2) for both in zip(before, own, strict=True))
+
+        prefix = self.prefix
+        keys = whole(prefix.keys_1KTD, self.keys_BKTD)
+        values = whole(prefix.values_1KTD, self.values_BKTD)
+        return Prefix(prefix.tokens + used, keys, values)
 
     def layer(self, at: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Give a layer's keys and values, made when they are first asked for.
