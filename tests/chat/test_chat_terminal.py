@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from stand_ins import ScriptedWriter, planner_with
 
-from tinyagent_fast.chat.plan_view import view_plan
-from tinyagent_fast.chat.terminal import draw_plan, printable, show_header, show_stream
+from tinyagent_fast.chat.terminal import show_header, show_stream
+from tinyagent_fast.plans.drawing import draw_plan, printable
 
 PLAN = """1. get_phone_number("Sid")
 2. get_zoom_meeting_link("Review", "2026-11-24 10:00:00", 60, [])
@@ -22,7 +22,7 @@ PLAN = """1. get_phone_number("Sid")
 
 def drawn(text: str, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    console.print(draw_plan(view_plan(text)))
+    console.print(draw_plan(text))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 

@@ -188,7 +188,7 @@ def test_a_stream_tells_its_plan_at_every_moment() -> None:
     stream = planner_with(ScriptedWriter(PLAN)).stream("go")
     seen = []
     for _ in stream:
-        seen.append((len(stream.view().nodes), stream.ending))
+        seen.append((len(stream.view().steps), stream.ending))
     assert seen == [(1, None), (2, None), (2, None)]
     assert stream.view().joined
     assert not stream.view().has_problems

@@ -65,7 +65,7 @@ def test_a_request_is_answered_piece_by_piece_with_its_graph_and_its_cost(
     found = events(ask(server, "POST", "/plan", {"request": " go "}))
     assert writer.asked == [("tools", "Q: go")]
     assert [piece["text"] for piece in of_kind(found, "piece")] == PLAN
-    assert [len(view["nodes"]) for view in of_kind(found, "view")] == [1, 2, 2]
+    assert [len(view["steps"]) for view in of_kind(found, "view")] == [1, 2, 2]
     assert of_kind(found, "view")[-1]["edges"] == [[0, 1]]
     (done,) = of_kind(found, "done")
     assert done["plan"] == "".join(PLAN)

@@ -178,6 +178,6 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(full_run: Run, browse
         return browser.execute_script(f"return {script}")
 
     assert value("document.documentElement.scrollWidth") == value("window.innerWidth") == 390
-    assert value("document.querySelectorAll('article svg.dag g.node').length") > 10
+    assert value("document.querySelectorAll('article svg.plan-graph g.step').length") > 10
     assert value("document.querySelector('.big').textContent") == "20.0 %"
     assert value("document.querySelector('svg.plot').getBoundingClientRect().height") > 100

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.chat.plan_view import PlanView, view_plan
 from tinyagent_fast.chat.prompts import (
     ChosenPrompt,
     PromptSource,
@@ -35,6 +34,7 @@ from tinyagent_fast.chat.writers import (
     WrittenReason,
 )
 from tinyagent_fast.config import Config
+from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.templates import STOP_STRINGS
 
@@ -117,13 +117,13 @@ class PlanStream:
             self.text += piece
             yield piece
 
-    def view(self) -> PlanView:
+    def view(self) -> PlanDrawing:
         """Read what has been written so far.
 
         Returns:
             The plan ready to be drawn.
         """
-        return view_plan(self.text, self._planner.tools, finished=self.ending is not None)
+        return draw_plan(self.text, self._planner.tools, finished=self.ending is not None)
 
 
 class Planner:

@@ -79,7 +79,8 @@ def _converse(console: Console, planner: Planner) -> None:
     """Answer requests until the input ends."""
     from rich.text import Text
 
-    from tinyagent_fast.chat.terminal import printable, show_stream
+    from tinyagent_fast.chat.terminal import show_stream
+    from tinyagent_fast.plans.drawing import printable
 
     with suppress(ImportError):
         import readline  # noqa: F401  (gives the prompt a history and line editing)

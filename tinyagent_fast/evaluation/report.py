@@ -12,9 +12,9 @@ from tinyagent_fast.evaluation.scoring import (
     score_prediction,
 )
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
-from tinyagent_fast.plans.grammar import PlanError, parse_plan
-from tinyagent_fast.plans.graph import DagError, plan_dag, why_different
-from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.plans.grammar import PLAN_ERRORS, PlanError, parse_plan
+from tinyagent_fast.plans.graph import DAG_ERRORS, DagError, plan_dag, same_dag, why_different
+from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool
 
 _SHOWN_FAILURES = 10
 
@@ -83,13 +83,41 @@ def markdown_report(
         if score.success or shown == _SHOWN_FAILURES:
             continue
         shown += 1
-        lines += [f"**{row.query}**", "", f"{score.failure}: {_why(row)}", ""]
+        why = explain_failure(row.label, row.prediction, tools)
+        lines += [f"**{row.query}**", "", f"{score.failure}: {why}", ""]
         lines += ["```text", row.label, "--- predicted", row.prediction, "```", ""]
     return "\n".join(lines) + "\n"
 
 
-def _why(row: Prediction) -> str:
+def explain_failure(label: str, prediction: str, tools: Mapping[str, Tool] | None) -> str:
+    """Say in one sentence why a prediction is not its label.
+
+    Args:
+        label: The plan that was wanted, as text.
+        prediction: The planner's output.
+        tools: Tools by name; None stands for TinyAgent's own.
+
+    Returns:
+        A sentence for a report.
+    """
+    known = TINYAGENT if tools is None else tools
     try:
-        return why_different(plan_dag(parse_plan(row.label)), plan_dag(parse_plan(row.prediction)))
+        wanted = plan_dag(parse_plan(label))
     except (PlanError, DagError) as error:
-        return str(error)
+        return f"The label itself is at fault: {_meaning(error)}."
+    try:
+        plan = parse_plan(prediction)
+        found = plan_dag(plan)
+    except (PlanError, DagError) as error:
+        return f"The plan is at fault: {_meaning(error)}."
+    unknown = {step.tool for step in plan.steps if step.tool != JOIN and step.tool not in known}
+    if unknown:
+        return f"The plan calls tools that do not exist: {', '.join(sorted(unknown))}."
+    if same_dag(wanted, found):
+        return FAILURE_CODES["reference_quirk"]
+    return why_different(wanted, found)
+
+
+def _meaning(error: PlanError | DagError) -> str:
+    meaning = {**PLAN_ERRORS, **DAG_ERRORS}[error.code]
+    return f"{meaning} ({error.message})"

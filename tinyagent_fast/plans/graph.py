@@ -8,7 +8,7 @@ exactly; `evaluation.reference` holds the published metric with its peculiaritie
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyagent_fast.plans.grammar import Plan, Step, reference_uses
@@ -86,23 +86,42 @@ def plan_dag(plan: Plan) -> Dag:
     last = max(position, default=0)
     edges: set[tuple[int, int]] = set()
     for index, step in enumerate(plan.steps):
-        for number, whole in reference_uses(step.arguments):
-            if whole or 0 < number <= last:
-                _check_reference(step, number, position)
-                edges.add((position[number], index))
+        for number, error in followed_references(step, position, last):
+            if error is not None:
+                raise error
+            edges.add((position[number], index))
     return Dag(tuple(step.tool for step in plan.steps), frozenset(edges))
 
 
-def _check_reference(step: Step, number: int, position: dict[int, int]) -> None:
+def followed_references(
+    step: Step, numbers: Collection[int], last: int
+) -> Iterator[tuple[int, DagError | None]]:
+    """Follow every reference of a step by the rules of `plan_dag`.
+
+    Args:
+        step: The step.
+        numbers: Numbers of all steps of the plan.
+        last: The largest of them.
+
+    Yields:
+        The number of each reference, and what is wrong with it or None.
+    """
+    for number, whole in reference_uses(step.arguments):
+        if whole or 0 < number <= last:
+            yield number, _reference_error(step, number, numbers)
+
+
+def _reference_error(step: Step, number: int, numbers: Collection[int]) -> DagError | None:
     where = f"step {step.number} ({step.tool}) refers to ${number}"
     if number == 0:
-        raise DagError("zero_reference", where)
+        return DagError("zero_reference", where)
     if number == step.number:
-        raise DagError("self_reference", f"{where}, which is itself")
-    if number not in position:
-        raise DagError("dangling_reference", f"{where}, and there is no such step")
+        return DagError("self_reference", f"{where}, which is itself")
+    if number not in numbers:
+        return DagError("dangling_reference", f"{where}, and there is no such step")
     if number > step.number:
-        raise DagError("forward_reference", f"{where}, which comes later")
+        return DagError("forward_reference", f"{where}, which comes later")
+    return None
 
 
 def same_dag(a: Dag, b: Dag) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tinyagent_fast.evaluation.report import explain_failure
+from tinyagent_fast.plans.drawing import draw_plan, mark_differences
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.reports.dag_svg import draw_plan
 from tinyagent_fast.reports.markup import Markup, element, text
-from tinyagent_fast.reports.plan_graphs import plan_pair
 
 LEGEND = (
     "Boxes are calls, an arrow leads from a call to one that uses its result; join() is not drawn. "
@@ -51,14 +51,14 @@ def case_card(
     Returns:
         An `article`.
     """
-    pair = plan_pair(label, prediction, tools)
+    pair = mark_differences(draw_plan(label, tools), draw_plan(prediction, tools))
     drawings = (
         element(
             "figure",
             element("figcaption", text(name)),
-            element("div", draw_plan(plan, name), class_="scroll"),
+            element("div", Markup(plan.to_svg(name)), class_="scroll"),
         )
-        for name, plan in zip(names, (pair.label, pair.prediction), strict=True)
+        for name, plan in zip(names, pair, strict=True)
     )
     texts = (
         element("div", element("p", text(name), class_="dim"), element("pre", text(plan)))
@@ -67,7 +67,11 @@ def case_card(
     return element(
         "article",
         element("p", text(query), class_="query", dir="auto"),
-        element("p", element("span", text(tag), class_="tag"), text(pair.reason)),
+        element(
+            "p",
+            element("span", text(tag), class_="tag"),
+            text(explain_failure(label, prediction, tools)),
+        ),
         element("div", *drawings, class_="pair"),
         element("details", element("summary", text("plans as text")), *texts),
         class_="case",

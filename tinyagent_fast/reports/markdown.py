@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tinyagent_fast.evaluation.report import headline
+from tinyagent_fast.evaluation.report import explain_failure, headline
 from tinyagent_fast.reports.breakdown import gallery
 from tinyagent_fast.reports.markup import printable
-from tinyagent_fast.reports.plan_graphs import plan_pair
 from tinyagent_fast.reports.reading import RunContents
 from tinyagent_fast.reports.tables import FactTable, cell_text, other_tables, result_tables
 
@@ -92,7 +91,7 @@ def _plans(contents: RunContents) -> Iterator[str]:
     yield from (f"{len(chosen)} of them, taken in turn from every cause; report.html has more.", "")
     for plan in chosen:
         row = plan.prediction
-        reason = plan_pair(row.label, row.prediction, contents.tools).reason
+        reason = explain_failure(row.label, row.prediction, contents.tools)
         yield from (f"### {plain(row.query)}", "", f"{plan.score.failure}: {plain(reason)}", "")
         yield from fenced(f"{row.label}\n--- predicted\n{row.prediction}")
 

@@ -58,18 +58,12 @@ margin-right:6px;font-size:.82rem}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:12px;
 margin:10px 0}
 .pair figcaption{color:var(--dim);margin-bottom:4px}
-.dag{width:100%;height:auto}
-.dag rect{fill:var(--bg);stroke:var(--dim);stroke-width:1.2}
-.dag text{font-size:12px;fill:var(--ink)}
-.dag .tool{font-weight:600;font-size:11.5px}.dag .arguments{font-size:10.5px;fill:var(--dim)}
-.dag .fault{font-size:10.5px;fill:var(--missing);font-weight:600}
-.edge{fill:none;stroke:var(--dim);stroke-width:1.5}.head{fill:var(--dim)}
-.edge.missing{stroke:var(--missing);stroke-dasharray:5 3;stroke-width:2}
-.head.missing{fill:var(--missing)}
-.edge.extra{stroke:var(--extra);stroke-width:2.4}.head.extra{fill:var(--extra)}
-.dag .node.missing rect{stroke:var(--missing);stroke-dasharray:5 3;stroke-width:2}
-.dag .node.extra rect{stroke:var(--extra);stroke-width:2.4}
-.dag .node.missing .tool{fill:var(--missing)}.dag .node.extra .tool{fill:var(--extra)}
+.plan-graph{max-width:100%;height:auto;min-width:330px;color:var(--dim)}
+.plan-graph rect{fill:var(--bg)}
+.plan-graph .tool{fill:var(--ink)}.plan-graph .argument{fill:var(--dim)}
+.plan-graph .problem{fill:var(--missing);font-weight:600}
+.plan-graph .missing{color:var(--missing)}.plan-graph .missing .tool{fill:var(--missing)}
+.plan-graph .extra{color:var(--extra)}.plan-graph .extra .tool{fill:var(--extra)}
 .sign.missing{color:var(--missing)}.sign.extra{color:var(--extra)}
 details{margin:6px 0}summary{cursor:pointer;color:var(--dim)}
 pre{white-space:pre-wrap;background:var(--bg);border:1px solid var(--rule);border-radius:6px;

@@ -1,0 +1,644 @@
+"""A plan as a graph: read from any text, laid out once, drawn for a terminal or as SVG.
+
+Used by chat, the local page, the Python API and reports. It reads half a plan while a model still
+writes it; a wrong plan is drawn with what is wrong at each call. `mark_differences` marks what
+two plans do not have in common.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from itertools import pairwise, zip_longest
+from typing import TYPE_CHECKING, Any, Literal
+
+from tinyagent_fast.plans.grammar import Step, read_plan
+from tinyagent_fast.plans.graph import Dag, followed_references, same_dag
+from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, accepts
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+Edge = tuple[int, int]
+"""Positions of two steps in the drawing: the second needs the result of the first."""
+Mark = Literal["same", "missing", "extra"]
+"""Whether a step or reference is in both plans, in the label alone, or in the prediction alone."""
+
+MAX_CALLS = 30
+"""A plan that repeats itself without end is drawn so far; the remaining calls are counted."""
+
+_UNFINISHED = ("no_join", "empty")  # no problems while the plan is being written
+_SIGN = {"same": "", "missing": "\u2212 ", "extra": "+ "}
+_REFERENCE = re.compile(r"\$(?:(\d{1,9})|\{(\d{1,9})\})")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def printable(value: object) -> str:
+    r"""Write characters that steer a terminal, turn text round or fit in no file as escapes.
+
+    Args:
+        value: Any value; its `str` is taken.
+
+    Returns:
+        The text; line breaks and tabs stay, other control characters become `\x1b` and the like.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match.group())
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _UNPRINTABLE.sub(escape, str(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnStep:
+    """One call of a plan: what it says, where it stands, and what is wrong with it."""
+
+    number: int
+    tool: str
+    arguments: str
+    """As the model wrote them."""
+    layer: int
+    """0 for calls that can start at once, else one more than the last call it waits for."""
+    place: int
+    """Place within the layer, from 0."""
+    problems: tuple[str, ...]
+    mark: Mark = "same"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanDrawing:
+    """A plan ready to be drawn; join is not drawn, since it waits for everything."""
+
+    steps: tuple[DrawnStep, ...]
+    """In the order of the text."""
+    edges: Mapping[Edge, Mark]
+    joined: bool
+    problems: tuple[str, ...]
+    """What is wrong with the text as a whole, or with lines that are no call."""
+    left_out: int
+    """Calls beyond `MAX_CALLS`."""
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether anything is wrong with the plan."""
+        return bool(self.problems) or any(step.problems for step in self.steps)
+
+    @property
+    def layers(self) -> list[list[DrawnStep]]:
+        """The steps by layer, each in the order of their places."""
+        layers: defaultdict[int, list[DrawnStep]] = defaultdict(list)
+        for step in sorted(self.steps, key=lambda step: step.place):
+            layers[step.layer].append(step)
+        return [layers[layer] for layer in sorted(layers)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values, edges as a list of pairs of positions."""
+        return asdict(self) | {"edges": [list(edge) for edge in self.edges]}
+
+    def to_text(self, width: int = 80) -> str:
+        """Draw the plan for a terminal, without colours; `console.print(drawing)` has colours.
+
+        Args:
+            width: Of the terminal, in characters.
+        """
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=width, color_system=None, force_terminal=False).print(self)
+        return text.getvalue()
+
+    def __rich__(self) -> RenderableType:
+        """Give what rich prints: a row of boxes a layer, between rows the references, problems."""
+        return _terminal(self)
+
+    def to_svg(self, name: str = "Plan") -> str:
+        """Draw the plan as one SVG element for a page or a file.
+
+        Colours are `currentColor` until a page's CSS sets them by class: `plan-graph`; `step` with
+        `faulty`, `missing`, `extra` and a colour `c0` to `c6` by step number; `edge` and `head`
+        with the mark and colour of their step; texts `tool`, `argument`, `reference`, `problem`.
+
+        Args:
+            name: What the drawing shows, read out to those who cannot see it.
+
+        Returns:
+            The element, safe to put into HTML: every text of the plan is escaped. Without any
+            call it says so.
+        """
+        return _svg(self, name)
+
+
+def draw_plan(
+    text: str, tools: Mapping[str, Tool] | None = None, *, finished: bool = True
+) -> PlanDrawing:
+    """Read a plan and lay it out.
+
+    Args:
+        text: What the planner wrote, or has written so far.
+        tools: Tools that may be called, by name; None stands for TinyAgent's own.
+        finished: False while it is being written: then only whole lines are read, and a missing
+            end is no problem.
+
+    Returns:
+        The drawing; no text raises anything.
+    """
+    reading = read_plan(text if finished else text[: text.rfind("\n") + 1])
+    by_number = {step.number: step for step in reading.steps}
+    every = [step for step in reading.steps if step.tool != JOIN]
+    calls = every[:MAX_CALLS]
+    position: dict[int, int] = {}
+    for index, call in enumerate(calls):
+        position.setdefault(call.number, index)
+    last = max(by_number, default=0)
+    edges: set[Edge] = set()
+    problems: list[tuple[str, ...]] = []
+    for index, call in enumerate(calls):
+        needed, faults = _references(call, by_number, last)
+        edges |= {(position[number], index) for number in needed if number in position}
+        problems.append((*_call_problems(call, TINYAGENT if tools is None else tools), *faults))
+    layers = _layers([call.number for call in calls], edges)
+    places = {
+        step: place
+        for column in _columns(layers, edges)
+        for place, step in enumerate(slot for slot in column if isinstance(slot, int))
+    }
+    return PlanDrawing(
+        steps=tuple(
+            DrawnStep(
+                number=call.number,
+                tool=call.tool,
+                arguments=call.raw_arguments.strip(),
+                layer=layers[index],
+                place=places[index],
+                problems=problems[index],
+            )
+            for index, call in enumerate(calls)
+        ),
+        edges=dict.fromkeys(sorted(edges), "same"),
+        joined=len(every) < len(reading.steps),
+        problems=tuple(
+            problem.message
+            for problem in reading.problems
+            if finished or problem.code not in _UNFINISHED
+        ),
+        left_out=len(every) - len(calls),
+    )
+
+
+def _references(call: Step, by_number: Mapping[int, Step], last: int) -> tuple[set[int], list[str]]:
+    """Find the steps that a call needs, and what is wrong with its other references."""
+    needed: set[int] = set()
+    faults: list[str] = []
+    uses = followed_references(call, by_number, last)
+    for number, error in sorted(uses, key=lambda use: use[0]):
+        if error is not None:
+            faults.append(error.message)
+        elif by_number[number].tool == JOIN:
+            faults.append(f"${number} is the result of join")
+        else:
+            needed.add(number)
+    return needed, list(dict.fromkeys(faults))
+
+
+def _call_problems(call: Step, tools: Mapping[str, Tool]) -> Iterator[str]:
+    tool = tools.get(call.tool)
+    if tool is None:
+        yield f"there is no tool {call.tool}"
+        return
+    wanted, given = len(tool.parameters), len(call.arguments)
+    if wanted != given:
+        yield f"{call.tool} takes {wanted} argument{'s' * (wanted != 1)}, this call has {given}"
+    for parameter, value in zip_longest(tool.parameters[:given], call.arguments[:wanted]):
+        if not accepts(parameter, value):
+            yield f"{parameter.name} must be {parameter.type}"
+
+
+# The layout: layers of steps. An edge that passes a layer has a slot of its own there, so that it
+# runs through no box.
+
+_Slot = int | tuple[int, int, int]  # a step's position, or (start, end, layer) of a passing edge
+_SWEEPS = 4
+
+
+def _layers(numbers: Sequence[int], edges: set[Edge]) -> list[int]:
+    """Put every call behind the last one it waits for; references go to smaller numbers only."""
+    before: defaultdict[int, list[int]] = defaultdict(list)
+    for start, end in edges:
+        before[end].append(start)
+    layers = [0] * len(numbers)
+    for step in sorted(range(len(numbers)), key=numbers.__getitem__):
+        layers[step] = 1 + max((layers[start] for start in before[step]), default=-1)
+    return layers
+
+
+def _columns(layers: Sequence[int], edges: set[Edge]) -> list[list[_Slot]]:
+    """Order every layer by the mean place of its neighbours, to and fro, so that few edges cross.
+
+    Args:
+        layers: Layer of each step.
+        edges: The references.
+
+    Returns:
+        The slots of each layer.
+    """
+    columns: list[list[_Slot]] = [[] for _ in range(max(layers, default=-1) + 1)]
+    for step, layer in enumerate(layers):
+        columns[layer].append(step)
+    left: defaultdict[_Slot, list[_Slot]] = defaultdict(list)
+    right: defaultdict[_Slot, list[_Slot]] = defaultdict(list)
+    for start, end in sorted(edges):
+        passing: list[_Slot] = [(start, end, at) for at in range(layers[start] + 1, layers[end])]
+        for at, slot in enumerate(passing, start=layers[start] + 1):
+            columns[at].append(slot)
+        for one, other in pairwise([start, *passing, end]):
+            right[one].append(other)
+            left[other].append(one)
+    for sweep in range(_SWEEPS):
+        forward = sweep % 2 == 0
+        for at in range(1, len(columns)) if forward else range(len(columns) - 2, -1, -1):
+            place = {slot: i for i, slot in enumerate(columns[at - 1 if forward else at + 1])}
+            wish: dict[_Slot, float] = {}
+            for index, slot in enumerate(columns[at]):
+                near = [place[other] for other in (left if forward else right)[slot]]
+                wish[slot] = sum(near) / len(near) if near else index
+            columns[at].sort(key=wish.__getitem__)
+    return columns
+
+
+# SVG: layers from left to right.
+
+_BOX_WIDTH, _COLUMN_GAP, _ROW_GAP, _MARGIN, _SLOT_HEIGHT = 190.0, 34.0, 14.0, 4.0, 14.0
+_LINE_HEIGHT, _LINE_CHARS, _MOST_LINES, _TITLE_CHARS, _ARROW = 15.0, 27, 3, 600, 7.0
+_COLOURS = 7
+_Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Box:
+    x: float
+    y: float
+    lines: tuple[tuple[str, str], ...]
+    """Class and text of each line."""
+
+    @property
+    def height(self) -> float:
+        return 16 + _LINE_HEIGHT * len(self.lines)
+
+
+def _svg(drawing: PlanDrawing, name: str) -> str:
+    boxes, routes, width, height = _geometry(drawing)
+    if not boxes:
+        width, height = _BOX_WIDTH, 3 * _LINE_HEIGHT
+    more = f"{drawing.left_out} more calls are not drawn" if drawing.left_out else ""
+    note = more if boxes else "no call that can be read"
+    height += 2 * _LINE_HEIGHT * bool(more)
+    root = ET.Element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "class": "plan-graph",
+            "viewBox": f"0 0 {width:g} {height:g}",
+            "width": f"{width:g}",
+            "height": f"{height:g}",
+            "role": "img",
+            "fill": "none",
+            "stroke": "currentColor",
+            "font-family": "ui-monospace, Menlo, Consolas, monospace",
+        },
+    )
+    ET.SubElement(root, "title").text = printable(f"{name}: {_spoken(drawing)}")
+    for (start, end), mark in drawing.edges.items():
+        route = routes[start, end]
+        classes = f"{mark} c{(drawing.steps[start].number - 1) % _COLOURS}"
+        shown = {"data-edge": f"{start}-{end}", "class": f"edge {classes}", "d": _curve(route)}
+        if mark == "missing":
+            shown["stroke-dasharray"] = "5 3"
+        ET.SubElement(root, "path", shown | {"stroke-width": "1.5" if mark == "same" else "2.2"})
+        x, y = route[-1]
+        head = {"data-edge": f"{start}-{end}", "class": f"head {classes}", "fill": "currentColor"}
+        ET.SubElement(root, "path", head | {"stroke": "none", "d": f"M{x:g} {y:.1f}l-7 -3.5v7z"})
+    for step, box in zip(drawing.steps, boxes, strict=True):
+        root.append(_drawn_box(step, box))
+    if note:
+        _line(root, "note", note, _MARGIN, height - _LINE_HEIGHT / 2)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _drawn_box(step: DrawnStep, box: _Box) -> ET.Element:
+    colour = f"c{(step.number - 1) % _COLOURS}"
+    classes = f"step {step.mark} {colour}{' faulty' if step.problems else ''}"
+    group = ET.Element("g", {"class": classes, "data-step": str(step.number)})
+    whole = f"{step.number}. {step.tool}({step.arguments})"
+    whole = whole if len(whole) <= _TITLE_CHARS else f"{whole[: _TITLE_CHARS - 1]}\u2026"
+    ET.SubElement(group, "title").text = printable("\n".join([whole, *step.problems]))
+    size = {"x": f"{box.x:g}", "y": f"{box.y:g}", "height": f"{box.height:g}"}
+    frame = {"width": f"{_BOX_WIDTH:g}", "rx": "6"}
+    frame["stroke-width"] = "1.2" if step.mark == "same" else "2.2"
+    if step.problems or step.mark == "missing":
+        frame["stroke-dasharray"] = "5 3"
+    ET.SubElement(group, "rect", size | frame)
+    # An inner svg clips letters that are wider than expected.
+    inner = ET.SubElement(group, "svg", size | {"width": f"{_BOX_WIDTH - 3:g}"})
+    for index, (kind, text) in enumerate(box.lines):
+        _line(inner, kind, text, 9, 19 + _LINE_HEIGHT * index)
+    return group
+
+
+def _line(parent: ET.Element, kind: str, text: str, x: float, y: float) -> None:
+    """Write one line; references within arguments get the colour of the step they refer to."""
+    shown = {"class": kind, "x": f"{x:g}", "y": f"{y:g}", "fill": "currentColor", "stroke": "none"}
+    shown["font-size"] = "10.5"
+    if kind == "tool":
+        shown |= {"font-weight": "bold", "font-size": "11"}
+    line = ET.SubElement(parent, "text", shown)
+    line.text, end = "", 0
+    last: ET.Element | None = None
+    for match in _REFERENCE.finditer(text) if kind == "argument" else ():
+        between = text[end : match.start()]
+        if last is None:
+            line.text = between
+        else:
+            last.tail = between
+        colour = (int(match.group(1) or match.group(2)) - 1) % _COLOURS
+        last = ET.SubElement(line, "tspan", {"class": f"reference c{colour}"})
+        last.set("font-weight", "bold")
+        last.text, end = match.group(), match.end()
+    if last is None:
+        line.text = text
+    else:
+        last.tail = text[end:]
+
+
+def _box_lines(step: DrawnStep) -> tuple[tuple[str, str], ...]:
+    title = f"{_SIGN[step.mark]}{step.number} {step.tool}"
+    lines = [("tool", title if len(title) <= 25 else f"{title[:24]}\u2026")]
+    for kind, text in (("argument", step.arguments), *(("problem", p) for p in step.problems)):
+        lines += [
+            (kind, line)
+            for line in textwrap.wrap(
+                printable(text), _LINE_CHARS, max_lines=_MOST_LINES, placeholder="\u2026"
+            )
+        ]
+    return tuple(lines)
+
+
+def _geometry(
+    drawing: PlanDrawing,
+) -> tuple[list[_Box], dict[Edge, list[_Point]], float, float]:
+    """Place the boxes and lead every edge from side to side.
+
+    Returns:
+        Boxes by position of the step, the points of each edge, width and height, all in px.
+    """
+    lines = [_box_lines(step) for step in drawing.steps]
+    columns = _columns([step.layer for step in drawing.steps], set(drawing.edges))
+
+    def height_of(slot: _Slot) -> float:
+        return _Box(0, 0, lines[slot]).height if isinstance(slot, int) else _SLOT_HEIGHT
+
+    heights = [sum(map(height_of, column)) + _ROW_GAP * (len(column) - 1) for column in columns]
+    tallest = max(heights, default=0.0)
+    boxes: dict[int, _Box] = {}
+    passing: defaultdict[Edge, list[_Point]] = defaultdict(list)
+    for at, column in enumerate(columns):
+        x = _MARGIN + at * (_BOX_WIDTH + _COLUMN_GAP)
+        y = _MARGIN + (tallest - heights[at]) / 2
+        for slot in column:
+            if isinstance(slot, int):
+                boxes[slot] = _Box(x, y, lines[slot])
+            else:
+                middle = y + _SLOT_HEIGHT / 2
+                passing[slot[:2]] += [(x, middle), (x + _BOX_WIDTH, middle)]
+            y += height_of(slot) + _ROW_GAP
+    leaving, entering = _ends(boxes, drawing.edges)
+    routes = {e: [leaving[e], *passing[e], entering[e]] for e in drawing.edges}
+    width = 2 * _MARGIN + len(columns) * (_BOX_WIDTH + _COLUMN_GAP) - _COLUMN_GAP
+    return [boxes[at] for at in range(len(boxes))], routes, width, 2 * _MARGIN + tallest
+
+
+def _ends(
+    boxes: Mapping[int, _Box], edges: Mapping[Edge, Mark]
+) -> tuple[dict[Edge, _Point], dict[Edge, _Point]]:
+    """Spread the edges that leave or enter a box over its right or left side."""
+    leaving: dict[Edge, _Point] = {}
+    entering: dict[Edge, _Point] = {}
+    for step, box in boxes.items():
+        out = sorted((e for e in edges if e[0] == step), key=lambda e: boxes[e[1]].y)
+        into = sorted((e for e in edges if e[1] == step), key=lambda e: boxes[e[0]].y)
+        for side, those, x in ((leaving, out, box.x + _BOX_WIDTH), (entering, into, box.x)):
+            for index, edge in enumerate(those, start=1):
+                side[edge] = (x, box.y + box.height * index / (len(those) + 1))
+    return leaving, entering
+
+
+def _curve(route: Sequence[_Point]) -> str:
+    """Go from layer to layer in S-shaped curves, and straight past a layer."""
+    *before, (end_x, end_y) = route
+    points = [*before, (end_x - _ARROW + 1, end_y)]
+    path = f"M{points[0][0]:g} {points[0][1]:.1f}"
+    for index, ((x, y), (next_x, next_y)) in enumerate(pairwise(points)):
+        half = (x + next_x) / 2
+        path += (
+            f"L{next_x:g} {next_y:.1f}"
+            if index % 2
+            else (f"C{half:g} {y:.1f} {half:g} {next_y:.1f} {next_x:g} {next_y:.1f}")
+        )
+    return path
+
+
+def _spoken(drawing: PlanDrawing) -> str:
+    named = [f"{step.number} {step.tool}" for step in drawing.steps]
+    links = [f"{named[start]} to {named[end]}" for start, end in drawing.edges]
+    told = f"{len(named)} calls, {len(links)} references"
+    return f"{told}: {'; '.join(links or named)}" if named else "no call that can be read"
+
+
+# Terminal: layers from top to bottom.
+
+_TERMINAL_COLOURS = (
+    "cyan",
+    "green",
+    "magenta",
+    "blue",
+    "yellow",
+    "bright_cyan",
+    "bright_green",
+)
+_PROBLEM = "red"
+_BOX_COLUMNS, _ARGUMENT_LINES = 42, 6
+
+
+def _terminal(drawing: PlanDrawing) -> RenderableType:
+    from rich.columns import Columns
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for index, layer in enumerate(drawing.layers):
+        if index:
+            parts.append(_arrows(drawing, index))
+        parts.append(Columns([_terminal_box(step) for step in layer], padding=(0, 1)))
+    if drawing.left_out:
+        parts.append(Text(f"{drawing.left_out} more calls are not drawn", style="dim"))
+    if drawing.joined:
+        parts.append(Text("join() waits for all calls" if drawing.steps else "join()", style="dim"))
+    for problem in drawing.problems:
+        parts.append(Text(f"problem: {printable(problem)}", style=_PROBLEM))
+    return Group(*parts)
+
+
+def _terminal_box(step: DrawnStep) -> RenderableType:
+    from rich.panel import Panel
+    from rich.text import Text
+
+    room = _BOX_COLUMNS * _ARGUMENT_LINES
+    raw = step.arguments
+    shown = printable(raw if len(raw) <= room else f"{raw[: room - 3]}...")
+    body = Text(shown or "(no arguments)", style="" if shown else "dim", overflow="fold")
+    for match in _REFERENCE.finditer(shown):
+        body.stylize(f"bold {_colour(int(match.group(1) or match.group(2)))}", *match.span())
+    for problem in step.problems:
+        body.append(f"\nproblem: {printable(problem)}", style=_PROBLEM)
+    title = Text(f"{_SIGN[step.mark]}{step.number}", style=f"bold {_colour(step.number)}")
+    title.append(f" {printable(step.tool)}", style="not bold")
+    widest = max(len(line) for line in (*body.plain.split("\n"), f"{title.plain}  "))
+    return Panel(
+        body,
+        title=title,
+        title_align="left",
+        border_style=_PROBLEM if step.problems else _colour(step.number),
+        width=min(_BOX_COLUMNS, widest + 4),
+    )
+
+
+def _arrows(drawing: PlanDrawing, layer: int) -> Text:
+    """Name the references that end in a layer."""
+    from rich.text import Text
+
+    text = Text("  ")
+    for start, end in drawing.edges:
+        if drawing.steps[end].layer == layer:
+            number = drawing.steps[start].number
+            text.append(f"${number}", style=f"bold {_colour(number)}")
+            text.append(f" -> {drawing.steps[end].number}   ")
+    return text
+
+
+def _colour(number: int) -> str:
+    return _TERMINAL_COLOURS[(number - 1) % len(_TERMINAL_COLOURS)]
+
+
+# Two plans side by side.
+
+
+def mark_differences(
+    label: PlanDrawing, prediction: PlanDrawing
+) -> tuple[PlanDrawing, PlanDrawing]:
+    """Mark the steps and references of each plan that the other one lacks.
+
+    Args:
+        label: The plan that was wanted.
+        prediction: The plan that was predicted.
+
+    Returns:
+        Both with marks. If they are the same graph, nothing is marked; if not, something is.
+    """
+    if same_dag(_dag(label), _dag(prediction)):
+        return label, prediction
+    pairs = _matched_steps(label, prediction)
+    back = {there: here for here, there in pairs.items()}
+    return (
+        _marked(label, prediction, pairs, "missing"),
+        _marked(prediction, label, back, "extra"),
+    )
+
+
+def _dag(drawing: PlanDrawing) -> Dag:
+    return Dag(tuple(step.tool for step in drawing.steps), frozenset(drawing.edges))
+
+
+def _marked(
+    drawing: PlanDrawing, other: PlanDrawing, pairs: Mapping[int, int], mark: Mark
+) -> PlanDrawing:
+    return replace(
+        drawing,
+        steps=tuple(
+            replace(step, mark="same" if at in pairs else mark)
+            for at, step in enumerate(drawing.steps)
+        ),
+        edges={
+            (start, end): "same" if (pairs.get(start), pairs.get(end)) in other.edges else mark
+            for start, end in drawing.edges
+        },
+    )
+
+
+def _matched_steps(a: PlanDrawing, b: PlanDrawing) -> dict[int, int]:
+    """Pair steps of the same tool: those with the same surroundings, then arguments, then any.
+
+    Steps are taken in order, so what a step needs is paired before the step itself.
+    """
+    surroundings_a, surroundings_b = _surroundings(a, b)
+    pairs: dict[int, int] = {}
+    free = set(range(len(b.steps)))
+
+    def same_arguments(at: int, other: int) -> bool:
+        return a.steps[at].arguments == b.steps[other].arguments
+
+    def likeness(at: int, other: int) -> tuple[int, bool, int]:
+        needed = {pairs.get(start) for start, end in a.edges if end == at}
+        shared = needed & {start for start, end in b.edges if end == other}
+        return len(shared), same_arguments(at, other), -abs(at - other)
+
+    rounds: tuple[Callable[[int, int], bool], ...] = (
+        lambda at, other: surroundings_a[at] == surroundings_b[other],
+        same_arguments,
+        lambda _at, _other: True,
+    )
+    for fits in rounds:
+        for at, step in enumerate(a.steps):
+            candidates = [
+                other
+                for other in sorted(free)
+                if at not in pairs and b.steps[other].tool == step.tool and fits(at, other)
+            ]
+            if candidates:
+                pairs[at] = max(candidates, key=lambda other: likeness(at, other))
+                free.discard(pairs[at])
+    return pairs
+
+
+def _surroundings(a: PlanDrawing, b: PlanDrawing) -> tuple[list[int], list[int]]:
+    """Number steps by tool and, round after round, by the numbers before and after them.
+
+    Returns:
+        The numbers of both plans' steps; equal ones have the same surroundings.
+    """
+    names: dict[object, int] = {}
+    numbers = [[names.setdefault(s.tool, len(names)) for s in plan.steps] for plan in (a, b)]
+    for _ in range(max(len(a.steps), len(b.steps))):
+        names = {}
+        numbers = [
+            [
+                names.setdefault(
+                    (
+                        old[at],
+                        tuple(sorted(old[start] for start, end in plan.edges if end == at)),
+                        tuple(sorted(old[end] for start, end in plan.edges if start == at)),
+                    ),
+                    len(names),
+                )
+                for at in range(len(plan.steps))
+            ]
+            for plan, old in zip((a, b), numbers, strict=True)
+        ]
+    return numbers[0], numbers[1]
