@@ -151,29 +151,30 @@ def predicted_gib(bench: Bench, loaded: Any, dataset: Any, train: Any) -> float:
     Returns:
         GiB, an estimate.
     """
+    from tinyagent_fast.models.families import ModelShape
     from tinyagent_fast.shared_prefix.layout import pack
-    from tinyagent_fast.training.footprint import ModelShape, predict_memory
+    from tinyagent_fast.training.memory import MemoryEstimator, RowLengths
 
     raw = json.loads((bench.base / "config.json").read_text(encoding="utf-8"))
-    model, batch = bench.config.model, train.rows_per_batch
+    batch = train.rows_per_batch
     lengths = list(dataset["length"])
     longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])[:batch]
     rows = [dataset[index] for index in longest]
-    packed = train.batching == "packed"
     supervised = sum(label != IGNORED for row in rows for label in row["labels"])
-    prediction = predict_memory(
-        ModelShape.from_config(raw),
-        model,
-        bench.config.lora,
-        optimizer=train.optimizer,
+    estimator = MemoryEstimator(
+        config=replace(bench.config, train=train),
+        shape=ModelShape.from_config(raw),
+        lengths=RowLengths(
+            rows=len(rows),
+            mean_tokens=sum(lengths[index] for index in longest) / batch,
+            longest_tokens=lengths[longest[0]],
+            supervised_tokens=supervised / batch,
+        ),
         backend=loaded.backend,
-        batch=batch,
-        row_tokens=model.max_length_tokens if packed else lengths[longest[0]],
-        supervised_tokens=supervised,
-        checkpointing=model.gradient_checkpointing,
-        computed_tokens=pack(rows).computed_tokens if train.shared_prefix == "on" else None,
-        usable_gib=bench.job["cap_gib"] or None,
+        usable_gib=bench.job["cap_gib"] or math.inf,
     )
+    computed = pack(rows).computed_tokens if train.shared_prefix == "on" else None
+    prediction = estimator.estimate(computed_tokens=computed)
     return round(prediction.total_gib, 3)
 
 

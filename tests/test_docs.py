@@ -32,7 +32,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *DOCS]
 PLAN = '1. get_email_address("Sid")\n2. join()'
 GPU_PRESETS = ("t4", "l4", "a100", "paper", "seed")
-CHEAP = ("data generate", "data check", "plan", "score", "compare", "report")
+CHEAP = ("data generate", "data check", "memory", "score", "compare", "report")
 """Commands that are also run as written, on files made for the test."""
 OF_OTHERS = {"--jinja", "--check"}
 """Flags in the text that belong to other programs."""
@@ -176,7 +176,7 @@ def test_every_command_line_is_one_that_the_program_reads(
 
 
 def test_a_flag_that_does_not_exist_is_found_out(parse: Any) -> None:
-    for words in (["train", "--train.epoch", "2"], ["eval", "--runn", "x"], ["plan", "--card"]):
+    for words in (["train", "--train.epoch", "2"], ["eval", "--runn", "x"], ["memory", "--card"]):
         with pytest.raises(SystemExit):
             parse(words)
 
@@ -338,7 +338,7 @@ def test_the_predicted_figures_of_the_presets_are_those_that_plan_gives(
     column: int, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["plan", "--card", card, "--json"]) == 0
+    assert cli.main(["memory", "--card", card, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     rows = {
@@ -363,7 +363,7 @@ def test_the_predicted_figures_of_the_presets_are_those_that_plan_gives(
     preset = f"{config.train.batch} x {config.train.accumulation}, {weights}, "
     assert rows["preset as it is: rows, weights, checkpointing"].startswith(preset)
     assert float(rows["predicted GiB of the preset"]) == pytest.approx(predicted, abs=0.06)
-    assert rows["`plan` recommends"].startswith(f"{found['batch']} x {found['accumulation']}, ")
+    assert rows["`memory` recommends"].startswith(f"{found['batch']} x {found['accumulation']}, ")
     assert float(rows["predicted GiB of that"]) == pytest.approx(found["total_gib"], abs=0.06)
     for name, key in (("no checkpointing", "off"), ("checkpointing", "unsloth")):
         low, high = map(float, rows[f"predicted hours of an epoch, {name}"].split(" - "))

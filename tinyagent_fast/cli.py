@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("train", "train an adapter: data, rows, LoRA, best checkpoint by plan success"),
-    "plan": ("plan", "memory and hours of a config on a card, before renting one"),
+    "memory": ("memory", "memory and hours of a config on a card, before renting one"),
     "eval": ("evaluate", "generate plans for the test file with a run's adapter and score them"),
     "score": ("score", "score predictions or a list of label/prediction pairs; needs no torch"),
     "export": ("export", "merged weights and GGUF files of a run, proved against its adapter"),
@@ -28,6 +28,7 @@ COMMANDS = {
     "data download": ("data_download", "download the published dataset"),
 }
 """Command to its module in `tinyagent_fast.commands` and its one-line help."""
+_FORMER_NAMES = {"plan": "memory"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"tinyagent-fast {__version__}")
         return 0
+    if words[0] in _FORMER_NAMES:
+        print(f"`{words[0]}` is now called `{_FORMER_NAMES[words[0]]}`", file=sys.stderr)
+        words[0] = _FORMER_NAMES[words[0]]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:

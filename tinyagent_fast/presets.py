@@ -49,7 +49,7 @@ def paper() -> Config:
 
 
 def l4() -> Config:
-    """One 24 GB L4: NF4, two rows at a time, no checkpointing, as the memory planner advises."""
+    """One 24 GB L4: NF4, two rows at a time, no checkpointing, as the command `memory` advises."""
     return Config(
         preset="l4",
         data=DataConfig(train=REAL_TRAIN, test=REAL_TEST),

@@ -451,7 +451,7 @@ def test_a_base_without_known_sizes_trains_without_a_prediction(
     def unknown(*_: Any) -> None:
         raise ModelError("config.json: hidden_size is None", "why", "fix")
 
-    monkeypatch.setattr("tinyagent_fast.training.session._shape_of", unknown)
+    monkeypatch.setattr("tinyagent_fast.models.families.ModelShape.from_config", unknown)
     run = fit.train(tiny_config(train={"max_steps": 1}), quiet)
     assert "memory cannot be predicted: config.json: hidden_size is None" in quiet.file.getvalue()
     assert not (run.path / "memory.json").exists()

@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.inference.decoding import generating
+from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.training.callbacks import StepGuard
-from tinyagent_fast.training.footprint import GIB, RESERVE_GIB, ModelShape
+from tinyagent_fast.training.memory import (
+    GIB,
+    RESERVE_GIB,
+    MemoryEstimator,
+    RowLengths,
+    usable_gib,
+)
 from tinyagent_fast.training.preflight import PreflightReport, check_collator, preflight
-from tinyagent_fast.training.sizing import Forecast, RowLengths, usable_gib
 from tinyagent_fast.training.trainer import (
     LengthGroupedOrder,
     build_trainer,
@@ -470,7 +476,7 @@ def test_memory_that_runs_out_is_found_before_the_first_step_and_the_fix_names_f
     assert "--model.gradient-checkpointing unsloth" in text
 
 
-def forecast_of(usable_gib: float, **changes: Any) -> Forecast:
+def estimator_of(usable_gib: float, **changes: Any) -> MemoryEstimator:
     """Predict for rows of 4,608 tokens of a 1.1B model, 3 x 2 as the trainer here."""
     shape = ModelShape(
         hidden=2048,
@@ -483,7 +489,7 @@ def forecast_of(usable_gib: float, **changes: Any) -> Forecast:
         tied=False,
     )
     model = {"gradient_checkpointing": "false", "weights": "bf16", **changes}
-    return Forecast(
+    return MemoryEstimator(
         config=Config(model=ModelConfig(**model), train=TrainConfig(batch=3, accumulation=2)),
         shape=shape,
         lengths=RowLengths(rows=9, mean_tokens=3490, longest_tokens=4608, supervised_tokens=88),
@@ -494,10 +500,10 @@ def forecast_of(usable_gib: float, **changes: Any) -> Forecast:
 
 @only_shuffled
 @pytest.mark.parametrize(
-    ("forecast", "expected"),
+    ("estimator", "expected"),
     [
         (
-            forecast_of(20.0),
+            estimator_of(20.0),
             (
                 "predicted 19.0 GiB for rows of 4608 tokens, 20.0 usable; batch 3",
                 "the largest batch predicted to fit is 2",
@@ -506,21 +512,24 @@ def forecast_of(usable_gib: float, **changes: Any) -> Forecast:
             ),
         ),
         (
-            forecast_of(100.0),  # where the prediction was wrong
+            estimator_of(100.0),  # where the prediction was wrong
             ("it is too low here", "--train.batch 1 --train.accumulation 6 --eval.batch 8"),
         ),
         (
-            forecast_of(3.0, gradient_checkpointing="unsloth"),
+            estimator_of(3.0, gradient_checkpointing="unsloth"),
             ("predicted to fit is none", "--train.batch 1", "or --model.weights nf4"),
         ),
         (
-            forecast_of(1.0, gradient_checkpointing="true", weights="nf4"),
+            estimator_of(1.0, gradient_checkpointing="true", weights="nf4"),
             ("--model.max-length-tokens 2304 --data.over-long drop",),
         ),
     ],
 )
 def test_memory_that_runs_out_is_told_with_what_was_predicted(
-    forecast: Forecast, expected: tuple[str, ...], idle: Built, monkeypatch: pytest.MonkeyPatch
+    estimator: MemoryEstimator,
+    expected: tuple[str, ...],
+    idle: Built,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
 
@@ -531,7 +540,7 @@ def test_memory_that_runs_out_is_told_with_what_was_predicted(
 
     monkeypatch.setattr(trainer, "compute_loss", run_out)
     with pytest.raises(TrainingError) as caught:
-        preflight(trainer, loaded, rows, [[1, 5, 6]], 16, forecast=forecast)
+        preflight(trainer, loaded, rows, [[1, 5, 6]], 16, estimator=estimator)
     for text in expected:
         assert text in str(caught.value)
 

@@ -13,7 +13,7 @@ from tinyagent_fast.errors import ModelError
 
 if TYPE_CHECKING:
     from tinyagent_fast.doctor.probe import Probe
-    from tinyagent_fast.training.sizing import Forecast
+    from tinyagent_fast.training.memory import MemoryEstimator
 
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """Oldest driver by major version of CUDA, on Linux.
@@ -67,7 +67,7 @@ def _without_gpu(config: Config, machine: Machine) -> Finding:
 
 def _is_small(config: Config) -> bool:
     """Say whether a CPU can train the base model in a reasonable time."""
-    from tinyagent_fast.training.planning import base_shape
+    from tinyagent_fast.training.memory import base_shape
 
     try:
         shape = base_shape(config.model.base)
@@ -153,8 +153,7 @@ def check_gpu_memory(config: Config, machine: Machine, *, unsloth: bool) -> Find
     gpu = machine.gpu
     if not machine.torch_sees_gpu or gpu is None or gpu.free_gib is None or gpu.total_gib is None:
         return None
-    from tinyagent_fast.training.footprint import ERROR_SHARE, RESERVE_GIB
-    from tinyagent_fast.training.sizing import with_batch
+    from tinyagent_fast.training.memory import ERROR_SHARE, RESERVE_GIB, with_batch
 
     free = f"{gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free"
     taken = gpu.total_gib - gpu.free_gib > _TAKEN_GIB
@@ -162,28 +161,28 @@ def check_gpu_memory(config: Config, machine: Machine, *, unsloth: bool) -> Find
         free += ", other programs use the rest"
     usable = min(gpu.free_gib, gpu.total_gib - RESERVE_GIB)
     backend = "unsloth" if unsloth else "transformers"
-    forecast = forecast_of(config, backend=backend, usable_gib=usable)
-    if forecast is None:
+    estimator = estimator_of(config, backend=backend, usable_gib=usable)
+    if estimator is None:
         text = f"{free}; the size of {config.model.base} is not known before it is loaded"
         return ok("gpu memory", text)
-    found = forecast.largest(config.model.gradient_checkpointing)
+    found = estimator.largest_batch(config.model.gradient_checkpointing)
     if config.train.batch == "auto":
-        forecast = replace(forecast, config=with_batch(config, found.batch))
-    predicted = forecast.as_configured()
+        estimator = replace(estimator, config=with_batch(config, found.batch))
+    predicted = estimator.estimate()
     need = (
         f"{predicted.total_gib:.1f} GiB predicted (+-{100 * ERROR_SHARE:.0f} %) for "
-        f"{forecast.config.train.batch} x {forecast.row_tokens:,} tokens"
+        f"{estimator.config.train.batch} x {estimator.row_tokens:,} tokens"
     )
     if predicted.fits(usable):
         return ok("gpu memory", f"{free}; {need}")
     fixes = ["end the other programs (nvidia-smi lists them)"] if taken else []
     if found.fits:
         fixes.append(f"--train.batch {found.batch} --train.accumulation {found.accumulation}")
-    fixes.append(f"tinyagent-fast plan --gpu-gib {gpu.total_gib:.0f} shows what fits")
+    fixes.append(f"tinyagent-fast memory --gpu-gib {gpu.total_gib:.0f} shows what fits")
     return warning("gpu memory", f"{free}; {need} may not fit", ", or ".join(fixes))
 
 
-def forecast_of(config: Config, *, backend: str, usable_gib: float) -> Forecast | None:
+def estimator_of(config: Config, *, backend: str, usable_gib: float) -> MemoryEstimator | None:
     """Predict a run's memory before its rows are read: with rows of the longest length allowed.
 
     Args:
@@ -194,8 +193,7 @@ def forecast_of(config: Config, *, backend: str, usable_gib: float) -> Forecast 
     Returns:
         What predictions are made from; none where the size of the base model is not known.
     """
-    from tinyagent_fast.training.planning import base_shape, row_lengths
-    from tinyagent_fast.training.sizing import Forecast
+    from tinyagent_fast.training.memory import MemoryEstimator, base_shape, row_lengths
 
     try:
         shape = base_shape(config.model.base)
@@ -203,6 +201,6 @@ def forecast_of(config: Config, *, backend: str, usable_gib: float) -> Forecast 
         return None
     longest = config.model.max_length_tokens
     lengths, _ = row_lengths(config, f"{longest},{longest}")
-    return Forecast(
+    return MemoryEstimator(
         config=config, shape=shape, lengths=lengths, backend=backend, usable_gib=usable_gib
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.cache import cache_folder
 from tinyagent_fast.data.download import DATASET_REPOSITORY
-from tinyagent_fast.doctor.accelerator import forecast_of
+from tinyagent_fast.doctor.accelerator import estimator_of
 from tinyagent_fast.doctor.findings import Finding, failure, ok, warning
 from tinyagent_fast.doctor.machine import Machine
 from tinyagent_fast.export.settings import (
@@ -22,10 +22,10 @@ from tinyagent_fast.export.settings import (
     quant_specs,
 )
 from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
-from tinyagent_fast.training.footprint import ERROR_SHARE
+from tinyagent_fast.training.memory import ERROR_SHARE, adapter_weights
 
 if TYPE_CHECKING:
-    from tinyagent_fast.training.footprint import ModelShape
+    from tinyagent_fast.models.families import ModelShape
 
 _GIB = 2**30
 PUBLISHED_BYTES = {REAL_TRAIN: 734_000_000, REAL_TEST: 12_800_000}
@@ -113,14 +113,14 @@ def disk_needs(config: Config) -> list[Need]:
         Sizes by folder; those of a base model whose size is not known are left out.
     """
     needs = _data_needs(config)
-    forecast = forecast_of(config, backend="transformers", usable_gib=0.0)
-    if forecast is None:
+    estimator = estimator_of(config, backend="transformers", usable_gib=0.0)
+    if estimator is None:
         return needs
-    shape, runs, lengths = forecast.shape, config.runs, forecast.lengths
+    shape, runs, lengths = estimator.shape, config.runs, estimator.lengths
     if not any((cache_folder() / "rows").glob("*.arrow")):
         size = lengths.rows * lengths.mean_tokens * _ROW_TOKEN_BYTES
         needs.append(_train("rows", cache_folder(), size))
-    adapter = shape.adapter_weights(config.lora)
+    adapter = adapter_weights(shape, config.lora)
     moments = 2 if config.train.optimizer == "adamw_8bit" else 8
     needs.append(_train("checkpoints", runs, _CHECKPOINTS * adapter * (4 + moments)))
     needs.append(_train("adapters", runs, 2 * adapter * 4))
@@ -274,20 +274,20 @@ def needed_memory_gib(config: Config, machine: Machine) -> float | None:
     Returns:
         GiB; none where the size of the base model is not known.
     """
-    from tinyagent_fast.training.sizing import preset_batch, with_batch
+    from tinyagent_fast.training.memory import preset_batch, with_batch
 
     model = config.model
     if not machine.torch_sees_gpu and model.weights in ("bf16", "fp16"):
         model = replace(model, weights="fp32")  # as training does
     config = with_batch(replace(config, model=model), preset_batch(config))
-    forecast = forecast_of(config, backend="transformers", usable_gib=0.0)
-    if forecast is None:
+    estimator = estimator_of(config, backend="transformers", usable_gib=0.0)
+    if estimator is None:
         return None
     if not machine.torch_sees_gpu:
-        return _LIBRARIES_GIB + forecast.as_configured().total_gib
-    shape = forecast.shape
+        return _LIBRARIES_GIB + estimator.estimate().total_gib
+    shape = estimator.shape
     needed = _CUDA_LIBRARIES_GIB + 2 * _weights(shape) / _GIB
     if model.gradient_checkpointing == "unsloth":
-        tokens = config.train.rows_per_batch * forecast.row_tokens
+        tokens = config.train.rows_per_batch * estimator.row_tokens
         needed += 2 * tokens * shape.hidden * shape.layers / _GIB  # every layer's input
     return needed

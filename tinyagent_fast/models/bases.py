@@ -21,6 +21,7 @@ from tinyagent_fast.data.reading import entry_from_json
 from tinyagent_fast.data.schema import Entry, Example
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.models.nano import (
+    RANDOM_SHAPE,
     NanoShape,
     PretrainProgress,
     PretrainSpec,
@@ -36,7 +37,6 @@ from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 _TOKENIZER_TEXTS = 2000
 _RANDOM_TEXTS = 200
-RANDOM_SHAPE = NanoShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2)
 
 
 def resolve_base(

@@ -28,6 +28,7 @@ class ModelShape:
     vocab: int
     tied: bool
     """Whether the token embedding is also the output layer."""
+    model_type: str = "llama"
 
     @classmethod
     def from_config(cls, raw: Mapping[str, object], source: str = "config.json") -> ModelShape:
@@ -65,6 +66,7 @@ class ModelShape:
             head_dim=size("head_dim", max(1, hidden // heads)),
             vocab=size("vocab_size"),
             tied=bool(raw.get("tie_word_embeddings", False)),
+            model_type=str(raw.get("model_type") or "llama"),
         )
 
     @property
@@ -76,6 +78,21 @@ class ModelShape:
     def kv_width(self) -> int:
         """Features of all key heads of a token, and of all value heads."""
         return self.kv_heads * self.head_dim
+
+    def linears(self, targets: Targets = "all-linear") -> list[tuple[int, int]]:
+        """List in and out features of a layer's linear modules."""
+        modules = nearest_family(self.model_type).linears_of(targets)
+        return [(getattr(self, one.inputs), getattr(self, one.outputs)) for one in modules]
+
+    @property
+    def body_weights(self) -> int:
+        """Weights of all layers' linear modules."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears())
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of embedding and output layer, counted once where they are one."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +258,15 @@ LLAMA = Family(
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA,)}
 """Families by `model_type`."""
+
+
+def nearest_family(model_type: str) -> Family:
+    """Give the row of a model type, or Llama's where there is none.
+
+    Most decoder-only models name their linear modules as Llama does, and peft refuses the others.
+    Such a model can be trained; export asks `family_of`.
+    """
+    return FAMILIES.get(model_type, LLAMA)
 
 
 def family_of(config: Mapping[str, Any], source: str = "config.json") -> Family:

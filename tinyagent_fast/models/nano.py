@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow
 
 if TYPE_CHECKING:
@@ -44,6 +45,24 @@ class NanoShape:
     heads: int = 4
     kv_heads: int = 2
     max_position_tokens: int = 16384
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """The same as sizes that memory is estimated from."""
+        return ModelShape(
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            vocab=self.vocab_pieces,
+            tied=True,
+        )
+
+
+RANDOM_SHAPE = NanoShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2)
+"""Of the base that is not trained at all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
         _choose_threads(session, dataset)
     prompts = encode_prompts(loaded.tokenizer, session.examples.validation)
     report = preflight(
-        trainer, loaded, dataset, prompts, config.eval.batch, forecast=session.forecast
+        trainer, loaded, dataset, prompts, config.eval.batch, estimator=session.estimator
     )
     _say_checked(session, report)
     if sharing.on:
@@ -182,13 +182,13 @@ def _say_checked(session: Session, report: PreflightReport) -> None:
         f"batch of {report.longest_batch_tokens} tokens in {report.longest_batch_s:.2f} s"
         + report.memory_text
     )
-    if session.forecast is not None and session.processes.is_main_process:
+    if session.estimator is not None and session.processes.is_main_process:
         measured = {
             "longest_batch_gib": report.longest_batch_gib,
             "longest_batch_predicted_gib": report.predicted_gib,
             "peak_gib": report.peak_gib,
         }
-        write_json(session.run.path / "memory.json", {**session.forecast.to_json(), **measured})
+        write_json(session.run.path / "memory.json", {**session.estimator.to_json(), **measured})
 
 
 def _choose_threads(session: Session, dataset: Any) -> None:

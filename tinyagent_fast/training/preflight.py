@@ -13,8 +13,7 @@ from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.inference.decoding import complete, generating
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
-from tinyagent_fast.training.footprint import GIB
-from tinyagent_fast.training.sizing import Forecast
+from tinyagent_fast.training.memory import GIB, MemoryEstimator
 from tinyagent_fast.training.trainer import collate, refuse_non_finite
 
 _EVALUATION_TOKENS = 4
@@ -56,7 +55,7 @@ def preflight(
     evaluation_prompts: Sequence[list[int]],
     evaluation_batch: int,
     *,
-    forecast: Forecast | None = None,
+    estimator: MemoryEstimator | None = None,
 ) -> PreflightReport:
     """Compare a real batch with ours, then run the longest batch and one evaluation batch.
 
@@ -66,7 +65,7 @@ def preflight(
         rows: The dataset that went into the trainer.
         evaluation_prompts: Prompts of the validation sample.
         evaluation_batch: Prompts generated together.
-        forecast: What the memory is predicted from; none predicts nothing.
+        estimator: What the memory is predicted from; none predicts nothing.
 
     Returns:
         What was measured.
@@ -91,7 +90,7 @@ def preflight(
         # cuBLAS and the driver report a lack of memory as an ordinary RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError) and not _names_memory(error):
             raise
-        raise _out_of_memory(trainer, evaluation_batch, error, forecast) from error
+        raise _out_of_memory(trainer, evaluation_batch, error, estimator) from error
     torch.set_rng_state(cpu_state)
     return PreflightReport(
         checked,
@@ -100,7 +99,7 @@ def preflight(
         evaluation_s,
         peak_gib=_reserved_gib() if cuda else None,
         longest_batch_gib=train_gib,
-        predicted_gib=forecast.as_configured(computed).total_gib if forecast else None,
+        predicted_gib=estimator.estimate(computed_tokens=computed).total_gib if estimator else None,
     )
 
 
@@ -245,7 +244,7 @@ def _evaluation_batch(
 
 
 def _out_of_memory(
-    trainer: Any, evaluation_batch: int, error: Exception, forecast: Forecast | None
+    trainer: Any, evaluation_batch: int, error: Exception, estimator: MemoryEstimator | None
 ) -> TrainingError:
     import torch
 
@@ -255,14 +254,14 @@ def _out_of_memory(
     rows = batch * accumulation
     smaller = max(n for n in range(1, max(1, batch // 2) + 1) if rows % n == 0)
     predicted = why = ""
-    if forecast is not None:
-        expected, usable_gib = forecast.as_configured(), forecast.usable_gib
-        predicted = f"; predicted {expected.total_gib:.1f} GiB for rows of {forecast.row_tokens} "
+    if estimator is not None:
+        expected, usable_gib = estimator.estimate(), estimator.usable_gib
+        predicted = f"; predicted {expected.total_gib:.1f} GiB for rows of {estimator.row_tokens} "
         predicted += f"tokens, {usable_gib:.1f} usable"
         why = "; by the prediction they do, so it is too low here"
         if not expected.fits(usable_gib):
-            how = forecast.config.model.gradient_checkpointing
-            found = forecast.largest(how, max(1, batch - 1))
+            how = estimator.config.model.gradient_checkpointing
+            found = estimator.largest_batch(how, max(1, batch - 1))
             smaller = found.batch
             why = f"; the largest batch predicted to fit is {smaller if found.fits else 'none'}"
     flags = f"--train.batch {smaller} --train.accumulation {rows // smaller} "
@@ -270,20 +269,20 @@ def _out_of_memory(
         f"out of memory in the longest batch ({peak:.1f} GiB reserved{predicted}; batch {batch}, "
         f"evaluation batch {evaluation_batch}): {str(error).splitlines()[0]}",
         f"the longest rows do not fit together; this was found before the first step{why}",
-        f"{flags}--eval.batch {max(1, evaluation_batch // 2)}{_other_remedy(forecast)}",
+        f"{flags}--eval.batch {max(1, evaluation_batch // 2)}{_other_remedy(estimator)}",
     )
 
 
-def _other_remedy(forecast: Forecast | None) -> str:
+def _other_remedy(estimator: MemoryEstimator | None) -> str:
     """Name the flags that save memory at the same batch."""
-    if forecast is None:
+    if estimator is None:
         return ", or --model.gradient-checkpointing unsloth"
-    config = forecast.config
+    config = estimator.config
     if config.model.gradient_checkpointing == "false":
-        predicted = forecast.predict(config.train.rows_per_batch, "unsloth")
+        predicted = estimator.estimate(config.train.rows_per_batch, "unsloth")
         text = ", or --model.gradient-checkpointing unsloth"
         return f"{text} (predicted {predicted.total_gib:.1f} GiB)"
     if config.model.weights != "nf4":
         return ", or --model.weights nf4"
-    shorter = forecast.row_tokens // 2
+    shorter = estimator.row_tokens // 2
     return f", or leave long rows out: --model.max-length-tokens {shorter} --data.over-long drop"

@@ -12,7 +12,8 @@ from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.bases import resolve_base
-from tinyagent_fast.models.loading import LoadedModel, choose_backend, load_for_training
+from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.rows import RowStatistics
 from tinyagent_fast.prompts.templates import template_hash
@@ -20,21 +21,21 @@ from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training.display import TrainingDisplay
-from tinyagent_fast.training.footprint import ERROR_SHARE, ModelShape
 from tinyagent_fast.training.inputs import (
     RunExamples,
     RunRows,
     encode_run_rows,
     load_run_examples,
 )
-from tinyagent_fast.training.resume import remember_or_compare, trainable_parameters
-from tinyagent_fast.training.sizing import (
-    Forecast,
+from tinyagent_fast.training.memory import (
+    ERROR_SHARE,
+    MemoryEstimator,
     RowLengths,
     preset_batch,
     usable_gib,
     with_batch,
 )
+from tinyagent_fast.training.resume import remember_or_compare, trainable_parameters
 from tinyagent_fast.training.trainer import optimizer_steps
 
 
@@ -50,7 +51,7 @@ class Session:
     loaded: LoadedModel
     tools: Mapping[str, Tool] | None
     display: TrainingDisplay
-    forecast: Forecast | None = None
+    estimator: MemoryEstimator | None = None
     """What its memory is predicted from; none without CUDA."""
     processes: Processes = field(default_factory=Processes)
     """Those that train together; the first one writes."""
@@ -99,8 +100,8 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
     folder = resolve_tokenizer_folder(base, config.model.revision)
     tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
     rows = _encoded(config, examples, tokenizer, display, processes)
-    config, forecast = _sized(config, base, rows.train.statistics, display, processes)
     loaded = load_for_training(config, base)
+    config, estimator = _sized(config, loaded, rows.train.statistics, display, processes)
     run = resume or processes.on_main_process(lambda: create_run(config))
     session = Session(
         run=run,
@@ -111,7 +112,7 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
         loaded=loaded,
         tools=scoring_tools(config),
         display=display,
-        forecast=forecast,
+        estimator=estimator,
         processes=processes,
     )
     processes.on_main_process(
@@ -152,11 +153,11 @@ def _encoded(
 
 def _sized(
     config: Config,
-    base: str,
+    loaded: LoadedModel,
     rows: RowStatistics,
     display: TrainingDisplay,
     processes: Processes,
-) -> tuple[Config, Forecast | None]:
+) -> tuple[Config, MemoryEstimator | None]:
     """Turn `batch: auto` into a number before anything uses it, and predict the run's memory."""
     automatic = config.train.batch == "auto"
     usable = usable_gib()
@@ -171,14 +172,13 @@ def _sized(
             )
         return config, None
     try:
-        shape = _shape_of(base, config.model.revision)
+        shape = ModelShape.from_config(loaded.model.config.to_dict())
     except ModelError as error:
         if automatic:
             raise
         display.say(f"memory cannot be predicted: {error.what}")
         return config, None
-    transformers = config.train.qat != "off"
-    forecast = Forecast(
+    estimator = MemoryEstimator(
         config=config,
         shape=shape,
         lengths=RowLengths(
@@ -187,32 +187,17 @@ def _sized(
             longest_tokens=rows.longest_tokens,
             supervised_tokens=rows.supervised_tokens / max(1, rows.rows),
         ),
-        backend="transformers" if transformers else choose_backend(config.model, cuda=True),
+        backend=loaded.backend,
         usable_gib=usable,
     )
     if automatic:
-        found = forecast.largest(config.model.gradient_checkpointing)
+        found = estimator.largest_batch(config.model.gradient_checkpointing)
         config = with_batch(config, found.batch)
         display.say(
             f"batch auto: {found.batch} x {found.accumulation} rows"
             + ("" if found.fits else ", although even one row may not fit by the prediction")
         )
-    return config, replace(forecast, config=config)
-
-
-def _shape_of(base: str, revision: str | None) -> ModelShape:
-    """Read the sizes of a base model, from its folder or from the hub."""
-    from transformers import AutoConfig
-
-    try:
-        raw = AutoConfig.from_pretrained(base, revision=revision).to_dict()
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"config of base model {base!r}",
-            f"it cannot be read: {error}",
-            "check the name and the network, or name a local folder with config.json",
-        ) from error
-    return ModelShape.from_config(raw, f"config of {base}")
+    return config, replace(estimator, config=config)
 
 
 def _data_record(session: Session) -> dict[str, Any]:
@@ -234,11 +219,11 @@ def _data_record(session: Session) -> dict[str, Any]:
     }
 
 
-def _memory_fact(forecast: Forecast | None) -> dict[str, str]:
-    if forecast is None:
+def _memory_fact(estimator: MemoryEstimator | None) -> dict[str, str]:
+    if estimator is None:
         return {}
-    predicted, usable = forecast.as_configured(), forecast.usable_gib
-    verdict = "" if predicted.fits(usable) else "; it may not fit (tinyagent-fast plan says more)"
+    predicted, usable = estimator.estimate(), estimator.usable_gib
+    verdict = "" if predicted.fits(usable) else "; it may not fit (tinyagent-fast memory says more)"
     return {
         "memory": f"predicted {predicted.total_gib:.1f} GiB +-{100 * ERROR_SHARE:.0f} % for the "
         f"longest micro-batch, {usable:.1f} GiB usable{verdict}"
@@ -282,7 +267,7 @@ def _header(session: Session) -> None:
         "steps": f"{steps if train.batching != 'packed' else 'packed rows:'} "
         f"of {train.batch} x {train.accumulation} rows, {train.batching}",
         **_processes_fact(session),
-        **_memory_fact(session.forecast),
+        **_memory_fact(session.estimator),
         "rate": f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}",
     }
     session.display.header("tinyagent-fast train", facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 import weakref
@@ -15,21 +16,14 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.models.families import LLAMA, ModelShape
 from tinyagent_fast.presets import preset_config
-from tinyagent_fast.training.footprint import (
+from tinyagent_fast.training.memory import (
     GIB,
-    MemoryPrediction,
-    ModelShape,
-    hours_per_epoch,
-    predict_memory,
-    step_flops,
-)
-from tinyagent_fast.training.sizing import (
-    Forecast,
-    Recommendation,
+    MemoryEstimate,
+    MemoryEstimator,
     RowLengths,
-    recommend,
-    rows_per_step,
+    preset_batch,
     with_batch,
 )
 
@@ -59,23 +53,25 @@ FULL_LOGITS = 18
 """Bytes of a logit where all are made at once, in the figures of plain transformers."""
 
 
-def predicted(shape: ModelShape = TINYLLAMA, **changes: Any) -> MemoryPrediction:
-    """Predict for a micro-batch of one published row, with changes."""
-    model = ModelConfig(weights=changes.pop("weights", "nf4"))
-    lora = LoraConfig(
-        rank=changes.pop("rank", 16),
-        dropout=changes.pop("dropout", 0.0),
-        targets=changes.pop("targets", "all-linear"),
+def predicted(shape: ModelShape = TINYLLAMA, **changes: Any) -> MemoryEstimate:
+    """Estimate for a micro-batch of one published row, with changes."""
+    row_tokens = changes.pop("row_tokens", 4608)
+    checkpointing = changes.pop("checkpointing", "unsloth")
+    batch, computed = changes.pop("batch", 1), changes.pop("computed_tokens", None)
+    others = {key: changes.pop(key) for key in ("usable_gib",) if key in changes}
+    backend = changes.pop("backend", "unsloth")
+    config = Config(
+        model=ModelConfig(weights=changes.pop("weights", "nf4")),
+        train=TrainConfig(optimizer=changes.pop("optimizer", "adamw_8bit")),
+        lora=LoraConfig(**{"rank": 16, **changes}),
     )
-    plain = {
-        "optimizer": "adamw_8bit",
-        "backend": "unsloth",
-        "batch": 1,
-        "row_tokens": 4608,
-        "supervised_tokens": 88,
-        "checkpointing": "unsloth",
-    }
-    return predict_memory(shape, model, lora, **{**plain, **changes})
+    lengths = RowLengths(
+        rows=1, mean_tokens=row_tokens, longest_tokens=row_tokens, supervised_tokens=88
+    )
+    estimator = MemoryEstimator(
+        config=config, shape=shape, lengths=lengths, backend=backend, **others
+    )
+    return estimator.estimate(batch, checkpointing, computed_tokens=computed)
 
 
 def bytes_per_token(part: str, shape: ModelShape = TINYLLAMA, **changes: Any) -> float:
@@ -144,32 +140,21 @@ def test_most_rows_without_checkpointing_on_an_l4_are_about_18_000_tokens() -> N
 def test_the_work_of_a_token_is_the_published_one(
     checkpointing: Any, row_tokens: int, giga_per_token: float
 ) -> None:
-    lora = LoraConfig(rank=16)
-    got = step_flops(
-        TINYLLAMA,
-        lora,
-        tokens=1,
-        row_tokens=row_tokens,
-        head_tokens=1,
-        checkpointing=checkpointing,
+    lengths = RowLengths(
+        rows=1, mean_tokens=row_tokens, longest_tokens=row_tokens, supervised_tokens=88
     )
-    assert got / 1e9 == pytest.approx(giga_per_token, rel=0.03)
+    flops = estimator_of(Config(lora=LoraConfig(rank=16)), lengths=lengths).flops_per_epoch(
+        checkpointing
+    )
+    assert flops / row_tokens / 1e9 == pytest.approx(giga_per_token, rel=0.03)
 
 
 @pytest.mark.parametrize(("checkpointing", "hours"), [("false", 10.6), ("true", 15.1)])
 def test_three_epochs_on_an_l4_take_at_least_the_published_hours(
     checkpointing: Any, hours: float
 ) -> None:
-    tokens = 3 * PUBLISHED.rows * PUBLISHED.mean_tokens
-    flops = step_flops(
-        TINYLLAMA,
-        LoraConfig(rank=16),
-        tokens=tokens,
-        row_tokens=PUBLISHED.mean_tokens,
-        head_tokens=tokens,
-        checkpointing=checkpointing,
-    )
-    assert hours_per_epoch(flops, 57) == pytest.approx(hours, rel=0.02)
+    flops = 3 * estimator_of(Config(lora=LoraConfig(rank=16))).flops_per_epoch(checkpointing)
+    assert flops / (57e12 * 3600) == pytest.approx(hours, rel=0.02)
 
 
 COUNTED = ModelShape(
@@ -211,14 +196,13 @@ def test_transformers_keep_what_is_predicted(
         checkpointing=checkpointing,
         batch=batch,
         row_tokens=tokens,
-        supervised_tokens=supervised,
         backend="transformers",
     )
     assert (got.activations_gib + got.logits_gib) * GIB == pytest.approx(counted, rel=0.1)
 
 
 def _counted_bytes(
-    weights: str, targets: str, checkpointing: str, batch: int, tokens: int, supervised: int
+    weights: str, targets: Any, checkpointing: str, batch: int, tokens: int, supervised: int
 ) -> int:
     """Train once on a CPU and count the bytes of all tensors that live at the same time."""
     import torch
@@ -226,8 +210,6 @@ def _counted_bytes(
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
-
-    from tinyagent_fast.models.loading import TARGET_MODULES
 
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -247,7 +229,7 @@ def _counted_bytes(
     if checkpointing == "true":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    adapter = PeftLora(r=16, lora_dropout=0.0, target_modules=TARGET_MODULES[targets])
+    adapter = PeftLora(r=16, lora_dropout=0.0, target_modules=LLAMA.target_modules(targets))
     model = get_peft_model(model, adapter).train()
     base = model.get_base_model()
     ids = torch.zeros(batch, tokens, dtype=torch.long)
@@ -315,7 +297,7 @@ SIZES = st.fixed_dictionaries(
         "batch": st.integers(1, 64),
         "row_tokens": st.integers(1, 40_000),
         "rank": st.integers(1, 256),
-        "usable_gib": st.one_of(st.none(), st.floats(4, 100)),
+        "usable_gib": st.one_of(st.just(math.inf), st.floats(4, 100)),
     }
 )
 
@@ -328,7 +310,7 @@ def test_more_rows_longer_rows_and_more_rank_never_need_less(
     some = predicted(**sizes)
     larger = predicted(**{**sizes, name: sizes[name] + more})
     assert larger.total_gib >= some.total_gib - 1e-9
-    if sizes["usable_gib"] is None:
+    if sizes["usable_gib"] == math.inf:
         assert larger.total_gib > some.total_gib
 
 
@@ -365,7 +347,7 @@ def test_smaller_weights_take_less_and_the_8_bit_optimizer_too() -> None:
 
 def test_a_shared_beginning_is_paid_for_once() -> None:
     """Four rows that share 1,865 tokens, as one stream, and as a padded batch."""
-    changes = {"batch": 4, "supervised_tokens": 4 * 88, "checkpointing": "false"}
+    changes = {"batch": 4, "checkpointing": "false"}
     computed = 1865 + 4 * (4608 - 1865)
     for backend in ("transformers", "unsloth"):
         padded = predicted(backend=backend, **changes)
@@ -415,13 +397,16 @@ def test_a_config_without_a_size_is_refused_by_name(value: object) -> None:
         ModelShape.from_config({**RAW, "hidden_size": value}, "my/config.json")
 
 
-def forecast_of(
-    config: Config, usable_gib: float = 21.5, backend: str = "unsloth", longest: int = 4608
-) -> Forecast:
-    return Forecast(
+def estimator_of(
+    config: Config,
+    usable_gib: float = 21.5,
+    backend: str = "unsloth",
+    lengths: RowLengths = PUBLISHED,
+) -> MemoryEstimator:
+    return MemoryEstimator(
         config=config,
         shape=TINYLLAMA,
-        lengths=replace(PUBLISHED, longest_tokens=longest),
+        lengths=lengths,
         backend=backend,
         usable_gib=usable_gib,
     )
@@ -432,35 +417,35 @@ def with_train(config: Config, **changes: Any) -> Config:
 
 
 def test_an_l4_needs_no_checkpointing_for_two_of_the_longest_rows() -> None:
-    found = recommend(forecast_of(preset_config("l4")))
+    found = estimator_of(preset_config("l4")).recommend()
     assert found.checkpointing == "false"
-    assert (found.batch, found.accumulation, found.row_tokens) == (2, 8, 4608)
+    assert (found.batch, found.accumulation) == (2, 8)
     assert found.fits
 
 
 def test_a_card_too_small_for_two_rows_computes_again_instead() -> None:
     for backend, checkpointing in (("unsloth", "unsloth"), ("transformers", "true")):
-        found = recommend(forecast_of(preset_config("l4"), 8.0, backend))
+        found = estimator_of(preset_config("l4"), 8.0, backend).recommend()
         assert found.checkpointing == checkpointing
         assert found.fits
 
 
 def test_a_batch_of_one_that_was_asked_for_is_enough_to_leave_checkpointing_out() -> None:
     one = with_train(preset_config("l4"), batch=1, accumulation=16)
-    found = recommend(forecast_of(one, 9.0))
+    found = estimator_of(one, 9.0).recommend()
     assert (found.checkpointing, found.batch) == ("false", 1)
-    assert recommend(forecast_of(preset_config("l4"), 9.0)).checkpointing == "unsloth"
+    assert estimator_of(preset_config("l4"), 9.0).recommend().checkpointing == "unsloth"
 
 
 def test_where_nothing_fits_a_batch_of_one_is_named_as_not_fitting() -> None:
-    found = recommend(forecast_of(preset_config("l4"), 1.5, "transformers"))
+    found = estimator_of(preset_config("l4"), 1.5, "transformers").recommend()
     assert (found.batch, found.accumulation, found.fits) == (1, 16, False)
 
 
 def test_packed_rows_are_as_long_as_the_longest_allowed() -> None:
     config = with_train(preset_config("l4"), batching="packed")
     config = replace(config, model=replace(config.model, max_length_tokens=8192))
-    assert recommend(forecast_of(config)).row_tokens == 8192
+    assert estimator_of(config).row_tokens == 8192
 
 
 @given(
@@ -483,16 +468,17 @@ def test_the_largest_batch_keeps_the_rows_of_a_step_and_no_larger_one_fits(
     most: int | None,
 ) -> None:
     config = Config(train=TrainConfig(batch=batch, accumulation=accumulation))
-    forecast = forecast_of(config, usable_gib, backend, longest)
-    found = forecast.largest(how, most)
+    lengths = replace(PUBLISHED, longest_tokens=longest)
+    estimator = estimator_of(config, usable_gib, backend, lengths)
+    found = estimator.largest_batch(how, most)
     wanted = batch * accumulation
     assert found.batch * found.accumulation == wanted
-    assert found.fits == found.prediction.fits(usable_gib)
+    assert found.fits == found.estimate.fits(usable_gib)
     assert found.fits or found.batch == 1
-    assert found.prediction == forecast.predict(found.batch, how)
+    assert found.estimate == estimator.estimate(found.batch, how)
     for larger in range(found.batch + 1, min(wanted, most or wanted) + 1):
         if wanted % larger == 0:
-            assert not forecast.predict(larger, how).fits(usable_gib)
+            assert not estimator.estimate(larger, how).fits(usable_gib)
 
 
 @given(st.integers(1, 16), st.sampled_from(["unsloth", "transformers"]), st.floats(1, 150))
@@ -501,18 +487,18 @@ def test_a_recommendation_fits_wherever_any_batch_does(
     batch: int, backend: str, usable_gib: float
 ) -> None:
     config = with_train(preset_config("l4"), batch=batch)
-    forecast = forecast_of(config, usable_gib, backend)
-    found: Recommendation = recommend(forecast)
-    assert found.fits == any(forecast.predict(1, c).fits(usable_gib) for c in CHECKPOINTINGS)
+    estimator = estimator_of(config, usable_gib, backend)
+    found = estimator.recommend()
+    assert found.fits == any(estimator.estimate(1, c).fits(usable_gib) for c in CHECKPOINTINGS)
 
 
 def test_an_automatic_batch_keeps_the_rows_of_a_step_of_its_preset() -> None:
     config = preset_config("a100")
     auto = with_train(config, batch="auto")
-    assert rows_per_step(auto) == rows_per_step(config) == 16
-    assert rows_per_step(with_train(auto, accumulation=6)) == 4 * 6
-    assert rows_per_step(Config(preset="mine", train=TrainConfig(batch="auto"))) == 8
-    found = recommend(forecast_of(auto))
+    assert preset_batch(auto) == preset_batch(config) == 4
+    assert with_batch(with_train(auto, accumulation=6), 8).train.accumulation == 3
+    assert preset_batch(Config(preset="mine", train=TrainConfig(batch="auto"))) == 1
+    found = estimator_of(auto).recommend()
     resolved = with_batch(auto, found.batch)
     assert resolved.train.rows_per_batch == found.batch
     assert resolved.train.rows_per_batch * resolved.train.accumulation == 16
@@ -521,7 +507,7 @@ def test_an_automatic_batch_keeps_the_rows_of_a_step_of_its_preset() -> None:
 
 def test_predicting_imports_no_torch() -> None:
     code = (
-        "import sys; import tinyagent_fast.training.planning; "
+        "import sys; import tinyagent_fast.training.memory; "
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

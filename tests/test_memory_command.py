@@ -1,4 +1,4 @@
-"""`plan`: what fits a card, what is recommended for it, and where the figures come from."""
+"""`memory`: what fits a card, what is recommended for it, and where the figures come from."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Plan = Callable[..., dict[str, Any]]
 def text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Return a function that runs `plan` in an empty folder and gives all that it prints."""
+    """Return a function that runs `memory` in an empty folder and gives all that it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TINYAGENT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*words: str, code: int = 0) -> str:
-        assert main(["plan", *words]) == code
+        assert main(["memory", *words]) == code
         captured = capsys.readouterr()
         return captured.out + captured.err
 
@@ -60,7 +60,7 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 from tinyagent_fast.cli import main
-sys.exit(main(["plan", "--card", "l4"]))
+sys.exit(main(["memory", "--card", "l4"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
@@ -74,6 +74,17 @@ sys.exit(main(["plan", "--card", "l4"]))
         "hours per epoch at 70-85 % of 57 TFLOP/s",
     ):
         assert words in done.stdout
+
+
+def test_the_former_name_of_the_command_still_works(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["memory", "--json"]) == 0
+    expected = capsys.readouterr()
+    assert main(["plan", "--json"]) == 0
+    got = capsys.readouterr()
+    assert got.out == expected.out
+    assert "memory" in got.err and not expected.err
 
 
 def test_every_batch_weight_and_checkpointing_has_a_prediction(plan: Plan) -> None:

@@ -1,6 +1,6 @@
-"""`plan`: memory and hours of a config on a card, before one is rented.
+"""`memory`: memory and hours of a config on a card, before one is rented.
 
-Needs neither GPU nor torch: everything is predicted from shapes, so all figures are estimates.
+Needs neither GPU nor torch: everything is estimated from shapes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from tinyagent_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinyagent_fast.config import Checkpointing, Config, Weights
-    from tinyagent_fast.training.footprint import MemoryPrediction
-    from tinyagent_fast.training.sizing import Forecast, Recommendation
+    from tinyagent_fast.training.memory import BatchChoice, MemoryEstimate, MemoryEstimator
 
 _BATCHES = (1, 2, 4, 8, 16)
 _WEIGHTS: tuple[Weights, ...] = ("nf4", "bf16")
 _NAMES = {"false": "off", "true": "true", "unsloth": "unsloth"}
-_MARKS = {"fits": "", "perhaps": " ?", "no": " x"}
-_STYLES = {"fits": "green", "perhaps": "yellow", "no": "red"}
-_REACHED = (0.70, 0.85)
-"""Share of a matmul rate that good training kernels reach."""
+_MARKS = {"fits": ("", "green"), "perhaps": (" ?", "yellow"), "no": (" x", "red")}
+_REACHED = (0.85, 0.70)
+"""Shares of a matmul rate between which good training kernels lie."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ _CARDS = {"t4": _Card(14.6, 24), "l4": _Card(22.16, 57), "a100": _Card(40.0, 265
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Predict memory and hours.
+    """Estimate memory and hours.
 
     Args:
         arguments: Flags of the command: those of `train`, and what describes card and rows.
@@ -55,34 +53,41 @@ def run(arguments: Sequence[str]) -> int:
         0, also where nothing fits: the table says so.
     """
     flags, rest = _flags(arguments)
-    config = resolve_config("plan", rest, lambda: _preset_for(flags), more_flags=_FLAGS_HELP)
-    from tinyagent_fast.training.footprint import RESERVE_GIB
-    from tinyagent_fast.training.planning import base_shape, row_lengths
-    from tinyagent_fast.training.sizing import Forecast, recommend
+    config = resolve_config("memory", rest, lambda: _preset_for(flags), more_flags=_FLAGS_HELP)
+    from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, base_shape, row_lengths
 
     card = _card(flags, config)
     lengths, counted = row_lengths(config, flags.lengths)
-    forecast = Forecast(
+    estimator = MemoryEstimator(
         config=config,
         shape=base_shape(config.model.base),
         lengths=lengths,
         backend=_backend(config),
         usable_gib=card.gib - RESERVE_GIB,
     )
-    found = recommend(forecast)
+    found = estimator.recommend()
     answer = {
         "base": config.model.base,
-        "shape": asdict(forecast.shape),
-        "backend": forecast.backend,
+        "shape": asdict(estimator.shape),
+        "backend": estimator.backend,
         "gpu_gib": card.gib,
-        "usable_gib": forecast.usable_gib,
+        "usable_gib": estimator.usable_gib,
         "lengths": {**asdict(lengths), "source": counted},
-        "row_tokens": forecast.row_tokens,
-        "predictions": _predictions(forecast),
-        "recommendation": _recommended(found, _command(rest, config, found)),
+        "row_tokens": estimator.row_tokens,
+        "predictions": _every_estimate(estimator),
+        "recommendation": {
+            "batch": found.batch,
+            "accumulation": found.accumulation,
+            "row_tokens": estimator.row_tokens,
+            "checkpointing": _NAMES[found.checkpointing],
+            "total_gib": round(found.estimate.total_gib, 3),
+            "fits": found.fits,
+            "command": _command(rest, config, found),
+        },
         "tflops": card.tflops,
         "hours_per_epoch": {
-            _NAMES[how]: _hours(forecast, how, card.tflops) for how in _checkpointings(forecast)
+            _NAMES[how]: _hours(estimator.flops_per_epoch(how), card.tflops)
+            for how in _checkpointings(estimator)
         },
     }
     print(json.dumps(answer, indent=2)) if flags.json else _show(answer, config)
@@ -96,7 +101,9 @@ _FLAGS_HELP = (
 
 
 def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="tinyagent-fast plan", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="tinyagent-fast memory", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--card", choices=sorted(_CARDS))
     parser.add_argument("--gpu-gib", type=float)
     parser.add_argument("--tflops", type=float)
@@ -117,16 +124,16 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _preset_for(flags: argparse.Namespace) -> str:
     """Take the preset of the card, or of a card with as much memory."""
+    from tinyagent_fast.commands.train import preset_of_card
+
     if flags.gpu_gib is None:
         return flags.card or "l4"
-    return "t4" if flags.gpu_gib < 18 else "l4" if flags.gpu_gib < 36 else "a100"
+    return preset_of_card(flags.gpu_gib, capability_major=8)
 
 
 def _card(flags: argparse.Namespace, config: Config) -> _Card:
     card = _CARDS[flags.card or (config.preset if config.preset in _CARDS else "l4")]
-    if flags.gpu_gib is not None:
-        card = replace(card, gib=flags.gpu_gib)
-    return card if flags.tflops is None else replace(card, tflops=flags.tflops)
+    return _Card(flags.gpu_gib or card.gib, flags.tflops or card.tflops)
 
 
 def _backend(config: Config) -> str:
@@ -136,63 +143,50 @@ def _backend(config: Config) -> str:
     return "unsloth" if config.model.backend == "auto" else config.model.backend
 
 
-def _checkpointings(forecast: Forecast) -> tuple[Checkpointing, ...]:
-    return ("false", "true", "unsloth") if forecast.backend == "unsloth" else ("false", "true")
+def _checkpointings(estimator: MemoryEstimator) -> tuple[Checkpointing, ...]:
+    return ("false", "true", "unsloth") if estimator.backend == "unsloth" else ("false", "true")
 
 
-def _predictions(forecast: Forecast) -> list[dict[str, Any]]:
+def _every_estimate(estimator: MemoryEstimator) -> list[dict[str, Any]]:
+    """Estimate each batch with each kind of weights and checkpointing."""
     rows = []
     for weights in _WEIGHTS:
-        model = replace(forecast.config.model, weights=weights)
-        of_weights = replace(forecast, config=replace(forecast.config, model=model))
-        for how in _checkpointings(forecast):
+        model = replace(estimator.config.model, weights=weights)
+        of_weights = replace(estimator, config=replace(estimator.config, model=model))
+        for how in _checkpointings(estimator):
             for batch in _BATCHES:
-                got = of_weights.predict(batch, how)
-                sizes = {"batch": batch, "weights": weights, "checkpointing": _NAMES[how]}
-                rows.append({**sizes, **_parts(got), "fits": _verdict(got, forecast.usable_gib)})
+                got = of_weights.estimate(batch, how)
+                parts = {name: round(gib, 3) for name, gib in asdict(got).items()}
+                rows.append(
+                    {
+                        "batch": batch,
+                        "weights": weights,
+                        "checkpointing": _NAMES[how],
+                        **parts,
+                        "total_gib": round(got.total_gib, 3),
+                        "fits": _verdict(got, estimator.usable_gib),
+                    }
+                )
     return rows
 
 
-def _parts(got: MemoryPrediction) -> dict[str, float]:
-    parts = {name: round(value, 3) for name, value in asdict(got).items()}
-    return {**parts, "total_gib": round(got.total_gib, 3)}
-
-
-def _verdict(got: MemoryPrediction, usable_gib: float) -> str:
+def _verdict(got: MemoryEstimate, usable_gib: float) -> str:
     if got.fits(usable_gib):
         return "fits"
     return "perhaps" if got.fits(usable_gib, error_share=0.0) else "no"
 
 
-def _recommended(found: Recommendation, command: str) -> dict[str, Any]:
-    return {
-        "batch": found.batch,
-        "accumulation": found.accumulation,
-        "row_tokens": found.row_tokens,
-        "checkpointing": _NAMES[found.checkpointing],
-        "total_gib": round(found.prediction.total_gib, 3),
-        "fits": found.fits,
-        "command": command,
-    }
-
-
-def _command(rest: Sequence[str], config: Config, found: Recommendation) -> str:
+def _command(rest: Sequence[str], config: Config, found: BatchChoice) -> str:
     """Write the command that trains so: what was given, and the recommended flags."""
     ours = {
         "--train.batch": str(found.batch),
         "--train.accumulation": str(found.accumulation),
         "--model.gradient-checkpointing": found.checkpointing,
     }
-    words = []
-    skip = False
-    for word in rest:
-        name = word.partition("=")[0].replace("_", "-")
-        if name in ours:
-            skip = "=" not in word
-        elif not skip:
-            words.append(word)
-        else:
-            skip = False
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (*ours, "--model.gradient_checkpointing"):
+        given.add_argument(name)
+    _, words = given.parse_known_args(list(rest))
     if not any(word.partition("=")[0] in ("--preset", "--config") for word in words):
         words = ["--preset", config.preset, *words]
     for name, value in ours.items():
@@ -200,22 +194,9 @@ def _command(rest: Sequence[str], config: Config, found: Recommendation) -> str:
     return f"tinyagent-fast train {shlex.join(words)}"
 
 
-def _hours(forecast: Forecast, how: Checkpointing, tflops: float) -> list[float]:
-    """Give the hours of an epoch at the best and the worst share of the card's rate."""
-    from tinyagent_fast.training.footprint import hours_per_epoch, step_flops
-
-    lengths = forecast.lengths
-    tokens = lengths.rows * lengths.mean_tokens
-    supervised = lengths.rows * lengths.supervised_tokens
-    flops = step_flops(
-        forecast.shape,
-        forecast.config.lora,
-        tokens=tokens,
-        row_tokens=lengths.mean_tokens,
-        head_tokens=tokens if forecast.backend == "unsloth" else supervised,
-        checkpointing=how,
-    )
-    return [round(hours_per_epoch(flops, tflops * share), 2) for share in reversed(_REACHED)]
+def _hours(flops: float, tflops: float) -> list[float]:
+    """Give the hours at the best and the worst share of the card's rate."""
+    return [round(flops / (tflops * share * 1e12 * 3600), 2) for share in _REACHED]
 
 
 def _show(answer: dict[str, Any], config: Config) -> None:
@@ -227,8 +208,9 @@ def _show(answer: dict[str, Any], config: Config) -> None:
     usable, lengths = answer["usable_gib"], answer["lengths"]
     columns: dict[tuple[str, str], dict[int, Text]] = {}
     for row in answer["predictions"]:
-        cell = Text(f"{row['total_gib']:.1f}{_MARKS[row['fits']]}", _STYLES[row["fits"]])
-        columns.setdefault((row["weights"], row["checkpointing"]), {})[row["batch"]] = cell
+        mark, style = _MARKS[row["fits"]]
+        cells = columns.setdefault((row["weights"], row["checkpointing"]), {})
+        cells[row["batch"]] = Text(f"{row['total_gib']:.1f}{mark}", style)
     table = Table(title=f"GiB of a micro-batch of rows of {answer['row_tokens']:,} tokens")
     table.add_column("rows", justify="right")
     for weights, checkpointing in columns:
@@ -256,25 +238,25 @@ def _show(answer: dict[str, Any], config: Config) -> None:
 
 def _advice(answer: dict[str, Any], config: Config) -> list[str]:
     found = answer["recommendation"]
-    lines = [""]
+    lines = [
+        "",
+        f"not even one row fits for certain: {found['total_gib']:.1f} GiB; take a card with "
+        "more memory, --model.weights nf4, or shorter rows (--model.max-length-tokens with "
+        "--data.over-long drop)",
+    ]
     if found["fits"]:
-        lines.append(
+        lines = [
+            "",
             f"recommended: {found['batch']} x {found['accumulation']} rows, checkpointing "
-            f"{found['checkpointing']}, {config.model.weights}: {found['total_gib']:.1f} GiB"
-        )
-        lines.append(f"  {found['command']}")
-    else:
-        lines.append(
-            f"not even one row fits for certain: {found['total_gib']:.1f} GiB; take a card with "
-            "more memory, --model.weights nf4, or shorter rows (--model.max-length-tokens with "
-            "--data.over-long drop)"
-        )
+            f"{found['checkpointing']}, {config.model.weights}: {found['total_gib']:.1f} GiB",
+            f"  {found['command']}",
+        ]
     hours = ", ".join(
         f"{best:.1f}-{worst:.1f} with checkpointing {how}"
         for how, (best, worst) in answer["hours_per_epoch"].items()
     )
     lines.append(
-        f"hours per epoch at {100 * _REACHED[0]:.0f}-{100 * _REACHED[1]:.0f} % of "
+        f"hours per epoch at {100 * _REACHED[1]:.0f}-{100 * _REACHED[0]:.0f} % of "
         f"{answer['tflops']:g} TFLOP/s: {hours}"
     )
     if config.train.epochs != 1 and config.train.max_steps is None:

@@ -1,0 +1,494 @@
+"""Memory and hours of a training run, estimated from shapes: before a GPU is rented or filled.
+
+The command `memory` prints the estimates, `--train.batch auto` is resolved by them, and `doctor`
+and the checks before step 1 compare them with what there is. It needs no torch, but can ask it for
+the memory of the GPU at hand.
+
+The estimates are good to 15-20 % and not measured on a GPU. What transformers and peft keep for the
+backward pass was counted on a CPU in bf16 autocast (transformers 5.17, peft 0.21, torch 2.13), and
+tests count it again. What Unsloth keeps is read from its kernels (2026.10), and its backward pass
+is fitted to the context lengths that Unsloth published for an 8B model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
+from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.presets import PRESETS, REAL_TRAIN
+
+if TYPE_CHECKING:
+    from tinyagent_fast.prompts.tokens import EncodedRow
+
+GIB = 2**30
+ERROR_SHARE = 0.15
+"""A batch counts as fitting only if it does with this much more than estimated."""
+RESERVE_GIB = 0.66
+"""What the CUDA context takes of a card. Source: torch sees 22.16 GiB of an L4, 21.5 are usable."""
+
+# 4 bits, an 8-bit scale for 64 weights and a 32-bit one for 256 scales.
+# Source: QLoRA, arXiv 2305.14314, double quantisation.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# bf16 logits, their fp32 copy, its log-softmax and the gradients. Source: counted on TRL's chunked
+# loss, and `_CE_BYTES_PER_LOGIT` in unsloth_zoo/fused_losses/cross_entropy_loss.py.
+_BYTES_PER_LOGIT = 16
+# Rows of logits at a time. Source: `_CHUNKED_LM_HEAD_CHUNK_SIZE` in trl/trainer/sft_trainer.py.
+_CHUNK_TOKENS = 256
+# Unsloth's loss takes half of the free memory, but no more than this. Source: `_CE_TARGET_GB_CAP`.
+_FUSED_LOSS_GIB = 4.0
+_WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS. Source: torch's notes on CUBLAS_WORKSPACE_CONFIG
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLengths:
+    """Lengths of the training rows."""
+
+    rows: int
+    mean_tokens: float
+    longest_tokens: int
+    supervised_tokens: float
+    """Mean tokens with loss of a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Peak memory of a micro-batch by what it is for."""
+
+    weights_gib: float
+    adapter_and_optimizer_gib: float
+    activations_gib: float
+    """Kept for the backward pass, and the most that one layer's backward pass adds."""
+    kept_gib: float
+    """The part of activations_gib that is there when the loss is computed."""
+    logits_gib: float
+    """What the loss needs beyond what the backward pass needs later anyway."""
+    overhead_gib: float
+    """Attention mask, one dequantised weight and workspace."""
+    shrinkable_gib: float = 0.0
+    """How much of logits_gib is given up where memory is short (Unsloth cuts its chunks to it)."""
+
+    @property
+    def total_gib(self) -> float:
+        """All of it."""
+        static_gib = self.weights_gib + self.adapter_and_optimizer_gib + self.overhead_gib
+        return static_gib + self.activations_gib + self.logits_gib
+
+    def fits(self, usable_gib: float, *, error_share: float = ERROR_SHARE) -> bool:
+        """Say whether the micro-batch fits, also when this much more than estimated is needed."""
+        return (self.total_gib - self.shrinkable_gib) * (1 + error_share) <= usable_gib
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchChoice:
+    """A batch for a card, with the accumulation that keeps the rows of an optimizer step."""
+
+    batch: int
+    accumulation: int
+    checkpointing: Checkpointing
+    estimate: MemoryEstimate
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimator:
+    """Estimates memory and work of a run from its config, model and rows."""
+
+    config: Config
+    shape: ModelShape
+    lengths: RowLengths
+    backend: str
+    """`unsloth` or `transformers`, with `auto` resolved."""
+    usable_gib: float = math.inf
+    """Memory of the card without what is reserved."""
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row of a micro-batch, packed rows being filled up."""
+        packed = self.config.train.batching == "packed"
+        return self.config.model.max_length_tokens if packed else self.lengths.longest_tokens
+
+    def estimate(
+        self,
+        batch: int | None = None,
+        checkpointing: Checkpointing | None = None,
+        *,
+        computed_tokens: int | None = None,
+    ) -> MemoryEstimate:
+        """Estimate the peak that torch reserves for a micro-batch of the longest rows.
+
+        What quantisation-aware training keeps besides is not counted.
+
+        Args:
+            batch: Its rows; None takes the config's, which must be a number by now.
+            checkpointing: What is computed again; None takes the config's.
+            computed_tokens: Tokens computed where prefixes are shared; None for a padded batch.
+        """
+        shape, model, train = self.shape, self.config.model, self.config.train
+        batch = train.rows_per_batch if batch is None else batch
+        tokens = batch * self.row_tokens if computed_tokens is None else computed_tokens
+        unsloth = self.backend == "unsloth"
+        # Unsloth drops the mask, and a packed sequence has none of this size.
+        masked = not unsloth and computed_tokens is None and batch > 1
+        # prepare_model_for_kbit_training turns all that is not in 4 bits into fp32. Source: peft.
+        wide = 4 if model.weights == "fp32" or (model.weights == "nf4" and not unsloth) else 2
+        held = 4 if model.weights == "fp32" else 2
+        token = (
+            _unsloth_token(shape, self.config.lora, held)
+            if unsloth
+            else _plain_token(shape, self.config.lora, held, wide, masked)
+        )
+        kept, backward = token.kept_and_backward(
+            shape.layers, checkpointing or model.gradient_checkpointing
+        )
+        weight = {"nf4": _NF4_BYTES, "fp32": 4}.get(model.weights, 2)
+        weights_gib = (shape.body_weights * weight + shape.embedding_weights * wide) / GIB
+        # fp32 weight and gradient, and AdamW's two moments in 8 or 32 bits.
+        moments = 2 if train.optimizer == "adamw_8bit" else 8
+        adapter_gib = adapter_weights(shape, self.config.lora) * (8 + moments) / GIB
+        if unsloth:  # its loss runs over every token
+            loss_gib = min(tokens * shape.vocab * _BYTES_PER_LOGIT / GIB, _FUSED_LOSS_GIB)
+            free_gib = self.usable_gib - weights_gib - adapter_gib - tokens * kept / GIB
+            loss_gib = min(loss_gib, max(0.0, free_gib / 2))
+        else:
+            supervised = round(batch * self.lengths.supervised_tokens)
+            rows = min(_CHUNK_TOKENS, tokens if computed_tokens is None else supervised)
+            copied_head = 2 * shape.hidden if wide == 4 else 0  # autocast's copy of an fp32 head
+            loss_gib = shape.vocab * (rows * _BYTES_PER_LOGIT + copied_head) / GIB
+        logits_gib = max(0.0, loss_gib - tokens * backward / GIB)
+        largest = max(inputs * outputs for inputs, outputs in shape.linears())
+        dequantised = 2 * largest if model.weights == "nf4" else 0
+        # A truth value and a 16-bit bias for each pair of tokens.
+        mask = 3 * batch * self.row_tokens**2 if masked else 0
+        return MemoryEstimate(
+            weights_gib=weights_gib,
+            adapter_and_optimizer_gib=adapter_gib,
+            activations_gib=tokens * (kept + backward) / GIB,
+            kept_gib=tokens * kept / GIB,
+            logits_gib=logits_gib,
+            overhead_gib=(_WORKSPACE_BYTES + dequantised + mask) / GIB,
+            shrinkable_gib=logits_gib if unsloth else 0.0,
+        )
+
+    def largest_batch(self, checkpointing: Checkpointing, most: int | None = None) -> BatchChoice:
+        """Find the largest batch that fits and divides the rows of an optimizer step.
+
+        Args:
+            checkpointing: What is computed again.
+            most: Rows that the batch must not exceed.
+
+        Returns:
+            The batch, or a batch of one with `fits` false.
+        """
+        wanted = preset_batch(self.config) * self.config.train.accumulation
+        batch = min(wanted, most or wanted)
+        estimate = self.estimate(batch, checkpointing)
+        while batch > 1 and (wanted % batch or not estimate.fits(self.usable_gib)):
+            batch -= 1
+            estimate = self.estimate(batch, checkpointing)
+        return BatchChoice(
+            batch=batch,
+            accumulation=wanted // batch,
+            checkpointing=checkpointing,
+            estimate=estimate,
+            fits=estimate.fits(self.usable_gib),
+        )
+
+    def recommend(self) -> BatchChoice:
+        """Choose batch, accumulation and checkpointing, with the rows of an optimizer step kept.
+
+        Nothing is computed twice where the batch that was asked for, or two of the longest rows,
+        fit without it.
+
+        Returns:
+            The largest batch that fits, or a batch of one with `fits` false.
+        """
+        found = self.largest_batch("false")
+        if found.fits and found.batch >= min(preset_batch(self.config), 2):
+            return found
+        return self.largest_batch("unsloth" if self.backend == "unsloth" else "true")
+
+    def flops_per_epoch(self, checkpointing: Checkpointing) -> float:
+        """Count the floating-point operations of an epoch's forward and backward passes.
+
+        The base is frozen: its backward pass makes gradients of activations only.
+
+        Args:
+            checkpointing: Whether every layer's forward pass is made twice.
+        """
+        shape, rows = self.shape, self.lengths
+        forwards = 1 if checkpointing == "false" else 2
+        body = 2 * shape.body_weights * (forwards + 1)
+        adapter = 2 * adapter_weights(shape, self.config.lora) * (forwards + 2)
+        # Half of T^2 for scores and for values; the backward pass makes five such products of two.
+        attention = 2 * shape.layers * rows.mean_tokens * shape.query_width * (forwards + 2.5)
+        # Unsloth makes logits of all tokens, the others of the supervised ones.
+        logits = rows.mean_tokens if self.backend == "unsloth" else rows.supervised_tokens
+        head = 4 * shape.vocab * shape.hidden
+        return rows.rows * (rows.mean_tokens * (body + adapter + attention) + logits * head)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what was estimated and from what, as plain values."""
+        estimate = self.estimate()
+        return {
+            "predicted": {**asdict(estimate), "total_gib": estimate.total_gib},
+            "usable_gib": self.usable_gib,
+            "backend": self.backend,
+            "row_tokens": self.row_tokens,
+            "batch": self.config.train.rows_per_batch,
+            "checkpointing": self.config.model.gradient_checkpointing,
+            "shape": asdict(self.shape),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TokenBytes:
+    """What a backend keeps of a token for the backward pass, in bytes."""
+
+    outside: int
+    """Before and after the layers."""
+    layer: int
+    """Of a layer whose activations are kept."""
+    layer_input: int
+    """Of a layer that is computed again."""
+    backward: int
+    """What the backward pass of one layer adds."""
+    offloaded: int = 0
+    """Of all layers where their inputs are moved to host memory: the last one, and a buffer."""
+
+    def kept_and_backward(self, layers: int, checkpointing: Checkpointing) -> tuple[int, int]:
+        """Give the bytes that are kept through the step, and those that a backward layer adds."""
+        if checkpointing == "false":
+            return self.outside + layers * self.layer, self.backward
+        inputs = layers * self.layer_input
+        if checkpointing == "unsloth" and self.offloaded:
+            inputs = self.offloaded
+        return self.outside + inputs, self.layer + self.backward
+
+
+def _plain_token(
+    shape: ModelShape, lora: LoraConfig, held: int, wide: int, masked: bool
+) -> _TokenBytes:
+    """Count what autograd keeps of transformers with peft and SDPA."""
+    linears = shape.linears(lora.targets)
+    inputs = sum(features for features, _ in linears)
+    kv_heads = shape.heads if masked else shape.kv_heads  # a mask rules grouped heads out
+    norms = 2 * 4 * shape.hidden  # in fp32
+    attention = held * (2 * shape.query_width + 2 * kv_heads * shape.head_dim) + 4 * shape.heads
+    mlp = held * 3 * shape.intermediate
+    if held == 2 or lora.dropout:
+        adapter = held * inputs  # every module casts, or drops, its own copy
+    else:
+        mlp_inputs = shape.hidden + shape.intermediate if lora.targets == "all-linear" else 0
+        adapter = held * (shape.hidden + mlp_inputs)
+    adapter += held * lora.rank * len(linears) + (inputs if lora.dropout else 0)
+    return _TokenBytes(
+        outside=2 * wide * shape.hidden,  # counted: the hidden states that TRL sorts
+        layer=norms + attention + mlp + adapter,
+        layer_input=wide * shape.hidden,
+        # Counted: an MLP's gradients, with peft's fp32 copies.
+        backward=(6 if held == 2 else 4) * shape.intermediate + 4 * shape.hidden,
+    )
+
+
+def _unsloth_token(shape: ModelShape, lora: LoraConfig, held: int) -> _TokenBytes:
+    """Count what Unsloth's kernels keep; xformers gets k and v of all heads.
+
+    Source: save_for_backward in unsloth/kernels (fast_lora, rms_layernorm); the backward pass is
+    fitted to an 8B model's 212 KB a token, unsloth.ai/docs/basics/unsloth-benchmarks.
+    """
+    hidden = 4 * shape.hidden  # inputs of both norms, of q, k, v and of the MLP
+    attention = 4 * shape.query_width  # q, k, v and the output
+    layer = held * (hidden + attention + 2 * shape.intermediate) + 4 * shape.heads
+    if lora.dropout:
+        layer += sum(features for features, _ in shape.linears(lora.targets))
+    return _TokenBytes(
+        outside=held * shape.hidden,  # the final norm's input
+        layer=layer,
+        layer_input=held * shape.hidden,
+        backward=held * (2 * shape.intermediate + 4 * shape.hidden),
+        offloaded=2 * held * shape.hidden,
+    )
+
+
+def adapter_weights(shape: ModelShape, lora: LoraConfig) -> int:
+    """Count the adapter's parameters."""
+    return shape.layers * lora.rank * sum(sum(sizes) for sizes in shape.linears(lora.targets))
+
+
+def preset_batch(config: Config) -> int:
+    """Give the rows of a config's micro-batch, with `auto` those of its preset."""
+    if config.train.batch != "auto":
+        return config.train.batch
+    preset = PRESETS[config.preset]() if config.preset in PRESETS else Config()
+    return preset.train.rows_per_batch
+
+
+def with_batch(config: Config, batch: int) -> Config:
+    """Put a batch into a config, which maybe has `auto`, and keep the rows of an optimizer step."""
+    rows = preset_batch(config) * config.train.accumulation
+    train = replace(config.train, batch=batch, accumulation=rows // batch)
+    return replace(config, train=train)
+
+
+def usable_gib() -> float | None:
+    """Measure the memory that a run may use on the GPU at hand.
+
+    Returns:
+        What is free or held by this process, less what the context still takes; None without CUDA.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return min((free + torch.cuda.memory_reserved()) / GIB, total / GIB - RESERVE_GIB)
+
+
+_TINYLLAMA_32K = ModelShape(
+    hidden=2048,
+    intermediate=5632,
+    layers=22,
+    heads=32,
+    kv_heads=4,
+    head_dim=64,
+    vocab=32000,
+    tied=False,
+)
+"""Source: config.json of models derived from Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct."""
+
+
+def base_shape(base: str) -> ModelShape:
+    """Find a base model's sizes without loading it or asking a network.
+
+    Args:
+        base: A folder, `nano`, `random`, or the default base's name.
+
+    Raises:
+        ModelError: It is none of these.
+    """
+    if base == BASE_MODEL:
+        return _TINYLLAMA_32K
+    if base in ("nano", "random"):
+        from tinyagent_fast.models.nano import RANDOM_SHAPE, NanoShape
+
+        return (NanoShape() if base == "nano" else RANDOM_SHAPE).model_shape
+    path = Path(base) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {base!r}",
+            f"its sizes are not known: {error}",
+            f"put its config.json into a folder and name that with --model.base; known by name are "
+            f"{BASE_MODEL}, nano and random",
+        ) from error
+    return ModelShape.from_config(raw if isinstance(raw, dict) else {}, str(path))
+
+
+_PUBLISHED = RowLengths(rows=39_030, mean_tokens=3490, longest_tokens=4608, supervised_tokens=88)
+"""Plans of the published training file. Source: counts of its public re-training
+(github.com/SamvelMinasyan/TinyAgent), mean and supervised tokens partly inferred."""
+_SAMPLE_ROWS = 256
+_LONGEST_ROWS = 64
+
+
+def row_lengths(config: Config, given: str | None) -> tuple[RowLengths, str]:
+    """Find the lengths of a config's rows: as given, counted in its data, or as published.
+
+    Args:
+        config: The config.
+        given: `MEAN,LONGEST`, or None.
+
+    Returns:
+        The lengths, and where they come from.
+
+    Raises:
+        ConfigError: What was given are not two lengths.
+    """
+    data, allowed = config.data, config.model.max_length_tokens
+    if given is None and data.train is not None and _can_count(data.train, config.model.base):
+        return _counted(config, data.train), f"a sample and the longest texts of {data.train}"
+    rows = _PUBLISHED.rows
+    if data.train is None:
+        rows = max(1, data.generated_entries - data.validation_entries)
+    rows = min(rows, data.limit_entries or rows)
+    if given is not None:
+        (mean, longest), source = _parsed(given), "as given"
+    elif config.model.base == BASE_MODEL or data.train == REAL_TRAIN:
+        longest = min(_PUBLISHED.longest_tokens, allowed)
+        mean = min(int(_PUBLISHED.mean_tokens), longest)
+        source = "as published for plans; --lengths MEAN,LONGEST gives others"
+    else:
+        mean = longest = allowed
+        source = "the longest allowed, not counted; --lengths MEAN,LONGEST gives others"
+    lengths = RowLengths(
+        rows=rows,
+        mean_tokens=mean,
+        longest_tokens=longest,
+        supervised_tokens=mean * _PUBLISHED.supervised_tokens / _PUBLISHED.mean_tokens,
+    )
+    return lengths, source
+
+
+def _can_count(train: Path, base: str) -> bool:
+    """Say whether tokens can be counted here, without asking a network."""
+    tokenizer = any((Path(base) / f"tokenizer.{ext}").exists() for ext in ("json", "model"))
+    return train.exists() and tokenizer and find_spec("transformers") is not None
+
+
+def _parsed(given: str) -> tuple[int, int]:
+    try:
+        mean, longest = (int(word) for word in given.split(","))
+    except ValueError:
+        mean = longest = 0
+    if not 0 < mean <= longest:
+        raise ConfigError(
+            f"--lengths {given}",
+            "it must be two whole numbers, the mean and the longest",
+            "such as --lengths 3490,4608",
+        )
+    return mean, longest
+
+
+def _counted(config: Config, train: Path) -> RowLengths:
+    """Count tokens of a seeded sample, and of the rows with the longest texts."""
+    from tinyagent_fast.data.cache import cache_folder, load_examples
+    from tinyagent_fast.prompts.templates import render
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+    data, prompt_format = config.data, config.model.prompt_format
+    table = load_examples(
+        train, on_bad_entry=data.on_bad_entry, cache_dir=cache_folder(), points=data.points
+    )
+    tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), prompt_format)
+    chat = tokenizer.chat if prompt_format == "chat" else None
+
+    def encode(indices: Iterable[int]) -> Sequence[EncodedRow]:
+        examples = (table[index] for index in indices)
+        return tokenizer.encode_rows([(e.key, render(e, prompt_format, chat)) for e in examples])
+
+    sizes = [len(e.system or "") + len(e.user) + len(e.output) for e in table]
+    longest = encode(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_LONGEST_ROWS])
+    picked = random.Random(data.seed).sample(range(len(sizes)), min(len(sizes), _SAMPLE_ROWS))
+    sample = encode(picked)
+    tokens = max(len(row.input_ids) for row in (*longest, *sample))
+    entries = len(set(table.entry_keys()))
+    kept = max(0, entries - data.validation_entries)
+    kept = min(kept, data.limit_entries or kept)
+    return RowLengths(
+        rows=max(1, round(len(table) * kept / entries)),
+        mean_tokens=statistics.fmean(len(row.input_ids) for row in sample),
+        longest_tokens=min(tokens, config.model.max_length_tokens),
+        supervised_tokens=statistics.fmean(row.supervised_tokens for row in sample),
+    )
