@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTION_LINES = 60
-MODULE_LINES = 350
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "trl", "peft", "numpy")
 
 MODULES = sorted(
@@ -69,9 +68,7 @@ def test_everything_public_has_a_docstring(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
-def test_functions_and_modules_are_short(path: Path) -> None:
-    lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-    assert lines <= MODULE_LINES, f"{path} has {lines} lines"
+def test_functions_are_short(path: Path) -> None:
     long = {
         node.name: size
         for node in walk(path)

@@ -13,8 +13,7 @@ from tinyagent_fast.commands.train import preset_of_card
 
 if TYPE_CHECKING:
     from tinyagent_fast.config import Config
-    from tinyagent_fast.doctor.findings import Finding
-    from tinyagent_fast.doctor.machine import Machine
+    from tinyagent_fast.doctor import Finding, Machine
 
 _FLAGS_HELP = "--online also asks the hub, --json prints JSON."
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -35,21 +34,20 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--online", action="store_true")
     parser.add_argument("--json", action="store_true")
     flags, rest = parser.parse_known_args(list(arguments))
-    from tinyagent_fast.doctor.checks import all_checks, ask_torch
-    from tinyagent_fast.doctor.machine import read_machine
+    from tinyagent_fast.doctor import all_checks, read_machine
 
     if "-h" in rest or "--help" in rest:
         resolve_config("doctor", rest, lambda: "cpu", more_flags=_FLAGS_HELP)  # leaves here
-    machine, probe = ask_torch(read_machine(), always=True)
+    machine = read_machine(ask_torch=True)
     automatic = False
 
     def preset_of_this_machine() -> str:
         nonlocal automatic
         automatic = True
-        return _preset(machine if probe is not None and probe.cuda else None)
+        return _preset(machine)
 
     config = resolve_config("doctor", rest, preset_of_this_machine, more_flags=_FLAGS_HELP)
-    found = all_checks(config, machine, automatic=automatic, probe=probe, online=flags.online)
+    found = all_checks(config, machine, automatic=automatic, online=flags.online)
     if flags.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
@@ -57,9 +55,9 @@ def run(arguments: Sequence[str]) -> int:
     return 1 if any(finding.status == "failure" for finding in found) else 0
 
 
-def _preset(machine: Machine | None) -> str:
-    """Choose the preset that training would choose; none stands for no GPU that torch can use."""
-    gpu = machine.gpu if machine else None
+def _preset(machine: Machine) -> str:
+    """Choose the preset that training would choose."""
+    gpu = machine.usable_gpu
     if gpu is None:
         return "cpu"
     return preset_of_card(gpu.total_gib or 0.0, (gpu.capability or (0, 0))[0])

@@ -116,12 +116,9 @@ def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
     Raises:
         TrainingError: The run cannot end well; what is wrong and how to repair it.
     """
-    from tinyagent_fast.doctor.checks import ask_torch, quick_checks
-    from tinyagent_fast.doctor.findings import refuse_failures
-    from tinyagent_fast.doctor.machine import read_machine
+    from tinyagent_fast.doctor import quick_checks, read_machine, refuse_failures
 
-    machine, probe = ask_torch(read_machine(), always=False)
-    findings = quick_checks(config, machine, automatic=automatic, probe=probe)
+    findings = quick_checks(config, read_machine(), automatic=automatic)
     for found in findings:
         if found.status == "warning":
             text = f"warning: {found.name}: {found.text}; fix: {found.fix}"

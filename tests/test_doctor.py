@@ -1,0 +1,765 @@
+"""`doctor` and the checks before `train`: what they say of a machine, and that a fix repairs it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyagent_fast import doctor
+from tinyagent_fast.cli import main
+from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.config import Config, DataConfig, ModelConfig
+from tinyagent_fast.doctor import DiskUse, Finding, Gpu, Machine, read_machine
+from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.presets import preset_config
+
+L4 = Gpu(name="L4", driver="550.54.15", total_gib=22.5, free_gib=22.2, capability=(8, 9))
+T4 = replace(L4, name="T4", total_gib=15.0, free_gib=14.7, capability=(7, 5))
+LAPTOP = Machine(
+    gpu=None,
+    gpu_problem=None,
+    torch="2.13.0+cpu",
+    cuda=None,
+    memory_gib=64.0,
+    available_gib=60.0,
+)
+WITH_L4 = replace(LAPTOP, gpu=L4, torch="2.10.0", cuda="12.8")
+WITH_T4 = replace(WITH_L4, gpu=T4)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYAGENT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def with_changes(preset: str, **changes: Any) -> Config:
+    """Make a preset's config with some settings of its sections changed, as `train__batch=2`."""
+    config = preset_config(preset)
+    for name, value in changes.items():
+        section, _, setting = name.partition("__")
+        part = replace(getattr(config, section), **{setting: value})
+        config = replace(config, **{section: part})
+    return config
+
+
+# --- findings
+
+
+def test_what_is_wrong_must_name_a_fix() -> None:
+    with pytest.raises(AssertionError, match="needs a fix"):
+        Finding("disk", "warning", "full")
+
+
+def test_only_failures_stop_and_all_of_them_are_named() -> None:
+    fine = [Finding("a", "ok", "fine"), Finding("b", "warning", "slow", "faster")]
+    doctor.refuse_failures(fine)
+    bad = [Finding("c", "failure", "bad", "mend c"), Finding("d", "failure", "odd", "mend d")]
+    with pytest.raises(TrainingError) as caught:
+        doctor.refuse_failures([*fine, *bad])
+    for part in ("c: bad", "d: odd", "mend c", "mend d"):
+        assert part in str(caught.value)
+    assert "slow" not in str(caught.value)
+
+
+# --- what is read of the machine
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that puts a shell script in the place of nvidia-smi."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def make(script: str) -> None:
+        program = folder / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        program.chmod(0o755)
+
+    return make
+
+
+ROWS = """
+case "$*" in
+  *--id=1*|*--id=GPU-b*) echo '550.5, 15360, 15000, 7.5, Tesla T4';;
+  *--id=*) echo 'No devices were found'; exit 6;;
+  *) echo '550.5, 23034, 22528, 8.9, NVIDIA L4, with a comma'; echo '550.5, 1, 1, 7.5, Tesla T4';;
+esac
+"""
+
+
+def test_the_gpu_is_what_nvidia_smi_says(smi: Callable[[str], None]) -> None:
+    smi(ROWS)
+    assert read_machine().gpu == Gpu(
+        name="NVIDIA L4, with a comma",
+        driver="550.5",
+        total_gib=23034 / 1024,
+        free_gib=22.0,
+        capability=(8, 9),
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [
+        ("1,0", "Tesla T4"),
+        ("GPU-b", "Tesla T4"),
+        ("MIG-1", "NVIDIA L4, with a comma"),
+        ("", None),
+        ("-1", None),
+        ("7", None),
+    ],
+)
+def test_cuda_visible_devices_is_followed(
+    smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, visible: str, name: str | None
+) -> None:
+    smi(ROWS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    read = read_machine()
+    assert (read.gpu.name if read.gpu else None) == name
+    assert name is not None or read.gpu_problem
+
+
+def test_what_the_driver_does_not_say_is_not_known(smi: Callable[[str], None]) -> None:
+    smi("echo '580.1, [N/A], [N/A], [N/A], NVIDIA GB10'")
+    gpu = read_machine().gpu
+    assert gpu is not None
+    assert (gpu.total_gib, gpu.free_gib, gpu.capability, gpu.bf16) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "script", ["echo broken >&2; exit 18", "exit 9", "echo 'No devices were found'", "true"]
+)
+def test_an_nvidia_smi_that_fails_is_a_reason_to_look_at_the_driver(
+    smi: Callable[[str], None], script: str
+) -> None:
+    smi(script)
+    read = read_machine()
+    assert read.gpu is None
+    assert read.gpu_problem
+    assert doctor.check_gpu(preset_config("cpu"), read, automatic=True).status == "warning"
+
+
+def test_without_nvidia_smi_there_is_no_gpu_and_nothing_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "_DRIVER_FILES", ())
+    read = read_machine()
+    assert (read.gpu, read.gpu_problem) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "cuda"),
+    [
+        ("__version__ = '2.10.0+cu128'\ncuda: Optional[str] = '12.8'", "12.8"),
+        ('__version__ = "2.10.0+cu128"\ncuda = "12.8"\nx, y = 1, 2', "12.8"),
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: str", None),
+    ],
+)
+def test_the_build_of_torch_is_read_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, cuda: str | None
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "torch" / "version.py").write_text(lines, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(doctor, "_DRIVER_FILES", ())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    read = read_machine(ask_torch=True)
+    assert (str(read.torch)[:4], read.cuda) == (lines[15:19], cuda)
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path: Path) -> None:
+    whole, _ = doctor._memory_gib(tmp_path)
+    assert whole is not None
+    (tmp_path / "memory.current").write_text(str(2**25))
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**24}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert doctor._memory_gib(tmp_path)[0] == whole
+    (tmp_path / "memory.max").write_text(str(2**26))
+    assert doctor._memory_gib(tmp_path) == (2**-4, (2**26 - 2**25 + 2**24) / 2**30)
+
+
+@pytest.fixture
+def cuda_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that replaces torch by a CUDA build and Python by a script."""
+    monkeypatch.setattr(doctor, "_torch_build", lambda: ("2.10.0", "12.8"))
+
+    def make(script: str) -> None:
+        python = tmp_path / "python"
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+
+    return make
+
+
+def test_what_torch_says_of_the_gpu_counts_more_than_nvidia_smi(
+    smi: Callable[[str], None], cuda_build: Callable[[str], None]
+) -> None:
+    smi(ROWS)
+    cuda_build("""echo noise; echo '["A part", 10.0, 9.0, 8, 0]'""")
+    asked = read_machine(ask_torch=True).usable_gpu
+    assert asked is not None
+    assert (asked.name, asked.driver, asked.total_gib) == ("A part", "550.5", 10.0)
+    quick = read_machine().usable_gpu
+    assert quick is not None
+    assert quick.name.startswith("NVIDIA L4")
+
+
+def test_torch_is_asked_where_a_driver_runs_without_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda_build: Callable[[str], None]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor, "_DRIVER_FILES", (tmp_path,))
+    cuda_build("""echo '["Card", 10.0, 9.0, 8, 0]'""")
+    gpu = read_machine().usable_gpu
+    assert gpu is not None
+    assert gpu.name == "Card"
+
+
+@pytest.mark.parametrize(
+    ("script", "needle"),
+    [("echo 'Aborted here' >&2; exit 134", "Aborted here"), ("exit 139", "139")],
+)
+def test_a_torch_that_dies_takes_only_its_own_process(
+    smi: Callable[[str], None], cuda_build: Callable[[str], None], script: str, needle: str
+) -> None:
+    smi(ROWS)
+    cuda_build(script)
+    read = read_machine(ask_torch=True)
+    assert read.usable_gpu is None
+    found = doctor.check_gpu(preset_config("l4"), read, automatic=False)
+    assert found.status == "failure"
+    assert needle in found.text
+
+
+def test_a_program_that_hangs_is_given_up() -> None:
+    assert doctor._run(["/bin/sh", "-c", "exec sleep 9"], timeout_s=0.2)[1]
+
+
+@pytest.mark.gpu
+def test_torch_computes_on_a_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    gpu = read_machine(ask_torch=True).usable_gpu
+    assert gpu is not None
+    assert gpu.free_gib is not None
+    assert gpu.total_gib is not None
+    assert 0 < gpu.free_gib <= gpu.total_gib
+
+
+# --- packages
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        (["rich>=13", "xllamacpp-not-here==1; extra == 'gpu'"], "ok"),
+        (["rich>=99"], "warning"),
+        (["no-such-package-here>=1"], "failure"),
+        (["no-such-package-here>=1; extra == 'train'"], "failure"),
+        (["no-such-package-here>=1; extra == 'vllm'"], "ok"),
+        (["no-such-package-here>=1; python_version < '3'"], "ok"),
+    ],
+)
+def test_packages_are_compared_with_those_that_are_tested(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], status: str
+) -> None:
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: asked)
+    found = doctor.check_packages(LAPTOP)
+    assert found.status == status
+    assert status == "ok" or found.fix == doctor.install_command(LAPTOP)
+
+
+def test_a_trl_that_needs_triton_fails_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["trl==1.14.2"])
+    monkeypatch.setattr(doctor.metadata, "version", lambda _: "1.15.0")
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    assert doctor.check_packages(LAPTOP).status == "failure"
+    monkeypatch.setattr(doctor, "find_spec", lambda _: "there")
+    assert doctor.check_packages(LAPTOP).status == "warning"
+
+
+def test_the_requirements_file_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.install_command(LAPTOP).endswith("requirements-cpu.txt")
+    assert doctor.install_command(WITH_L4).endswith("requirements.txt")
+    monkeypatch.setattr(doctor, "_ROOT", Path("nowhere"))
+    assert doctor.install_command(WITH_L4).endswith('"tinyagent-fast[gpu]"')
+
+
+# --- GPU and memory
+
+
+def test_without_a_gpu_a_small_model_is_all_right_and_a_large_one_is_slow() -> None:
+    assert doctor.check_gpu(preset_config("cpu"), LAPTOP, automatic=True).status == "ok"
+    found = doctor.check_gpu(preset_config("l4"), LAPTOP, automatic=False)
+    assert found.status == "warning"
+    assert "--preset cpu" in str(found.fix)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "fix"),
+    [
+        (None, "550.54.15", "requirements.txt"),
+        ("13.0", "550.54.15", "requirements.txt"),
+        ("12.8", "470.82", "install driver 525"),
+        ("12.8", "525.60.13", None),
+        ("13.0", "580.1", None),
+        ("99.1", "1.0", None),
+    ],
+)
+def test_torch_is_compared_with_the_driver(
+    smi: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    driver: str,
+    fix: str | None,
+) -> None:
+    smi(f"echo '{driver}, 23034, 22528, 8.9, NVIDIA L4'")
+    monkeypatch.setattr(doctor, "_torch_build", lambda: ("2.10.0", cuda))
+    machine = read_machine()
+    for preset, automatic, bad in (
+        ("l4", False, "failure"),
+        ("cpu", True, "failure"),
+        ("cpu", False, "warning"),  # asked for by name
+    ):
+        found = doctor.check_gpu(preset_config(preset), machine, automatic=automatic)
+        assert found.status == ("ok" if fix is None else bad)
+        assert fix is None or fix in str(found.fix)
+
+
+def test_bf16_is_missed_only_where_it_is_asked_for() -> None:
+    assert doctor.check_bf16(preset_config("a100"), L4).status == "ok"
+    assert doctor.check_bf16(preset_config("l4"), T4).status == "ok"
+    assert doctor.check_bf16(preset_config("a100"), T4).status == "warning"
+
+
+def test_a_batch_that_may_not_fit_is_named_with_one_that_does() -> None:
+    config = preset_config("a100")
+    found = doctor.check_gpu_memory(config, WITH_L4)
+    assert found.status == "warning"
+    flags = shlex.split(str(found.fix).partition(", or ")[0])
+    smaller = resolve_config("train", ["--preset", "a100", *flags], lambda: "cpu")
+    assert doctor.check_gpu_memory(smaller, WITH_L4).status == "ok"
+    before, after = config.train, smaller.train
+    assert before.rows_per_batch * before.accumulation == after.rows_per_batch * after.accumulation
+    automatic = with_changes("a100", train__batch="auto")
+    assert doctor.check_gpu_memory(automatic, WITH_L4).status == "ok"
+
+
+def test_other_programs_on_the_gpu_are_named() -> None:
+    busy = replace(WITH_L4, gpu=replace(L4, free_gib=2.0))
+    found = doctor.check_gpu_memory(preset_config("l4"), busy)
+    assert found.status == "warning"
+    assert "nvidia-smi" in str(found.fix)
+
+
+def test_a_base_of_unknown_size_is_no_fault() -> None:
+    config = with_changes("l4", model__base="someone/model")
+    assert doctor.check_gpu_memory(config, WITH_L4).status == "ok"
+    assert doctor.check_memory(config, LAPTOP).status == "ok"
+    assert not {use.what for use in doctor.disk_uses(config)} & {"base", "export"}
+
+
+def test_memory_is_compared_with_what_training_needs() -> None:
+    config = preset_config("cpu")
+    for total, available, status in (
+        (16.0, 12.0, "ok"),
+        (16.0, 0.5, "warning"),
+        (0.5, 0.4, "failure"),
+    ):
+        machine = replace(LAPTOP, memory_gib=total, available_gib=available)
+        assert doctor.check_memory(config, machine).status == status
+    # On a CPU, 16-bit weights are held in 32 bits.
+    half = replace(LAPTOP, memory_gib=20.0, available_gib=20.0)
+    for weights in ("fp32", "bf16"):
+        short_rows = with_changes("a100", model__weights=weights, model__max_length_tokens=900)
+        found = doctor.check_memory(short_rows, half)
+        assert found.text == doctor.check_memory(short_rows, half).text
+
+
+# --- backend
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that says which packages are found."""
+
+    def make(*names: str) -> None:
+        def find_spec(name: str) -> object | None:
+            return name if name in names else None
+
+        monkeypatch.setattr(doctor, "find_spec", find_spec)
+        monkeypatch.setattr("tinyagent_fast.models.loading.find_spec", find_spec)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("machine", "batching", "packages", "status"),
+    [
+        (WITH_L4, "prefix-grouped", ["unsloth"], "ok"),
+        (WITH_L4, "packed", ["unsloth"], "warning"),
+        (WITH_L4, "packed", ["unsloth", "flash_attn"], "ok"),
+        (WITH_L4, "packed", ["unsloth", "xformers"], "ok"),
+        (WITH_T4, "prefix-grouped", ["unsloth"], "warning"),
+        (WITH_T4, "prefix-grouped", ["unsloth", "flash_attn"], "warning"),  # needs 8.0
+        (WITH_T4, "prefix-grouped", ["unsloth", "xformers"], "ok"),
+    ],
+)
+def test_torchs_attention_is_a_warning_only_where_it_is_slow(
+    installed: Callable[..., None],
+    machine: Machine,
+    batching: str,
+    packages: list[str],
+    status: str,
+) -> None:
+    installed(*packages)
+    config = with_changes("l4", train__batching=batching)
+    assert doctor.check_backend(config, machine).status == status
+
+
+def test_the_backend_is_the_one_that_training_takes(installed: Callable[..., None]) -> None:
+    installed()
+    config = preset_config("l4")
+    assert doctor.check_backend(config, WITH_L4).status == "warning"  # slower without unsloth
+    assert doctor.check_backend(preset_config("seed"), WITH_L4).status == "ok"
+    assert doctor.check_backend(config, LAPTOP).status == "ok"
+    wanted = with_changes("l4", model__backend="unsloth")
+    for machine in (WITH_L4, LAPTOP):
+        found = doctor.check_backend(wanted, machine)
+        assert found.status == "failure"
+        assert "--model.backend transformers" in str(found.fix)
+    installed("unsloth")
+    assert doctor.takes_unsloth(config, WITH_L4)
+    assert not doctor.takes_unsloth(config, LAPTOP)
+    rounded = with_changes("l4", train__qat="q4_k_m")
+    assert not doctor.takes_unsloth(rounded, WITH_L4)
+    assert doctor.check_backend(rounded, WITH_L4).status == "ok"
+
+
+# --- disk, base and data
+
+
+def test_a_disk_must_hold_the_training_and_should_hold_the_export() -> None:
+    uses = [DiskUse("rows", Path(), 3.0), DiskUse("export", Path(), 4.0)]
+    statuses = [doctor.disk_finding(uses, free).status for free in (2.9, 3.1, 6.9, 7.1)]
+    assert statuses == ["failure", "warning", "warning", "ok"]
+
+
+def cached(folder: Path, repo: str, name: str) -> None:
+    """Put an empty file where huggingface_hub keeps a downloaded one."""
+    commit = folder / "hub" / repo / "snapshots" / "a"
+    commit.mkdir(parents=True)
+    (commit / name).touch()
+    (folder / "hub" / repo / "refs").mkdir()
+    (folder / "hub" / repo / "refs" / "main").write_text("a")
+
+
+BASE = ("models--Doctor-Shotgun--TinyLlama-1.1B-32k-Instruct", "model.safetensors")
+DATASET = ("datasets--squeeze-ai-lab--TinyAgent-dataset", "training_data.json")
+
+
+def test_what_is_downloaded_already_needs_no_space(tmp_path: Path) -> None:
+    config = preset_config("l4")
+    sizes = {use.what: use.size_gib * 2**30 for use in doctor.disk_uses(config)}
+    assert sizes["data"] == 734_000_000
+    assert sizes["base"] == pytest.approx(2.2e9, rel=0.05)
+    cached(tmp_path, *BASE)
+    cached(tmp_path, *DATASET)
+    left = {use.what for use in doctor.disk_uses(config)}
+    assert set(sizes) - left == {"base", "data in the hub's cache"}
+    (found,) = doctor.check_disk(preset_config("smoke"))  # one disk, one line
+    assert found.status == "ok"
+
+
+def test_downloads_are_all_right_unless_they_are_forbidden(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    config = preset_config("l4")
+
+    def statuses() -> list[str]:
+        found = [*doctor.check_data(config), doctor.check_base(config)]
+        return [finding.status for finding in found]
+
+    assert statuses() == ["ok", "ok"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert statuses() == ["failure", "failure"]
+    cached(tmp_path, *BASE)
+    cached(tmp_path, *DATASET)
+    assert statuses() == ["ok", "ok"]
+
+
+def test_whole_files_are_all_right_and_missing_ones_fail(tiny_data: Path) -> None:
+    train, test = tiny_data / "training_data.json", tiny_data / "testing_data.json"
+    found = doctor.check_data(Config(data=DataConfig(train=train, test=test)))
+    assert [f.status for f in found] == ["ok", "ok"]
+    found = doctor.check_data(Config(data=DataConfig(train=train, test=Path("no.json"))))
+    assert [f.status for f in found] == ["ok", "failure"]
+    assert "--data.test" in str(found[1].fix)
+    (found_generated,) = doctor.check_data(Config())
+    assert found_generated.status == "ok"
+
+
+def test_a_test_file_that_was_lost_is_downloaded_again(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    content = (tiny_data / "training_data.json").read_bytes()
+    (tmp_path / "data" / "training_data.json").write_bytes(content)
+    train, test = doctor.check_data(preset_config("l4"))
+    assert (train.status, test.status) == ("ok", "failure")
+    assert test.fix == "tinyagent-fast data download"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"  \n", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
+        (b"[1, 2]", "no JSON object"),
+        (b'{"a": {"input": "x"', "cut off"),
+        (None, "is no file"),
+    ],
+)
+def test_a_damaged_file_fails_at_once(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    path = tmp_path / "data.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    (found,) = doctor.check_data(Config(data=DataConfig(train=path)))
+    assert found.status == "failure"
+    assert problem in found.text
+
+
+@pytest.mark.parametrize(
+    ("base", "status"),
+    [
+        ("nano", "ok"),
+        ("someone/model", "ok"),
+        ("./missing", "failure"),
+        ("a/b/c", "failure"),
+        ("empty", "failure"),
+        ("model", "ok"),
+    ],
+)
+def test_the_base_model_is_looked_for(tmp_path: Path, base: str, status: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert doctor.check_base(Config(model=ModelConfig(base=base))).status == status
+
+
+# --- export and hub
+
+
+def test_llama_cpp_is_needed_for_exports_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    assert doctor.check_export(LAPTOP).status == "ok"
+    python = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    for script, fix in (
+        ("echo 'ImportError: libgomp.so.1: cannot open' >&2; exit 1", "libgomp1"),
+        ("exit 132", "requirements"),
+    ):
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        found = doctor.check_export(LAPTOP)
+        assert found.status == "warning"
+        assert fix in str(found.fix)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    assert doctor.check_export(LAPTOP).status == "warning"
+
+
+def test_the_hub_is_asked_only_if_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **_: asked.append(url))
+    config = preset_config("l4")
+    doctor.all_checks(config, LAPTOP, automatic=False)
+    assert asked == []
+    found = doctor.all_checks(config, LAPTOP, automatic=False, online=True)
+    assert [f.status for f in found if f.name == "hub"] == ["ok", "ok"]
+    assert "TinyLlama" in asked[0]
+    assert "TinyAgent-dataset" in asked[1]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    (hub,) = doctor.check_hub(preset_config("cpu"))
+    assert hub.status == "failure"
+    assert "no route" in hub.text
+
+
+# --- the commands
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs the command line on a plain laptop: code, output, errors."""
+    monkeypatch.setattr(doctor, "read_machine", lambda **_: LAPTOP)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace training by a list of what it was asked for."""
+    asked: list[Any] = []
+    module = types.ModuleType("tinyagent_fast.training.fit")
+    module.__dict__["train"] = lambda config, console, resume=None: asked.append(config)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return asked
+
+
+def test_a_laptop_is_ready_for_the_small_model(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call("doctor")
+    assert code == 0, out
+    assert out.startswith("preset cpu: ")
+    for name in ("packages", "gpu", "memory", "backend", "disk", "base", "data", "export"):
+        assert f" {name} " in out
+
+
+def test_a_failure_is_shown_with_its_fix_and_gives_exit_code_1(
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, _ = call("doctor", "--preset", "smoke", "--data.train", "missing.json")
+    assert code == 1
+    assert "missing.json is not there" in out
+    assert "fix: name another file with --data.train" in out
+    code, out, _ = call("doctor", "--preset", "smoke", "--data.train", "missing.json", "--json")
+    assert code == 1
+    assert [f["name"] for f in json.loads(out) if f["status"] == "failure"] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("total_gib", "capability", "preset"),
+    [(14.6, (7, 5), "t4"), (22.2, (8, 9), "l4"), (39.4, (8, 0), "a100"), (31.7, (7, 0), "t4")],
+)
+def test_the_preset_is_that_of_the_gpu_which_torch_can_use(
+    call: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    total_gib: float,
+    capability: tuple[int, int],
+    preset: str,
+) -> None:
+    card = replace(L4, total_gib=total_gib, free_gib=total_gib, capability=capability)
+    machine = replace(WITH_L4, gpu=card)
+    monkeypatch.setattr(doctor, "read_machine", lambda **_: machine)
+    assert call("doctor")[1].startswith(f"preset {preset}: ")
+    broken = replace(machine, gpu_problem="broken driver")
+    monkeypatch.setattr(doctor, "read_machine", lambda **_: broken)
+    code, out, _ = call("doctor")
+    assert (code, out.startswith("preset cpu: ")) == (1, True)
+    assert "broken driver" in out
+
+
+def test_doctor_takes_seconds_and_no_torch_without_a_gpu(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tinyagent_fast.cli import main; "
+        "code = main(['doctor', '--preset', 'cpu']); "
+        "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {"TINYAGENT_FAST_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(tmp_path), **environment},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr.strip() == "False", done.stderr
+    # Processor time: the clock on the wall counts what else this machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+def test_train_stops_before_anything_heavy(
+    call: Callable[..., tuple[int, str, str]],
+    trained: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_early(*_: object) -> None:
+        raise AssertionError("libraries were prepared")
+
+    monkeypatch.setattr("tinyagent_fast.models.libraries.prepare_libraries", too_early)
+    code, _, err = call("train", "--preset", "smoke", "--data.train", "missing.json")
+    assert code == 2
+    assert "data: missing.json is not there" in err
+    assert trained == []
+
+
+def test_train_prints_a_line_for_each_warning_and_goes_on(
+    call: Callable[..., tuple[int, str, str]],
+    trained: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [Finding("b", "warning", "slow " * 40, "mend [b]"), Finding("c", "warning", "x", "y")]
+    monkeypatch.setattr(doctor, "quick_checks", lambda *_, **__: found)
+    code, out, err = call("train", "--preset", "smoke")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 2
+    assert lines[0].endswith("fix: mend [b]")
+    found.append(Finding("d", "failure", "bad", "mend d"))
+    assert call("train", "--preset", "smoke")[0] == 2
+    assert len(trained) == 1
+
+
+def test_train_says_nothing_where_nothing_is_wrong(
+    call: Callable[..., tuple[int, str, str]], trained: list[Any]
+) -> None:
+    assert call("train", "--preset", "smoke")[:2] == (0, "")
+    assert len(trained) == 1
+
+
+def test_train_tells_a_preset_that_it_chose_from_one_that_was_named(
+    call: Callable[..., tuple[int, str, str]],
+    trained: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unusable = replace(WITH_L4, gpu_problem="torch was built without CUDA")
+    monkeypatch.setattr(doctor, "read_machine", lambda **_: unusable)
+    monkeypatch.setattr(
+        "tinyagent_fast.commands.train.choose_preset", lambda: ("smoke", "no CUDA device")
+    )
+    assert call("train")[0] == 2
+    assert trained == []
+    assert call("train", "--preset", "smoke")[0] == 0
+    assert len(trained) == 1

@@ -1,0 +1,784 @@
+"""What this machine has and lacks for a config: `doctor` shows it all, `train` looks at it first.
+
+Every check gives one line, how bad it is, and the command that repairs it. The quick checks take a
+second and import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tinyagent_fast.config import Config
+from tinyagent_fast.errors import ModelError, TrainingError
+from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
+
+if TYPE_CHECKING:
+    from tinyagent_fast.training.memory import MemoryEstimator
+
+_GIB = 2**30
+_ROOT = Path(__file__).resolve().parents[1]
+_DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""One of them is there where an NVIDIA driver runs; the last is that of Linux under Windows."""
+_OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""Oldest Linux driver by major version of CUDA.
+
+Source: docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html.
+"""
+_EXPORT_PACKAGES = ("xllamacpp", "gguf")
+_UNSLOTH_PACKAGES = ("unsloth", "unsloth-zoo", "xformers")
+_SMALL_WEIGHTS = 100_000_000
+"""A larger model is no work for a CPU: a row of 128 tokens took TinyLlama a minute on two cores."""
+_PUBLISHED_BYTES = {REAL_TRAIN: 734_000_000, REAL_TEST: 12_800_000}
+"""Sizes of the published files. Source: the dataset's page (squeeze-ai-lab/TinyAgent-dataset)."""
+_GENERATED_BYTES = 3200
+"""Of a generated entry as JSON; measured: 66.8 MB for 24,200 short ones, 1.2 MB for 400 long."""
+_EXPORT_BYTES_PER_WEIGHT = 12
+"""Merged folder, f32 file to compare with and the GGUF files of the default flags, rounded up."""
+_LIBRARIES_GIB = 0.6
+"""What torch, transformers and trl take on a CPU; measured with `--preset smoke`."""
+
+Status = Literal["ok", "warning", "failure"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor."""
+
+    name: str
+    status: Status
+    text: str
+    fix: str | None = None
+    """A command or setting; every warning and failure has one."""
+
+    def __post_init__(self) -> None:
+        """Hold warnings and failures to naming a fix."""
+        assert self.status == "ok" or self.fix, f"{self.name}: what is wrong needs a fix"
+
+
+def refuse_failures(findings: Sequence[Finding]) -> None:
+    """Stop a command before it starts work that cannot end well.
+
+    Raises:
+        TrainingError: Names every failure and its fix; warnings are no reason to stop.
+    """
+    failures = [found for found in findings if found.status == "failure"]
+    if failures:
+        raise TrainingError(
+            f"this machine is not ready: {len(failures)} check(s) failed",
+            "\n       ".join(f"{found.name}: {found.text}" for found in failures),
+            "\n       ".join(str(found.fix) for found in failures)
+            + "\n       (tinyagent-fast doctor shows every check)",
+        )
+
+
+def quick_checks(config: Config, machine: Machine, *, automatic: bool) -> list[Finding]:
+    """Look at everything that shows in a second.
+
+    Args:
+        config: The run's config.
+        machine: This machine.
+        automatic: Whether its preset was chosen by what torch can use.
+
+    Returns:
+        All findings, in the order in which they are shown.
+    """
+    found = [check_packages(machine), check_gpu(config, machine, automatic=automatic)]
+    if machine.usable_gpu is not None:
+        found += [check_bf16(config, machine.usable_gpu), check_gpu_memory(config, machine)]
+    else:
+        found.append(check_memory(config, machine))
+    found.append(check_backend(config, machine))
+    return [*found, *check_disk(config), check_base(config), *check_data(config)]
+
+
+def all_checks(
+    config: Config, machine: Machine, *, automatic: bool, online: bool = False
+) -> list[Finding]:
+    """Look at everything: also at llama.cpp, and at the hub if `online` is set.
+
+    Args:
+        config: The run's config.
+        machine: This machine.
+        automatic: Whether its preset was chosen by what torch can use.
+        online: Whether to ask the hub for what a run would download.
+
+    Returns:
+        All findings, in the order in which they are shown.
+    """
+    found = [*quick_checks(config, machine, automatic=automatic), check_export(machine)]
+    return found + check_hub(config) if online else found
+
+
+# --- the machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The GPU that a run would take; None stands for what the driver does not say."""
+
+    name: str
+    driver: str | None
+    total_gib: float | None
+    free_gib: float | None
+    capability: tuple[int, int] | None
+
+    @property
+    def bf16(self) -> bool | None:
+        """Whether it computes in bf16, which Ampere was the first to do."""
+        return None if self.capability is None else self.capability >= (8, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Everything that the checks need to know of this machine."""
+
+    gpu: Gpu | None
+    gpu_problem: str | None
+    """Why the installed torch cannot use the GPU, or why none is seen where there may be one."""
+    torch: str | None
+    """Version of torch; None where it is not installed."""
+    cuda: str | None
+    """Version of CUDA that torch was built for; None for a build that knows no NVIDIA GPU."""
+    memory_gib: float | None
+    available_gib: float | None
+
+    @property
+    def usable_gpu(self) -> Gpu | None:
+        """The GPU, where this torch can use it."""
+        return self.gpu if self.cuda and not self.gpu_problem else None
+
+
+def read_machine(*, ask_torch: bool = False) -> Machine:
+    """Look at this machine, in a second and without importing torch.
+
+    Args:
+        ask_torch: Also let torch compute on the GPU, in a process of its own; takes seconds. It is
+            asked in any case where a driver runs and nvidia-smi is not installed.
+
+    Returns:
+        What it is.
+    """
+    gpu, problem = _ask_nvidia_smi()
+    torch, cuda = _torch_build()
+    if gpu is not None and torch is not None:
+        problem = _why_unusable(gpu, torch, cuda)
+    hidden = gpu is None and any(path.exists() for path in _DRIVER_FILES)
+    if cuda and problem is None and (hidden or (ask_torch and gpu is not None)):
+        gpu, problem = _ask_torch(gpu)
+    total_gib, available_gib = _memory_gib()
+    return Machine(
+        gpu=gpu,
+        gpu_problem=problem,
+        torch=torch,
+        cuda=cuda,
+        memory_gib=total_gib,
+        available_gib=available_gib,
+    )
+
+
+def _ask_nvidia_smi() -> tuple[Gpu | None, str | None]:
+    """Give torch's first GPU, or why there is none; (None, None) where nothing speaks of one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return None, f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None, None
+    asked = "driver_version,memory.total,memory.free,compute_cap,name"
+    words = [program, f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
+    first = (visible or "").split(",")[0].strip()
+    if first and not first.startswith("MIG"):  # the whole GPU is the best that is known of a part
+        words.append(f"--id={first}")
+    said, problem = _run(words, timeout_s=20)
+    # The name comes last, because it alone may hold a comma.
+    cells = said.partition("\n")[0].split(", ", 4)
+    if problem or len(cells) < 5:
+        return None, f"nvidia-smi says: {problem or said or 'nothing'}"
+    driver, total, free, capability, name = cells
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    gpu = Gpu(
+        name=name,
+        driver=driver,
+        # Cards that share the host's memory have [N/A] there.
+        total_gib=float(total) / 1024 if total.isdigit() else None,
+        free_gib=float(free) / 1024 if free.isdigit() else None,
+        capability=(int(numbers[1]), int(numbers[2])) if numbers else None,
+    )
+    return gpu, None
+
+
+def _run(words: Sequence[str], *, timeout_s: float) -> tuple[str, str | None]:
+    """Run a program; give its output, and in one line why it failed."""
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            cwd=_ROOT,  # so that a folder of our name in the current one is not imported
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"no answer in {timeout_s:g} s"
+    except OSError as error:
+        return "", str(error)
+    if done.returncode:
+        said = (done.stderr + done.stdout).strip().splitlines()
+        return "", f"exit code {done.returncode}: {said[-1] if said else 'nothing'}"
+    return done.stdout.strip(), None
+
+
+def _torch_build() -> tuple[str | None, str | None]:
+    """Read torch's version and that of its CUDA from its version.py, which takes no time."""
+    spec = find_spec("torch")
+    for folder in (spec.submodule_search_locations if spec else None) or []:
+        try:
+            text = (Path(folder) / "version.py").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        values = dict(re.findall(r"^(__version__|cuda)\b.*=\s*['\"](.+)['\"]", text, re.MULTILINE))
+        return values.get("__version__", "of unknown version"), values.get("cuda")
+    return None, None
+
+
+def _why_unusable(gpu: Gpu, torch: str, cuda: str | None) -> str | None:
+    """Say why this torch cannot use the GPU, as far as that is known without asking it."""
+    if cuda is None:
+        return f"{gpu.name} is here, but torch {torch} was built without CUDA"
+    oldest = _OLDEST_DRIVER.get(_major(cuda))
+    if oldest is not None and gpu.driver is not None and _major(gpu.driver) < oldest:
+        return (
+            f"torch {torch} is built for CUDA {cuda} and needs driver {oldest} or newer, "
+            f"{gpu.name} has {gpu.driver}"
+        )
+    return None
+
+
+def _major(version: str) -> int:
+    first = version.partition(".")[0]
+    return int(first) if first.isdigit() else 0
+
+
+_COMPUTE = """
+import json, torch
+if not torch.cuda.is_available():
+    raise SystemExit("torch.cuda.is_available() is False")
+card = torch.cuda.get_device_properties(0)
+ones = torch.ones((16, 16), device="cuda", dtype=torch.float16)
+if not bool(((ones @ ones) == 16).all()):
+    raise SystemExit("it multiplies wrongly")
+free, total = torch.cuda.mem_get_info()
+print(json.dumps([card.name, total / 2**30, free / 2**30, card.major, card.minor]))
+"""
+
+
+def _ask_torch(gpu: Gpu | None) -> tuple[Gpu | None, str | None]:
+    """Let torch compute in a process of its own, because a broken driver can end that process."""
+    said, problem = _run([sys.executable, "-c", _COMPUTE], timeout_s=120)
+    if problem is not None:
+        return gpu, f"{gpu.name if gpu else 'a driver'} is here, but torch says: {problem}"
+    name, total_gib, free_gib, major, minor = json.loads(said.splitlines()[-1])
+    seen = Gpu(
+        name=name,
+        driver=gpu.driver if gpu else None,
+        total_gib=total_gib,
+        free_gib=free_gib,
+        capability=(major, minor),
+    )
+    return seen, None
+
+
+def _memory_gib(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[float | None, float | None]:
+    """Give all and available memory, within the limit of a container where there is one."""
+    try:
+        import psutil
+    except ImportError:
+        return None, None
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    try:
+        limit, used, about = (
+            (cgroup / f"memory.{name}").read_text(encoding="ascii").strip()
+            for name in ("max", "current", "stat")
+        )
+    except OSError:
+        limit = used = about = ""
+    if limit.isdigit() and int(limit) < total:  # "max" is no limit
+        # File caches count as used, and are given up where memory is short.
+        cached = re.search(r"^inactive_file (\d+)$", about, re.MULTILINE)
+        total = int(limit)
+        available = min(available, total - int(used) + int(cached[1] if cached else 0))
+    return total / _GIB, available / _GIB
+
+
+# --- packages, GPU and memory
+
+
+def check_packages(machine: Machine) -> Finding:
+    """Compare the installed packages with the versions that this project is tested with."""
+    install = install_command(machine)
+    try:
+        from packaging.requirements import Requirement
+
+        asked = [Requirement(line) for line in metadata.requires("tinyagent-fast") or ()]
+    except ImportError as error:  # also where the project's own metadata are missing
+        text = f"{error.name or 'what training needs'} is not installed"
+        return Finding("packages", "failure", text, install)
+    missing, other, count = [], [], 0
+    for package in asked:
+        extras = ("train", "gpu") if machine.gpu else ("train",)
+        if package.marker and not any(package.marker.evaluate({"extra": e}) for e in extras):
+            continue
+        try:
+            version = metadata.version(package.name)
+        except metadata.PackageNotFoundError:
+            if package.name.replace("_", "-") not in (*_EXPORT_PACKAGES, *_UNSLOTH_PACKAGES):
+                missing.append(package.name)
+            continue
+        count += 1
+        if not package.specifier.contains(version, prereleases=True):
+            other.append(f"{package.name} {version} (tested: {package.specifier})")
+    if missing:
+        return Finding("packages", "failure", f"missing: {', '.join(sorted(missing))}", install)
+    if any(text.startswith("trl 1.15.") for text in other) and find_spec("triton") is None:
+        # Source: run on a machine without triton; its requirements file has the message.
+        text = "trl 1.15 cannot train without triton"
+        return Finding("packages", "failure", text, f"{install} (or: pip install trl==1.14.2)")
+    if other:
+        text = f"not as tested: {', '.join(other)}"
+        return Finding("packages", "warning", text, install)
+    python = ".".join(map(str, sys.version_info[:3]))
+    return Finding("packages", "ok", f"{count} as tested, Python {python}")
+
+
+def install_command(machine: Machine) -> str:
+    """Give the command that installs what the project is tested with on such a machine."""
+    lock = _ROOT / ("requirements.txt" if machine.gpu else "requirements-cpu.txt")
+    if not lock.exists():  # the project was installed without its sources
+        return f'python -m pip install "tinyagent-fast[{"gpu" if machine.gpu else "train"}]"'
+    here = Path.cwd()
+    return f"python -m pip install -r {lock.relative_to(here) if here in lock.parents else lock}"
+
+
+def check_gpu(config: Config, machine: Machine, *, automatic: bool) -> Finding:
+    """Say which GPU a run will take, and whether this torch can use it.
+
+    Args:
+        config: The run's config.
+        machine: With or without a GPU.
+        automatic: Whether its preset was chosen by what torch can use.
+
+    Returns:
+        A failure where something keeps torch from the GPU, unless a preset for the CPU was asked
+        for by name.
+    """
+    gpu, problem, small = machine.gpu, machine.gpu_problem, _is_small(config)
+    if gpu is None:
+        text = f"no NVIDIA GPU ({problem})" if problem else "no NVIDIA GPU"
+        if not small:
+            text = f"{text}: {config.model.base} takes minutes a step on a CPU"
+            fix = "train on a machine with a GPU, or take --preset cpu"
+            return Finding("gpu", "warning", text, fix)
+        if problem and "hides" not in problem:
+            fix = "repair the driver, if there is a GPU in this machine"
+            return Finding("gpu", "warning", text, fix)
+        return Finding("gpu", "ok", f"{text}: training runs on the CPU")
+    if problem is not None:
+        oldest = _OLDEST_DRIVER[12]  # which the lock file is made for
+        old = gpu.driver is not None and _major(gpu.driver) < oldest
+        fix = f"install driver {oldest} or newer" if old else install_command(machine)
+        fix += "; to train the small model without it: --preset cpu"
+        status: Status = "warning" if small and not automatic else "failure"
+        return Finding("gpu", status, problem, fix)
+    parts = [gpu.name]
+    parts += [f"{gpu.total_gib:.1f} GiB"] if gpu.total_gib is not None else []
+    parts += [f"compute capability {'.'.join(map(str, gpu.capability))}"] if gpu.capability else []
+    parts += [f"driver {gpu.driver}"] if gpu.driver else []
+    parts += [f"torch {machine.torch} for CUDA {machine.cuda}"] if machine.torch else []
+    return Finding("gpu", "ok", ", ".join(parts))
+
+
+def check_bf16(config: Config, gpu: Gpu) -> Finding:
+    """Say in which type the GPU computes; a warning where bf16 is asked for and cannot be had."""
+    if gpu.bf16 is False and config.model.weights == "bf16":
+        text = "this GPU has none: weights are held in fp16"
+        return Finding("bf16", "warning", text, "--model.weights nf4 or fp16")
+    says = {True: "yes", False: "this GPU has none: it computes in fp16", None: "not known"}
+    return Finding("bf16", "ok", says[gpu.bf16])
+
+
+def takes_unsloth(config: Config, machine: Machine) -> bool:
+    """Say whether a run of this config on this machine uses Unsloth."""
+    from tinyagent_fast.models.loading import choose_backend
+
+    cuda = machine.usable_gpu is not None
+    return config.train.qat == "off" and choose_backend(config.model, cuda=cuda) == "unsloth"
+
+
+def check_backend(config: Config, machine: Machine) -> Finding:
+    """Say which backend trains, and warn where only a slow attention kernel is left to it.
+
+    Torch's own attention (SDPA) keeps up with the others where training needs no mask on a GPU
+    with bf16; it is slow on older GPUs, and with the dense masks of packed rows.
+
+    Source: select_attention_backend in unsloth/utils/attention_dispatch.py (2026.10).
+    """
+    install, gpu = install_command(machine), machine.usable_gpu
+    if config.model.backend == "unsloth" and find_spec("unsloth") is None:
+        text = "unsloth is asked for and not installed"
+        return Finding("backend", "failure", text, f"{install}, or --model.backend transformers")
+    unsloth = takes_unsloth(config, machine)
+    backend = "unsloth" if unsloth else "transformers"
+    if gpu is None:
+        return Finding("backend", "ok", f"{backend}, on the CPU")
+    if not unsloth and config.model.backend == "auto" and config.train.qat == "off":
+        text = "transformers, because unsloth is not installed: slower"
+        return Finding("backend", "warning", text, install)
+    packed, old = config.train.batching == "packed", gpu.bf16 is False
+    kernels = ["xformers"] if old else ["flash_attn", "xformers"]
+    if unsloth and (packed or old) and not any(map(find_spec, kernels)):
+        why = "with packed rows" if packed else "on a GPU without bf16"
+        text = f"unsloth, with torch's own attention (SDPA): slow {why}; xformers is not installed"
+        return Finding("backend", "warning", text, install)
+    return Finding("backend", "ok", backend)
+
+
+def _estimator(config: Config, *, backend: str, usable_gib: float) -> MemoryEstimator | None:
+    """Estimate with rows of the longest length allowed; None where the base's size is not known."""
+    from tinyagent_fast.training.memory import MemoryEstimator, base_shape, row_lengths
+
+    try:
+        shape = base_shape(config.model.base)
+    except ModelError:
+        return None
+    longest = config.model.max_length_tokens
+    lengths, _ = row_lengths(config, f"{longest},{longest}")
+    return MemoryEstimator(
+        config=config, shape=shape, lengths=lengths, backend=backend, usable_gib=usable_gib
+    )
+
+
+def _weights(estimator: MemoryEstimator) -> int:
+    return estimator.shape.body_weights + estimator.shape.embedding_weights
+
+
+def _is_small(config: Config) -> bool:
+    """Say whether a CPU can train the base model in a reasonable time."""
+    estimator = _estimator(config, backend="transformers", usable_gib=0.0)
+    return estimator is not None and _weights(estimator) < _SMALL_WEIGHTS
+
+
+def check_gpu_memory(config: Config, machine: Machine) -> Finding:
+    """Compare what a micro-batch is predicted to need with what is free on the GPU.
+
+    Returns:
+        A warning where it may not fit: it is an estimate, and training measures it before step 1.
+    """
+    from tinyagent_fast.training.memory import ERROR_SHARE, RESERVE_GIB, with_batch
+
+    gpu = machine.usable_gpu
+    if gpu is None or gpu.free_gib is None or gpu.total_gib is None:
+        return Finding("gpu memory", "ok", "not known: the driver does not say")
+    free = f"{gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free"
+    taken = gpu.total_gib - gpu.free_gib > 1.0  # what a desktop shows is less
+    if taken:
+        free += ", other programs use the rest"
+    usable = min(gpu.free_gib, gpu.total_gib - RESERVE_GIB)
+    backend = "unsloth" if takes_unsloth(config, machine) else "transformers"
+    estimator = _estimator(config, backend=backend, usable_gib=usable)
+    if estimator is None:
+        text = f"{free}; the size of {config.model.base} is not known before it is loaded"
+        return Finding("gpu memory", "ok", text)
+    found = estimator.largest_batch(config.model.gradient_checkpointing)
+    if config.train.batch == "auto":
+        estimator = replace(estimator, config=with_batch(config, found.batch))
+    predicted = estimator.estimate()
+    need = (
+        f"{predicted.total_gib:.1f} GiB predicted (+-{100 * ERROR_SHARE:.0f} %) for "
+        f"{estimator.config.train.batch} x {estimator.row_tokens:,} tokens"
+    )
+    if predicted.fits(usable):
+        return Finding("gpu memory", "ok", f"{free}; {need}")
+    fixes = ["end the other programs (nvidia-smi lists them)"] if taken else []
+    if found.fits:
+        fixes.append(f"--train.batch {found.batch} --train.accumulation {found.accumulation}")
+    fixes.append(f"tinyagent-fast memory --gpu-gib {gpu.total_gib:.0f} shows what fits")
+    text = f"{free}; {need} may not fit"
+    return Finding("gpu memory", "warning", text, ", or ".join(fixes))
+
+
+def check_memory(config: Config, machine: Machine) -> Finding:
+    """Compare what training on the CPU needs with the memory of this machine.
+
+    Returns:
+        A failure where the machine surely has too little, a warning where too little is free now.
+    """
+    from tinyagent_fast.training.memory import ERROR_SHARE, preset_batch, with_batch
+
+    total, available, model = machine.memory_gib, machine.available_gib, config.model
+    if total is None or available is None:
+        return Finding("memory", "ok", "not known: psutil is not installed")
+    text = f"{available:.1f} of {total:.1f} GiB free"
+    if model.weights in ("bf16", "fp16"):
+        model = replace(model, weights="fp32")  # as training does on a CPU
+    config = with_batch(replace(config, model=model), preset_batch(config))
+    estimator = _estimator(config, backend="transformers", usable_gib=0.0)
+    if estimator is None:
+        return Finding("memory", "ok", f"{text}; the size of the base is not known")
+    needed = _LIBRARIES_GIB + estimator.estimate().total_gib
+    text += f", about {needed:.1f} needed"
+    smaller = "--train.batch 1 with a higher --train.accumulation, or --preset smoke"
+    if needed * (1 - ERROR_SHARE) > total:
+        fix = f"take a machine with more memory, or {smaller}"
+        return Finding("memory", "failure", text, fix)
+    if needed > available:
+        return Finding("memory", "warning", text, f"close other programs, or {smaller}")
+    return Finding("memory", "ok", text)
+
+
+# --- disk, base model and data
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Something that a run will write."""
+
+    what: str
+    folder: Path
+    size_gib: float
+
+
+def disk_uses(config: Config) -> list[DiskUse]:
+    """List what training and an export with its default flags will write, as far as it is missing.
+
+    Sizes of a base model that are not known before it is downloaded are left out.
+    """
+    from tinyagent_fast.data.cache import cache_folder
+    from tinyagent_fast.training.memory import adapter_weights
+
+    data, base, runs = config.data, config.model.base, config.runs
+    size = float(data.generated_entries * _GENERATED_BYTES)
+    if data.train is not None:
+        there = data.train.exists()
+        size = data.train.stat().st_size if there else _PUBLISHED_BYTES.get(data.train, 0)
+    bytes_of = {("cache", cache_folder()): 2 * size}  # entries, and rows as token ids
+    if data.train is None or not data.train.exists():
+        bytes_of["data", data.train.parent if data.train else Path("data")] = size
+        if data.train is not None and not _dataset_is_cached():
+            bytes_of["data in the hub's cache", _hub_cache()] = size
+    estimator = _estimator(config, backend="transformers", usable_gib=0.0)
+    if estimator is not None:
+        weights, adapter = _weights(estimator), adapter_weights(estimator.shape, config.lora)
+        if not _base_is_here(config):
+            bytes_of["base", _hub_cache()] = 2 * weights
+        elif base in ("nano", "random"):
+            bytes_of["base", runs] = 4 * weights
+        # Three checkpoints with AdamW's moments, and two copies of the adapter.
+        moments = 2 if config.train.optimizer == "adamw_8bit" else 8
+        bytes_of["checkpoints", runs] = adapter * (3 * (4 + moments) + 2 * 4)
+        bytes_of["export", runs] = _EXPORT_BYTES_PER_WEIGHT * weights
+    return [DiskUse(what, folder, size / _GIB) for (what, folder), size in bytes_of.items()]
+
+
+def check_disk(config: Config) -> list[Finding]:
+    """Compare what will be written with what is free on each disk that gets some of it."""
+    disks: dict[int, list[DiskUse]] = {}
+    for use in disk_uses(config):
+        disks.setdefault(_existing(use.folder).stat().st_dev, []).append(use)
+    return [
+        disk_finding(uses, shutil.disk_usage(_existing(uses[0].folder)).free / _GIB)
+        for uses in disks.values()
+    ]
+
+
+def disk_finding(uses: Sequence[DiskUse], free_gib: float) -> Finding:
+    """Say whether a disk is large enough: for training it must be, for an export it should be."""
+    train = sum(use.size_gib for use in uses if use.what != "export")
+    total = sum(use.size_gib for use in uses)
+    text = f"{free_gib:.1f} GiB free, about {total:.1f} needed"
+    parts = [f"{use.what} {use.size_gib:.1f}" for use in uses if use.size_gib >= 0.05]
+    text += f" ({', '.join(parts)})" if parts else ""
+    if train > free_gib:
+        where = "another disk: --runs FOLDER for runs, HF_HOME for the hub's cache"
+        fix = f"free {train - free_gib:.1f} GiB, or use {where}"
+        return Finding("disk", "failure", text, fix)
+    if total > free_gib:
+        fix = f"free {total - free_gib:.1f} GiB before an export, or export with --out or --quant"
+        return Finding("disk", "warning", text, fix)
+    return Finding("disk", "ok", text)
+
+
+def _existing(folder: Path) -> Path:
+    """Give the folder, or the nearest one above that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _hub_cache() -> Path:
+    if find_spec("huggingface_hub") is None:
+        return Path.home()
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _is_cached(repo: str, name: str, kind: str, revision: str | None = None) -> bool:
+    """Say whether the hub's cache has a file."""
+    if find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, repo_type=kind, revision=revision)
+    return isinstance(found, str)
+
+
+def _dataset_is_cached() -> bool:
+    from tinyagent_fast.data.download import DATASET_REPOSITORY
+
+    return _is_cached(DATASET_REPOSITORY, REAL_TRAIN.name, "dataset")
+
+
+def _base_is_here(config: Config) -> bool:
+    base, revision = config.model.base, config.model.revision
+    if base in ("nano", "random") or Path(base).is_dir():
+        return True
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return any(_is_cached(base, name, "model", revision) for name in names)
+
+
+def _offline() -> bool:
+    if find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub import constants
+
+    return bool(constants.is_offline_mode())
+
+
+def check_base(config: Config) -> Finding:
+    """Say where the base model comes from; a failure where it cannot be had."""
+    base = config.model.base
+    if base in ("nano", "random"):
+        return Finding("base", "ok", f"{base}, made on the spot")
+    if Path(base).is_dir():
+        if (Path(base) / "config.json").exists():
+            return Finding("base", "ok", f"folder {base}")
+        fix = "copy the whole model into it, or name another folder with --model.base"
+        return Finding("base", "failure", f"folder {base} holds no config.json", fix)
+    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+        fix = "name a folder with config.json and weights, or a model on the hub, with --model.base"
+        return Finding("base", "failure", f"there is no folder {base}", fix)
+    if _base_is_here(config):
+        return Finding("base", "ok", f"{base}, in the hub's cache")
+    if _offline():
+        text = f"{base} is not in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
+        fix = "unset HF_HUB_OFFLINE, or put the model into a folder and name that with --model.base"
+        return Finding("base", "failure", text, fix)
+    return Finding("base", "ok", f"{base}, downloaded by the first run")
+
+
+def check_data(config: Config) -> list[Finding]:
+    """Look whether the data files are there and whole; a missing or damaged one is a failure."""
+    data, download = config.data, "tinyagent-fast data download"
+    if data.train is None:
+        text = f"{data.generated_entries:,} entries are generated on the spot"
+        return [Finding("data", "ok", text)]
+    if data.train == REAL_TRAIN and not REAL_TRAIN.exists():
+        if _offline() and not _dataset_is_cached():
+            text = f"{REAL_TRAIN} is not there, and HF_HUB_OFFLINE forbids to download it"
+            fix = f"unset HF_HUB_OFFLINE and run {download}, or copy it as data/README.md says"
+            return [Finding("data", "failure", text, fix)]
+        size = sum(_PUBLISHED_BYTES.values()) / 1e6
+        text = f"{REAL_TRAIN} is not there: training downloads the published files ({size:.0f} MB)"
+        return [Finding("data", "ok", text)]
+    found = []
+    for path in filter(None, (data.train, data.test)):
+        problem = damage(path)
+        if problem is None:
+            text = f"{path}: {path.stat().st_size / 1e6:,.1f} MB"
+            found.append(Finding("data", "ok", text))
+        else:
+            named = "name another file with --data.train and --data.test"
+            fix = download if path in _PUBLISHED_BYTES else named
+            found.append(Finding("data", "failure", f"{path} {problem}", fix))
+    return found
+
+
+def damage(path: Path) -> str | None:
+    """Look at both ends of a data file; `data check` reads all of it.
+
+    Returns:
+        What is wrong, to stand behind the file's name; None where it looks whole.
+    """
+    if not path.is_file():
+        return "is no file" if path.exists() else "is not there"
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(64).lstrip()
+            stream.seek(max(0, path.stat().st_size - 64))
+            tail = stream.read().rstrip()
+    except OSError as error:
+        return f"cannot be read: {error}"
+    if not head:
+        return "is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the data"
+    if not head.startswith(b"{"):
+        return "is no JSON object"
+    return None if tail.endswith(b"}") else "is cut off: its JSON object is not closed"
+
+
+# --- export and hub
+
+
+def check_export(machine: Machine) -> Finding:
+    """Load llama.cpp's package in a process of its own, since a wrong build can abort."""
+    install, needed_for = install_command(machine), "an export needs it, training does not"
+    missing = [name for name in _EXPORT_PACKAGES if find_spec(name) is None]
+    if missing:
+        text = f"{', '.join(missing)} missing: {needed_for}"
+        return Finding("export", "warning", text, install)
+    words = [sys.executable, "-c", "import xllamacpp; xllamacpp.Server"]
+    _, problem = _run(words, timeout_s=30)
+    if problem is not None:
+        fix = "apt-get install libgomp1 (dnf install libgomp)" if "libgomp" in problem else install
+        text = f"xllamacpp cannot be loaded: {problem}; {needed_for}"
+        return Finding("export", "warning", text, fix)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in _EXPORT_PACKAGES)
+    return Finding("export", "ok", versions)
+
+
+def check_hub(config: Config) -> list[Finding]:
+    """Ask the hub for what a run would download, or at least for the dataset."""
+    from tinyagent_fast.data.download import DATASET_REPOSITORY
+
+    found = []
+    if not _base_is_here(config):
+        found.append(_ask_hub(config.model.base, "config.json", "model", config.model.revision))
+    if not found or (config.data.train == REAL_TRAIN and not REAL_TRAIN.exists()):
+        found.append(_ask_hub(DATASET_REPOSITORY, REAL_TRAIN.name, "dataset", None))
+    return found
+
+
+def _ask_hub(repo: str, name: str, kind: str, revision: str | None) -> Finding:
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        url = hf_hub_url(repo, name, repo_type=kind, revision=revision)
+        get_hf_file_metadata(url, timeout=8.0)
+    except Exception as error:  # its library raises its own errors, those of httpx and of sockets
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = f"{repo} cannot be fetched: {first_line}"
+        fix = "check the network, a proxy or HF_ENDPOINT; `hf auth login` if it asks for that"
+        return Finding("hub", "failure", text, fix)
+    return Finding("hub", "ok", f"{repo} can be fetched")

@@ -1,1 +1,0 @@
-"""What this machine has and lacks for a config: `doctor` shows it, `train` looks at it first."""
