@@ -1,7 +1,9 @@
 """The processes of one launch, by torchrun or accelerate: who works, who waits, what is summed.
 
-One process is the ordinary case, and then nothing here does anything. With several, the first one
-alone builds, writes and prints; all must call these methods in the same order.
+One process is the ordinary case, and then nothing here does anything. With several, the main one
+alone builds, writes and prints; all must call these methods in the same order. accelerate joins
+them. Its own ways of waiting are not used: they tell no process that the main one has failed, and
+with NCCL they keep a GPU busy and end after ten minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)
 """How long processes wait for one that builds, reads or generates."""
 _HEAD_START_S = 5.0
-"""Time for the first process to report an error that all have; then the launcher ends the rest."""
+"""Time for the main process to report an error that all have; then the launcher ends the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Processes:
     """Place among the processes of this machine; the number of its GPU."""
     local_count: int = 1
     group: Any = None
-    """Where processes talk to each other, apart from gradients; none before they have joined."""
+    """Where processes talk to each other, apart from gradients; None before they have joined."""
 
     @property
     def is_main_process(self) -> bool:
@@ -43,41 +45,32 @@ class Processes:
         return self.rank == 0
 
     def on_main_process(self, work: Callable[[], T]) -> T:
-        """Let the first process work and give its result to all.
-
-        Args:
-            work: Its result must be picklable where there are several processes.
-
-        Returns:
-            The first process's result.
+        """Let the main process work and give its result, which must be picklable, to all.
 
         Raises:
-            SystemExit: In the others, when the first one failed; it reports the error itself.
+            SystemExit: In the others, when the main one failed; it reports the error itself.
         """
         if self.count == 1:
             return work()
-        import torch.distributed as dist
+        from torch.distributed import broadcast_object_list
 
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result, exit code
         if self.is_main_process:
             try:
                 outcome[0] = work()
             except BaseException as error:
                 code = getattr(error, "code", 3) or 0  # of a SystemExit, where None is success
                 failed = [None, getattr(error, "exit_code", code)]
-                dist.broadcast_object_list(failed, src=0, group=self.group)
+                broadcast_object_list(failed, src=0, group=self.group)
                 raise
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             raise SystemExit(outcome[1])
         result: T = outcome[0]
         return result
 
     def main_process_first(self, work: Callable[[], T]) -> T:
-        """Let the first process work, then the others, who find the files that it has left.
-
-        Args:
-            work: What every process does.
+        """Let the main process work, then the others, who find the files that it has left.
 
         Returns:
             Each process's own result.
@@ -89,59 +82,35 @@ class Processes:
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.count > 1:
-            import torch.distributed as dist
+            from torch.distributed import barrier
 
-            dist.barrier(group=self.group)
+            barrier(group=self.group)
 
     def all_reduce_sum(self, *values: float) -> list[float]:
-        """Add up figures of all processes.
-
-        Args:
-            values: This process's figures.
-
-        Returns:
-            The sums, the same in every process.
-        """
+        """Add up figures of all processes; each gets the sums."""
         return self._reduced(values, "SUM")
 
     def all_reduce_min(self, value: float) -> float:
-        """Give the smallest of all processes' figures.
-
-        Args:
-            value: This process's figure.
-
-        Returns:
-            The smallest, the same in every process.
-        """
+        """Give the smallest of all processes' figures to each."""
         return self._reduced((value,), "MIN")[0]
 
     def any(self, flag: bool) -> bool:
-        """Say whether something holds in any process.
-
-        Args:
-            flag: Whether it holds in this one.
-
-        Returns:
-            The same in every process.
-        """
+        """Say whether something holds in any process."""
         return self.all_reduce_sum(float(flag))[0] > 0
 
     def _reduced(self, values: Sequence[float], how: str) -> list[float]:
         if self.count == 1:
             return list(values)
         import torch
-        import torch.distributed as dist
+        from torch.distributed import ReduceOp, all_reduce
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how), group=self.group)
+        all_reduce(tensor, op=getattr(ReduceOp, how), group=self.group)
         reduced: list[float] = tensor.tolist()
         return reduced
 
     def shard(self, items: Sequence[T]) -> list[T]:
-        """Take this process's part of some work.
-
-        Args:
-            items: All of it, in the same order in every process.
+        """Take this process's part of items that are in the same order in every process.
 
         Returns:
             Every `count`-th item, so that neighbours of similar length are spread.
@@ -150,7 +119,7 @@ class Processes:
 
     @contextmanager
     def main_process_reports(self) -> Iterator[None]:
-        """Hold back an error in a later process until the first one has had time to report it.
+        """Hold back an error in another process until the main one has had time to report it.
 
         Yields:
             Nothing; a launcher ends all processes as soon as one has failed.
@@ -165,10 +134,10 @@ class Processes:
     def leave(self) -> None:
         """Take leave of the others at the end of the program."""
         if self.group is not None:
-            import torch.distributed as dist
+            from accelerate import PartialState
 
             self.wait()
-            dist.destroy_process_group()
+            PartialState().destroy_process_group()
 
 
 def launch_environment() -> Processes:
@@ -212,21 +181,17 @@ def _join(here: Processes) -> Processes:
     if here.count == 1:
         return here
     import torch
-    import torch.distributed as dist
+    from accelerate import PartialState
 
     cuda = torch.cuda.is_available()
-    if cuda:
-        cards = torch.cuda.device_count()
-        if here.local_rank >= cards:
-            raise ConfigError(
-                f"{here.local_count} processes on a machine with {cards} GPU(s)",
-                "each process needs a GPU of its own",
-                f"--nproc-per-node={cards}",
-            )
-        torch.cuda.set_device(here.local_rank)
-    else:
+    if cuda and here.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{here.local_count} processes on a machine with {torch.cuda.device_count()} GPU(s)",
+            "each process needs a GPU of its own",
+            f"--nproc-per-node={torch.cuda.device_count()}",
+        )
+    if not cuda:
         # accelerate calls it cpu:0, with which torch.load cannot restore an optimizer.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return replace(here, group=dist.new_group(backend="gloo", timeout=_PATIENCE))
+    PartialState(cpu=not cuda)
+    return replace(here, group=torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))

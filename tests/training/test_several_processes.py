@@ -328,7 +328,7 @@ def test_parts_of_another_adapter_are_put_aside_with_its_predictions(tmp_path: P
 def test_every_item_is_in_exactly_one_share_and_shares_are_even(
     items: list[int], count: int
 ) -> None:
-    shares = [Processes(rank=rank, count=count).share(items) for rank in range(count)]
+    shares = [Processes(rank=rank, count=count).shard(items) for rank in range(count)]
     assert sorted(item for share in shares for item in share) == sorted(items)
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -350,7 +350,7 @@ def test_without_a_launcher_there_is_one_process_that_does_everything(
     alone = launch_environment()
     assert alone == Processes()
     assert alone.is_main_process
-    assert alone.summed(1.5, 2) == [1.5, 2]
+    assert alone.all_reduce_sum(1.5, 2) == [1.5, 2]
     assert alone.on_main_process(lambda: 7) == alone.main_process_first(lambda: 7) == 7
     alone.wait()
     alone.leave()
