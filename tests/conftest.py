@@ -209,8 +209,8 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
                     output="\n".join([*calls, f"{len(calls) + 1}. join()"]),
                 )
             )
-        path = tmp_path_factory.mktemp("rows") / "rows.arrow"
-        file = encode_examples(examples, tokenizer, path, max_length_tokens=max_length_tokens)
+        folder = tmp_path_factory.mktemp("rows") / "rows"
+        file = encode_examples(examples, tokenizer, folder, max_length_tokens=max_length_tokens)
         return file.dataset()
 
     return make

@@ -18,6 +18,7 @@ Checkpointing = Literal["unsloth", "true", "false"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
 Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
+Leaks = Literal["drop", "keep", "error"]
 QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 Tracker = Literal["off", "tensorboard", "trackio", "wandb"]
 
@@ -39,6 +40,9 @@ class DataConfig:
     """What to do with entries that break the schema; skipped ones are counted and listed."""
     over_long: Literal["error", "drop"] = "error"
     """What to do with rows over model.max-length-tokens; no row is ever cut."""
+    leaks: Leaks = "drop"
+    """What to do with training rows whose query stands in the test file too: leave them out and
+    count them, train on them, or stop."""
     validation_entries: int = 1000
     """Entries taken out of the training file for validation."""
     limit_entries: int | None = None
