@@ -24,7 +24,7 @@ from bench_sizes import Lengths, Shape
 from bench_training import PADDED, TrlWays, ours, step_of
 from bench_training import SHARED as SHARED_ROWS
 
-from tinyagent_fast.shared_prefix.layout import pack
+from tinyagent_fast.shared_prefix.packing import pack
 
 AXES = ("share", "batch", "length")
 _SUPERVISED_TOKENS = 88
@@ -148,16 +148,16 @@ def _train(
     trl: TrlWays, point: Point, grid: Grid, rounds: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     rows = generated_rows(_lengths(point), point.batch, grid.shape.vocab)
-    stream = pack(rows)
+    packed = pack(rows)
     ways = {
         PADDED: step_of(trl.model, trl.padded(rows)),
-        SHARED_ROWS: step_of(trl.model, ours(trl.model, stream)),
+        SHARED_ROWS: step_of(trl.model, ours(trl.model, packed)),
     }
     timed = in_turns(ways, rounds, tell)
     losses = {name: step.loss for name, step in timed.results.items()}
     return {
         **_pair(timed, PADDED, SHARED_ROWS, point.batch),
-        "computed_share": round(stream.computed_tokens / stream.plain_tokens, 4),
+        "computed_share": round(packed.computed_tokens / packed.plain_tokens, 4),
         "loss_difference": abs(losses[SHARED_ROWS] - losses[PADDED]) / losses[PADDED],
     }
 

@@ -17,7 +17,7 @@ from bench_rounds import in_turns, summary
 
 from tinyagent_fast.prompts.tokens import IGNORED
 from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
-from tinyagent_fast.shared_prefix.layout import PackedStream, pack
+from tinyagent_fast.shared_prefix.packing import PackedSequence, pack
 
 Gradients = dict[str, torch.Tensor]
 
@@ -138,17 +138,17 @@ def supervised_tokens(rows: Sequence[Mapping[str, Sequence[int]]]) -> int:
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
-def ours(model: Any, stream: PackedStream) -> Callable[[], torch.Tensor]:
+def ours(model: Any, packed: PackedSequence) -> Callable[[], torch.Tensor]:
     """Make this project's loss of a micro-batch.
 
     Args:
         model: With its adapter.
-        stream: The rows, prefixes shared or not.
+        packed: The rows, prefixes shared or not.
 
     Returns:
         The forward pass.
     """
-    return lambda: shared_prefix_loss(model, stream)
+    return lambda: shared_prefix_loss(model, packed)
 
 
 def step_of(model: Any, loss: Callable[[], torch.Tensor]) -> Callable[[], Step]:

@@ -132,11 +132,18 @@ def _trainer(bench: Bench, loaded: Any, dataset: Any, train: Any) -> Any:
 
 def _share(trainer: Any, loaded: Any, dataset: Any, train: Any) -> dict[str, Any]:
     """Let the trainer share prefixes as a run does, if the recipe says so."""
-    from tinyagent_fast.training.sharing import decide_sharing, share_prefixes
+    from tinyagent_fast.shared_prefix.training import (
+        PackingCollator,
+        decide_shared_prefix,
+        prefix_order,
+    )
 
-    sharing = decide_sharing(loaded, train, dataset, None)
-    share_prefixes(trainer, sharing, loaded, dataset, train)
-    return {"shared_prefix": sharing.on, "sharing": sharing.sentence()}
+    decision = decide_shared_prefix(loaded, train, dataset, None)
+    if decision.on:
+        trainer.layer_checkpointing = loaded.model.get_base_model().is_gradient_checkpointing
+        trainer.data_collator = PackingCollator(trainer.data_collator)
+        trainer.order = prefix_order(dataset, train)
+    return {"shared_prefix": decision.on, "sharing": decision.sentence()}
 
 
 def predicted_gib(bench: Bench, loaded: Any, dataset: Any, train: Any) -> float:
@@ -152,7 +159,7 @@ def predicted_gib(bench: Bench, loaded: Any, dataset: Any, train: Any) -> float:
         GiB, an estimate.
     """
     from tinyagent_fast.models.families import ModelShape
-    from tinyagent_fast.shared_prefix.layout import pack
+    from tinyagent_fast.shared_prefix.packing import pack
     from tinyagent_fast.training.memory import MemoryEstimator, RowLengths
 
     raw = json.loads((bench.base / "config.json").read_text(encoding="utf-8"))

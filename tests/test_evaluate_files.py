@@ -51,7 +51,7 @@ def exported(run: Run, tiny_merged: Path) -> Run:
         convert_to_gguf(
             tiny_merged,
             folder / f"tiny-{file_type}.gguf",
-            quant=file_type,
+            file_type=file_type,  # type: ignore[arg-type]
             name="tiny",
             chat_template=chat_template("alpaca", None, bos=False),
             extra={},

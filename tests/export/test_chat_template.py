@@ -174,7 +174,7 @@ def served(
     convert_to_gguf(
         tiny_merged,
         file,
-        quant="f16",
+        file_type="f16",
         name="tiny",
         chat_template=chat_template(request.param, None, bos=False),
         extra={},

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch_runs import Written, complete, loaded_with
 
-from tinyagent_fast.inference import decoding
-from tinyagent_fast.inference.decoding import (
-    Completion,
-    complete,
-    decoding_path,
-    generating,
-    left_padded,
-)
+from tinyagent_fast.inference import torch_engine
+from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix
+from tinyagent_fast.inference.torch_engine import TorchEngine, generating, left_padded
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -71,6 +67,10 @@ class ScriptedRows:
     def keep(self, row: int, count: int) -> None:
         self.said[row] += count
 
+    def as_prefix(self, row: int) -> Prefix:
+        assert not row
+        return NO_PREFIX
+
     def drop(self, row: int) -> None:
         self.rows[row], self.said[row] = self.rows[-1], self.said[-1]
         self.rows.pop()
@@ -100,21 +100,22 @@ def script(request: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterato
     if request.param == "left padding":
         monkeypatch.setattr(model, "forward", forward)
     else:
-        monkeypatch.setattr(decoding, "RowBatch", ScriptedRows)
-    if request.param == "lookup":
-        together = partial(complete, lookup_tokens=3)
-        monkeypatch.setattr(sys.modules[__name__], "complete", together)
+        monkeypatch.setattr(torch_engine, "RowBatch", ScriptedRows)
+    options = {"left padding": {"shared_prefix": False}, "lookup": {"lookup_tokens": 3}}
+    together = partial(complete, **options.get(request.param, {}))
+    monkeypatch.setattr(sys.modules[__name__], "complete", together)
     yield start
 
 
 def test_a_plain_llama_shares_prefixes_and_others_are_padded_for_a_reason_that_is_said(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert decoding_path(model) == "shared prefix"
-    assert decoding_path(model, "unsloth").startswith("left padding: Unsloth")
+    engine = TorchEngine(loaded_with(model, tokenizer))
+    assert engine.notes() == ["decoding: shared prefix"]
+    fused = TorchEngine(loaded_with(model, tokenizer, "unsloth"))
+    assert fused.notes()[0].startswith("decoding: left padding: Unsloth")
     monkeypatch.setattr(model, "forward", model.forward)
-    reason = "left padding: another library replaced its forward pass"
-    assert decoding_path(model) == reason
+    assert "left padding: another library replaced its forward pass" in engine.notes()[0]
 
 
 def run(
@@ -124,21 +125,9 @@ def run(
     batch: int = 64,
     max_new_tokens: int = 40,
     **options: Any,
-) -> list[Completion]:
-    found: dict[int, Completion] = {}
-    with generating(model):
-        for pairs in complete(
-            model,
-            tokenizer,
-            prompts,
-            batch=batch,
-            max_new_tokens=max_new_tokens,
-            stop=END_OF_PLAN,
-            **options,
-        ):
-            found.update(pairs)
-    assert sorted(found) == list(range(len(prompts)))
-    return [found[index] for index in range(len(prompts))]
+) -> list[Written]:
+    options |= {"batch": batch, "max_new_tokens": max_new_tokens, "stop": END_OF_PLAN}
+    return complete(model, tokenizer, prompts, **options)
 
 
 def ragged_prompts(tokenizer: PromptTokenizer, count: int) -> list[list[int]]:
@@ -177,7 +166,7 @@ def test_padding_that_were_looked_at_would_change_the_completions(
         ids, mask = left_padded(*arguments)
         return ids, torch.ones_like(mask)
 
-    monkeypatch.setattr(decoding, "left_padded", without_mask)
+    monkeypatch.setattr(torch_engine, "left_padded", without_mask)
     found = run(model, tokenizer, prompts, batch=12, max_new_tokens=12, shared_prefix=False)
     assert found != single
 
@@ -193,22 +182,10 @@ def test_the_longest_prompts_come_first_so_that_a_full_memory_shows_at_once(
     shared_prefix: bool, model: Any, tokenizer: PromptTokenizer
 ) -> None:
     prompts = ragged_prompts(tokenizer, 7)
-    with generating(model):
-        batches = [
-            [index for index, _ in pairs]
-            for pairs in complete(
-                model,
-                tokenizer,
-                prompts,
-                batch=3,
-                max_new_tokens=1,
-                stop=END_OF_PLAN,
-                shared_prefix=shared_prefix,
-            )
-        ]
-    lengths = [len(prompts[index]) for indices in batches for index in indices]
+    engine = TorchEngine(loaded_with(model, tokenizer), shared_prefix=shared_prefix)
+    found = list(engine.complete_tokens(prompts, batch=3, max_new_tokens=1, stop=END_OF_PLAN))
+    lengths = [len(prompts[index]) for index, _ in found]
     assert lengths == sorted(lengths, reverse=True)
-    assert [len(indices) for indices in batches] == [3, 3, 1]
 
 
 def segmented(
@@ -253,7 +230,7 @@ def test_generation_stops_on_the_stop_text_however_it_is_cut_into_tokens(
     for ids, completion in zip(scripts, completions, strict=True):
         texts = [tokenizer.decode_continuation(prompt, ids[:n]) for n in range(len(ids) + 1)]
         needed = next(n for n, text in enumerate(texts) if END_OF_PLAN in text)
-        assert completion == Completion(plan, "stop", needed)
+        assert completion == Written(plan, "stop", needed)
 
 
 def test_a_token_that_holds_the_end_of_the_plan_and_the_stop_texts_beginning_is_no_obstacle(
@@ -265,7 +242,7 @@ def test_a_token_that_holds_the_end_of_the_plan_and_the_stop_texts_beginning_is_
     assert vocab["()<"] in ids
     script([ids])
     assert run(model, tokenizer, [tokenizer.encode_prompt("p")]) == [
-        Completion("1. join()", "stop", len(ids))
+        Written("1. join()", "stop", len(ids))
     ]
 
 
@@ -276,8 +253,8 @@ def test_generation_stops_on_eos_and_eos_is_not_counted(
     script([[*ids, tokenizer.eos_id], [tokenizer.eos_id]])
     prompts = [tokenizer.encode_prompt("a b c d"), tokenizer.encode_prompt("p")]
     assert run(model, tokenizer, prompts) == [
-        Completion("1. join()", "eos", len(ids)),
-        Completion("", "eos", 0),
+        Written("1. join()", "eos", len(ids)),
+        Written("", "eos", 0),
     ]
 
 
@@ -288,7 +265,7 @@ def test_a_completion_that_is_cut_says_so_and_counts_its_tokens(
     script([ids * 20])
     (completion,) = run(model, tokenizer, [tokenizer.encode_prompt("p")], max_new_tokens=9)
     expected = tokenizer.decode_continuation([], (ids * 20)[:9])
-    assert completion == Completion(expected, "length", 9)
+    assert completion == Written(expected, "length", 9)
 
 
 def test_stop_on_the_very_last_token_is_a_stop_and_not_a_cut(
@@ -297,7 +274,7 @@ def test_stop_on_the_very_last_token_is_a_stop_and_not_a_cut(
     ids = tokenizer.encode_continuation("1. join()" + END_OF_PLAN)
     script([ids])
     (completion,) = run(model, tokenizer, [tokenizer.encode_prompt("p")], max_new_tokens=len(ids))
-    assert completion == Completion("1. join()", "stop", len(ids))
+    assert completion == Written("1. join()", "stop", len(ids))
 
 
 def test_each_row_of_a_batch_ends_for_its_own_reason(
@@ -319,7 +296,7 @@ def test_stop_texts_inside_the_prompt_do_not_stop(
     ids = tokenizer.encode_continuation("1. join()")
     script([[*ids, tokenizer.eos_id]])
     prompt = tokenizer.encode_prompt("example\n1. join()<END_OF_PLAN>")
-    assert run(model, tokenizer, [prompt]) == [Completion("1. join()", "eos", len(ids))]
+    assert run(model, tokenizer, [prompt]) == [Written("1. join()", "eos", len(ids))]
 
 
 def test_what_comes_after_eos_is_no_text_even_if_it_spells_the_stop_text(
@@ -329,7 +306,7 @@ def test_what_comes_after_eos_is_no_text_even_if_it_spells_the_stop_text(
     stop = tokenizer.encode_continuation(END_OF_PLAN)
     script([[*plan, tokenizer.eos_id, *stop], tokenizer.encode_continuation("a b c d e f g h")])
     prompts = [tokenizer.encode_prompt("p q r"), tokenizer.encode_prompt("p")]
-    assert run(model, tokenizer, prompts)[0] == Completion("1. join()", "eos", len(plan))
+    assert run(model, tokenizer, prompts)[0] == Written("1. join()", "eos", len(plan))
 
 
 def test_no_prompts_give_no_completions(model: Any, tokenizer: PromptTokenizer) -> None:
@@ -354,7 +331,7 @@ def test_generating_puts_mode_cache_flag_and_random_state_back(
     expected = torch.rand(3)
     torch.manual_seed(5)
     try:
-        with generating(model):
+        with generating(loaded_with(model, tokenizer)):
             assert not model.training
             assert model.config.use_cache
             assert not torch.is_grad_enabled()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_runs import Written, complete
 
-from tinyagent_fast.inference.decoding import Completion, complete, generating
 from tinyagent_fast.inference.lookup import PromptLookup, agreeing_tokens
 from tinyagent_fast.inference.prefix_cache import RowBatch
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
@@ -105,9 +105,8 @@ def copier(tiny_base: Path) -> Any:
 
 def run(
     model: Any, tokenizer: PromptTokenizer, prompts: Sequence[list[int]], **options: Any
-) -> tuple[list[Completion], list[int]]:
+) -> tuple[list[Written], list[int]]:
     """Complete prompts and give the tokens that each step was fed."""
-    found: dict[int, Completion] = {}
     fed: list[int] = []
     original = RowBatch.step
 
@@ -115,11 +114,9 @@ def run(
         fed.append(sum(map(len, tokens)))
         return original(self, tokens)
 
-    with pytest.MonkeyPatch.context() as patch, generating(model):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowBatch, "step", step)
-        for pairs in complete(model, tokenizer, prompts, stop="\x00never", **options):
-            found.update(pairs)
-    return [found[index] for index in range(len(prompts))], fed
+        return complete(model, tokenizer, prompts, stop="\x00never", **options), fed
 
 
 @settings(max_examples=20, deadline=None)

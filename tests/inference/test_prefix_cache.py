@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_runs import Written, complete
 
-from tinyagent_fast.inference import decoding
-from tinyagent_fast.inference.decoding import Completion, complete, decoding_path, generating
+from tinyagent_fast.inference import torch_engine
 from tinyagent_fast.inference.grouping import PromptGroup, group_prompts
 from tinyagent_fast.inference.prefix_cache import RowBatch, compute_prefix
+from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.shared_prefix.shared_llama import LayerRunner, unsupported
+from tinyagent_fast.shared_prefix.attention import PLAIN, rows_attention
+from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
 
 STOP = "e"
 """A letter that a random model writes soon, so that rows end at different times."""
@@ -63,26 +66,19 @@ def run(
     batch: int,
     max_new_tokens: int = 10,
     **options: Any,
-) -> list[Completion]:
-    found: dict[int, Completion] = {}
-    with generating(model):
-        for pairs in complete(
-            model,
-            tokenizer,
-            prompts,
-            batch=batch,
-            max_new_tokens=max_new_tokens,
-            stop=STOP,
-            **options,
-        ):
-            assert not found.keys() & dict(pairs).keys()
-            found.update(pairs)
-    return [found[index] for index in range(len(prompts))]
+) -> list[Written]:
+    return complete(
+        model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, stop=STOP, **options
+    )
+
+
+def why_padded(model: Any) -> str | None:
+    return unsupported(model, "decoding")
 
 
 def one_at_a_time(
     model: Any, tokenizer: PromptTokenizer, prompts: Sequence[list[int]], **options: Any
-) -> list[Completion]:
+) -> list[Written]:
     return run(model, tokenizer, prompts, batch=1, shared_prefix=False, **options)
 
 
@@ -127,7 +123,7 @@ def test_any_prompts_give_what_each_gives_alone_token_for_token(
 
     expected = one_at_a_time(model, tokenizer, prompts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "group_prompts", grouped)
+        patch.setattr(torch_engine, "group_prompts", grouped)
         found = run(model, tokenizer, prompts, batch=batch, lookup_tokens=lookup_tokens)
     assert found == expected
 
@@ -163,12 +159,12 @@ def test_a_prefix_at_wrong_positions_would_change_the_completions(
     model = make_model(4, 2, seed=3)
     prompts = family_of(6)
     expected = one_at_a_time(model, tokenizer, prompts)
-    original = LayerRunner.run
+    original = LlamaForward.hidden_states
 
-    def shifted(self: Any, ids_T: Any, positions_T: Any, *arguments: Any) -> Any:
-        return original(self, ids_T, (positions_T - 1).clamp(min=0), *arguments)
+    def shifted(self: Any, ids_T: Any, positions_T: Any, *arguments: Any, **named: Any) -> Any:
+        return original(self, ids_T, (positions_T - 1).clamp(min=0), *arguments, **named)
 
-    monkeypatch.setattr(LayerRunner, "run", shifted)
+    monkeypatch.setattr(LlamaForward, "hidden_states", shifted)
     assert run(model, tokenizer, prompts, batch=6) != expected
 
 
@@ -222,18 +218,21 @@ def test_rows_that_are_done_are_run_no_further(tokenizer: PromptTokenizer) -> No
     assert len(set(steps)) > 3
 
 
-@pytest.mark.parametrize("by_blocks", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "another"])
 @pytest.mark.parametrize("prefix_tokens", [0, 7])
 @pytest.mark.parametrize("most", [1, 12, 1000])
 def test_every_token_of_a_step_gets_what_the_model_itself_says_behind_it(
-    by_blocks: bool, prefix_tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
+    device: str, prefix_tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged rows and steps, guesses thrown away, a row taken out; on the ways of all devices."""
     import torch
 
     from tinyagent_fast.inference import prefix_cache
 
-    monkeypatch.setattr(prefix_cache, "_STREAM_TOKENS", {"cpu": most})
+    monkeypatch.setattr(prefix_cache, "_PREFILL_TOKENS", {"cpu": most})
+    if device != "cpu":
+        monkeypatch.setattr(prefix_cache, "kernel_for", lambda _: PLAIN)
+        monkeypatch.setattr(prefix_cache, "rows_attention", partial(rows_attention, fused=False))
     model = make_model(4, 2, seed=2).double()
     prefix, *rows = ([5] * n for n in (prefix_tokens, 9, 4, 1, 6))
     rows = [[10 * at + n for n in range(len(row))] for at, row in enumerate(rows, start=1)]
@@ -243,8 +242,11 @@ def test_every_token_of_a_step_gets_what_the_model_itself_says_behind_it(
         return logits.argmax(-1).tolist()
 
     with torch.no_grad():
-        llama = LayerRunner(model, by_blocks=by_blocks)
-        batch = RowBatch(llama, compute_prefix(llama, prefix), rows, room_tokens=9)
+        forward = LlamaForward(model)
+        first = compute_prefix(forward, prefix[:3])
+        batch = RowBatch(
+            forward, compute_prefix(forward, prefix[3:], behind=first), rows, room_tokens=9
+        )
         assert batch.next_ids == [expected(row)[-1] for row in rows]
         for given, kept in (([3, 1, 2, 4], [2, 1, 1, 4]), ([1, 1, 1], [1, 1, 1]), ([2, 4, 1], 1)):
             new = [[100 * (at + 1) + n for n in range(count)] for at, count in enumerate(given)]
@@ -271,17 +273,16 @@ def test_sixteen_bits_read_what_the_model_itself_reads() -> None:
     exact = make_model(4, 2, seed=2).double()
     states: list[Any] = []
     with torch.no_grad():
-        llama = LayerRunner(model)
-        llama.most_likely = lambda hidden: states.append(hidden) or [0] * len(hidden)  # type: ignore[method-assign,func-returns-value,assignment]
-        RowBatch(
-            llama, compute_prefix(llama, prompts[0][:80]), [p[80:] for p in prompts], room_tokens=1
-        )
+        forward = LlamaForward(model)
+        forward.most_likely = lambda hidden: states.append(hidden) or [0] * len(hidden)  # type: ignore[method-assign,func-returns-value,assignment]
+        prefix = compute_prefix(forward, prompts[0][:80])
+        RowBatch(forward, prefix, [p[80:] for p in prompts], room_tokens=1)
         for row, state in zip(prompts, states[0], strict=True):
             true, own = (
                 m.model(torch.tensor([row])).last_hidden_state[0, -1].double()
                 for m in (exact, model)
             )
-            found = model.model.norm(state).double()
+            found = state.double()
             assert (found - true).norm() < 2 * (own - true).norm() + 0.01 * true.norm()
 
 
@@ -298,7 +299,7 @@ def test_an_adapter_is_used_as_generate_uses_it(tokenizer: PromptTokenizer) -> N
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.3)
-    assert decoding_path(model) == "shared prefix"
+    assert why_padded(model) is None
     found = run(model, tokenizer, prompts, batch=6)
     assert found == one_at_a_time(model, tokenizer, prompts)
     assert found != bare
@@ -316,7 +317,7 @@ def test_weights_in_four_bits_give_what_each_prompt_gives_alone(
     model = AutoModelForCausalLM.from_pretrained(
         tiny_base, dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
     ).eval()
-    assert decoding_path(model) == "shared prefix"
+    assert why_padded(model) is None
     prompts = [[token % tokenizer.vocab_size for token in row] for row in family_of(5)]
     found = run(model, tokenizer, prompts, batch=5)
     assert found == one_at_a_time(model, tokenizer, prompts)
@@ -371,20 +372,21 @@ def dynamic_positions() -> Any:
     ("make", "reason"),
     [
         (replaced_forward, "another library replaced its forward pass"),
-        (other_architecture, "of MistralForCausalLM"),
+        (other_architecture, "those of MistralForCausalLM"),
         (prompt_tuning, "PROMPT_TUNING"),
         (penalised, "sets repetition_penalty"),
         (own_length, "its own way to generate"),
         (dynamic_positions, "depends on the length"),
-        (SimpleNamespace, "of SimpleNamespace"),
+        (SimpleNamespace, "those of SimpleNamespace"),
     ],
 )
 def test_a_model_that_is_no_plain_llama_keeps_its_own_generate_and_the_reason_is_said(
     make: Callable[[], Any], reason: str
 ) -> None:
     model = make()
-    assert reason in (unsupported(model) or "")
-    assert reason in decoding_path(model)
+    assert reason in (why_padded(model) or "")
+    engine = TorchEngine(SimpleNamespace(model=model, backend="transformers"))  # type: ignore[arg-type]
+    assert engine.notes() == [f"decoding: left padding: {why_padded(model)}"]
 
 
 def test_linear_positions_and_a_repetition_penalty_of_one_are_no_obstacle(
@@ -393,7 +395,7 @@ def test_linear_positions_and_a_repetition_penalty_of_one_are_no_obstacle(
     positions = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     model = make_model(4, 2, rope_parameters=positions)
     model.generation_config.repetition_penalty = 1.0
-    assert decoding_path(model) == "shared prefix"
+    assert why_padded(model) is None
     prompts = family_of(4)
     assert run(model, tokenizer, prompts, batch=4) == one_at_a_time(model, tokenizer, prompts)
 
@@ -463,7 +465,9 @@ def test_equal_prompts_share_all_but_their_last_token() -> None:
 def test_real_training_prompts_share_their_instructions(real_data: Path) -> None:
     import json
 
-    from tinyagent_fast.data.schema import Entry, entry_examples, entry_from_json
+    from tinyagent_fast.data.cache import entry_examples
+    from tinyagent_fast.data.reading import entry_from_json
+    from tinyagent_fast.data.schema import Entry
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 
@@ -489,7 +493,7 @@ def test_a_gpu_gives_what_each_prompt_gives_alone(dtype: str, tokenizer: PromptT
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     model = make_model(4, 2, hidden_size=256).to("cuda", getattr(torch, dtype))
-    assert decoding_path(model) == "shared prefix"
+    assert why_padded(model) is None
     prompts = family_of(16)
     expected = one_at_a_time(model, tokenizer, prompts)
     found = run(model, tokenizer, prompts, batch=8, lookup_tokens=2)

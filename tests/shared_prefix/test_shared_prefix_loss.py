@@ -1,4 +1,4 @@
-"""The loss of a packed stream is the loss of its padded full rows, and so are all gradients."""
+"""The loss of a packed packed is the loss of its padded full rows, and so are all gradients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinyagent_fast.shared_prefix import forward, projections
-from tinyagent_fast.shared_prefix.forward import shared_prefix_loss, supported
-from tinyagent_fast.shared_prefix.layout import pack
+from tinyagent_fast.shared_prefix.forward import shared_prefix_loss, unsupported
+from tinyagent_fast.shared_prefix.packing import pack
 from tinyagent_fast.training.trainer import collate
 
 VOCABULARY = 61
@@ -117,10 +117,10 @@ def assert_same(
     checkpointing: bool = False,
     smallest_shared_tokens: int | None = 4,
 ) -> None:
-    stream = pack(rows, smallest_shared_tokens=smallest_shared_tokens)
+    packed = pack(rows, smallest_shared_tokens=smallest_shared_tokens)
     wanted, wanted_gradients = gradients(model, lambda: padded_loss(model, rows))
     found, found_gradients = gradients(
-        model, lambda: shared_prefix_loss(model, stream, checkpointing=checkpointing)
+        model, lambda: shared_prefix_loss(model, packed, checkpointing=checkpointing)
     )
     assert abs(found - wanted) <= loss * wanted
     assert found_gradients.keys() == wanted_gradients.keys()
@@ -205,16 +205,16 @@ def test_biases_and_scaled_rotary_embeddings_are_the_models_own() -> None:
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
     model = llama(attention_bias=True, mlp_bias=True, rope_parameters=rope)
-    assert supported(model) is None
+    assert unsupported(model, "training") is None
     assert_same(with_adapter(model), some_rows(), loss=1e-6, gradient=1e-4)
 
 
 def test_the_sum_is_divided_by_the_items_of_the_step(adapted: Any) -> None:
-    stream = pack(some_rows())
-    mean = shared_prefix_loss(adapted, stream)
+    packed = pack(some_rows())
+    mean = shared_prefix_loss(adapted, packed)
     for items in (48, 48.0, torch.tensor(48)):
-        loss = shared_prefix_loss(adapted, stream, items)
-        torch.testing.assert_close(loss * 48, mean * stream.supervised_tokens)
+        loss = shared_prefix_loss(adapted, packed, items)
+        torch.testing.assert_close(loss * 48, mean * packed.supervised_tokens)
 
 
 def test_many_targets_go_through_the_head_in_chunks(
@@ -226,13 +226,13 @@ def test_many_targets_go_through_the_head_in_chunks(
 
 def test_the_head_sees_supervised_positions_only(adapted: Any) -> None:
     rows = some_rows()
-    stream = pack(rows)
+    packed = pack(rows)
     seen: list[int] = []
     head = adapted.get_base_model().lm_head
     hook = head.register_forward_hook(lambda module, args, out: seen.append(out[..., 0].numel()))
-    shared_prefix_loss(adapted, stream)
+    shared_prefix_loss(adapted, packed)
     hook.remove()
-    assert seen == [stream.supervised_tokens] == [16]
+    assert seen == [packed.supervised_tokens] == [16]
 
 
 def tokens_through(model: Any, loss: Callable[[], Tensor]) -> dict[str, int]:
@@ -254,11 +254,11 @@ def tokens_through(model: Any, loss: Callable[[], Tensor]) -> dict[str, int]:
 
 def test_shared_tokens_are_computed_once_and_the_last_mlp_where_needed(adapted: Any) -> None:
     rows = some_rows()
-    stream = pack(rows)
-    counts = tokens_through(adapted, lambda: shared_prefix_loss(adapted, stream))
+    packed = pack(rows)
+    counts = tokens_through(adapted, lambda: shared_prefix_loss(adapted, packed))
     assert counts.pop("2.post_attention_layernorm") == 16
-    assert set(counts.values()) == {stream.computed_tokens}
-    assert stream.computed_tokens == 39 + (9 + 14 + 5 + 23)
+    assert set(counts.values()) == {packed.computed_tokens}
+    assert packed.computed_tokens == 39 + (9 + 14 + 5 + 23)
 
 
 def activations_gib(loss: Callable[[], Tensor]) -> float:
@@ -277,12 +277,12 @@ def activations_gib(loss: Callable[[], Tensor]) -> float:
 
 
 def test_checkpointing_keeps_less_and_changes_nothing(adapted: Any) -> None:
-    stream = pack(some_rows())
-    plain = activations_gib(lambda: shared_prefix_loss(adapted, stream))
-    saving = activations_gib(lambda: shared_prefix_loss(adapted, stream, checkpointing=True))
+    packed = pack(some_rows())
+    plain = activations_gib(lambda: shared_prefix_loss(adapted, packed))
+    saving = activations_gib(lambda: shared_prefix_loss(adapted, packed, checkpointing=True))
     assert saving < 0.6 * plain
     exact = [
-        gradients(adapted, lambda on=on: shared_prefix_loss(adapted, stream, checkpointing=on))
+        gradients(adapted, lambda on=on: shared_prefix_loss(adapted, packed, checkpointing=on))
         for on in (False, True)
     ]
     assert torch.equal(exact[0][0], exact[1][0])
@@ -297,9 +297,9 @@ def test_bf16_bases_agree_within_their_rounding() -> None:
 
 def test_autocast_computes_in_half_precision() -> None:
     model = with_adapter(llama().to(torch.bfloat16))
-    stream = pack(some_rows())
+    packed = pack(some_rows())
     with torch.autocast("cpu", torch.bfloat16):
-        found, in_half = gradients(model, lambda: shared_prefix_loss(model, stream))
+        found, in_half = gradients(model, lambda: shared_prefix_loss(model, packed))
         wanted, plain = gradients(model, lambda: padded_loss(model, some_rows()))
     assert found.dtype is torch.float32
     assert abs(found - wanted) < 0.02 * wanted
@@ -326,7 +326,7 @@ def four_bits(
 def test_four_bit_bases_stay_in_four_bits_and_are_exact(
     four_bits: Any, checkpointing: bool
 ) -> None:
-    assert supported(four_bits) is None
+    assert unsupported(four_bits, "training") is None
     assert_same(four_bits, some_rows(), loss=1e-5, gradient=1e-3, checkpointing=checkpointing)
     kinds = {type(module).__name__ for module in four_bits.modules()}
     assert "Linear4bit" in kinds
@@ -335,35 +335,35 @@ def test_four_bit_bases_stay_in_four_bits_and_are_exact(
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_of_the_adapter_is_still_peft_s(dropout: float) -> None:
     model = with_adapter(llama(), lora_dropout=dropout)
-    stream = pack(some_rows())
-    losses = {shared_prefix_loss(model, stream).item() for _ in range(3)}
+    packed = pack(some_rows())
+    losses = {shared_prefix_loss(model, packed).item() for _ in range(3)}
     assert len(losses) == (3 if dropout else 1)
 
 
 def test_a_replaced_forward_of_a_layer_is_called(adapted: Any) -> None:
     """As quantisation-aware training replaces it."""
     layer = adapted.get_base_model().model.layers[1].self_attn.o_proj
-    stream = pack(some_rows())
-    before = shared_prefix_loss(adapted, stream)
+    packed = pack(some_rows())
+    before = shared_prefix_loss(adapted, packed)
     original = layer.forward
     layer.forward = lambda x: original(x) * 2
-    changed = shared_prefix_loss(adapted, stream)
+    changed = shared_prefix_loss(adapted, packed)
     del layer.forward
     assert not torch.isclose(before, changed)
-    assert torch.equal(before, shared_prefix_loss(adapted, stream))
+    assert torch.equal(before, shared_prefix_loss(adapted, packed))
 
 
 def test_adapters_that_are_switched_off_or_merged_count_as_peft_counts_them() -> None:
     model = with_adapter(llama())
     rows = some_rows()
-    stream = pack(rows)
-    adapted_loss = shared_prefix_loss(model, stream)
+    packed = pack(rows)
+    adapted_loss = shared_prefix_loss(model, packed)
     with model.disable_adapter():
-        off = shared_prefix_loss(model, stream)
+        off = shared_prefix_loss(model, packed)
         torch.testing.assert_close(off, padded_loss(model, rows))
     assert not torch.isclose(off, adapted_loss)
     model.merge_adapter()
-    torch.testing.assert_close(shared_prefix_loss(model, stream), adapted_loss)
+    torch.testing.assert_close(shared_prefix_loss(model, packed), adapted_loss)
 
 
 def test_plain_adapters_take_the_way_without_intermediate_tensors(
@@ -386,21 +386,22 @@ def test_models_that_it_would_compute_wrongly_are_named_with_the_reason(adapted:
     from peft import IA3Config, get_peft_model
     from transformers import MistralConfig, MistralForCausalLM
 
-    assert supported(llama()) is None
-    assert supported(adapted) is None
+    assert unsupported(llama(), "training") is None
+    assert unsupported(adapted, "training") is None
     small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    assert "MistralForCausalLM" in str(
-        supported(MistralForCausalLM(MistralConfig(**small, **heads)))
-    )
-    assert "attention_dropout is 0.1" in str(supported(llama(attention_dropout=0.1)))
+    other = MistralForCausalLM(MistralConfig(**small, **heads))
+    assert "MistralForCausalLM" in str(unsupported(other, "training"))
+    dropping = llama(attention_dropout=0.1)
+    assert "attention_dropout is 0.1" in str(unsupported(dropping, "training"))
+    assert unsupported(dropping, "decoding") is None
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert "dynamic" in str(supported(llama(rope_parameters=dynamic)))
+    assert "dynamic" in str(unsupported(llama(rope_parameters=dynamic), "training"))
     scaled = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    assert "IA3, not LoRA" in str(supported(get_peft_model(llama(), scaled)))
+    assert "IA3, not LoRA" in str(unsupported(get_peft_model(llama(), scaled), "training"))
     spread = llama()
-    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
-    assert "2 devices" in str(supported(spread))
+    spread.model.layers[1].to("meta")
+    assert "2 devices" in str(unsupported(spread, "training"))
     tokens = {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}
     activated = with_adapter(llama(), **tokens)
-    assert "activated LoRA" in str(supported(activated))
+    assert "activated LoRA" in str(unsupported(activated, "training"))

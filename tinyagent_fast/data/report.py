@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tinyagent_fast.data.cache import entry_examples
 from tinyagent_fast.data.reading import Progress, ReadReport, read_entries
-from tinyagent_fast.data.schema import Example, entry_examples, plan_steps
+from tinyagent_fast.data.schema import Example, plan_steps
 from tinyagent_fast.data.splits import LeakReport, leak_report
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -25,7 +26,6 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 _ROWS_PER_CALL = 64
 _BINS = 10
 _PROBLEMS_SHOWN = 20
-_THIS_FILE = "this file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +135,6 @@ class DataCheck:
                 f"({pair.rows_in_first:,} entries of {pair.first}, "
                 f"{pair.rows_in_second:,} of {pair.second})"
             )
-            if pair.first == _THIS_FILE and pair.rows_in_first:
-                lines.append(
-                    f"    training leaves out these {pair.rows_in_first:,} entries if "
-                    f"{pair.second} is its test file (--data.leaks drop, the default)"
-                )
         for name, skipped in self.other_skipped.items():
             if skipped:
                 lines.append(f"  {name}: {skipped:,} unusable entries were not compared")
@@ -256,7 +251,7 @@ def check_file(
             points[example.kind] += 1
             tally.add(example, *render(example))
     tally.flush()
-    splits = {_THIS_FILE: queries}
+    splits = {"this file": queries}
     skipped: dict[str, int] = {}
     for name, other in (others or {}).items():
         seen: list[ReadReport] = []

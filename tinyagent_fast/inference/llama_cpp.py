@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.decoding import Completion, StopReason
+from tinyagent_fast.inference.decoding import Completion
+from tinyagent_fast.inference.engine import StopReason
 from tinyagent_fast.inference.llama_child import Child, LlamaCppSettings
 
 if TYPE_CHECKING:

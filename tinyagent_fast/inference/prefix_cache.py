@@ -1,52 +1,57 @@
 """Keys and values in two parts: those of a prefix, held once, and those of each row's own tokens.
 
-`RowBatch` gives the most likely next tokens of rows that share a prefix; `decoding` asks for them,
-`grouping` chooses the rows, `shared_llama` runs the layers.
+`RowBatch` gives the most likely next tokens of rows that share a prefix; `torch_engine` asks for
+them, `grouping` chooses the rows, `shared_prefix` runs the layers and joins attention to the parts.
 
 Letters in names of shapes: B rows, N new tokens of a row, L columns of the cache, T tokens of a
-stream of rows, H heads, K heads of keys and values, D numbers a head.
+packed sequence, H heads, K heads of keys and values, D numbers a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
-from tinyagent_fast.shared_prefix.shared_llama import (
-    LayerRunner,
-    causal_attention,
-    cpu_attention,
-    joined,
+import torch
+from torch import Tensor
+
+from tinyagent_fast.shared_prefix.attention import (
+    join,
+    kernel_for,
+    packed_attention,
+    rows_attention,
 )
+from tinyagent_fast.shared_prefix.forward import LlamaForward
+from tinyagent_fast.shared_prefix.packing import Block
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_STREAM_TOKENS = {"cpu": 4096}
+_PREFILL_TOKENS = {"cpu": 4096}
 """Tokens whose rows are prefilled together, by device; more would only need more memory."""
-_STREAM_TOKENS_ELSEWHERE = 16384
+_PREFILL_TOKENS_ELSEWHERE = 16384
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The keys and values of tokens that several prompts begin with, one pair a layer."""
+    """The keys and values of tokens that several prompts begin with, a pair 1KTD a layer."""
 
-    tokens: int
-    keys_1KTD: tuple[Tensor, ...] = ()
-    values_1KTD: tuple[Tensor, ...] = ()
+    tokens: int = 0
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    def layer(self, at: int) -> tuple[Tensor, Tensor] | None:
-        """Give a layer's keys and values.
+    def followed_by(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values behind those of a layer.
 
         Args:
-            at: Which layer.
+            layer: Which layer.
+            key: Of the tokens that follow, 1KTD.
+            value: As key.
 
         Returns:
-            Both, or none for an empty prefix.
+            Keys and values of the prefix and of those tokens.
         """
-        return (self.keys_1KTD[at], self.values_1KTD[at]) if self.tokens else None
+        if not self.tokens:
+            return key.contiguous(), value.contiguous()
+        keys, values = self.layers[layer]
+        return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
 
     def first(self, tokens: int) -> Prefix:
         """Give the beginning.
@@ -59,37 +64,56 @@ class Prefix:
         """
         if tokens >= self.tokens:
             return self
-        keys, values = (
-            tuple(x[:, :, :tokens] for x in layers) if tokens else ()
-            for layers in (self.keys_1KTD, self.values_1KTD)
-        )
-        return Prefix(tokens, keys, values)
+        return Prefix(tokens, tuple((k[:, :, :tokens], v[:, :, :tokens]) for k, v in self.layers))
 
 
-def compute_prefix(llama: LayerRunner, ids: Sequence[int], *, behind: Prefix = Prefix(0)) -> Prefix:
+NO_PREFIX = Prefix()
+
+
+def compute_prefix(
+    forward: LlamaForward, ids: Sequence[int], *, behind: Prefix = NO_PREFIX
+) -> Prefix:
     """Compute the keys and values of tokens that several prompts begin with.
 
     Args:
-        llama: The model.
+        forward: The model.
         ids: The tokens.
         behind: What stands before them.
 
     Returns:
         Both together, which is what `RowBatch` attends to.
     """
-    import torch
-
     if not ids:
         return behind
-    through = _PrefixPass(llama, behind)
-    positions = torch.arange(len(ids), device=llama.device)
-    llama.run(
-        torch.tensor(ids, device=llama.device),
+    blocks = _blocks([len(ids)], behind.tokens)
+    layers: list[tuple[Tensor, Tensor]] = []
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        layers.append(behind.followed_by(layer, key, value))
+        if layer == len(forward.layers) - 1:
+            return query.transpose(1, 2)  # nobody asks for the state behind it
+        return packed_attention(query, *layers[layer], blocks, kernel=kernel_for(query))
+
+    positions = torch.arange(len(ids), device=forward.device)
+    forward.hidden_states(
+        torch.tensor(ids, device=forward.device),
         positions + behind.tokens,
-        through,
-        positions[:0],
+        attend,
+        wanted_W=positions[-1:],
     )
-    return Prefix(behind.tokens + len(ids), tuple(through.keys), tuple(through.values))
+    return Prefix(behind.tokens + len(ids), tuple(layers))
+
+
+def _blocks(lengths: Sequence[int], prefix_tokens: int) -> tuple[Block, ...]:
+    """Let rows, one behind the other, attend themselves causally and a prefix wholly."""
+    ends = list(accumulate(lengths))
+    blocks = [
+        Block(end - length, end, prefix_tokens + end - length, prefix_tokens + end, causal=True)
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+    if prefix_tokens:
+        blocks.append(Block(0, ends[-1], 0, prefix_tokens, causal=False))
+    return tuple(blocks)
 
 
 class RowBatch:
@@ -97,7 +121,7 @@ class RowBatch:
 
     def __init__(
         self,
-        llama: LayerRunner,
+        forward: LlamaForward,
         prefix: Prefix,
         suffixes: Sequence[Sequence[int]],
         *,
@@ -106,27 +130,22 @@ class RowBatch:
         """Run the prompts' own tokens.
 
         Args:
-            llama: The model.
+            forward: The model.
             prefix: What all prompts begin with.
             suffixes: What follows it in each prompt, a token or more.
             room_tokens: How many tokens a row may be given in `step`, guesses included.
         """
-        self.llama = llama
+        self.forward = forward
         self.prefix = prefix
         self.lengths = [len(suffix) for suffix in suffixes]
         self.columns = max(self.lengths) + room_tokens
-        self.keys_BKTD: list[Tensor] = []
-        self.values_BKTD: list[Tensor] = []
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        """Keys and values BKLD of each layer, made when a layer first runs."""
         self.next_ids = self._prefill(suffixes)
         """The token that follows each prompt."""
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def _prefill(self, suffixes: Sequence[Sequence[int]]) -> list[int]:
-        import torch
-
-        most = _STREAM_TOKENS.get(self.llama.device.type, _STREAM_TOKENS_ELSEWHERE)
+        most = _PREFILL_TOKENS.get(self.forward.device.type, _PREFILL_TOKENS_ELSEWHERE)
         first, hidden = 0, []
         while first < len(suffixes):
             end = first + 1
@@ -134,16 +153,31 @@ class RowBatch:
                 end += 1
             hidden.append(self._prefill_rows(first, suffixes[first:end]))
             first = end
-        return self.llama.most_likely(torch.cat(hidden))
+        return self.forward.most_likely(torch.cat(hidden))
 
     def _prefill_rows(self, first: int, suffixes: Sequence[Sequence[int]]) -> Tensor:
-        import torch
+        """Run whole suffixes, one behind the other, and give the states of their last tokens."""
+        device, lengths = self.forward.device, [len(suffix) for suffix in suffixes]
+        blocks = _blocks(lengths, self.prefix.tokens)
+        lengths_B = torch.tensor(lengths, device=device)
+        last_tokens = _NewTokens(self, first, lengths_B[:, None] - 1, max(lengths))
 
-        device = self.llama.device
-        ids = torch.tensor([token for suffix in suffixes for token in suffix], device=device)
-        positions = torch.cat([torch.arange(len(suffix), device=device) for suffix in suffixes])
-        through = _PrefillPass(self, first, [len(suffix) for suffix in suffixes])
-        return self.llama.run(ids, positions + self.prefix.tokens, through, through.ends - 1)
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            for stored, new in zip(self._layer(layer, key), (key, value), strict=True):
+                for row, part in enumerate(torch.split(new[0], lengths, dim=1), start=first):
+                    stored[row, :, : part.shape[1]] = part
+            if layer == len(self.forward.layers) - 1:
+                return last_tokens.read(layer, query)
+            both = self.prefix.followed_by(layer, key, value)
+            return packed_attention(query, *both, blocks, kernel=kernel_for(query))
+
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        return self.forward.hidden_states(
+            torch.tensor([token for suffix in suffixes for token in suffix], device=device),
+            positions + self.prefix.tokens,
+            attend,
+            wanted_W=lengths_B.cumsum(0) - 1,
+        )
 
     def step(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         """Run new tokens of every row; `keep` says afterwards how many of them stay.
@@ -154,19 +188,18 @@ class RowBatch:
         Returns:
             For each of them the token that follows it.
         """
-        import torch
-
         width = max(map(len, tokens))
         filled = [[*row, *[0] * (width - len(row))] for row in tokens]
-        device = self.llama.device
+        device = self.forward.device
         columns_BN = torch.tensor(self.lengths, device=device)[:, None]
         columns_BN = columns_BN + torch.arange(width, device=device)
-        hidden = self.llama.run(
+        new = _NewTokens(self, 0, columns_BN, max(self.lengths) + width)
+        hidden = self.forward.hidden_states(
             torch.tensor(filled, device=device).flatten(),
             (columns_BN + self.prefix.tokens).flatten(),
-            _StepPass(self, 0, columns_BN, max(self.lengths) + width),
+            new.attend,
         )
-        ids = self.llama.most_likely(hidden)
+        ids = self.forward.most_likely(hidden)
         return [ids[at * width : at * width + len(row)] for at, row in enumerate(tokens)]
 
     def keep(self, row: int, count: int) -> None:
@@ -187,7 +220,7 @@ class RowBatch:
         last = len(self.lengths) - 1
         used = self.lengths[last]
         if row != last:
-            for stored in (*self.keys_BKTD, *self.values_BKTD):
+            for stored in (stored for layer in self.layers for stored in layer):
                 stored[row, :, :used] = stored[last, :, :used]
         self.lengths[row] = used
         self.lengths.pop()
@@ -201,136 +234,28 @@ class RowBatch:
         Returns:
             The batch's prefix and the row's tokens.
         """
-        import torch
-
         used = self.lengths[row]
+        layers = [
+            self.prefix.followed_by(at, *(stored[row, None, :, :used] for stored in layer))
+            for at, layer in enumerate(self.layers)
+        ]
+        return Prefix(self.prefix.tokens + used, tuple(layers))
 
-        def whole(before: Sequence[Tensor], stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            own = [x[row, None, :, :used] for x in stored]
-            if not before:
-                return tuple(x.clone() for x in own)
-            return tuple(torch.cat(both, 2) for both in zip(before, own, strict=True))
-
-        prefix = self.prefix
-        keys = whole(prefix.keys_1KTD, self.keys_BKTD)
-        values = whole(prefix.values_1KTD, self.values_BKTD)
-        return Prefix(prefix.tokens + used, keys, values)
-
-    def layer(self, at: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Give a layer's keys and values, made when they are first asked for.
-
-        Args:
-            at: Which layer.
-            like: Some keys, for their type and heads.
-
-        Returns:
-            Keys and values of all rows.
-        """
-        import torch
-
-        if at == len(self.keys_BKTD):
-            shape = (len(self), like.shape[-2], self.columns, like.shape[-1])
-            for stored in (self.keys_BKTD, self.values_BKTD):
-                # Zeros, since masked columns are multiplied too and must be no NaN.
-                stored.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        return self.keys_BKTD[at], self.values_BKTD[at]
+    def _layer(self, at: int, like_1KTD: Tensor) -> tuple[Tensor, Tensor]:
+        if at == len(self.layers):
+            _, heads, _, size = like_1KTD.shape
+            shape = (len(self.lengths), heads, self.columns, size)
+            # Zeros, since masked columns are multiplied too and must be no NaN.
+            self.layers.append((like_1KTD.new_zeros(shape), like_1KTD.new_zeros(shape)))
+        return self.layers[at]
 
 
-class _PrefixPass:
-    """The prefix: causal in itself."""
-
-    def __init__(self, llama: LayerRunner, behind: Prefix) -> None:
-        self.llama = llama
-        self.behind = behind
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def store(self, layer: int, keys_1TKD: Tensor, values_1TKD: Tensor) -> None:
-        import torch
-
-        before = self.behind.layer(layer)
-        new = keys_1TKD.transpose(1, 2), values_1TKD.transpose(1, 2)
-        for at, (stored, added) in enumerate(zip((self.keys, self.values), new, strict=True)):
-            parts = [added] if before is None else [before[at], added]
-            stored.append(torch.cat(parts, dim=2).contiguous())
-
-    def attend(self, layer: int, queries_1THD: Tensor) -> Tensor:
-        queries = queries_1THD.transpose(1, 2)
-        read = causal_attention(queries, self.keys[layer], self.values[layer], self.llama.scale)
-        return read.transpose(1, 2)
-
-
-class _PrefillPass:
-    """Whole suffixes, one behind the other: each sees the prefix and, causally, itself."""
-
-    def __init__(self, rows: RowBatch, first: int, lengths: Sequence[int]) -> None:
-        import torch
-
-        self.rows = rows
-        self.first = first
-        lengths_B = torch.tensor(lengths, device=rows.llama.device)
-        self.ends = lengths_B.cumsum(0)
-        bounds = [0, *self.ends.tolist()]
-        self.parts = [slice(start, end) for start, end in pairwise(bounds)]
-        # In the last layer only the last token of each row asks, as in a step.
-        self.last = _StepPass(rows, first, lengths_B[:, None] - 1, max(lengths))
-
-    def store(self, layer: int, keys_1TKD: Tensor, values_1TKD: Tensor) -> None:
-        new = keys_1TKD[0].transpose(0, 1), values_1TKD[0].transpose(0, 1)
-        for stored, added in zip(self.rows.layer(layer, keys_1TKD), new, strict=True):
-            for row, part in enumerate(self.parts, start=self.first):
-                stored[row, :, : part.stop - part.start] = added[:, part]
-
-    def attend(self, layer: int, queries_1THD: Tensor) -> Tensor:
-        import torch
-
-        if queries_1THD.shape[1] == len(self.parts):
-            return self.last.attend(layer, queries_1THD)
-        llama, before = self.rows.llama, self.rows.prefix.layer(layer)
-        # Tokens of one head side by side: the kernel is slower over strides.
-        queries = queries_1THD.transpose(1, 2).contiguous()
-        keys, values = self.rows.layer(layer, queries_1THD)
-        own = []
-        for row, part in enumerate(self.parts, start=self.first):
-            seen = part.stop - part.start
-            own.append(
-                (queries[:, :, part], keys[row, None, :, :seen], values[row, None, :, :seen])
-            )
-        if not llama.by_blocks:
-            return torch.cat([_read_in_one(*part, before, llama.scale) for part in own], dim=1)
-        found = [cpu_attention(*part, scale=llama.scale, causal=True) for part in own]
-        read, lse = (
-            torch.cat([x.transpose(1, 2) for x in each], dim=1) for each in zip(*found, strict=True)
-        )
-        if before is None:
-            return read
-        outside = cpu_attention(queries, *before, scale=llama.scale)
-        return joined(read, lse, *(x.transpose(1, 2) for x in outside))
-
-
-def _read_in_one(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    before: tuple[Tensor, Tensor] | None,
-    scale: float,
-) -> Tensor:
-    """Attend from one row's tokens to the prefix and themselves, put into one tensor for it."""
-    import torch
-
-    if before is not None:
-        keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-    return causal_attention(queries, keys, values, scale).transpose(1, 2)
-
-
-class _StepPass:
+class _NewTokens:
     """A few tokens of every row: each sees the prefix and the row's columns up to its own."""
 
-    def __init__(self, rows: RowBatch, first: int, columns_BN: Tensor, seen: int) -> None:
-        import torch
-
-        self.rows = rows
-        self.row_B = slice(first, first + len(columns_BN))
+    def __init__(self, batch: RowBatch, first: int, columns_BN: Tensor, seen: int) -> None:
+        self.batch = batch
+        self.rows = slice(first, first + len(columns_BN))
         self.columns_BN = columns_BN
         self.seen = seen
         """Columns that hold tokens of any row."""
@@ -338,46 +263,44 @@ class _StepPass:
         self.hidden_BNL = hidden_BNL if bool(hidden_BNL.any()) else None
         self.mask: Tensor | None = None
 
-    def store(self, layer: int, keys_1TKD: Tensor, values_1TKD: Tensor) -> None:
-        import torch
-
-        shape = self.columns_BN.shape
-        row_B1 = torch.arange(shape[0], device=self.columns_BN.device)[:, None]
-        new = [x.view(*shape, *x.shape[2:]) for x in (keys_1TKD, values_1TKD)]
-        for stored, added in zip(self.rows.layer(layer, keys_1TKD), new, strict=True):
-            stored[row_B1, :, self.columns_BN] = added
-
-    def attend(self, layer: int, queries_1THD: Tensor) -> Tensor:
-        llama, prefix = self.rows.llama, self.rows.prefix
-        keys, values = (x[self.row_B, :, : self.seen] for x in self.rows.layer(layer, queries_1THD))
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store the keys and values of the tokens and let these read."""
         count, width = self.columns_BN.shape
-        heads = keys.shape[1]
+        row_B1 = torch.arange(count, device=self.columns_BN.device)[:, None]
+        for stored, new in zip(self.batch._layer(layer, key), (key, value), strict=True):
+            heads, _, size = new.shape[1:]
+            stored[row_B1, :, self.columns_BN] = (
+                new[0].transpose(0, 1).view(count, width, heads, size)
+            )
+        return self.read(layer, query)
+
+    def read(self, layer: int, query_1HTD: Tensor) -> Tensor:
+        """Let the tokens read what is stored."""
+        keys, values = (x[self.rows, :, : self.seen] for x in self.batch.layers[layer])
+        count, width = self.columns_BN.shape
+        heads, size = keys.shape[1], keys.shape[3]
         # Queries that share a head of keys stand together, so that no keys are copied.
-        queries = queries_1THD.view(count, width, heads, -1, llama.head_size)
-        queries = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        read, lse = llama.attention(queries, keys, values, self._mask(queries))
-        before = prefix.layer(layer)
-        if before is not None:
-            together = queries.transpose(0, 1).flatten(1, 2)[None]
-            outside = [
-                x[0].reshape(heads, count, *queries.shape[2:3], *x.shape[3:]).transpose(0, 1)
-                for x in llama.attention(together, *before)
-            ]
-            read = joined(read, lse, *outside)
-        read = read.reshape(count, heads, -1, width, llama.head_size).permute(0, 3, 1, 2, 4)
-        return read.reshape(1, count * width, -1, llama.head_size)
+        query = query_1HTD.view(heads, -1, count, width, size).permute(2, 0, 1, 3, 4).flatten(2, 3)
+        out, total = rows_attention(query, keys, values, self._mask(query))
+        if self.batch.prefix.tokens:
+            together = query.transpose(0, 1).flatten(1, 2)[None]
+            outside, outside_total = (
+                x.view(heads, count, *query.shape[2:3], *x.shape[3:]).transpose(0, 1)
+                for x in rows_attention(together, *self.batch.prefix.layers[layer])
+            )
+            join(out, total, outside, outside_total)
+        out = out.view(count, heads, -1, width, size).permute(0, 3, 1, 2, 4)
+        return out.reshape(1, count * width, -1, size).to(query.dtype)
 
-    def _mask(self, queries_BKQD: Tensor) -> Tensor | None:
+    def _mask(self, query_BKQD: Tensor) -> Tensor | None:
         """Hide what stands behind each token; a row of one token has one mask for all heads."""
-        import torch
-
         if self.hidden_BNL is None:
             return None
         if self.mask is None:
             width = self.columns_BN.shape[1]
             hidden = self.hidden_BNL[:, None]
             if width > 1:
-                hidden = hidden.repeat(1, 1, queries_BKQD.shape[2] // width, 1)
-            self.mask = torch.zeros_like(hidden, dtype=queries_BKQD.dtype)
+                hidden = hidden.repeat(1, 1, query_BKQD.shape[2] // width, 1)
+            self.mask = torch.zeros_like(hidden, dtype=query_BKQD.dtype)
             self.mask.masked_fill_(hidden, float("-inf"))
         return self.mask

@@ -13,17 +13,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
 from tinyagent_fast.inference.grouping import common_tokens, group_prompts
 from tinyagent_fast.inference.lookup import PromptLookup, agreeing_tokens
-from tinyagent_fast.inference.prefix_cache import Prefix, RowBatch, compute_prefix
+from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix, RowBatch, compute_prefix
 from tinyagent_fast.prompts.templates import render_prompt
-from tinyagent_fast.shared_prefix.shared_llama import LayerRunner, unsupported
+from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
 
 if TYPE_CHECKING:
-    import torch
-
     from tinyagent_fast.models.loading import LoadedModel
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
@@ -47,8 +47,6 @@ def generating(loaded: LoadedModel) -> Iterator[None]:
         Nothing; inside, the model is in evaluation mode with its KV cache on, without gradients,
         and computes in its own 16 bits where it has them.
     """
-    import torch
-
     model, unsloth = loaded.model, loaded.backend == "unsloth"
     was_training = model.training
     use_cache = model.config.use_cache
@@ -75,8 +73,6 @@ def generating(loaded: LoadedModel) -> Iterator[None]:
 
 def _autocast(loaded: LoadedModel) -> AbstractContextManager[Any]:
     """Compute in 16 bits as training does, even where parts of the model are kept in fp32."""
-    import torch
-
     if loaded.device == "cuda" and loaded.compute_dtype in ("bfloat16", "float16"):
         return torch.autocast("cuda", dtype=getattr(torch, loaded.compute_dtype))
     return nullcontext()
@@ -123,8 +119,6 @@ class TorchEngine:
         self.shared_prefix = shared_prefix
         self._kept = _Kept()
         if threads is not None:
-            import torch
-
             torch.set_num_threads(threads)
 
     @property
@@ -165,7 +159,7 @@ class TorchEngine:
             return "asked for"
         if self.loaded.backend == "unsloth":
             return "Unsloth generates with kernels of its own"
-        return unsupported(self.loaded.model)
+        return unsupported(self.loaded.model, "decoding")
 
     def generate(
         self,
@@ -260,8 +254,8 @@ class TorchEngine:
 
     def _grouped(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
         """Run each group of prompts over its prefix, which is computed once."""
-        llama = LayerRunner(self.loaded.model)
-        step_cost = _STEP_COST_TOKENS.get(llama.device.type, _STEP_COST_TOKENS_ELSEWHERE)
+        forward = LlamaForward(self.loaded.model)
+        step_cost = _STEP_COST_TOKENS.get(forward.device.type, _STEP_COST_TOKENS_ELSEWHERE)
         longest = max((answer.most_tokens for answer in answers), default=0)
         prompts = [answer.prompt for answer in answers]
         cost = step_cost * min(longest, _PLAN_TOKENS)
@@ -273,23 +267,23 @@ class TorchEngine:
                     for answer in together[prefix is None :]:
                         answer.cached_tokens = group.prefix_tokens
                     if prefix is None:
-                        prefix = compute_prefix(llama, together[0].prompt[: group.prefix_tokens])
-                    self._write_together(self._rows(llama, prefix, together), together)
+                        prefix = compute_prefix(forward, together[0].prompt[: group.prefix_tokens])
+                    self._write_together(self._rows(forward, prefix, together), together)
                 yield together
 
     def _single(self, answer: _Answer) -> Iterator[Sequence[_Answer]]:
         """Run one prompt over what is kept of the last one, in chunks; keep what was computed."""
-        llama, prompt = LayerRunner(self.loaded.model), answer.prompt
+        forward, prompt = LlamaForward(self.loaded.model), answer.prompt
         with generating(self.loaded):
             answer.cached_tokens = min(common_tokens(self._kept.ids, prompt), len(prompt) - 1)
             prefix = self._kept.prefix.first(answer.cached_tokens)
             while len(prompt) - prefix.tokens > _CHUNK_TOKENS:
                 chunk = prompt[prefix.tokens : prefix.tokens + _CHUNK_TOKENS]
-                prefix = compute_prefix(llama, chunk, behind=prefix)
+                prefix = compute_prefix(forward, chunk, behind=prefix)
                 self._kept = _Kept(prompt[: prefix.tokens], prefix)
                 if answer.on_token is not None:
                     answer.on_token(answer.index, "")
-            rows = self._rows(llama, prefix, [answer])
+            rows = self._rows(forward, prefix, [answer])
             try:
                 self._write_together(rows, [answer])
             finally:
@@ -299,10 +293,10 @@ class TorchEngine:
                 self._kept = _Kept(written[: prefix.tokens], prefix)
         yield [answer]
 
-    def _rows(self, llama: LayerRunner, prefix: Prefix, answers: Sequence[_Answer]) -> RowBatch:
+    def _rows(self, forward: LlamaForward, prefix: Prefix, answers: Sequence[_Answer]) -> RowBatch:
         suffixes = [answer.prompt[prefix.tokens :] for answer in answers]
         most = max(answer.most_tokens for answer in answers)
-        return RowBatch(llama, prefix, suffixes, room_tokens=most + self.lookup_tokens)
+        return RowBatch(forward, prefix, suffixes, room_tokens=most + self.lookup_tokens)
 
     def _write_together(self, rows: RowBatch, answers: Sequence[_Answer]) -> None:
         """Let all answers be written to their ends; those that are there make room."""
@@ -340,7 +334,6 @@ class TorchEngine:
             yield together
 
     def _generate_padded(self, answers: Sequence[_Answer]) -> None:
-        import torch
         from transformers import StoppingCriteriaList
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -371,7 +364,7 @@ class _Kept:
     """The tokens of the last single prompt and its answer, with their keys and values."""
 
     ids: Sequence[int] = ()
-    prefix: Prefix = field(default_factory=lambda: Prefix(0))
+    prefix: Prefix = NO_PREFIX
 
 
 @dataclass
@@ -462,8 +455,6 @@ def left_padded(
     Returns:
         input_ids_BT and attention_mask_BT.
     """
-    import torch
-
     longest = max(len(row) for row in rows)
     ids = [[pad_id] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

@@ -11,7 +11,8 @@ from typing import Any
 
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.decoding import Completion, StopReason
+from tinyagent_fast.inference.decoding import Completion
+from tinyagent_fast.inference.engine import StopReason
 from tinyagent_fast.inference.engines import Completions, encode_prompts
 from tinyagent_fast.inference.parity import ParityReport
 from tinyagent_fast.prompts.tokens import PromptTokenizer

@@ -1,1 +1,1 @@
-"""Exact training on rows that share prefixes: what rows have in common is computed once."""
+"""Rows that share prefixes: what they have in common is computed once, in training and decoding."""

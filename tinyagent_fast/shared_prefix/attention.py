@@ -1,4 +1,4 @@
-"""Exact attention over a packed stream, from flash attention kernels that know of one block each.
+"""Exact attention over packed sequences, from flash attention kernels that know of one block each.
 
 Each block's kernel gives its output and the log-sum-exp of its scores. A query's blocks are joined
 by weighting the outputs with the share that each block has in the sum. Backwards, the kernels are
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinyagent_fast.shared_prefix.layout import Block
+from tinyagent_fast.shared_prefix.packing import Block
 
 Extras = tuple[Any, ...]
 """What a kernel's backward wants back from its forward, apart from output and log-sum-exp."""
@@ -43,7 +43,7 @@ class Kernel:
     """Gradient, query, key, value, output, log-sum-exp, causal, scale, extras to gradients."""
 
 
-def stream_attention(
+def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], *, kernel: Kernel
 ) -> Tensor:
     """Let every query attend the keys of its blocks.
@@ -59,11 +59,11 @@ def stream_attention(
     Returns:
         1 x queries x heads x head_dim, contiguous.
     """
-    apply: Callable[..., Tensor] = _StreamAttention.apply
+    apply: Callable[..., Tensor] = _PackedAttention.apply
     return apply(query, key, value, tuple(blocks), kernel)
 
 
-class _StreamAttention(torch.autograd.Function):
+class _PackedAttention(torch.autograd.Function):
     """Forward and backward by blocks; the blocks' probabilities are never stored."""
 
     @staticmethod
@@ -73,8 +73,8 @@ class _StreamAttention(torch.autograd.Function):
         # Heads apart: rows of one head lie 4 KiB apart otherwise, which caches dislike.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         scale = 1 / math.sqrt(query.shape[-1])
-        out = query.new_empty(query.transpose(1, 2).shape, dtype=_accumulator(query.dtype))
-        total = query.new_empty(query.shape[:-1], dtype=out.dtype)
+        stored = query.new_empty(query.transpose(1, 2).shape, dtype=_accumulator(query.dtype))
+        out, total = stored.transpose(1, 2), stored.new_empty(query.shape[:-1])
         extras = []
         for block in blocks:
             at = slice(block.query_start, block.query_stop)
@@ -83,16 +83,15 @@ class _StreamAttention(torch.autograd.Function):
                 query[:, :, at], key[:, :, keys], value[:, :, keys], block.causal, scale
             )
             extras.append(extra)
-            part = part.transpose(1, 2)
             if block.causal:
-                out[:, at] = part
+                out[:, :, at] = part
                 total[:, :, at] = part_total
             else:
-                _join(out[:, at], total[:, :, at], part, part_total)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, total)
+                join(out[:, :, at], total[:, :, at], part, part_total)
+        stored = stored.to(query.dtype)
+        ctx.save_for_backward(query, key, value, stored, total)
         ctx.blocks, ctx.kernel, ctx.scale, ctx.extras = blocks, kernel, scale, extras
-        return out
+        return stored
 
     @staticmethod
     @once_differentiable
@@ -123,15 +122,52 @@ class _StreamAttention(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def _join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
-    """Add one more block's share to outputs and log-sum-exps, in place."""
+def join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
+    """Join attention to some keys with attention of the same queries to others, in place.
+
+    Args:
+        out: What was read from the first keys, .. x queries x head_dim; becomes what is read from
+            both.
+        total: Log-sum-exps of the scores there, .. x queries; become those of both.
+        part: What was read from the other keys.
+        part_total: Log-sum-exps there.
+    """
     joined = torch.logaddexp(total, part_total)
 
     def share(of: Tensor) -> Tensor:
-        return (of - joined).exp_().transpose(1, 2)[..., None]
+        return (of - joined).exp_()[..., None]
 
     out.mul_(share(total)).addcmul_(part, share(part_total))
     total.copy_(joined)
+
+
+def rows_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, fused: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Let the few queries of every row attend all its keys; for decoding, so without gradients.
+
+    Args:
+        query: Rows x key heads x queries x head_dim; heads that share keys are further queries.
+        key: Rows x key heads x tokens x head_dim.
+        value: As key.
+        mask: Added to the scores, broadcast over key heads.
+        fused: Whether to take the kernel that CPUs have for it.
+
+    Returns:
+        What is read, in fp32 or better, and the log-sum-exps of the scores.
+    """
+    scale = 1 / math.sqrt(query.shape[-1])
+    if fused and query.device.type == "cpu":
+        out, total = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scale
+        )
+        return out.to(_accumulator(query.dtype)), total
+    scores = ((query * scale) @ key.mT).to(_accumulator(query.dtype))
+    if mask is not None:
+        scores = scores + mask
+    total = scores.logsumexp(-1)
+    read = (scores - total[..., None]).exp().to(value.dtype) @ value
+    return read.to(scores.dtype), total
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tinyagent_fast.shared_prefix.layout import SMALLEST_SHARED_TOKENS
+from tinyagent_fast.shared_prefix.packing import SMALLEST_SHARED_TOKENS
 
 _SMALLEST_SAVING = 0.02
 """Of a pool's tokens: less is not worth that the same rows meet more often."""

@@ -44,7 +44,7 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 
 def _plain_adapter(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Give base weight, A, B and scale of a layer that is nothing but those, else none."""
+    """Give base weight, A, B and scale of a layer that is nothing but those, else None."""
     from peft.tuners.lora.layer import Linear as LoraLinear
 
     if type(module) is not LoraLinear or module.disable_adapters or module.merged:

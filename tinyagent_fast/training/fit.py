@@ -22,6 +22,13 @@ from tinyagent_fast.inference.engines import TransformersEngine, encode_prompts
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.runs import Run, refuse_taken_name, write_json
+from tinyagent_fast.shared_prefix.training import (
+    PackingCollator,
+    SharedPrefixDecision,
+    check_same_loss,
+    decide_shared_prefix,
+    prefix_order,
+)
 from tinyagent_fast.training.callbacks import (
     Best,
     Evaluation,
@@ -42,12 +49,6 @@ from tinyagent_fast.training.resume import (
     training_is_over,
 )
 from tinyagent_fast.training.session import Session, prepare_session
-from tinyagent_fast.training.sharing import (
-    Sharing,
-    check_same_loss,
-    decide_sharing,
-    share_prefixes,
-)
 from tinyagent_fast.training.tracking import Tracking, check_tracker
 from tinyagent_fast.training.trainer import (
     build_trainer,
@@ -112,7 +113,7 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
         processes=processes,
         tracking=tracking,
     )
-    sharing = _share_prefixes(session, trainer, dataset, resumed=checkpoint is not None)
+    shared_prefix = _share_prefixes(session, trainer, dataset, resumed=checkpoint is not None)
     if loaded.device == "cpu":
         _choose_threads(session, dataset)
     prompts = encode_prompts(loaded.tokenizer, session.examples.validation)
@@ -120,7 +121,7 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
         trainer, loaded, dataset, prompts, config.eval.batch, estimator=session.estimator
     )
     _say_checked(session, report)
-    if sharing.on:
+    if shared_prefix.on:
         difference = check_same_loss(trainer, loaded, dataset)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     if config.eval.before_and_after and checkpoint is None:
@@ -158,15 +159,21 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
         )
 
 
-def _share_prefixes(session: Session, trainer: Any, dataset: Any, *, resumed: bool) -> Sharing:
+def _share_prefixes(
+    session: Session, trainer: Any, dataset: Any, *, resumed: bool
+) -> SharedPrefixDecision:
     """Decide whether shared prefixes are computed once; a resumed run goes on as it began."""
-    config, loaded, path = session.config, session.loaded, session.run.path / "sharing.json"
-    sharing = decide_sharing(loaded, config.train, dataset, path if resumed else None)
+    config, loaded = session.config, session.loaded
+    path = session.run.path / "shared_prefix.json"
+    decision = decide_shared_prefix(loaded, config.train, dataset, path if resumed else None)
     if session.processes.is_main_process:
-        write_json(path, asdict(sharing))
-    session.display.say(f"shared prefixes {sharing.sentence()}")
-    share_prefixes(trainer, sharing, loaded, dataset, config.train)
-    return sharing
+        write_json(path, asdict(decision))
+    session.display.say(f"shared prefixes {decision.sentence()}")
+    if decision.on:
+        trainer.layer_checkpointing = loaded.model.get_base_model().is_gradient_checkpointing
+        trainer.data_collator = PackingCollator(trainer.data_collator)
+        trainer.order = prefix_order(dataset, config.train)
+    return decision
 
 
 def _token_counts(trainer: Any) -> dict[str, int]:

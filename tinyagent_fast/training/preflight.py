@@ -198,8 +198,8 @@ def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, int | None, 
     loaded.model.zero_grad(set_to_none=True)
     trainer._metrics["train"].clear()
     trainer._total_train_tokens = 0
-    stream = inputs.get("stream")
-    computed = None if stream is None else stream.computed_tokens
+    packed = inputs.get("packed")
+    computed = None if packed is None else packed.computed_tokens
     return int(inputs["input_ids"].numel()), computed, time.perf_counter() - started
 
 

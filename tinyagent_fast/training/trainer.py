@@ -179,9 +179,9 @@ def _trainer_class() -> Any:
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             mask = inputs.get("attention_mask")
             self.tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-            padded, stream = inputs["input_ids"].numel(), inputs.get("stream")
+            padded, packed = inputs["input_ids"].numel(), inputs.get("packed")
             self.tokens_padded += padded
-            self.tokens_computed += padded if stream is None else stream.computed_tokens
+            self.tokens_computed += padded if packed is None else packed.computed_tokens
             loss = super().training_step(model, inputs, *args, **kwargs)
             refuse_non_finite("loss", loss, self.state.global_step + 1, self.processes)
             return loss
@@ -193,14 +193,14 @@ def _trainer_class() -> Any:
             return_outputs: bool = False,
             num_items_in_batch: Any = None,
         ) -> Any:
-            stream = inputs.get("stream")
-            if stream is None:
+            packed = inputs.get("packed")
+            if packed is None:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
 
             return shared_prefix_loss(
                 model,
-                stream.to(self.args.device),
+                packed.to(self.args.device),
                 num_items_in_batch,
                 checkpointing=self.layer_checkpointing,
             )

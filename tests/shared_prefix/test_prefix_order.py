@@ -7,8 +7,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyagent_fast.shared_prefix.layout import pack
 from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
+from tinyagent_fast.shared_prefix.packing import pack
 
 
 def family(rng: random.Random, stem_tokens: int, rows: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Rows of a micro-batch become one token stream in which every shared prefix stands once.
+"""Rows of a micro-batch become one packed sequence in which every shared prefix stands once.
 
 The rows' token trie is written down depth first: `[prefix][suffix 1][suffix 2]..`, and where some
 of the suffixes share a long beginning of their own, `[prefix][shared][suffix 1][suffix 2]..`. Each
@@ -39,8 +39,8 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedStream:
-    """One micro-batch as a stream of tokens, and where its losses are.
+class PackedSequence:
+    """One micro-batch as a sequence of tokens, and where its losses are.
 
     The last layer is asked for `last_positions` only, so its queries are numbered anew: its blocks
     and the target positions count within them.
@@ -56,7 +56,7 @@ class PackedStream:
     prefix_tokens: int
     """Tokens that all rows share; what only some of them share is not counted here."""
     suffix_tokens: tuple[int, ...]
-    """Tokens of each row that no other row uses, in the order of the stream."""
+    """Tokens of each row that no other row uses, in the order of the sequence."""
     plain_tokens: int
     """What a padded batch of the same rows computes."""
 
@@ -70,14 +70,14 @@ class PackedStream:
         """Tokens that carry loss."""
         return len(self.target_ids)
 
-    def to(self, device: torch.device | str) -> PackedStream:
+    def to(self, device: torch.device | str) -> PackedSequence:
         """Move the tensors, as a trainer moves a batch.
 
         Args:
             device: Where to.
 
         Returns:
-            The same stream there.
+            The same sequence there.
         """
         return replace(
             self,
@@ -100,7 +100,7 @@ class _Row:
 
 @dataclass
 class _Draft:
-    """The stream while segments are appended to it."""
+    """The sequence while segments are appended to it."""
 
     rows: list[_Row]
     shares: list[int]
@@ -114,7 +114,7 @@ class _Draft:
     suffixes: list[int] = field(default_factory=list)
 
     def place(self, first: int, stop: int, depth: int) -> None:
-        """Append rows first..stop, of which `depth` tokens are in the stream already."""
+        """Append rows first..stop, of which `depth` tokens are in the sequence already."""
         start = first
         for row in range(first, stop):
             if row + 1 < stop and self.shares[row] - depth >= self.smallest:
@@ -159,18 +159,18 @@ def pack(
     rows: Sequence[Mapping[str, Sequence[int]]],
     *,
     smallest_shared_tokens: int | None = SMALLEST_SHARED_TOKENS,
-) -> PackedStream:
-    """Write the rows of a micro-batch as one stream.
+) -> PackedSequence:
+    """Write the rows of a micro-batch as one packed sequence.
 
     A prefix is cut at least one token before the first token in which its rows differ and before
     the first supervised one, so that each row predicts its own targets from its own tokens.
 
     Args:
         rows: With input_ids and labels; the order does not matter, as losses are summed.
-        smallest_shared_tokens: A shorter beginning is repeated; none shares nothing at all.
+        smallest_shared_tokens: A shorter beginning is repeated; None shares nothing at all.
 
     Returns:
-        The stream, on the CPU.
+        The sequence, on the CPU.
 
     Raises:
         DataError: A row has no supervised token.
@@ -184,7 +184,7 @@ def pack(
     draft = _Draft(kept, shares, max(1, smallest_shared_tokens or 1))
     draft.place(0, len(kept), 0)
     common = min(shares, default=0)
-    return PackedStream(
+    return PackedSequence(
         input_ids=torch.tensor(draft.ids),
         position_ids=torch.tensor(draft.positions),
         blocks=_causal_first(draft.blocks),

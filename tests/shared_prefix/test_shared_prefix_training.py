@@ -11,7 +11,7 @@ import pytest
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.runs import Run
-from tinyagent_fast.training import sharing
+from tinyagent_fast.shared_prefix.training import decide_shared_prefix
 from tinyagent_fast.training.fit import train
 
 MakeConfig = Callable[..., Config]
@@ -62,7 +62,7 @@ def test_it_is_on_by_default_and_said_with_its_share(
     said = quiet.file.getvalue()
     assert "shared prefixes on: computes" in said
     assert "shared prefixes give the loss of whole rows within" in said
-    remembered = json.loads((run.path / "sharing.json").read_text(encoding="utf-8"))
+    remembered = json.loads((run.path / "shared_prefix.json").read_text(encoding="utf-8"))
     assert remembered["on"] is True
     assert 0.1 < remembered["computed_share"] < 1
 
@@ -96,7 +96,7 @@ def test_several_processes_compute_whole_rows(
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     loaded: Any = SimpleNamespace(backend="transformers")
-    decision = sharing.decide_sharing(loaded, tiny_config().train, [], None)
+    decision = decide_shared_prefix(loaded, tiny_config().train, [], None)
     assert not decision.on
     assert "several processes" in decision.sentence()
 

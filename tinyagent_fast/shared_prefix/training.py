@@ -1,27 +1,33 @@
-"""Let the trainer compute shared prefixes once: the stream in every batch, the order, the count.
+"""What a trainer needs to compute shared prefixes once: decision, order, batch and a check.
 
 Rows, labels and the loss's normalisation stay the trainer's; only the way from a micro-batch to
-its loss is `shared_prefix`'s, which gives the same loss and gradients.
+its loss is `forward`'s, which gives the same loss and gradients.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import TrainConfig
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.models.loading import LoadedModel
-from tinyagent_fast.training.trainer import LengthGroupedOrder
+
+if TYPE_CHECKING:
+    from tinyagent_fast.models.loading import LoadedModel
+    from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
 
 _SAMPLED_BATCHES = 32
+_ALLOWED_DIFFERENCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""Relative differences that the rounding of a compute type explains, with a margin: of two rows, a
+gradient norm in bf16 differs by up to about 1e-2, one in fp32 by about 1e-6."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharing:
+class SharedPrefixDecision:
     """Whether shared prefixes are computed once, and what that saves."""
 
     on: bool
@@ -44,16 +50,17 @@ class Sharing:
         )
 
 
-def decide_sharing(
+def decide_shared_prefix(
     loaded: LoadedModel, train: TrainConfig, rows: Any, remembered: Path | None
-) -> Sharing:
+) -> SharedPrefixDecision:
     """Decide whether shared prefixes are computed once.
 
     Args:
         loaded: Model and backend.
         train: Asks for it or not; `auto` takes it wherever it is exact.
-        rows: Dataset with input_ids and labels.
-        remembered: sharing.json of the run that is resumed, so that it goes on in the same order.
+        rows: Dataset with input_ids, labels and length.
+        remembered: The decision's file of the run that is resumed, so that it goes on in the same
+            order.
 
     Returns:
         The decision.
@@ -62,7 +69,7 @@ def decide_sharing(
         TrainingError: It was asked for and cannot be had.
     """
     if remembered is not None and remembered.exists():
-        return Sharing(**json.loads(remembered.read_text(encoding="utf-8")))
+        return SharedPrefixDecision(**json.loads(remembered.read_text(encoding="utf-8")))
     reason = _why_not(loaded, train)
     if reason is not None:
         if train.shared_prefix == "on":
@@ -71,14 +78,12 @@ def decide_sharing(
                 f"it cannot be used here: {reason}",
                 "leave it at auto, or change what stands against it",
             )
-        return Sharing(on=False, reason=reason)
-    return Sharing(on=True, reason="", computed_share=_computed_share(rows, train))
+        return SharedPrefixDecision(on=False, reason=reason)
+    return SharedPrefixDecision(on=True, reason="", computed_share=_computed_share(rows, train))
 
 
 def _why_not(loaded: LoadedModel, train: TrainConfig) -> str | None:
-    import os
-
-    from tinyagent_fast.shared_prefix.forward import supported
+    from tinyagent_fast.shared_prefix.forward import unsupported
 
     if train.shared_prefix == "off":
         return "asked for by train.shared-prefix"
@@ -88,59 +93,67 @@ def _why_not(loaded: LoadedModel, train: TrainConfig) -> str | None:
         return "unsloth's kernels compute whole rows (model.backend transformers has it)"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "several processes average gradients in the model's own forward"
-    return supported(loaded.model)
+    return unsupported(loaded.model, "training")
 
 
 def _computed_share(rows: Any, train: TrainConfig) -> float:
     """Pack some micro-batches of the first epoch and compare their tokens with padded ones."""
-    from tinyagent_fast.shared_prefix.layout import pack
+    import torch
 
-    order = list(row_order(rows, train))
+    from tinyagent_fast.shared_prefix.packing import pack
+
+    lengths = list(rows["length"])
+    grouped = prefix_order(rows, train)
+    if grouped is not None:
+        order = list(grouped)
+    elif train.batching == "length-grouped":
+        order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    else:
+        generator = torch.Generator().manual_seed(train.seed)
+        order = torch.randperm(len(lengths), generator=generator).tolist()
     batch = train.rows_per_batch
     starts = range(0, len(order), batch)
     chosen = list(starts)[:: max(1, len(starts) // _SAMPLED_BATCHES)]
-    streams = [pack([rows[i] for i in order[start : start + batch]]) for start in chosen]
-    plain = sum(stream.plain_tokens for stream in streams)
-    return round(sum(stream.computed_tokens for stream in streams) / plain, 4)
+    sample = [pack([rows[i] for i in order[start : start + batch]]) for start in chosen]
+    plain = sum(packed.plain_tokens for packed in sample)
+    return round(sum(packed.computed_tokens for packed in sample) / plain, 4)
 
 
-def row_order(rows: Any, train: TrainConfig) -> Any:
-    """Make the order in which rows meet when prefixes are shared.
+def prefix_order(rows: Any, train: TrainConfig) -> PrefixGroupedOrder | None:
+    """Make the order in which rows meet where prefixes are shared.
 
     Args:
-        rows: Dataset with input_ids and length.
+        rows: Dataset with input_ids.
         train: Batching, batch and seed.
 
     Returns:
-        A sampler; `set_epoch` chooses the epoch.
+        A sampler, whose `set_epoch` chooses the epoch; None if another batching was asked for.
     """
     from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
 
     if train.batching != "prefix-grouped":
-        # For counting only: plain shuffling shares as much as any order that ignores beginnings.
-        return LengthGroupedOrder(list(rows["length"]), train.rows_per_batch, train.seed)
+        return None
     return PrefixGroupedOrder((row["input_ids"] for row in rows), train.rows_per_batch, train.seed)
 
 
-def share_prefixes(
-    trainer: Any, sharing: Sharing, loaded: LoadedModel, rows: Any, train: TrainConfig
-) -> None:
-    """Let a trainer compute shared prefixes once, if that was decided.
+@dataclass(frozen=True)
+class PackingCollator:
+    """Another collator's batch, and beside it as `packed` the packed sequence of the same rows."""
 
-    Args:
-        trainer: From `build_trainer`, not yet started.
-        sharing: The decision.
-        loaded: The trainer's model.
-        rows: The dataset that went into the trainer.
-        train: Batching, batch and seed.
-    """
-    if not sharing.on:
-        return
-    base = loaded.model.get_base_model()
-    trainer.layer_checkpointing = bool(base.is_gradient_checkpointing)
-    trainer.data_collator = _WithStream(trainer.data_collator)
-    if train.batching == "prefix-grouped":
-        trainer.order = row_order(rows, train)
+    collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate rows both ways.
+
+        Args:
+            rows: With input_ids and labels.
+
+        Returns:
+            The batch with its packed sequence.
+        """
+        from tinyagent_fast.shared_prefix.packing import pack
+
+        return {**self.collator(rows), "packed": pack(rows)}
 
 
 def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:
@@ -160,28 +173,32 @@ def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:
     lengths = list(rows["length"])
     shortest = sorted(range(len(lengths)), key=lambda i: lengths[i])[:2]
     batch = trainer.data_collator([trainer.train_dataset[i] for i in shortest])
-    stream = batch.pop("stream")
-    plain = _loss_and_gradient(trainer, loaded, batch)
-    shared = _loss_and_gradient(trainer, loaded, {**batch, "stream": stream})
+    packed = batch.pop("packed")
+    plain, dtype = _loss_and_gradient(trainer, loaded, batch)
+    shared, _ = _loss_and_gradient(trainer, loaded, {**batch, "packed": packed})
     difference = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(plain, shared, strict=True))
-    allowed = 1e-3 if loaded.compute_dtype == "float32" else 0.1
-    if difference > allowed:
+    if not difference <= _ALLOWED_DIFFERENCES[dtype]:
         raise TrainingError(
             f"shared prefixes give loss {shared[0]:.6f} and gradient norm {shared[1]:.6f}, whole "
-            f"rows {plain[0]:.6f} and {plain[1]:.6f}",
+            f"rows {plain[0]:.6f} and {plain[1]:.6f}, which {dtype} does not explain",
             "the installed transformers or peft computes in another way than this was written for",
             "--train.shared-prefix off, or install the versions of the requirements file",
         )
     return difference
 
 
-def _loss_and_gradient(trainer: Any, loaded: LoadedModel, batch: dict[str, Any]) -> list[float]:
+def _loss_and_gradient(
+    trainer: Any, loaded: LoadedModel, batch: dict[str, Any]
+) -> tuple[list[float], str]:
+    """Give loss and gradient norm, and the type that they were computed in."""
     import torch
 
     inputs = trainer._prepare_inputs(batch)
     supervised = (inputs["labels"][:, 1:] != -100).sum()
     loaded.model.eval()  # dropout is drawn once for tokens that rows share, so it must be off
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        autocast = torch.is_autocast_enabled(loaded.device)
+        dtype = str(torch.get_autocast_dtype(loaded.device)) if autocast else loaded.compute_dtype
         loss = trainer.compute_loss(loaded.model, inputs, num_items_in_batch=supervised)
     torch.autograd.backward(loss)
     gradients = [p.grad.float().norm() for p in loaded.model.parameters() if p.grad is not None]
@@ -189,16 +206,5 @@ def _loss_and_gradient(trainer: Any, loaded: LoadedModel, batch: dict[str, Any])
     loaded.model.train()
     trainer._metrics["train"].clear()
     trainer._total_train_tokens = 0
-    return [float(loss.detach()), float(torch.stack(gradients).norm())]
-
-
-@dataclass(frozen=True)
-class _WithStream:
-    """The trainer's own collator, and beside its batch the packed stream of the same rows."""
-
-    collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        from tinyagent_fast.shared_prefix.layout import pack
-
-        return {**self.collator(rows), "stream": pack(rows)}
+    figures = [float(loss.detach()), float(torch.stack(gradients).norm())]
+    return figures, dtype.removeprefix("torch.")

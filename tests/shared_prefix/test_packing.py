@@ -1,4 +1,4 @@
-"""Rows as one stream: every row can be read back, and every query attends what its row has."""
+"""Rows as one packed: every row can be read back, and every query attends what its row has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.shared_prefix.layout import Block, PackedStream, pack
+from tinyagent_fast.shared_prefix.packing import Block, PackedSequence, pack
 
 IGNORED = -100
 
@@ -39,7 +39,7 @@ def batches(draw: st.DrawFn) -> list[dict[str, list[int]]]:
 
 
 def seen_by(blocks: tuple[Block, ...], query: int) -> list[int]:
-    """Give the keys that a query attends, in the order of the stream."""
+    """Give the keys that a query attends, in the order of the packed."""
     keys: list[int] = []
     for block in blocks:
         if block.query_start <= query < block.query_stop:
@@ -51,16 +51,16 @@ def seen_by(blocks: tuple[Block, ...], query: int) -> list[int]:
     return sorted(keys)
 
 
-def predictions(stream: PackedStream) -> list[tuple[tuple[int, ...], int]]:
+def predictions(packed: PackedSequence) -> list[tuple[tuple[int, ...], int]]:
     """Give what each target's position sees, itself included, and the target."""
     found = []
     for at, target in zip(
-        stream.target_positions.tolist(), stream.target_ids.tolist(), strict=True
+        packed.target_positions.tolist(), packed.target_ids.tolist(), strict=True
     ):
-        keys = seen_by(stream.last_blocks, at)
-        assert keys[-1] == stream.last_positions[at]
-        assert stream.position_ids[keys].tolist() == list(range(len(keys)))
-        found.append((tuple(stream.input_ids[keys].tolist()), target))
+        keys = seen_by(packed.last_blocks, at)
+        assert keys[-1] == packed.last_positions[at]
+        assert packed.position_ids[keys].tolist() == list(range(len(keys)))
+        found.append((tuple(packed.input_ids[keys].tolist()), target))
     return sorted(found)
 
 
@@ -78,8 +78,8 @@ def expected(rows: list[dict[str, list[int]]]) -> list[tuple[tuple[int, ...], in
 def test_every_target_is_predicted_from_exactly_its_own_row(
     rows: list[dict[str, list[int]]], smallest: int | None
 ) -> None:
-    stream = pack(rows, smallest_shared_tokens=smallest)
-    assert predictions(stream) == expected(rows)
+    packed = pack(rows, smallest_shared_tokens=smallest)
+    assert predictions(packed) == expected(rows)
 
 
 @given(rows=batches(), smallest=st.sampled_from([None, 1, 3]))
@@ -87,13 +87,13 @@ def test_every_target_is_predicted_from_exactly_its_own_row(
 def test_every_token_attends_the_beginning_of_its_row_up_to_itself(
     rows: list[dict[str, list[int]]], smallest: int | None
 ) -> None:
-    stream = pack(rows, smallest_shared_tokens=smallest)
+    packed = pack(rows, smallest_shared_tokens=smallest)
     beginnings = {tuple(r["input_ids"][:n]) for r in rows for n in range(len(r["input_ids"]) + 1)}
-    for at, position in enumerate(stream.position_ids.tolist()):
-        keys = seen_by(stream.blocks, at)
+    for at, position in enumerate(packed.position_ids.tolist()):
+        keys = seen_by(packed.blocks, at)
         assert keys[-1] == at
-        assert stream.position_ids[keys].tolist() == list(range(position + 1))
-        assert tuple(stream.input_ids[keys].tolist()) in beginnings
+        assert packed.position_ids[keys].tolist() == list(range(position + 1))
+        assert tuple(packed.input_ids[keys].tolist()) in beginnings
 
 
 @given(rows=batches(), smallest=st.sampled_from([1, 3]))
@@ -101,10 +101,10 @@ def test_every_token_attends_the_beginning_of_its_row_up_to_itself(
 def test_every_query_is_written_by_one_causal_block_before_others_add_to_it(
     rows: list[dict[str, list[int]]], smallest: int
 ) -> None:
-    stream = pack(rows, smallest_shared_tokens=smallest)
+    packed = pack(rows, smallest_shared_tokens=smallest)
     for blocks, queries in (
-        (stream.blocks, stream.computed_tokens),
-        (stream.last_blocks, len(stream.last_positions)),
+        (packed.blocks, packed.computed_tokens),
+        (packed.last_blocks, len(packed.last_positions)),
     ):
         written = [q for b in blocks if b.causal for q in range(b.query_start, b.query_stop)]
         assert sorted(written) == list(range(queries))
@@ -132,45 +132,45 @@ def test_sharing_never_adds_tokens_and_what_it_saves_is_counted(
 def test_the_prefix_ends_one_token_before_the_first_difference() -> None:
     stem = list(range(100, 150))
     rows = [row([*stem, 1, 7], [8, 9]), row([*stem, 2, 7, 7], [8, 9])]
-    stream = pack(rows)
-    assert stream.prefix_tokens == 49
+    packed = pack(rows)
+    assert packed.prefix_tokens == 49
     # The last token of a row predicts nothing, so it is not computed.
-    assert stream.suffix_tokens == (1 + 2 + 1, 1 + 3 + 1)
-    assert stream.input_ids.tolist() == [*stem[:49], stem[49], 1, 7, 8, stem[49], 2, 7, 7, 8]
-    assert stream.computed_tokens == 49 + 4 + 5
-    assert stream.plain_tokens == 2 * 55
+    assert packed.suffix_tokens == (1 + 2 + 1, 1 + 3 + 1)
+    assert packed.input_ids.tolist() == [*stem[:49], stem[49], 1, 7, 8, stem[49], 2, 7, 7, 8]
+    assert packed.computed_tokens == 49 + 4 + 5
+    assert packed.plain_tokens == 2 * 55
 
 
 def test_the_prefix_ends_one_token_before_the_first_supervised_token() -> None:
     prompt = list(range(40))
-    stream = pack([row(prompt, [1, 2, 3]), row(prompt, [1, 2, 4])])
-    assert stream.prefix_tokens == 39
-    assert stream.suffix_tokens == (3, 3)
+    packed = pack([row(prompt, [1, 2, 3]), row(prompt, [1, 2, 4])])
+    assert packed.prefix_tokens == 39
+    assert packed.suffix_tokens == (3, 3)
 
 
 def test_rows_that_are_the_same_count_twice() -> None:
     one = row(list(range(40)), [1, 2])
-    stream = pack([one, one])
-    assert stream.supervised_tokens == 4
-    assert stream.computed_tokens == 39 + 2 * 2
+    packed = pack([one, one])
+    assert packed.supervised_tokens == 4
+    assert packed.computed_tokens == 39 + 2 * 2
 
 
 def test_what_only_some_rows_share_is_computed_once_too() -> None:
     stem, branch = list(range(40)), list(range(50, 90))
     rows = [row([*stem, *branch, n], [5, 6]) for n in range(3)] + [row([*stem, 99], [5, 6])]
-    stream = pack(rows)
-    assert stream.prefix_tokens == 39
+    packed = pack(rows)
+    assert packed.prefix_tokens == 39
     # The branch begins with the last token of the stem and is cut one token early itself.
-    assert stream.computed_tokens == 39 + 40 + 3 * 3 + 3
-    assert len([b for b in stream.blocks if not b.causal]) == 2
+    assert packed.computed_tokens == 39 + 40 + 3 * 3 + 3
+    assert len([b for b in packed.blocks if not b.causal]) == 2
 
 
 def test_families_with_nothing_in_common_are_shared_each_for_itself() -> None:
     families = [list(range(40)), list(range(60, 100))]
     rows = [row([*family, 7, n], [1, 2]) for family in families for n in range(2)]
-    stream = pack(rows)
-    assert stream.prefix_tokens == 0
-    assert stream.computed_tokens == 2 * 40 + 4 * 3
+    packed = pack(rows)
+    assert packed.prefix_tokens == 0
+    assert packed.computed_tokens == 2 * 40 + 4 * 3
 
 
 def test_short_beginnings_are_repeated_rather_than_shared() -> None:
@@ -182,14 +182,14 @@ def test_short_beginnings_are_repeated_rather_than_shared() -> None:
 def test_nothing_behind_the_last_supervised_token_is_computed() -> None:
     one: dict[str, Any] = {"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, 3, IGNORED, 5]}
     one["labels"][4] = IGNORED
-    stream = pack([one])
-    assert stream.input_ids.tolist() == [1, 2]
-    assert stream.target_ids.tolist() == [2, 3]
+    packed = pack([one])
+    assert packed.input_ids.tolist() == [1, 2]
+    assert packed.target_ids.tolist() == [2, 3]
 
 
 def test_a_label_of_the_first_token_has_nothing_that_predicts_it() -> None:
-    stream = pack([{"input_ids": [1, 2], "labels": [1, 2]}])
-    assert stream.target_ids.tolist() == [2]
+    packed = pack([{"input_ids": [1, 2], "labels": [1, 2]}])
+    assert packed.target_ids.tolist() == [2]
 
 
 def test_a_row_without_supervised_tokens_is_refused() -> None:
@@ -198,7 +198,7 @@ def test_a_row_without_supervised_tokens_is_refused() -> None:
         pack(rows)
 
 
-def test_a_stream_moves_with_all_its_tensors() -> None:
+def test_a_packed_sequence_moves_with_all_its_tensors() -> None:
     import torch
 
     moved = pack([row([1, 2], [3])]).to("meta")

@@ -17,9 +17,9 @@ from tinyagent_fast.shared_prefix.attention import (
     PLAIN,
     Kernel,
     kernel_for,
-    stream_attention,
+    packed_attention,
 )
-from tinyagent_fast.shared_prefix.layout import Block, pack
+from tinyagent_fast.shared_prefix.packing import Block, pack
 
 HEAD_DIM = 8
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.04}
@@ -48,8 +48,8 @@ def blocks_of(prefix: int, suffixes: Sequence[int], *, last: bool) -> tuple[Sequ
         # The last layer needs the second half of each suffix only.
         first = prefix + suffix // 2
         rows.append({"input_ids": ids, "labels": [-100] * first + ids[first:]})
-    stream = pack(rows, smallest_shared_tokens=2)
-    return (stream.last_blocks if last else stream.blocks), stream.computed_tokens
+    packed = pack(rows, smallest_shared_tokens=2)
+    return (packed.last_blocks if last else packed.blocks), packed.computed_tokens
 
 
 def tensors(
@@ -75,7 +75,7 @@ def with_gradients(
     if attend == "masked":
         out = masked_attention(*leaves, blocks)
     else:
-        out = stream_attention(*leaves, blocks, kernel=kernel)
+        out = packed_attention(*leaves, blocks, kernel=kernel)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -111,7 +111,7 @@ def test_attention_and_its_gradients_equal_those_with_a_mask(
 
 
 @pytest.mark.parametrize("kernel", [CPU_FLASH, PLAIN], ids=lambda kernel: kernel.name)
-def test_long_streams_cross_the_kernels_own_blocks_without_error(kernel: Kernel) -> None:
+def test_long_packed_sequences_cross_the_kernels_own_blocks_without_error(kernel: Kernel) -> None:
     """The CPU's kernel works on up to 256 queries and 512 keys at a time."""
     blocks, tokens = blocks_of(700, [530, 300], last=False)
     given = tensors((4, 2), blocks, tokens, torch.float32)
@@ -144,14 +144,14 @@ def test_gradcheck_agrees_with_finite_differences() -> None:
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     for kernel in (CPU_FLASH, PLAIN):
         assert torch.autograd.gradcheck(
-            lambda *x, kernel=kernel: stream_attention(*x, blocks, kernel=kernel), leaves
+            lambda *x, kernel=kernel: packed_attention(*x, blocks, kernel=kernel), leaves
         )
 
 
 def test_the_output_lies_as_the_output_projection_reads_it() -> None:
     blocks, tokens = blocks_of(20, [10, 12], last=False)
     query, key, value, _ = tensors((4, 2), blocks, tokens, torch.float32)
-    out = stream_attention(query, key, value, blocks, kernel=CPU_FLASH)
+    out = packed_attention(query, key, value, blocks, kernel=CPU_FLASH)
     assert out.shape == (1, tokens, 4, HEAD_DIM)
     assert out.is_contiguous()
 
