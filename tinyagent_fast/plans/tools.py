@@ -1,8 +1,7 @@
-"""The tools a plan may call: names, parameters and descriptions.
+"""The tools a plan may call: names and parameters.
 
-First stage of the flow: prompts print these tools, the grammar knows nothing about them, and
-scoring checks the calls of a plan against them. A dataset may bring tools of its own; the 16
-tools of TinyAgent are the default.
+The grammar of plans knows nothing about tools; scoring checks the calls of a plan against them. A
+dataset may bring tools of its own; the 16 tools of TinyAgent are the default.
 """
 
 from __future__ import annotations
@@ -30,15 +29,10 @@ class Parameter:
 
     name: str
     type: str
-    meaning: str = ""
     nullable: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a name or type that no prompt and no plan could use.
-
-        Raises:
-            DataError: If the name is no identifier or the type is not in `PARAMETER_TYPES`.
-        """
+        """Refuse a name or type that no prompt and no plan could use."""
         if not _NAME.fullmatch(self.name):
             raise DataError(
                 f"parameter name {self.name!r}",
@@ -55,23 +49,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: what a planner is told about it.
-
-    `returns` is the type printed after the arrow; what the value means belongs into
-    `description`, one entry per bullet line.
-    """
+    """One tool; every one gives a text back."""
 
     name: str
     parameters: tuple[Parameter, ...]
-    returns: str = field(default="str", kw_only=True)
     description: tuple[str, ...] = field(default=(), kw_only=True)
+    """What a prompt says of it, one entry per line."""
 
     def __post_init__(self) -> None:
-        """Refuse a tool that could not be called in a plan.
-
-        Raises:
-            DataError: If the name is no identifier or is `join`, or a parameter name repeats.
-        """
+        """Refuse a tool that could not be called in a plan."""
         if not _NAME.fullmatch(self.name) or self.name == JOIN:
             raise DataError(
                 f"tool name {self.name!r}",
@@ -88,32 +74,16 @@ class Tool:
 
 
 def signature(tool: Tool) -> str:
-    """Print a tool's signature as a prompt shows it.
-
-    Args:
-        tool: The tool.
-
-    Returns:
-        For example `get_email_address(name: str) -> str`.
-
-    Source:
-        SqueezeAILab/TinyAgent, src/tiny_agent/tiny_agent_tools.py (form of the descriptions).
-    """
+    """Print a tool's signature as a prompt shows it: `get_email_address(name: str) -> str`."""
     parameters = ", ".join(f"{one.name}: {one.type}" for one in tool.parameters)
-    return f"{tool.name}({parameters}) -> {tool.returns}"
+    return f"{tool.name}({parameters}) -> str"
 
 
 def tools_by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
     """Index tools by name, in the order given.
 
-    Args:
-        tools: The tools of a dataset or prompt.
-
-    Returns:
-        Name to tool.
-
     Raises:
-        DataError: If two tools share a name.
+        DataError: Two tools share a name.
     """
     indexed: dict[str, Tool] = {}
     for tool in tools:
@@ -139,9 +109,6 @@ def accepts(parameter: Parameter, value: object) -> bool:
     Args:
         parameter: The parameter the argument is given for.
         value: The argument as read from the plan.
-
-    Returns:
-        True if the types agree.
     """
     if isinstance(value, str):
         return parameter.type == "str" or _WHOLE_REFERENCE.fullmatch(value) is not None
@@ -158,178 +125,43 @@ def accepts(parameter: Parameter, value: object) -> bool:
     )
 
 
-def _text(name: str, meaning: str, *, nullable: bool = False) -> Parameter:
-    return Parameter(name, "str", meaning, nullable=nullable)
+_SIGNATURES = """\
+create_calendar_event(title: str, start_date: str, end_date: str, location: str or None, \
+invitees: list[str], notes: str or None, calendar: str or None)
+get_phone_number(name: str)
+get_email_address(name: str)
+open_and_get_file_path(file_name: str)
+summarize_pdf(pdf_path: str)
+compose_new_email(recipients: list[str], cc: list[str], subject: str, context: str, \
+attachments: list[str])
+reply_to_email(cc: list[str], context: str, attachments: list[str])
+forward_email(recipients: list[str], cc: list[str], context: str, attachments: list[str])
+maps_open_location(location: str)
+maps_show_directions(start_location: str, end_location: str, transport: str)
+create_note(name: str, content: str, folder: str)
+open_note(name: str, folder: str)
+append_note_content(name: str, content: str, folder: str)
+create_reminder(name: str, due_date: str, notes: str, list_name: str, priority: int, all_day: bool)
+send_sms(recipients: list[str], message: str)
+get_zoom_meeting_link(topic: str, start_time: str, duration: int, meeting_invitees: list[str])
+"""
 
 
-def _texts(name: str, meaning: str) -> Parameter:
-    return Parameter(name, "list[str]", meaning)
+def _tool(line: str) -> Tool:
+    name, _, inside = line.removesuffix(")").partition("(")
+    parameters = []
+    for part in inside.split(", "):
+        parameter, _, kind = part.partition(": ")
+        nullable = kind.endswith(" or None")
+        parameters.append(Parameter(parameter, kind.removesuffix(" or None"), nullable=nullable))
+    return Tool(name, tuple(parameters))
 
 
-_CURRENT_MAIL = "Works on the email that is selected in the mail app."
-_CONTEXT = _text("context", "what the text must contain, if the query says so")
-_FOLDER = _text("folder", 'folder of the note, or ""')
-_ATTACHMENTS = _texts("attachments", "paths of the files to attach, or []")
-_CC = _texts("cc", "email addresses to copy in, or []")
-
-TINYAGENT_TOOLS: tuple[Tool, ...] = (
-    Tool(
-        name="create_calendar_event",
-        parameters=(
-            _text("title", "title of the event"),
-            _text("start_date", "start as YYYY-MM-DD HH:MM:SS"),
-            _text("end_date", "end as YYYY-MM-DD HH:MM:SS"),
-            _text("location", 'place, or ""', nullable=True),
-            _texts("invitees", "email addresses of the invited people, or []"),
-            _text("notes", 'notes, or ""', nullable=True),
-            _text("calendar", "calendar to use, or None for the default one", nullable=True),
-        ),
-        description=(
-            "Puts an event into the calendar and reports whether that worked.",
-            "Dates are written as YYYY-MM-DD HH:MM:SS.",
-            "Invitees are email addresses; use [] if nobody is invited.",
-            'Location and notes may be "" and calendar may be None.',
-        ),
-    ),
-    Tool(
-        name="get_phone_number",
-        parameters=(_text("name", "name of the person"),),
-        description=("Looks a person up in the contacts and returns the phone number.",),
-    ),
-    Tool(
-        name="get_email_address",
-        parameters=(_text("name", "name of the person"),),
-        description=("Looks a person up in the contacts and returns the email address.",),
-    ),
-    Tool(
-        name="open_and_get_file_path",
-        parameters=(_text("file_name", "name of the file"),),
-        description=("Finds a file, opens it and returns its path.",),
-    ),
-    Tool(
-        name="summarize_pdf",
-        parameters=(_text("pdf_path", "path of the PDF file"),),
-        description=(
-            "Returns a summary of a PDF file.",
-            "The path must come from an earlier open_and_get_file_path call.",
-        ),
-    ),
-    Tool(
-        name="compose_new_email",
-        parameters=(
-            _texts("recipients", "email addresses of the recipients"),
-            _CC,
-            _text("subject", "subject line"),
-            _CONTEXT,
-            _ATTACHMENTS,
-        ),
-        description=(
-            "Drafts a new email and reports whether that worked.",
-            'Context hands results of earlier calls to the text; otherwise it may be "".',
-            "A map link or a meeting link goes into context, never into attachments.",
-        ),
-    ),
-    Tool(
-        name="reply_to_email",
-        parameters=(_CC, _CONTEXT, _ATTACHMENTS),
-        description=(
-            "Drafts a reply and reports whether that worked.",
-            _CURRENT_MAIL,
-            'Context hands results of earlier calls to the text; otherwise it may be "".',
-        ),
-    ),
-    Tool(
-        name="forward_email",
-        parameters=(
-            _texts("recipients", "email addresses of the recipients"),
-            _CC,
-            _CONTEXT,
-            _ATTACHMENTS,
-        ),
-        description=("Forwards an email and reports whether that worked.", _CURRENT_MAIL),
-    ),
-    Tool(
-        name="maps_open_location",
-        parameters=(_text("location", "place or address"),),
-        description=("Shows a place in the maps app and returns a link to it.",),
-    ),
-    Tool(
-        name="maps_show_directions",
-        parameters=(
-            _text("start_location", 'start, or "" for the current place'),
-            _text("end_location", "destination"),
-            _text("transport", "d, w or r"),
-        ),
-        description=(
-            "Shows the way between two places in the maps app and returns a link to it.",
-            'Transport is "d" for driving, "w" for walking or "r" for public transport.',
-            'An empty start "" means the current place.',
-        ),
-    ),
-    Tool(
-        name="create_note",
-        parameters=(_text("name", "title of the note"), _text("content", "its text"), _FOLDER),
-        description=("Writes a new note and reports whether that worked.", 'Folder may be "".'),
-    ),
-    Tool(
-        name="open_note",
-        parameters=(_text("name", "title of the note"), _FOLDER),
-        description=("Opens a note and returns its text.", 'Folder may be "".'),
-    ),
-    Tool(
-        name="append_note_content",
-        parameters=(_text("name", "title of the note"), _text("content", "text to add"), _FOLDER),
-        description=(
-            "Adds text at the end of a note and reports whether that worked.",
-            "The note need not be opened before.",
-        ),
-    ),
-    Tool(
-        name="create_reminder",
-        parameters=(
-            _text("name", "what to be reminded of"),
-            _text("due_date", "YYYY-MM-DD HH:MM:SS, or YYYY-MM-DD for a whole day"),
-            _text("notes", 'notes, or ""'),
-            _text("list_name", 'list to put it on, or ""'),
-            Parameter("priority", "int", "0 if the query names none"),
-            Parameter("all_day", "bool", "True for a whole day"),
-        ),
-        description=(
-            "Sets a reminder and reports whether that worked.",
-            "The due date is written as YYYY-MM-DD HH:MM:SS, or as YYYY-MM-DD if all_day is True.",
-            "Priority is 0 unless the query asks for another one.",
-        ),
-    ),
-    Tool(
-        name="send_sms",
-        parameters=(
-            _texts("recipients", "phone numbers of the recipients"),
-            _text("message", "the message"),
-        ),
-        description=(
-            "Sends a text message and reports whether that worked.",
-            "One call can reach several phone numbers.",
-        ),
-    ),
-    Tool(
-        name="get_zoom_meeting_link",
-        parameters=(
-            _text("topic", "topic of the meeting"),
-            _text("start_time", "start as YYYY-MM-DD HH:MM:SS"),
-            Parameter("duration", "int", "length in minutes"),
-            _texts("meeting_invitees", "email addresses of the invited people, or []"),
-        ),
-        description=(
-            "Sets up a Zoom meeting and returns the link to join it.",
-            "Duration is in minutes.",
-            "Pass the link on in the notes of a calendar event or in the context of an email.",
-        ),
-    ),
-)
+TINYAGENT_TOOLS: tuple[Tool, ...] = tuple(map(_tool, _SIGNATURES.splitlines()))
 """The 16 tools in TinyAgent's fixed order, which is also the label order of its tool retriever.
 
-Names, parameters and constraints: SqueezeAILab/TinyAgent, src/tiny_agent/tiny_agent_tools.py. The
-descriptions are this project's own words.
+Source: SqueezeAILab/TinyAgent, src/tiny_agent/tiny_agent_tools.py. How a prompt may describe them
+is in data/generation/tinyagent.yaml.
 """
 
 TINYAGENT: Mapping[str, Tool] = MappingProxyType(tools_by_name(TINYAGENT_TOOLS))

@@ -1,4 +1,4 @@
-"""House rules that no linter checks: docstrings, sizes, light imports, no traces of a machine."""
+"""House rules that no linter checks: docstrings, imports, who prints, no traces of a machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FUNCTION_LINES = 60
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "trl", "peft", "numpy")
 
 MODULES = sorted(
@@ -65,17 +64,6 @@ def test_everything_public_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(tree), f"{path} says nothing of itself"
     missing = [name for name, node in public(tree.body) if not ast.get_docstring(node)]
     assert missing == []
-
-
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_functions_are_short(path: Path) -> None:
-    long = {
-        node.name: size
-        for node in walk(path)
-        if isinstance(node, Function)
-        and (size := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
-    }
-    assert long == {}
 
 
 def is_silent(handler: ast.ExceptHandler) -> bool:
@@ -131,14 +119,63 @@ print(json.dumps(found))
 
 
 def test_modules_that_work_without_torch_import_nothing_heavy() -> None:
-    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in PURE]
-    assert {"tinyagent_fast.cli", "tinyagent_fast.data.table", "tinyagent_fast.runs"} <= set(names)
+    names = [module_name(path) for path in PURE]
+    assert {"tinyagent_fast.cli", "tinyagent_fast.data.reading", "tinyagent_fast.runs"} <= set(
+        names
+    )
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_EACH, *names], capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
     assert set(found) == set(names)
     assert {name: heavy for name, heavy in found.items() if heavy} == {}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: Iterable[str]) -> set[str]:
+    """List the project's modules that one imports: at its top, for types, or inside functions."""
+    found = set()
+    for node in walk(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # What is imported from a package may be one of its modules, or a name in its __init__.
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names}
+    return found & set(known)
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[str]:
+    """Give a path back to its beginning for each module that can reach itself."""
+
+    def way_back(start: str) -> list[str] | None:
+        ways, seen = [[start]], set()
+        while ways:
+            way = ways.pop()
+            for target in sorted(graph[way[-1]] - seen):
+                if target == start:
+                    return [*way, start]
+                seen.add(target)
+                ways.append([*way, target])
+        return None
+
+    return [" -> ".join(way) for module in sorted(graph) if (way := way_back(module))]
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    names = {module_name(path): path for path in PROGRAM}
+    graph = {name: imported_modules(path, names) for name, path in names.items()}
+    assert "tinyagent_fast.errors" in graph["tinyagent_fast.config"]
+    assert cycles(graph) == []
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    found = cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}})
+    assert found == ["b -> c -> b", "c -> b -> c", "d -> d"]
 
 
 def project_files() -> list[Path]:
