@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyagent_fast.chat.planners import Planner
 from tinyagent_fast.chat.prompts import PromptSource
-from tinyagent_fast.chat.web import PlannerServer
+from tinyagent_fast.chat.web import PlannerServer, listen
 from tinyagent_fast.chat.writers import Pieces, Written
 
 WAIT_S = 20.0
@@ -49,14 +49,14 @@ def planner_with(writer: ScriptedWriter, **changes: Any) -> Planner:
 @contextmanager
 def serving(planner: Planner, host: str = "127.0.0.1") -> Iterator[PlannerServer]:
     """Serve a planner in a thread, on a free port."""
-    with PlannerServer(host, 0) as server:
-        thread = threading.Thread(target=server.serve, args=(planner,), daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    server = PlannerServer(planner, listen(host, 0), host)
+    thread = threading.Thread(target=server.serve, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(WAIT_S)
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> Any:

@@ -174,7 +174,7 @@ def test_serve_warns_of_an_address_that_others_can_reach(
 ) -> None:
     from tinyagent_fast.chat.web import PlannerServer
 
-    monkeypatch.setattr(PlannerServer, "serve", lambda *_: None)
+    monkeypatch.setattr(PlannerServer, "serve", lambda _: None)
     assert main(["serve", "--port", "0"]) == 0
     assert "warning" not in capsys.readouterr().out
     assert main(["serve", "--port", "0", "--host", "0.0.0.0"]) == 0

@@ -1,122 +1,81 @@
 """A small web page for one person on one machine: requests in, plans streamed out as events.
 
-Plain `http.server`: three addresses need no framework. `GET /` is the page, `GET /planner` says
-what plans, and `POST /plan` answers with server-sent events. Other sites must not get at it
-through the user's browser: names that lead here by DNS rebinding are refused, and so are posts
-from other origins.
+`GET /` is the page, `GET /planner` says what plans, and `POST /plan` answers with server-sent
+events. Other sites must not get at it through the user's browser: names that lead here by DNS
+rebinding are refused, and so are posts from other origins.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import secrets
 import socket
-from collections.abc import Mapping
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
-from socketserver import TCPServer
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from tinyagent_fast.chat.planners import Planner, PlanStream
-from tinyagent_fast.chat.queueing import Queue, QueueFull
 from tinyagent_fast.errors import ConfigError, UserError
 
 MAX_REQUEST_CHARS = 20_000
+MAX_WAITING = 16
+"""Requests that may wait for the one that is being answered."""
 _MAX_BODY_BYTES = 1_000_000
-_POLL_S = 1.0
-_SOCKET_S = 60.0
+_MAX_CONNECTIONS = 64
+_CLOSING_S = 5
 _POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
-class _Refused(Exception):
-    """A request that is not answered, with its status and a reason for the reader."""
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, before the model is loaded, which can take long.
 
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
+    Args:
+        host: Address or name to listen on.
+        port: 0 takes a free one.
 
+    Returns:
+        The listening socket.
 
-class PlannerServer(ThreadingHTTPServer):
-    """Serves one planner; the address is taken before the model is loaded, which can take long."""
-
-    daemon_threads = True
-
-    def __init__(self, host: str, port: int) -> None:
-        """Take an address.
-
-        Args:
-            host: Address or name to listen on.
-            port: 0 takes a free one.
-
-        Raises:
-            ConfigError: The address cannot be had.
-        """
-        self.queue = Queue()
-        self.host = host
-        self.page = (files("tinyagent_fast.chat") / "page.html").read_text(encoding="utf-8")
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"--host {host} --port {port}",
-                f"nothing can listen there: {error}",
-                "take another --port (0 finds a free one), or --host 127.0.0.1",
-            ) from error
-
-    def server_bind(self) -> None:
-        """Bind without asking the network for this machine's name, which can take seconds."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.host, int(self.server_address[1])
-
-    def serve(self, planner: Planner) -> None:
-        """Answer requests until `shutdown` or Ctrl-C.
-
-        Args:
-            planner: Writes the plans.
-        """
-        self.planner = planner
-        self.serve_forever()
-
-    @property
-    def url(self) -> str:
-        """The address of the page."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.server_port}/"
-
-    def allows_host(self, header: str | None) -> bool:
-        """Say whether a Host header is one that a user may have typed.
-
-        A page whose name is made to point here would send that name. Behind a wildcard address any
-        literal address is fine, since rebinding needs a name. The port may differ, as it does
-        through an SSH tunnel.
-
-        Args:
-            header: The header's value.
-
-        Returns:
-            True if the request is answered.
-        """
-        name = _host_name(header)
-        if name is None:
-            return False
-        if name in ("localhost", self.host.lower()):
-            return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return address.is_loopback or not is_loopback(self.host)
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--host {host} --port {port}",
+            f"nothing can listen there: {error}",
+            "take another --port (0 finds a free one), or --host 127.0.0.1",
+        ) from error
 
 
 def is_loopback(host: str) -> bool:
@@ -134,183 +93,242 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _host_name(header: str | None) -> str | None:
-    """Read the name or address out of a Host header; None if it is none."""
+def allows_host(header: str | None, host: str) -> bool:
+    """Say whether a Host header is one that a user may have typed.
+
+    A page whose name is made to point here would send that name. Behind a wildcard address any
+    literal address is fine, since rebinding needs a name. The port may differ, as it does through
+    an SSH tunnel. (Starlette's TrustedHostMiddleware knows lists of names only.)
+
+    Args:
+        header: The header's value.
+        host: The address that the server listens on.
+
+    Returns:
+        True if the request is answered.
+    """
     try:
         parts = urlsplit(f"//{header or ''}")
-        return parts.hostname if parts.port is None or parts.port > 0 else None
+        name = parts.hostname if parts.port is None or parts.port > 0 else None
+        if name in ("localhost", host.lower()):
+            return True
+        address = ipaddress.ip_address(name or "")
     except ValueError:
-        return None
+        return False
+    return address.is_loopback or not is_loopback(host)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """Answers one request; each has a thread of its own."""
+class _OwnNamesOnly:
+    """Answers requests that name this server, and refuses all others before anything is read."""
 
-    timeout = _SOCKET_S
-    server_version = "tinyagent-fast"
-    sys_version = ""
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._host = host
 
-    @property
-    def _server(self) -> PlannerServer:
-        return cast(PlannerServer, self.server)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet: requests are private."""
-
-    def do_GET(self) -> None:
-        """Give the page, or what plans."""
-        try:
-            self._check_host()
-            if self.path == "/":
-                self._give_page()
-            elif self.path == "/planner":
-                facts = {"facts": dict(self._server.planner.facts)}
-                self._give("application/json", json.dumps(facts).encode())
-            else:
-                raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing at this address")
-        except _Refused as refused:
-            self._refuse(refused)
-
-    def do_POST(self) -> None:
-        """Write a plan."""
-        try:
-            self._check_host()
-            self._check_origin()
-            if self.path != "/plan":
-                raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing at this address")
-            request, system = _read_request(self._body())
-            self._answer(self._server.planner.stream(request, system))
-        except _Refused as refused:
-            self._refuse(refused)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True  # the reader has gone, and with it the plan
-
-    def _check_host(self) -> None:
-        if not self._server.allows_host(self.headers["Host"]):
-            reason = f"this server does not answer to the name {self.headers['Host']!r}"
-            raise _Refused(HTTPStatus.MISDIRECTED_REQUEST, reason)
-
-    def _check_origin(self) -> None:
-        origin, site = self.headers["Origin"], self.headers["Sec-Fetch-Site"]
-        own = origin is None or origin == f"http://{self.headers['Host']}"
-        if not own or site not in (None, "same-origin", "none"):
-            raise _Refused(HTTPStatus.FORBIDDEN, "requests from other sites are not answered")
-        # A form of another site cannot send this type without asking first.
-        if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-
-    def _body(self) -> bytes:
-        length = self.headers["Content-Length"] or ""
-        if not (length.isascii() and length.isdigit()):
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
-        if int(length[:12]) > _MAX_BODY_BYTES:
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request is too long")
-        return self.rfile.read(int(length))
-
-    def _answer(self, stream: PlanStream) -> None:
-        queue = self._server.queue
-        try:
-            with queue.place() as ticket:
-                self._begin("text/event-stream")
-                ahead = queue.ahead(ticket)
-                while ahead:
-                    # Told again and again, so that a reader who has left is noticed.
-                    self._event("waiting", {"ahead": ahead})
-                    ahead = queue.ahead(ticket, wait_s=_POLL_S)
-                self._event("begun", {"system_text": stream.prompt.source})
-                self._write(stream)
-        except QueueFull:
-            raise _Refused(
-                HTTPStatus.SERVICE_UNAVAILABLE, "too many requests wait; try again later"
-            ) from None
-
-    def _write(self, stream: PlanStream) -> None:
-        shown = stream.view()
-        with closing(iter(stream)) as pieces:
-            try:
-                for piece in pieces:
-                    self._event("piece", {"text": piece})
-                    if "\n" in piece and (view := stream.view()) != shown:
-                        shown = view
-                        self._event("view", view.to_json())
-            except UserError as error:
-                self._event("failed", {"message": str(error)})
-                return
-            except (ConnectionError, TimeoutError):
-                raise
-            except Exception:
-                self._event("failed", {"message": "this is a bug; the terminal has the details"})
-                raise
-        if stream.ending is None:
-            self._event("failed", {"message": "the server is closing"})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = Headers(scope=scope).get("Host")
+        if allows_host(name, self._host):
+            await self._app(scope, receive, send)
             return
-        self._event("view", stream.view().to_json())
-        ending = {**asdict(stream.ending), "sentence": stream.ending.sentence()}
-        self._event("done", {"plan": stream.text, **ending})
+        reason = f"this server does not answer to the name {name!r}"
+        await _refusal(HTTPStatus.MISDIRECTED_REQUEST, reason)(scope, receive, send)
 
-    def _event(self, name: str, value: Mapping[str, Any]) -> None:
-        self.wfile.write(f"event: {name}\ndata: {json.dumps(value)}\n\n".encode())
-        self.wfile.flush()
 
-    def _give_page(self) -> None:
+class PlannerServer:
+    """The three addresses, and the queue before the model, which writes one plan at a time."""
+
+    def __init__(self, planner: Planner, listener: socket.socket, host: str) -> None:
+        """Prepare to serve.
+
+        Args:
+            planner: Writes the plans.
+            listener: Where requests arrive; closed when the serving ends.
+            host: Address or name by which it was asked for.
+        """
+        self.port = int(listener.getsockname()[1])
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+        self._planner = planner
+        self._listener = listener
+        self._page = (files("tinyagent_fast.chat") / "page.html").read_text(encoding="utf-8")
+        self._queue: list[asyncio.Event] = []
+        """One for each request, in the order of arrival; set when a request has left."""
+        app = Starlette(
+            routes=[
+                Route("/", self._give_page),
+                Route("/planner", self._give_facts),
+                Route("/plan", self._plan, methods=["POST"]),
+            ],
+            middleware=[Middleware(_OwnNamesOnly, host=host)],
+            exception_handlers={HTTPException: _refuse},
+        )
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            http="h11",
+            log_level="error",
+            access_log=False,  # requests are private
+            server_header=False,
+            headers=list(_HEADERS.items()),
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_graceful_shutdown=_CLOSING_S,
+        )
+        self._uvicorn = uvicorn.Server(config)
+
+    def serve(self) -> None:
+        """Answer requests until `stop`, or until Ctrl-C, which raises KeyboardInterrupt."""
+        self._uvicorn.run(sockets=[self._listener])
+
+    def stop(self) -> None:
+        """Let `serve` return, from another thread; a plan under way ends with its next piece."""
+        self._uvicorn.should_exit = True
+
+    async def _give_page(self, _: Request) -> Response:
         # Scripts and styles run only with this word, which nobody can know beforehand.
         nonce = secrets.token_urlsafe(16)
-        page = self._server.page.replace("@NONCE@", nonce)
-        self._give(
-            "text/html; charset=utf-8",
-            page.encode(),
-            {"Content-Security-Policy": _POLICY.format(nonce=nonce)},
-        )
+        policy = {"Content-Security-Policy": _POLICY.format(nonce=nonce)}
+        return HTMLResponse(self._page.replace("@NONCE@", nonce), headers=policy)
 
-    def _give(
-        self,
-        kind: str,
-        content: bytes,
-        headers: Mapping[str, str] | None = None,
-        status: HTTPStatus = HTTPStatus.OK,
-    ) -> None:
-        self._begin(kind, {"Content-Length": str(len(content)), **(headers or {})}, status)
-        self.wfile.write(content)
+    async def _give_facts(self, _: Request) -> Response:
+        return _json({"facts": dict(self._planner.facts)})
 
-    def _begin(
-        self,
-        kind: str,
-        headers: Mapping[str, str] | None = None,
-        status: HTTPStatus = HTTPStatus.OK,
-    ) -> None:
-        self.send_response(status)
-        always = {
-            "Content-Type": kind,
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Resource-Policy": "same-origin",
-        }
-        for name, value in {**always, **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
+    async def _plan(self, request: Request) -> ASGIApp:
+        _check_origin(request.headers)
+        text, system = _read_request(await _read_body(request))
+        if len(self._queue) > MAX_WAITING:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE, "too many requests wait; try again later"
+            )
+        return _Events(partial(self._answer, self._planner.stream(text, system)))
 
-    def _refuse(self, refused: _Refused) -> None:
-        content = json.dumps({"error": refused.reason}).encode()
-        self._give("application/json", content, status=refused.status)
+    async def _answer(self, stream: PlanStream, send: Send) -> None:
+        place = asyncio.Event()
+        self._queue.append(place)
+        try:
+            while ahead := self._queue.index(place):
+                await _tell(send, "waiting", {"ahead": ahead})
+                await place.wait()
+                place.clear()
+            # A thread of its own from the first piece to the last: torch's modes belong to one.
+            await anyio.to_thread.run_sync(self._write, stream, send)
+        finally:
+            self._queue.remove(place)
+            for other in self._queue:
+                other.set()
+
+    def _write(self, stream: PlanStream, send: Send) -> None:
+        def say(name: str, value: Mapping[str, Any]) -> None:
+            anyio.from_thread.run(_tell, send, name, value)
+
+        say("begun", {"system_text": stream.prompt.source})
+        shown = stream.view()
+        try:
+            with closing(iter(stream)) as pieces:
+                for piece in pieces:
+                    anyio.from_thread.check_cancelled()  # also while the prompt is being read
+                    if self._uvicorn.should_exit:
+                        say("failed", {"message": "the server is closing"})
+                        return
+                    say("piece", {"text": piece})
+                    if "\n" in piece and (view := stream.view()) != shown:
+                        shown = view
+                        say("view", view.to_json())
+        except UserError as error:
+            say("failed", {"message": str(error)})
+            return
+        except Exception:
+            traceback.print_exc()
+            say("failed", {"message": "this is a bug; the terminal has the details"})
+            return
+        assert stream.ending is not None
+        say("view", stream.view().to_json())
+        ending = {**asdict(stream.ending), "sentence": stream.ending.sentence()}
+        say("done", {"plan": stream.text, **ending})
+
+
+class _Events:
+    """A plan as server-sent events, broken off when the reader leaves.
+
+    Starlette's StreamingResponse would take each piece in another thread, and leave a plan open
+    whose reader has gone.
+    """
+
+    def __init__(self, answer: Callable[[Send], Awaitable[None]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": headers})
+        async with anyio.create_task_group() as tasks:
+
+            async def until_reader_leaves() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(until_reader_leaves)
+            await self._answer(send)
+            await send({"type": "http.response.body", "body": b""})
+            tasks.cancel_scope.cancel()
+
+
+async def _tell(send: Send, name: str, value: Mapping[str, Any]) -> None:
+    body = f"event: {name}\ndata: {json.dumps(value)}\n\n".encode()
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _json(value: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
+    # Not JSONResponse, which fails on a path that is no UTF-8.
+    return Response(json.dumps(value), status, media_type="application/json")
+
+
+def _refusal(status: int, reason: str) -> Response:
+    return _json({"error": reason}, status)
+
+
+def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _refusal(error.status_code, error.detail)
+
+
+def _check_origin(headers: Headers) -> None:
+    origin, site = headers.get("Origin"), headers.get("Sec-Fetch-Site")
+    own = origin is None or origin == f"http://{headers.get('Host')}"
+    if not own or site not in (None, "same-origin", "none"):
+        raise HTTPException(HTTPStatus.FORBIDDEN, "requests from other sites are not answered")
+    # A form of another site cannot send this type without asking first.
+    if headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+
+
+async def _read_body(request: Request) -> bytes:
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _MAX_BODY_BYTES:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request is too long")
+    return body
 
 
 def _read_request(body: bytes) -> tuple[str, str | None]:
     """Read `{"request": ..., "system": ...}`; the system text may be left out."""
+
+    def refuse(reason: str) -> HTTPException:
+        return HTTPException(HTTPStatus.BAD_REQUEST, reason)
+
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise _Refused(HTTPStatus.BAD_REQUEST, "send a JSON object")
+        raise refuse("send a JSON object")
     request, system = value.get("request"), value.get("system")
     if not isinstance(request, str) or not request.strip():
-        raise _Refused(HTTPStatus.BAD_REQUEST, "the request is empty")
+        raise refuse("the request is empty")
     if len(request) > MAX_REQUEST_CHARS:
-        reason = f"the request has more than {MAX_REQUEST_CHARS:,} characters"
-        raise _Refused(HTTPStatus.BAD_REQUEST, reason)
+        raise refuse(f"the request has more than {MAX_REQUEST_CHARS:,} characters")
     if system is not None and not isinstance(system, str):
-        raise _Refused(HTTPStatus.BAD_REQUEST, "the system text is no text")
+        raise refuse("the system text is no text")
     if any("\ud800" <= char <= "\udfff" for char in request + (system or "")):
-        raise _Refused(HTTPStatus.BAD_REQUEST, "the text holds half a character")
+        raise refuse("the text holds half a character")
     return request.strip(), system

@@ -36,10 +36,11 @@ def run(arguments: Sequence[str]) -> int:
 
     from tinyagent_fast.chat.planners import open_planner
     from tinyagent_fast.chat.terminal import show_header
-    from tinyagent_fast.chat.web import PlannerServer, is_loopback
+    from tinyagent_fast.chat.web import PlannerServer, is_loopback, listen
 
     console = Console(highlight=False)
-    with PlannerServer(flags.host, flags.port) as server, open_planner(flags) as planner:
+    with listen(flags.host, flags.port) as listener, open_planner(flags) as planner:
+        server = PlannerServer(planner, listener, flags.host)
         show_header(console, "tinyagent-fast serve", planner.facts)
         if not is_loopback(flags.host):
             console.print(
@@ -48,5 +49,5 @@ def run(arguments: Sequence[str]) -> int:
             )
         print(f"{server.url} (Ctrl-C ends)", flush=True)
         with suppress(KeyboardInterrupt):
-            server.serve(planner)
+            server.serve()
     return 0
