@@ -16,9 +16,8 @@ from typing import Any
 
 from bench_sizes import Lengths, Shape, Sizes
 
-from tinyagent_fast.data.cache import entry_examples
 from tinyagent_fast.data.reading import read_entries
-from tinyagent_fast.data.schema import Example
+from tinyagent_fast.data.schema import Example, entry_examples
 from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer

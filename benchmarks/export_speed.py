@@ -88,8 +88,8 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
     """
     import numpy as np
 
-    from tinyagent_fast.export.checkpoints import Checkpoint, SafetensorsWriter
-    from tinyagent_fast.export.llama import llama_tensors, read_shape
+    from tinyagent_fast.export.checkpoints import SafetensorsWriter
+    from tinyagent_fast.models.families import LLAMA, ModelShape
 
     config: dict[str, Any] = {
         **SHAPES[shape],
@@ -104,7 +104,7 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     make_tokenizer(folder / "tokenizer.model", config["vocab_size"])
-    tensors = list(llama_tensors(read_shape(Checkpoint(folder, config, {}))))
+    tensors = list(LLAMA.tensors(ModelShape.from_config(config)))
     random = np.random.default_rng(0)
     weights = folder / "model.safetensors"
     with SafetensorsWriter(weights, [(t.source, "BF16", t.shape) for t in tensors], {}) as writer:
@@ -129,30 +129,37 @@ def convert(model: Path, target: Path) -> dict[str, Any]:
     from tinyagent_fast.export.conversion import convert_to_gguf
 
     report = convert_to_gguf(
-        model, target, file_type="f16", name="export-speed", chat_template=None, extra={}
+        model, target, quant="f16", name="export-speed", chat_template=None, extra={}
     )
     return {"size_mb": round(report.size_bytes / 1e6, 1), "notes": list(report.notes)}
 
 
-def quantise_file(source: Path, target: Path, quant: str, threads: int) -> dict[str, Any]:
-    """Quantise an f16 GGUF.
+def quantise_model(model: Path, target: Path, quant: str, threads: int) -> dict[str, Any]:
+    """Convert a model folder to a quantised GGUF.
 
     Args:
-        source: The f16 file.
+        model: The folder.
         target: The file to write.
         quant: Name of the quantisation.
         threads: Threads to use.
 
     Returns:
-        Size, back end and bits per weight.
+        Size and bits per weight.
     """
-    from tinyagent_fast.export.quantising import quantise
+    from tinyagent_fast.export.conversion import convert_to_gguf
 
-    report = quantise(source, target, quant, threads=threads)
+    report = convert_to_gguf(
+        model,
+        target,
+        quant=quant,
+        name="export-speed",
+        chat_template=None,
+        extra={},
+        threads=threads,
+    )
     return {
         "size_mb": round(report.size_bytes / 1e6, 1),
         "bits_per_weight": round(report.bits_per_weight, 3),
-        "backend": report.backend,
         "threads": threads,
     }
 
@@ -238,7 +245,7 @@ def _run_child(arguments: list[str]) -> None:
         "convert": lambda: convert(Path(rest[0]), Path(rest[1])),
         "compare": lambda: compare_tensors(Path(rest[0]), Path(rest[1])),
         **{
-            quant: lambda quant=quant: quantise_file(  # type: ignore[misc]
+            quant: lambda quant=quant: quantise_model(  # type: ignore[misc]
                 Path(rest[0]), Path(rest[1]), quant, int(rest[2])
             )
             for quant in QUANTS
@@ -280,7 +287,7 @@ def main() -> None:
             theirs.unlink()
         for quant in QUANTS:
             target = Path(name) / f"{quant}.gguf"
-            steps[quant] = run_step(quant, f16, target, given.threads)
+            steps[quant] = run_step(quant, model, target, given.threads)
             target.unlink()
     write_json(given.out, record)
     print(f"written: {given.out}")

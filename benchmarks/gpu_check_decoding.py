@@ -248,7 +248,7 @@ def memorise(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     loaded = bench.loaded(item["model"])
     scale, tokenizer = bench.scale, loaded.tokenizer
     examples = generated_examples(scale.memorised_rows, "short", "memorise")
-    path = bench.work / "memorised.arrow"
+    path = bench.work / "memorised"
     rows = encode_examples(examples, tokenizer, path, max_length_tokens=4096).dataset()
     count = len(rows)
     train = replace(

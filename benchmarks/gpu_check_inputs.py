@@ -12,11 +12,9 @@ from typing import Any
 
 from gpu_check_plan import COMPLETION_TOKENS, Scale
 
-from tinyagent_fast.data.cache import entry_examples
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
-from tinyagent_fast.data.reading import entry_from_json
-from tinyagent_fast.data.schema import Entry, Example
+from tinyagent_fast.data.schema import Entry, Example, entry_examples, entry_from_json
 from tinyagent_fast.models.nano import train_bpe_tokenizer
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
@@ -170,7 +168,7 @@ def write_rows(base: Path, path: Path, scale: Scale) -> RowFile:
 
     Args:
         base: Its folder holds the tokenizer.
-        path: Target, an Arrow file.
+        path: Target, a folder.
         scale: Number and lengths of the rows.
 
     Returns:

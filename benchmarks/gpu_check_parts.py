@@ -121,7 +121,7 @@ def base(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows(bench: Bench, item: Mapping[str, Any]) -> dict[str, Any]:
     """Encode the synthetic rows."""
-    encoded = write_rows(bench.base, bench.work / "rows.arrow", bench.scale)
+    encoded = write_rows(bench.base, bench.work / "rows", bench.scale)
     return {
         "rows": encoded.statistics.rows,
         "dropped": len(encoded.statistics.dropped),

@@ -84,7 +84,7 @@ class Bench:
         """
         from datasets import Dataset
 
-        return Dataset.from_file(str(self.work / "rows.arrow"))
+        return Dataset.from_file(str(self.work / "rows" / "rows.arrow"))
 
     def loaded(self, spec: Mapping[str, Any]) -> Any:
         """Load a model as the project does, or give the one at hand.

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tinyagent_fast.config_file import to_mapping
+from tinyagent_fast.config import to_mapping
 from tinyagent_fast.runs import Run, find_run, write_json
 
 _FIGURES = ("success", "success_dag", "tool_recall", "unparsable", "truncated")

@@ -209,8 +209,8 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
                     output="\n".join([*calls, f"{len(calls) + 1}. join()"]),
                 )
             )
-        path = tmp_path_factory.mktemp("rows") / "rows.arrow"
-        file = encode_examples(examples, tokenizer, path, max_length_tokens=max_length_tokens)
+        folder = tmp_path_factory.mktemp("rows") / "rows"
+        file = encode_examples(examples, tokenizer, folder, max_length_tokens=max_length_tokens)
         return file.dataset()
 
     return make
@@ -253,8 +253,8 @@ def make_llama() -> Callable[..., Path]:
     """
     import numpy as np
 
-    from tinyagent_fast.export.checkpoints import Checkpoint, SafetensorsWriter
-    from tinyagent_fast.export.llama import llama_tensors, read_shape
+    from tinyagent_fast.export.checkpoints import SafetensorsWriter
+    from tinyagent_fast.models.families import LLAMA, ModelShape
 
     def standard(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
         return random.standard_normal(shape, np.float32) * np.float32(0.05)
@@ -278,7 +278,7 @@ def make_llama() -> Callable[..., Path]:
         config = {k: v for k, v in {**plain, **changes}.items() if v is not None}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tensors = list(llama_tensors(read_shape(Checkpoint(folder, {**plain, **changes}, {}))))
+        tensors = list(LLAMA.tensors(ModelShape.from_config(config)))
         random = np.random.default_rng(0)
         plan = [(tensor.source, dtype, tensor.shape) for tensor in tensors]
         with SafetensorsWriter(folder / "model.safetensors", plan, {}) as writer:
@@ -334,7 +334,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_merged: Path) -> di
         files[file_type] = convert_to_gguf(
             tiny_merged,
             folder / f"tiny-{file_type}.gguf",
-            file_type=file_type,
+            quant=file_type,
             name="tiny",
             chat_template=TINY_TEMPLATE,
             extra={"tinyagent_fast.prompt_format": "alpaca"},

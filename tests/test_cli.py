@@ -161,7 +161,7 @@ FAILURES: list[tuple[BaseException, int, str]] = [
     (DataError("a file", "it is cut", "fetch it"), 2, "error: a file\n"),
     (ConfigError("a setting", "too big", "less"), 2, "error: a setting\n"),
     (GateError("success 0.1 is below 0.5"), 1, "gate failed: success 0.1 is below 0.5\n"),
-    (KeyboardInterrupt(), 2, "stopped by Ctrl-C\n"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
     (SystemExit("no such thing"), 2, "no such thing\n"),
     (SystemExit(2), 2, ""),
     (SystemExit(None), 0, ""),

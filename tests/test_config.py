@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.commands.config_flags import resolve_config
-from tinyagent_fast.config import Config, check_config
-from tinyagent_fast.config_file import read_config, text_of, to_mapping
+from tinyagent_fast.config import Config, check_config, dump_config, parse_config, to_mapping
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.presets import PRESETS, preset_config
 from tinyagent_fast.strict_yaml import load_yaml
@@ -70,7 +69,7 @@ def configs(kind: type[Any]) -> st.SearchStrategy[Any]:
 @given(configs(Config))
 @settings(max_examples=60, deadline=None)
 def test_a_config_that_is_written_is_read_back_equal(config: Config) -> None:
-    assert read_config(text_of(config)) == config
+    assert parse_config(dump_config(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_a_config_that_is_written_is_read_back_equal(config: Config) -> None:
 )
 def test_any_name_is_read_back_as_it_was_written(name: str) -> None:
     config = replace(Config(), name=name)
-    assert read_config(text_of(config)) == config
+    assert parse_config(dump_config(config)) == config
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -86,7 +85,7 @@ def test_every_preset_is_a_good_config_and_survives_its_file(name: str) -> None:
     config = preset_config(name)
     assert config.preset == name
     check_config(config)
-    assert read_config(text_of(config), base=Config()) == config
+    assert parse_config(dump_config(config), base=Config()) == config
     assert (PRESETS[name].__doc__ or "").strip()
 
 
@@ -98,16 +97,16 @@ def test_an_unknown_preset_is_named_with_the_nearest_one() -> None:
 
 def test_keys_that_are_left_out_keep_the_values_of_the_base() -> None:
     base = preset_config("l4")
-    config = read_config("train: {batch: 7}\nlora: {rank: 64}", base)
+    config = parse_config("train: {batch: 7}\nlora: {rank: 64}", base)
     assert config == replace(
         base, train=replace(base.train, batch=7), lora=replace(base.lora, rank=64)
     )
-    assert read_config("", base) == base
+    assert parse_config("", base) == base
 
 
 def problems_of(text: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        read_config(text, source="my.yaml")
+        parse_config(text, source="my.yaml")
     problems = caught.value.why.split("\n       ")
     assert caught.value.what == f"my.yaml has {len(problems)} problem(s)"
     return problems
@@ -144,11 +143,11 @@ def test_an_unknown_key_that_is_like_no_other_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("text", ["2e-4", "'2e-4'", "0.0002", "2.0e-4", "2.0E-4"])
 def test_every_way_to_write_a_number_gives_that_number(text: str) -> None:
-    assert read_config(f"train: {{learning_rate: {text}}}").train.learning_rate == 2e-4
+    assert parse_config(f"train: {{learning_rate: {text}}}").train.learning_rate == 2e-4
 
 
 def test_a_whole_number_is_taken_for_a_fraction() -> None:
-    epochs = read_config("train: {epochs: 3}").train.epochs
+    epochs = parse_config("train: {epochs: 3}").train.epochs
     assert (epochs, type(epochs)) == (3.0, float)
 
 
@@ -163,13 +162,13 @@ def test_what_is_no_finite_number_is_refused(text: str) -> None:
     [("true", "true"), ("false", "false"), ("'true'", "true"), ("on", "true"), ("unsloth",) * 2],
 )
 def test_a_choice_that_yaml_takes_for_a_truth_value_is_understood(text: str, choice: str) -> None:
-    config = read_config(f"model: {{gradient_checkpointing: {text}}}")
+    config = parse_config(f"model: {{gradient_checkpointing: {text}}}")
     assert config.model.gradient_checkpointing == choice
-    assert read_config(text_of(config)) == config
+    assert parse_config(dump_config(config)) == config
 
 
 def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:
-    assert read_config("train: {learning-rate: 1e-3}").train.learning_rate == 1e-3
+    assert parse_config("train: {learning-rate: 1e-3}").train.learning_rate == 1e-3
     (problem,) = problems_of("train: {learning-rate: 1e-3, learning_rate: 2e-3}")
     assert problem == "train.learning_rate: given twice, with - and with _"
 
@@ -192,7 +191,7 @@ def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:
 )
 def test_a_text_that_is_no_config_is_refused(text: str, why: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_config(text)
+        parse_config(text)
     assert why in caught.value.why
 
 
@@ -213,7 +212,7 @@ def test_a_written_config_has_every_setting() -> None:
         return {k: keys(v) if isinstance(v, dict) else None for k, v in mapping.items()}
 
     assert keys(to_mapping(Config())) == names(Config)
-    assert keys(yaml.safe_load(text_of(Config()))) == names(Config)
+    assert keys(yaml.safe_load(dump_config(Config()))) == names(Config)
 
 
 WRONG = [
@@ -349,7 +348,7 @@ def test_the_batch_is_a_number_or_automatic_from_file_and_flag(tmp_path: Path) -
     path.write_text("train: {batch: auto}")
     config = resolve("--config", str(path))
     assert config.train.batch == "auto"
-    assert read_config(text_of(config)) == config
+    assert parse_config(dump_config(config)) == config
     assert resolve("--train.batch", "auto").train.batch == "auto"
     for wrong in ("null", "true", "Auto", "2.0"):
         (problem,) = problems_of(f"train: {{batch: {wrong}}}")

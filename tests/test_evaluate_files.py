@@ -51,7 +51,7 @@ def exported(run: Run, tiny_merged: Path) -> Run:
         convert_to_gguf(
             tiny_merged,
             folder / f"tiny-{file_type}.gguf",
-            file_type=file_type,  # type: ignore[arg-type]
+            quant=file_type,
             name="tiny",
             chat_template=chat_template("alpaca", None, bos=False),
             extra={},

@@ -214,3 +214,33 @@ def test_every_path_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
     paths.append(run.evaluation)
     assert {path.parent for path in paths} == {tmp_path}
     assert len(set(paths)) == len(paths)
+
+
+def test_a_base_made_beside_the_runs_is_found_from_any_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run(config)
+    assert run.base_of(config) == "random"
+    write_json(run.path / "data.json", {"base": "runs/bases/random-1"})
+    made = tmp_path / "runs" / "bases" / "random-1"
+    made.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run.base_of(config) == "runs/bases/random-1"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Path(run.base_of(config)) == made
+    write_json(run.path / "data.json", {"base": "someone/model"})
+    assert run.base_of(config) == "someone/model"
+
+
+def test_the_adapter_of_a_run_that_was_broken_off_is_its_best(config: Config) -> None:
+    run = create_run(config)
+    with pytest.raises(ConfigError):
+        run.find_adapter()
+    for folder in (run.best, run.adapter):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").touch()
+        assert run.find_adapter() == folder
+        assert run.find_adapter(str(folder)) == folder
+    with pytest.raises(ConfigError, match="it holds no adapter"):
+        run.find_adapter(str(run.path))

@@ -1,6 +1,6 @@
 """The command line: finds the command, and turns errors into messages and exit codes.
 
-Exit codes: 0 done, 1 a gate failed, 2 the user can repair it, 3 a bug.
+Exit codes: 0 done, 1 a gate failed, 2 the user can repair it, 3 a bug, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: Without the program's name; none takes those of the process.
+        arguments: Without the program's name; None takes those of the process.
 
     Returns:
         The exit code.
@@ -85,7 +85,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        return 2
+        return 130  # as shells have it: 128 and the number of the signal
     except SystemExit as leave:
         if leave.code is None or isinstance(leave.code, int):
             return leave.code or 0

@@ -1,16 +1,23 @@
-"""Settings of a run as frozen dataclasses; presets.py fills them, config_file.py stores them.
+"""Settings of a run as frozen dataclasses, their checks, and their YAML.
 
-Precedence: defaults < preset < `--config` file < flags.
+Precedence: defaults < preset (presets.py) < `--config` file < flags. Every unknown key of a file is
+an error with the nearest known name, and `parse_config(dump_config(config)) == config`.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass, field
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.strict_yaml import load_yaml
 
 Backend = Literal["auto", "unsloth", "transformers"]
 Weights = Literal["nf4", "bf16", "fp16", "fp32"]
@@ -18,6 +25,7 @@ Checkpointing = Literal["unsloth", "true", "false"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
 Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
+Leaks = Literal["drop", "keep", "error"]
 QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 Tracker = Literal["off", "tensorboard", "trackio", "wandb"]
 
@@ -39,6 +47,9 @@ class DataConfig:
     """What to do with entries that break the schema; skipped ones are counted and listed."""
     over_long: Literal["error", "drop"] = "error"
     """What to do with rows over model.max-length-tokens; no row is ever cut."""
+    leaks: Leaks = "drop"
+    """What to do with training rows whose query stands in the test file too: leave them out and
+    count them, train on them, or stop."""
     validation_entries: int = 1000
     """Entries taken out of the training file for validation."""
     limit_entries: int | None = None
@@ -176,41 +187,53 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+_ANY_NUMBER = frozenset({"data.seed", "train.seed"})
+_MAY_BE_ZERO = frozenset(
+    {
+        "data.validation-entries",
+        "train.evaluations",
+        "eval.sample",
+        "eval.parity-prompts",
+        "eval.lookup-tokens",
+    }
+)
+"""Counts that may be 0; every other one must be at least 1."""
+_RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    "train.learning-rate": ("in (0, 1)", lambda value: 0 < value < 1),
+    "train.warmup": ("a share in [0, 1)", lambda value: 0 <= value < 1),
+    "train.epochs": ("more than 0", lambda value: value > 0),
+    "train.max-grad-norm": ("more than 0", lambda value: value > 0),
+    "train.weight-decay": ("0 or more", lambda value: value >= 0),
+    "lora.dropout": ("in [0, 1)", lambda value: 0 <= value < 1),
+}
+
+
 def check_config(config: Config) -> None:
     """Refuse settings that are out of range or contradict each other, all at once.
-
-    Args:
-        config: The resolved config.
 
     Raises:
         ConfigError: Lists every problem.
     """
-    c = config
-    problems = _too_small(config)
-    for section in (c.data, c.model, c.lora, c.train, c.eval):
-        name = type(section).__name__.removesuffix("Config").lower()
-        problems += [
-            f"{name}.{key.replace('_', '-')} must be a finite number, got {value}"
-            for key, value in vars(section).items()
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
-    if not 0 < c.train.learning_rate < 1:
-        problems.append(f"train.learning-rate must be in (0, 1), got {c.train.learning_rate}")
-    if not 0 <= c.train.warmup < 1:
-        problems.append(f"train.warmup is a share in [0, 1), got {c.train.warmup}")
-    if not 0 <= c.lora.dropout < 1:
-        problems.append(f"lora.dropout must be in [0, 1), got {c.lora.dropout}")
-    if c.train.epochs <= 0:
-        problems.append(f"train.epochs must be more than 0, got {c.train.epochs}")
-    if c.train.max_grad_norm <= 0:
-        problems.append(f"train.max-grad-norm must be more than 0, got {c.train.max_grad_norm}")
-    if c.train.evaluations and not (c.eval.sample and c.data.validation_entries):
+    problems = []
+    for section in fields(config):
+        part = getattr(config, section.name)
+        for item in fields(part) if is_dataclass(part) else ():
+            name = f"{section.name}.{item.name.replace('_', '-')}"
+            wanted = _wanted(name, getattr(part, item.name))
+            if wanted is not None:
+                problems.append(f"{name} must be {wanted}, got {getattr(part, item.name)}")
+    train = config.train
+    if train.evaluations and not (config.eval.sample and config.data.validation_entries):
         problems.append(
             "train.evaluations needs eval.sample and data.validation-entries above 0 "
             "(or set train.evaluations to 0)"
         )
-    if c.train.qat != "off":
-        problems += _no_qat(c)
+    if train.qat != "off" and config.model.weights == "nf4":
+        problems.append("train.qat needs model.weights in 16 or 32 bits, not nf4")
+    if train.qat != "off" and config.model.backend == "unsloth":
+        problems.append("train.qat needs model.backend transformers: its kernels round nothing")
+    if train.qat != "off" and config.lora.dropout:
+        problems.append("train.qat needs lora.dropout 0: the sum with the base is rounded")
     if problems:
         raise ConfigError(
             f"{len(problems)} setting(s) cannot be used",
@@ -219,53 +242,131 @@ def check_config(config: Config) -> None:
         )
 
 
-def _no_qat(config: Config) -> list[str]:
-    """Say what stands against quantisation-aware training."""
-    problems = []
-    if config.model.weights == "nf4":
-        problems.append("train.qat needs model.weights in 16 or 32 bits, not nf4")
-    if config.model.backend == "unsloth":
-        problems.append("train.qat needs model.backend transformers: its kernels round nothing")
-    if config.lora.dropout:
-        problems.append("train.qat needs lora.dropout 0: the sum with the base is rounded")
-    return problems
+def _wanted(name: str, value: object) -> str | None:
+    """Say what a value out of range should have been; None where it is right."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if isinstance(value, float):
+        wanted, is_right = _RANGES[name]
+        return None if is_right(value) else wanted
+    if not isinstance(value, int) or isinstance(value, bool) or name in _ANY_NUMBER:
+        return None
+    least = 0 if name in _MAY_BE_ZERO else 1
+    return None if value >= least else f"{least} or more"
 
 
-def _too_small(config: Config) -> list[str]:
-    c = config
-    counts = {
-        "model.max-length-tokens": c.model.max_length_tokens,
-        "lora.rank": c.lora.rank,
-        "lora.alpha": c.lora.alpha,
-        "train.batch": c.train.batch,
-        "train.accumulation": c.train.accumulation,
-        "eval.batch": c.eval.batch,
-        "eval.max-new-tokens": c.eval.max_new_tokens,
-        "data.generated-entries": c.data.generated_entries,
-        "data.generated-max-calls": c.data.generated_max_calls,
-        "data.limit-entries": c.data.limit_entries,
-        "train.max-steps": c.train.max_steps,
-        "train.save-every-steps": c.train.save_every_steps,
-        "train.early-stopping": c.train.early_stopping,
-        "train.threads": c.train.threads,
-        "eval.limit": c.eval.limit,
-    }
-    not_negative = {
-        "data.validation-entries": c.data.validation_entries,
-        "train.evaluations": c.train.evaluations,
-        "eval.sample": c.eval.sample,
-        "eval.parity-prompts": c.eval.parity_prompts,
-        "eval.lookup-tokens": c.eval.lookup_tokens,
-        "train.weight-decay": c.train.weight_decay,
-    }
-    problems = [
-        f"{name} must be 1 or more, got {value}"
-        for name, value in counts.items()
-        if isinstance(value, int) and value < 1
-    ]
-    problems += [
-        f"{name} must be 0 or more, got {value}"
-        for name, value in not_negative.items()
-        if value < 0
-    ]
-    return problems
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into nested dicts of strings, numbers, booleans and None."""
+    plain: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            plain[item.name] = to_mapping(value)
+        else:
+            plain[item.name] = str(value) if isinstance(value, Path) else value
+    return plain
+
+
+def dump_config(config: Config) -> str:
+    """Write a config as YAML that `parse_config` turns back into an equal config."""
+    import yaml
+
+    plain = to_mapping(config)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if re.search("[\x85\u2028\u2029]", text):
+        # PyYAML writes these as they are, and reads them as line breaks.
+        text = yaml.safe_dump(plain, sort_keys=False)
+    return text
+
+
+def parse_config(text: str, base: Config | None = None, source: str = "config") -> Config:
+    """Read YAML over a base config; every unknown key and wrong type is an error.
+
+    Args:
+        text: YAML, a mapping of the sections of `Config`; sections and keys may be left out.
+        base: What holds for the keys left out; None takes the defaults.
+        source: Named in messages.
+
+    Raises:
+        ConfigError: Lists all problems, with the nearest known name for each unknown key.
+    """
+    try:
+        raw = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(source, f"it is no valid YAML: {error}", "correct the file") from error
+    problems: list[str] = []
+    config: Config = _merge(base or Config(), {} if raw is None else raw, "", problems)
+    if problems:
+        raise ConfigError(
+            f"{source} has {len(problems)} problem(s)",
+            "\n       ".join(problems),
+            "`tinyagent-fast train --help` lists every setting",
+        )
+    return config
+
+
+def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(raw, Mapping):
+        problems.append(f"{path.rstrip('.') or 'the top level'}: must be a mapping, got {raw!r}")
+        return base
+    hints = typing.get_type_hints(type(base))
+    changes: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(hints)}"
+            problems.append(f"{path}{key}: unknown setting{hint}")
+        elif name in changes:
+            problems.append(f"{path}{key}: given twice, with - and with _")
+        elif is_dataclass(hints[name]):
+            changes[name] = _merge(getattr(base, name), value, f"{path}{name}.", problems)
+        else:
+            try:
+                changes[name] = _converted(value, hints[name])
+            except (TypeError, ValueError):
+                problems.append(f"{path}{key}: {value!r} is not {_described(hints[name])}")
+    return replace(base, **changes)
+
+
+def _described(hint: Any) -> str:
+    """Name a field's type as someone who writes YAML knows it."""
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(kinds)}" if len(kinds) > 1 else kinds[0]
+    if kinds:
+        return " or ".join(map(_described, kinds))
+    return {
+        types.NoneType: "null",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text (put it in quotes)",
+        Path: "a path",
+    }[hint]
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Convert a YAML value to a field's type; `2e-4` is a string to YAML 1.1."""
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        # YAML 1.1 reads a bare true as a boolean, which here is one of the choices' names.
+        text = str(value).lower() if isinstance(value, bool) else value
+        if text in kinds:
+            return text
+    elif kinds:  # a union: the first type that takes the value
+        for kind in kinds:
+            try:
+                return _converted(value, kind)
+            except (TypeError, ValueError):
+                continue
+    elif isinstance(value, bool) or value is None:
+        if type(value) is hint:  # a truth value is no number, although Python takes it for one
+            return value
+    elif hint is float and math.isfinite(float(value)):
+        return float(value)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint in (int, str) and isinstance(value, hint):
+        return value
+    raise TypeError(f"{value!r} is not {_described(hint)}")

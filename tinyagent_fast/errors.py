@@ -1,7 +1,7 @@
 """Errors with an exit code, so that the command line can tell a user's mistake from a bug.
 
 Exit codes: 1 a gate failed (`GateError`), 2 the user can fix it (`UserError` and its kinds),
-3 a bug (any other exception).
+3 a bug (any other exception), 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ from tinyagent_fast.config import (
     LoraConfig,
     ModelConfig,
     TrainConfig,
+    parse_config,
 )
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.strict_yaml import load_yaml
 
 REAL_TRAIN = Path("data/training_data.json")
 REAL_TEST = Path("data/testing_data.json")
@@ -156,3 +158,39 @@ def preset_config(name: str) -> Config:
             f"take one of: auto, {', '.join(PRESETS)}",
         )
     return PRESETS[name]()
+
+
+def load_config(
+    path: str | Path,
+    *,
+    preset: str | None = None,
+    default: Callable[[], str] | None = None,
+) -> Config:
+    """Read a YAML file over a preset; a run's config.yaml is such a file.
+
+    Args:
+        path: The file.
+        preset: Name of the preset; None takes the one that the file names.
+        default: Chooses a preset where neither names one; None takes the plain defaults.
+
+    Raises:
+        ConfigError: The file cannot be read; an unknown preset, key or wrong value is in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}", f"it cannot be read: {error}", "check it") from error
+    name = preset or _preset_in(text) or (default and default())
+    base = preset_config(name) if name else Config()
+    # A file that was written for another preset must not rename the one that is taken.
+    return replace(parse_config(text, base, str(path)), preset=base.preset)
+
+
+def _preset_in(text: str) -> str | None:
+    """Find the preset that a config file is written for; other mistakes in it are found later."""
+    try:
+        raw = load_yaml(text)
+    except ValueError:
+        return None
+    preset = raw.get("preset") if isinstance(raw, dict) else None
+    return None if preset == Config().preset or not isinstance(preset, str) else preset

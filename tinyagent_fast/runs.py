@@ -19,20 +19,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config
-from tinyagent_fast.config_file import read_config, text_of
+from tinyagent_fast.config import Config, dump_config, parse_config
 from tinyagent_fast.errors import ConfigError
 
 # fmt: off
-PACKAGES = (
-    "tinyagent-fast", "torch", "transformers", "trl", "peft", "accelerate", "datasets",
-    "bitsandbytes", "unsloth", "unsloth_zoo", "xformers", "tokenizers", "sentencepiece", "pyarrow",
-    "tyro", "gguf", "xllamacpp",
+_PACKAGES = (
+    "tinyagent-fast", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets",
+    "bitsandbytes", "unsloth", "unsloth_zoo", "xformers", "flash-attn", "tokenizers",
+    "sentencepiece", "safetensors", "numpy", "pyarrow", "tyro", "gguf", "xllamacpp",
 )
 # fmt: on
-"""Distributions whose versions a result may depend on."""
-
-
 _RESERVED = ("latest", "bases")
 """Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
 
@@ -76,9 +72,6 @@ class Run:
     def config(self) -> Config:
         """Read the run's resolved config.
 
-        Returns:
-            The config.
-
         Raises:
             ConfigError: It is missing or was edited into something unreadable.
         """
@@ -89,24 +82,33 @@ class Run:
                 "name a folder under runs/, or train one",
             )
         text = self.config_path.read_text(encoding="utf-8")
-        return read_config(text, source=str(self.config_path))
+        return parse_config(text, source=str(self.config_path))
 
-    def base_of(self, config: Config) -> str:
-        """Find the folder that `nano` or `random` became in this run.
+    def locate(self, recorded: str) -> Path:
+        """Find a path that the run recorded, also when the program runs in another folder now.
 
         Args:
-            config: The run's config; it names other bases.
+            recorded: The path, as seen from the folder that holds `runs/`.
+
+        Returns:
+            The path as it is, or as seen from beside the folder of all runs if it is only there.
+        """
+        beside = self.path.resolve().parents[1] / recorded
+        return beside if beside.exists() and not Path(recorded).exists() else Path(recorded)
+
+    def base_of(self, config: Config) -> str:
+        """Find the base model: the folder that `nano` or `random` became, or the config's own.
 
         Returns:
             A folder or hub name.
         """
         record = self.path / "data.json"
-        if record.exists():
-            return str(json.loads(record.read_text(encoding="utf-8"))["base"])
-        return config.model.base
+        if not record.exists():
+            return config.model.base
+        return str(self.locate(json.loads(record.read_text(encoding="utf-8"))["base"]))
 
-    def find_adapter(self, wanted: str) -> Path:
-        """Find an adapter to evaluate or export.
+    def find_adapter(self, wanted: str = "best") -> Path:
+        """Find an adapter to use.
 
         Args:
             wanted: `best` for the run's own, or a folder.
@@ -117,31 +119,24 @@ class Run:
         Raises:
             ConfigError: There are none.
         """
-        folder = self.adapter if wanted == "best" else Path(wanted)
-        if wanted == "best" and not folder.exists():
-            folder = self.best  # a run that was broken off has its best adapter there
-        if not (folder / "adapter_model.safetensors").exists():
-            raise ConfigError(
-                f"adapter {folder}",
-                "it holds no adapter_model.safetensors",
-                f"finish the run (make train ARGS='--resume {self.path.name}'), or name a folder",
-            )
-        return folder
+        # A run that was broken off has its best adapter only.
+        folders = [self.adapter, self.best] if wanted == "best" else [Path(wanted)]
+        for folder in folders:
+            if (folder / "adapter_model.safetensors").exists():
+                return folder
+        raise ConfigError(
+            f"adapter {folders[0]}",
+            "it holds no adapter_model.safetensors",
+            f"finish the run (make train ARGS='--resume {self.path.name}'), or name a folder",
+        )
 
     def append_history(self, record: Mapping[str, Any]) -> None:
-        """Add one line to history.jsonl.
-
-        Args:
-            record: Plain values.
-        """
+        """Add one line of plain values to history.jsonl."""
         with self.history_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """Read history.jsonl.
-
-        Returns:
-            Its records in order; none if the file is absent.
+        """Read the records of history.jsonl in order; none where the file is absent.
 
         Raises:
             ConfigError: A line is no JSON object, such as one that was cut off by a full disk.
@@ -180,7 +175,7 @@ def create_run(config: Config) -> Run:
         ConfigError: A run of that name exists, or no folder can have the name.
     """
     run = _claim(config)
-    write_text(run.config_path, text_of(config))
+    write_text(run.config_path, dump_config(config))
     write_json(run.path / "environment.json", environment())
     point_latest(run)
     return run
@@ -207,9 +202,6 @@ def _claim(config: Config) -> Run:
 
 def refuse_taken_name(config: Config) -> None:
     """Refuse a name that a run has already, before hours of work rather than after.
-
-    Args:
-        config: The resolved config.
 
     Raises:
         ConfigError: The folder exists and is not empty.
@@ -261,11 +253,7 @@ def find_run(name: str, runs: Path = Path("runs")) -> Run:
 
 
 def point_latest(run: Run) -> None:
-    """Let `runs/latest` point to a run, in one step.
-
-    Args:
-        run: The run.
-    """
+    """Let `runs/latest` point to a run, in one step."""
     link = run.path.parent / "latest"
     temporary = run.path.parent / f".latest-{os.getpid()}"
     temporary.unlink(missing_ok=True)
@@ -274,24 +262,14 @@ def point_latest(run: Run) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or not there.
-
-    Args:
-        path: Target.
-        text: Content.
-    """
+    """Write a file so that it is either whole or as it was before."""
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write plain values as indented JSON, whole or not at all.
-
-    Args:
-        path: Target.
-        value: What `json` can write.
-    """
+    """Write plain values as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -301,22 +279,27 @@ def environment() -> dict[str, Any]:
     Returns:
         Versions, platform, GPU if torch is loaded and sees one, git commit and whether it is clean.
     """
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": versions,
+        "versions": package_versions(),
         "gpu": _gpu(),
         "git": _git(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """List the packages on which a result may depend; None for one that is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def _gpu() -> dict[str, Any] | None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tinyagent_fast.chat.prompts import NearestQuery, describe_tools, load_prompts
-from tinyagent_fast.config import Config
-from tinyagent_fast.config_file import text_of
+from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.plans.tools import Tool
@@ -29,7 +28,7 @@ def run_of(
         config = replace(config_in(tmp_path), **changes)
         run = Run(tmp_path / "runs" / "one")
         run.path.mkdir(parents=True, exist_ok=True)
-        run.config_path.write_text(text_of(config), encoding="utf-8")
+        run.config_path.write_text(dump_config(config), encoding="utf-8")
         if test_file is not None:
             record = {"test_file": {"path": test_file}, "base": "b"}
             (run.path / "data.json").write_text(json.dumps(record), encoding="utf-8")

@@ -12,8 +12,7 @@ from stand_ins import ScriptedWriter, planner_with, wait_until
 
 from tinyagent_fast.chat.planners import open_planner
 from tinyagent_fast.chat.sources import PlannerChoice, find_source, loading_plan
-from tinyagent_fast.config import Config
-from tinyagent_fast.config_file import text_of
+from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.runs import Run
 
@@ -33,7 +32,7 @@ def run(
     made = Run(tmp_path / "runs" / "one")
     for folder in (made.adapter, made.best, made.path / "export" / "merged"):
         folder.mkdir(parents=True)
-    made.config_path.write_text(text_of(config_in(tmp_path)), encoding="utf-8")
+    made.config_path.write_text(dump_config(config_in(tmp_path)), encoding="utf-8")
     (made.path / "data.json").write_text(json.dumps({"base": str(tiny_base)}), encoding="utf-8")
     for folder in (made.adapter, made.best):
         (folder / "adapter_config.json").write_text("{}", encoding="utf-8")

@@ -28,8 +28,8 @@ from tinyagent_fast.data.generation.dataset import (
     generate_dataset,
     generate_entries,
 )
-from tinyagent_fast.data.reading import entry_from_json, read_entries
-from tinyagent_fast.data.schema import Entry
+from tinyagent_fast.data.reading import read_entries
+from tinyagent_fast.data.schema import Entry, entry_from_json
 from tinyagent_fast.data.splits import leak_report, normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.reference import reference_success

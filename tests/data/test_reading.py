@@ -12,13 +12,7 @@ from typing import Any
 
 import pytest
 
-from tinyagent_fast.data.reading import (
-    PROBLEMS_KEPT,
-    ReadReport,
-    entry_from_json,
-    read_entries,
-)
-from tinyagent_fast.data.schema import Entry, Message
+from tinyagent_fast.data.reading import PROBLEMS_KEPT, ReadReport, read_entries
 from tinyagent_fast.errors import DataError
 
 PEAK_MIB = 512
@@ -59,89 +53,6 @@ def make_entry(query: str = "Call Ann", system: str = "Plan it.") -> dict[str, A
 def write(path: Path, entries: dict[str, Any]) -> Path:
     path.write_text(json.dumps(entries, indent=4), encoding="utf-8")
     return path
-
-
-def test_a_good_entry_becomes_typed_values() -> None:
-    entry = entry_from_json("k", make_entry())
-    assert isinstance(entry, Entry)
-    assert entry.query == "Call Ann"
-    assert entry.closest_queries == ("Call Bob",)
-    assert [point.kind for point in entry.points] == ["plan", "join"]
-    assert entry.points[0].messages == (
-        Message("system", "Plan it."),
-        Message("user", "Question: Call Ann"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "field", "reason"),
-    [
-        (("input",), None, "input", "is missing"),
-        (("input",), 3, "input", "must be a text, not a whole number"),
-        (("input",), "  ", "input", "is empty"),
-        (("output",), None, "output", "is missing"),
-        (("output",), {}, "output", "must be a list, not an object"),
-        (("output",), [], "output", "is empty"),
-        (("output", 0), 5, "output[0]", "must be an object"),
-        (("output", 0, "type"), "thing", "output[0].type", "must be plan, join or replan"),
-        (("output", 0, "type"), "replan", "output[0].type", "must be 'plan', it is 'replan'"),
-        (("output", 0, "type"), None, "output[0].type", "is missing"),
-        (("output", 0, "raw_input"), None, "output[0].raw_input", "is missing"),
-        (("output", 0, "raw_input"), "[{'role'", "output[0].raw_input", "neither a Python"),
-        (("output", 0, "raw_input"), "", "output[0].raw_input", "empty user message"),
-        (("output", 0, "raw_output"), "", "output[0].raw_output", "is empty"),
-        (("output", 0, "raw_output"), "1. join()", "output[0].raw_output", "has 1 steps but"),
-        (("output", 0, "parsed_output"), {}, "output[0].parsed_output", "must be a list"),
-        (("output", 1, "parsed_output"), [], "output[1].parsed_output", "must be an object"),
-        (("output", 0, "id"), None, "output[0].id", "is missing"),
-        (("output", 0, "index"), True, "output[0].index", "not true or false"),
-        (("closest_5_queries",), [1], "closest_5_queries", "list of texts"),
-        (("closest_5_queries",), "q", "closest_5_queries", "list of texts"),
-    ],
-)
-def test_each_defect_is_named_with_its_field(
-    place: tuple[Any, ...], value: object, field: str, reason: str
-) -> None:
-    entry = make_entry()
-    inner: Any = entry
-    for step in place[:-1]:
-        inner = inner[step]
-    if value is None:
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = value
-    problems = entry_from_json("k", entry)
-    assert isinstance(problems, list)
-    assert [problem.field for problem in problems] == [field]
-    assert reason in problems[0].reason
-
-
-def test_all_problems_of_an_entry_are_found_at_once() -> None:
-    entry = make_entry()
-    del entry["input"]
-    entry["output"][0]["raw_output"] = ""
-    entry["output"][1]["type"] = 1
-    problems = entry_from_json("k", entry)
-    assert isinstance(problems, list)
-    fields = [problem.field for problem in problems]
-    assert fields[:3] == ["input", "output[0].raw_output", "output[1].type"]
-
-
-@pytest.mark.parametrize("missing", [[], None])
-def test_closest_queries_are_optional(missing: object) -> None:
-    entry = make_entry()
-    entry["closest_5_queries"] = missing
-    read = entry_from_json("k", entry)
-    assert isinstance(read, Entry)
-    assert read.closest_queries == ()
-    del entry["closest_5_queries"]
-    assert isinstance(entry_from_json("k", entry), Entry)
-
-
-def test_an_entry_that_is_no_object_is_a_problem() -> None:
-    problems = entry_from_json("k", [1])
-    assert isinstance(problems, list)
-    assert problems[0].reason == "must be an object, not a list"
 
 
 def test_a_file_is_read_in_order_with_a_report_and_progress(tmp_path: Path) -> None:

@@ -1,17 +1,162 @@
-"""The text forms of the dataset: messages of a point, and plans."""
+"""One entry of a file: defects with their fields, messages of a point, and plans."""
 
 from __future__ import annotations
 
 import ast
 import json
 import warnings
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.data.messages import conversation_problem, parse_messages, scan_repr
-from tinyagent_fast.data.schema import Message, plan_disagreement, plan_steps
+from tinyagent_fast.data.schema import (
+    Entry,
+    Message,
+    entry_from_json,
+    parse_messages,
+    plan_disagreement,
+    plan_steps,
+)
+
+
+def make_entry(query: str = "Call Ann", system: str = "Plan it.") -> dict[str, Any]:
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": f"Question: {query}"},
+    ]
+    return {
+        "input": query,
+        "output": [
+            {
+                "type": "plan",
+                "raw_input": repr(messages),
+                "raw_output": '1. get_phone_number("Ann")\n2. join()',
+                "parsed_output": [
+                    {"tool_name": "get_phone_number", "tool_args": ["Ann"]},
+                    {"tool_name": "join", "tool_args": []},
+                ],
+                "id": "p",
+                "index": 0,
+            },
+            {
+                "type": "join",
+                "raw_input": "Follow the rules.",
+                "raw_output": "Action: Finish(Done)",
+                "parsed_output": {"thought": "", "action": "Finish", "message": "Done"},
+                "id": "j",
+                "index": 1,
+            },
+        ],
+        "closest_5_queries": ["Call Bob"],
+    }
+
+
+def test_a_good_entry_becomes_typed_values() -> None:
+    entry = entry_from_json("k", make_entry())
+    assert isinstance(entry, Entry)
+    assert entry.query == "Call Ann"
+    assert entry.closest_queries == ("Call Bob",)
+    assert [point.kind for point in entry.points] == ["plan", "join"]
+    assert entry.points[0].messages == (
+        Message("system", "Plan it."),
+        Message("user", "Question: Call Ann"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "field", "reason"),
+    [
+        (("input",), None, "input", "is missing"),
+        (("input",), 3, "input", "must be a text, not a whole number"),
+        (("input",), "  ", "input", "is empty"),
+        (("output",), None, "output", "is missing"),
+        (("output",), {}, "output", "must be a list, not an object"),
+        (("output",), [], "output", "is empty"),
+        (("output", 0), 5, "output[0]", "must be an object"),
+        (("output", 0, "type"), "thing", "output[0].type", "must be plan, join or replan"),
+        (("output", 0, "type"), "replan", "output[0].type", "must be 'plan', it is 'replan'"),
+        (("output", 0, "type"), None, "output[0].type", "is missing"),
+        (("output", 0, "raw_input"), None, "output[0].raw_input", "is missing"),
+        (("output", 0, "raw_input"), "[{'role'", "output[0].raw_input", "neither a Python"),
+        (("output", 0, "raw_input"), "", "output[0].raw_input", "empty user message"),
+        (("output", 0, "raw_output"), "", "output[0].raw_output", "is empty"),
+        (("output", 0, "raw_output"), "1. join()", "output[0].raw_output", "has 1 steps but"),
+        (("output", 0, "parsed_output"), {}, "output[0].parsed_output", "must be a list"),
+        (("output", 1, "parsed_output"), [], "output[1].parsed_output", "must be an object"),
+        (("output", 0, "id"), None, "output[0].id", "is missing"),
+        (("output", 0, "index"), True, "output[0].index", "not true or false"),
+        (("closest_5_queries",), [1], "closest_5_queries", "list of texts"),
+        (("closest_5_queries",), "q", "closest_5_queries", "list of texts"),
+    ],
+)
+def test_each_defect_is_named_with_its_field(
+    place: tuple[Any, ...], value: object, field: str, reason: str
+) -> None:
+    entry = make_entry()
+    inner: Any = entry
+    for step in place[:-1]:
+        inner = inner[step]
+    if value is None:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    problems = entry_from_json("k", entry)
+    assert isinstance(problems, list)
+    assert [problem.field for problem in problems] == [field]
+    assert reason in problems[0].reason
+
+
+def test_all_problems_of_an_entry_are_found_at_once() -> None:
+    entry = make_entry()
+    del entry["input"]
+    entry["output"][0]["raw_output"] = ""
+    entry["output"][1]["type"] = 1
+    problems = entry_from_json("k", entry)
+    assert isinstance(problems, list)
+    fields = [problem.field for problem in problems]
+    assert fields[:3] == ["input", "output[0].raw_output", "output[1].type"]
+
+
+@pytest.mark.parametrize("missing", [[], None])
+def test_closest_queries_are_optional(missing: object) -> None:
+    entry = make_entry()
+    entry["closest_5_queries"] = missing
+    read = entry_from_json("k", entry)
+    assert isinstance(read, Entry)
+    assert read.closest_queries == ()
+    del entry["closest_5_queries"]
+    assert isinstance(entry_from_json("k", entry), Entry)
+
+
+def test_an_entry_that_is_no_object_is_a_problem() -> None:
+    problems = entry_from_json("k", [1])
+    assert isinstance(problems, list)
+    assert problems[0].reason == "must be an object, not a list"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "no message"),
+        ([("system", "x")], "it has system"),
+        ([("user", "x"), ("user", "x")], "user, user"),
+        ([("user", "x"), ("assistant", "x"), ("user", "x")], "user, assistant, user"),
+        ([("user", "x"), ("system", "x")], "user, system"),
+        ([("user", "a\ud800")], "surrogate"),
+    ],
+)
+def test_a_conversation_that_is_no_training_row_is_a_problem(
+    messages: list[tuple[str, str]], reason: str
+) -> None:
+    entry = make_entry()
+    entry["output"][0]["raw_input"] = [{"role": r, "content": text} for r, text in messages]
+    problems = entry_from_json("k", entry)
+    assert isinstance(problems, list)
+    assert [problem.field for problem in problems] == ["output[0].raw_input"]
+    assert reason in problems[0].reason
+
 
 ANY_TEXT = st.text(
     st.characters(exclude_categories=()) | st.sampled_from("'\"\\\n\r\t\0 \x7f\x85{},:[]Nnxu04")
@@ -44,50 +189,6 @@ def test_json_messages_are_read_back_as_json_reads_them(messages: list[dict[str,
     raw = json.dumps(messages)
     expected = [(m["role"], m["content"]) for m in json.loads(raw)]
     assert [(m.role, m.content) for m in parse_messages(raw)] == expected
-
-
-@given(
-    st.text("'\"\\nx4 {}N,:r#\u00e9", max_size=30),
-    st.text("'\"\\nx4 {}N,:r#\u00e9", max_size=30),
-    st.sampled_from("'\""),
-)
-def test_whatever_the_fast_path_accepts_python_reads_in_the_same_way(
-    first: str, second: str, quote: str
-) -> None:
-    raw = (
-        f"[{{'role': 'system', 'content': {quote}{first}{quote}}}, "
-        f"{{'role': 'user', 'content': '{second}'}}]"
-    )
-    scanned = scan_repr(raw)
-    if scanned is not None:
-        assert literal(raw) == [{"role": role, "content": text} for role, text in scanned]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "plain",
-        "it's",
-        'say "x"',
-        'it\'s "x"\n',
-        "a\\b",
-        "\t\x00\x1f\x85\u200b\u2028",
-        "\ud800",
-        "caf\u00e9 \U0001f600",
-        "x" * 5000 + ' it\'s "q" ' * 900,
-        "'}, {'role': 'user', 'content': 'x",
-    ],
-)
-def test_the_fast_path_takes_what_repr_writes(text: str) -> None:
-    raw = repr([{"role": "system", "content": text}, {"role": "user", "content": "q"}])
-    assert scan_repr(raw) == [("system", text), ("user", "q")]
-
-
-def test_equal_blocks_of_different_quote_kinds_are_not_mixed_up() -> None:
-    block = "word " * 600
-    for text in (block + "it's", block + 'it\'s "x"', block + '"x"'):
-        raw = repr([{"role": "user", "content": text + "\\"}])
-        assert parse_messages(raw) == (Message("user", text + "\\"),)
 
 
 def test_a_plain_text_is_one_user_message() -> None:
@@ -150,29 +251,6 @@ def test_an_over_deep_literal_is_refused_and_crashes_nothing(raw: str) -> None:
 def test_a_huge_literal_is_read() -> None:
     text = 'it\'s "a" \\ ' * 400_000
     assert parse_messages(repr([{"role": "user", "content": text}]))[0].content == text
-
-
-@pytest.mark.parametrize(
-    ("roles", "reason"),
-    [
-        ((), "no message"),
-        (("system",), "it has system"),
-        (("user", "user"), "user, user"),
-        (("user", "assistant", "user"), "user, assistant, user"),
-        (("user", "system"), "user, system"),
-    ],
-)
-def test_a_conversation_of_another_shape_is_a_problem(roles: tuple[str, ...], reason: str) -> None:
-    messages = tuple(Message(role, "text") for role in roles)  # type: ignore[arg-type]
-    problem = conversation_problem(messages)
-    assert problem is not None
-    assert reason in problem
-
-
-def test_half_a_surrogate_pair_in_a_message_is_a_problem() -> None:
-    problem = conversation_problem((Message("user", "a\ud800"),))
-    assert problem is not None
-    assert "surrogate" in problem
 
 
 def test_a_plan_is_read_by_number_until_join() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import (
+    Split,
     leak_report,
     leaking_rows,
     normalise_query,
@@ -19,20 +19,14 @@ from tinyagent_fast.data.splits import (
 from tinyagent_fast.errors import ConfigError, DataError
 
 
-def make_rows(queries: list[str], points: int = 1) -> list[Example]:
-    return [
-        Example(
-            key=f"k{entry}/{at}",
-            entry_key=f"k{entry}",
-            kind="plan",
-            query=query,
-            system=None,
-            user=query,
-            output="1. join()",
-        )
-        for entry, query in enumerate(queries)
-        for at in range(points)
-    ]
+def split(
+    queries: list[str], validation_entries: int, seed: int = 0, points: int = 1
+) -> tuple[list[str], list[str], Split]:
+    """Split entries with these queries and so many rows each; keys and queries of the rows too."""
+    keys = [f"k{at}" for at in range(len(queries)) for _ in range(points)]
+    texts = [query for query in queries for _ in range(points)]
+    found = split_validation(keys, texts, validation_entries=validation_entries, seed=seed)
+    return keys, texts, found
 
 
 @pytest.mark.parametrize(
@@ -60,21 +54,17 @@ def test_normalising_keeps_only_what_makes_queries_differ(query: str, normalised
 def test_no_entry_and_no_query_is_on_both_sides(
     queries: list[str], points: int, wanted: int, seed: int
 ) -> None:
-    rows = make_rows(queries, points)
     try:
-        split = split_validation(rows, validation_entries=wanted, seed=seed)
+        keys, texts, found = split(queries, wanted, seed, points)
     except DataError:
         return
-    sides = (split.train, split.validation)
-    assert sorted(split.train + split.validation) == list(range(len(rows)))
-    assert len({rows[row].entry_key for row in split.validation}) == wanted
-    assert split.train_entries + split.validation_entries == len(queries)
-    keys, texts = (
-        [{value(rows[row]) for row in side} for side in sides]
-        for value in (lambda r: r.entry_key, lambda r: normalise_query(r.query))
-    )
-    assert not keys[0] & keys[1]
-    assert not texts[0] & texts[1]
+    assert sorted(found.train + found.validation) == list(range(len(keys)))
+    assert len({keys[row] for row in found.validation}) == wanted
+    for values in (keys, [normalise_query(text) for text in texts]):
+        train, validation = (
+            {values[row] for row in side} for side in (found.train, found.validation)
+        )
+        assert not train & validation
 
 
 def test_the_seed_decides_and_the_order_of_the_file_does_not() -> None:
@@ -82,47 +72,40 @@ def test_the_seed_decides_and_the_order_of_the_file_does_not() -> None:
     shuffled = random.Random(0).sample(queries, len(queries))
 
     def chosen(order: list[str], seed: int) -> set[str]:
-        split = split_validation(make_rows(order), validation_entries=20, seed=seed)
-        return {order[row] for row in split.validation}
+        return {order[row] for row in split(order, 20, seed)[2].validation}
 
     assert chosen(queries, 1) == chosen(queries, 1) == chosen(shuffled, 1)
     assert chosen(queries, 1) != chosen(queries, 2)
 
 
 def test_zero_validation_entries_leave_all_rows_for_training() -> None:
-    split = split_validation(make_rows(["a", "b"]), validation_entries=0, seed=0)
-    assert (split.train, split.validation) == ([0, 1], [])
+    found = split(["a", "b"], 0)[2]
+    assert (found.train, found.validation) == ([0, 1], [])
 
 
-def test_repeated_queries_are_counted() -> None:
-    split = split_validation(make_rows(["a", "A", "b"]), validation_entries=1, seed=0)
-    assert split.repeated_queries == 1
-    assert split.validation == [2]
+def test_entries_with_the_same_query_stay_together() -> None:
+    assert split(["a", "A", "b"], 1)[2].validation == [2]
 
 
 def test_too_small_a_file_is_refused_with_what_to_set() -> None:
-    rows = make_rows([f"q {at}" for at in range(50)])
     with pytest.raises(DataError, match="set validation_entries to 5 or less"):
-        split_validation(rows, validation_entries=50, seed=0)
+        split([f"q {at}" for at in range(50)], 50)
 
 
 def test_a_number_that_groups_cannot_make_is_refused_with_what_to_set() -> None:
-    rows = make_rows(["a", "A", "b", "B"])
     with pytest.raises(DataError, match="set validation_entries to 2"):
-        split_validation(rows, validation_entries=3, seed=0)
+        split(["a", "A", "b", "B"], 3)
 
 
 def test_a_negative_number_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be negative"):
-        split_validation([], validation_entries=-1, seed=0)
+        split([], -1)
 
 
 def test_forty_thousand_entries_take_about_a_second() -> None:
     queries = [f'Send "Report {at}" to Ann and Bob, then call Carl at {at}' for at in range(40_000)]
-    rows = make_rows(queries)
     started = time.process_time()
-    split = split_validation(rows, validation_entries=1000, seed=0)
-    assert len(split.validation) == 1000
+    assert len(split(queries, 1000)[2].validation) == 1000
     assert time.process_time() - started < 5  # A wide margin for slow machines.
 
 

@@ -174,7 +174,7 @@ def served(
     convert_to_gguf(
         tiny_merged,
         file,
-        file_type="f16",
+        quant="f16",
         name="tiny",
         chat_template=chat_template(request.param, None, bos=False),
         extra={},

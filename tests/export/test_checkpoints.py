@@ -15,12 +15,12 @@ from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.checkpoints import (
     SafetensorsWriter,
     StoredTensor,
+    encode_values,
     open_checkpoint,
     read_rows,
     row_blocks,
     stored_tensors,
 )
-from tinyagent_fast.export.rounding import OverflowInF16, count_zeros, encode_values
 
 ALL_16_BITS = np.arange(2**16, dtype=np.uint16)
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -63,7 +63,7 @@ def test_bf16_rounds_as_torch_does(bits: list[int]) -> None:
 
     values = np.array(bits, np.uint32).view(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
-    ours = (encode_values(values, "BF16").astype(np.uint32) << 16).view(np.float32)
+    ours = (encode_values(values, "BF16", "w").astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(ours, expected)  # NaN equals NaN here
 
 
@@ -84,11 +84,11 @@ def test_what_was_read_is_written_back_unchanged(dtype: str, tmp_path: Path) -> 
 
 def test_a_number_beyond_f16_is_refused_and_the_largest_one_is_not(tmp_path: Path) -> None:
     largest = np.array([65504.0, -65504.0, 65519.0], np.float32)
-    np.testing.assert_array_equal(encode_values(largest, "F16"), [65504.0, -65504.0, 65504.0])
-    with pytest.raises(OverflowInF16, match="65520"):
-        encode_values(np.array([1.0, -65520.0], np.float32), "F16")
-    with pytest.raises(OverflowInF16, match=r"1e\+09"):
-        encode_values(np.array([np.inf, np.nan, 1e9], np.float32), "F16")
+    np.testing.assert_array_equal(encode_values(largest, "F16", "w"), [65504.0, -65504.0, 65504.0])
+    with pytest.raises(ModelError, match="65520 is beyond"):
+        encode_values(np.array([1.0, -65520.0], np.float32), "F16", "w")
+    with pytest.raises(ModelError, match=r"1e\+09"):
+        encode_values(np.array([np.inf, np.nan, 1e9], np.float32), "F16", "w")
     with pytest.raises(ModelError, match="tensor w"):
         write(tmp_path / "w.safetensors", "F16", np.array([1e9], np.float32))
     assert list(tmp_path.iterdir()) == []
@@ -138,16 +138,6 @@ def test_a_file_written_in_pieces_is_read_by_safetensors(tmp_path: Path) -> None
         read = file.get_tensor("matrix").float().numpy()
     np.testing.assert_allclose(read, matrix, rtol=2**-8)
     assert not np.array_equal(read, matrix)
-
-
-@given(bits=bit_patterns)
-@settings(max_examples=100, deadline=None)
-def test_zeros_of_both_signs_are_counted_and_nothing_else(bits: list[int]) -> None:
-    values = np.array([0, 0x80000000, *bits], np.uint32).view(np.float32)
-    assert count_zeros(values) == np.count_nonzero(values == 0)
-    with np.errstate(over="ignore"):
-        halves = values.astype(np.float16)
-    assert count_zeros(halves) == np.count_nonzero(halves == 0)
 
 
 def test_an_interrupted_file_leaves_what_was_there_before(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.checkpoints import SafetensorsWriter, open_checkpoint, read_rows
-from tinyagent_fast.export.conversion import FileType, convert_to_gguf
-from tinyagent_fast.export.llama import read_rope
+from tinyagent_fast.export.conversion import convert_to_gguf, read_rope
+from tinyagent_fast.models.families import LLAMA, ModelShape
 
 # An untrained model is compared on logits of a few units; float32 noise is a thousandth of this.
 SAME, OTHER = 1e-3, 2e-2
@@ -50,23 +50,9 @@ def confident(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
     return 1 + values * np.float32(0.1) if len(shape) == 1 else values * np.float32(0.2)
 
 
-@pytest.fixture(scope="session")
-def llama_folder(
-    tmp_path_factory: pytest.TempPathFactory, spm_folder: Path, make_llama: Callable[..., Path]
-) -> Callable[..., Path]:
-    """Return a maker of model folders with a tokenizer of 700 tokens."""
-
-    def make(**changes: Any) -> Path:
-        folder = make_llama(tmp_path_factory.mktemp("llama"), **changes)
-        shutil.copy(spm_folder / "tokenizer.model", folder)
-        return folder
-
-    return make
-
-
-def convert(source: Path, target: Path, file_type: FileType = "f32", **changes: Any) -> Any:
+def convert(source: Path, target: Path, quant: str = "f32", **changes: Any) -> Any:
     plain: dict[str, Any] = {"name": "tiny", "chat_template": None, "extra": {}}
-    return convert_to_gguf(source, target, file_type=file_type, **{**plain, **changes})
+    return convert_to_gguf(source, target, quant=quant, **{**plain, **changes})
 
 
 def keys_of(path: Path) -> dict[str, Any]:
@@ -138,7 +124,7 @@ def test_the_comparison_finds_a_model_that_is_converted_wrongly(
 
 @pytest.mark.parametrize("file_type", ["f32", "f16", "bf16"])
 def test_weights_are_those_of_the_model_in_llama_cpps_order(
-    file_type: FileType, llama_folder: Callable[..., Path], tmp_path: Path
+    file_type: str, llama_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     from gguf import GGUFReader, dequantize
 
@@ -147,7 +133,7 @@ def test_weights_are_those_of_the_model_in_llama_cpps_order(
     checkpoint = open_checkpoint(folder)
     source = {name: read_rows(t, 0, t.rows) for name, t in checkpoint.tensors.items()}
     tensors = {tensor.name: tensor for tensor in GGUFReader(report.path).tensors}
-    assert report.tensors == len(tensors) == len(source) == 21
+    assert sum(report.types.values()) == len(tensors) == len(source) == 21
     assert report.parameters == sum(values.size for values in source.values())
     assert report.size_bytes == report.path.stat().st_size
 
@@ -210,12 +196,7 @@ def test_a_small_block_gives_the_same_file(
 
     folder = llama_folder()
     whole = convert(folder, tmp_path / "whole.gguf", "f16").path
-    row_blocks = conversion.row_blocks
-
-    def small(tensor: Any, *, multiple_of_rows: int) -> Any:
-        return row_blocks(tensor, block_bytes=4096, multiple_of_rows=multiple_of_rows)
-
-    monkeypatch.setattr(conversion, "row_blocks", small)
+    monkeypatch.setattr(conversion, "_BLOCK_BYTES", 4096)
     assert convert(folder, tmp_path / "small.gguf", "f16").path.read_bytes() == whole.read_bytes()
 
 
@@ -272,7 +253,7 @@ def test_an_output_matrix_beside_tied_embeddings_is_left_out_and_said(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     report = convert(folder, tmp_path / "m.gguf")
-    assert report.tensors == 11
+    assert sum(report.types.values()) == 11
     assert report.notes == ("lm_head.weight is left out: config.json ties it to the embeddings",)
 
 
@@ -294,22 +275,24 @@ def test_progress_ends_with_all_bytes(llama_folder: Callable[..., Path], tmp_pat
     ("change", "message"),
     [
         ({"model_type": "mistral"}, "model_type 'mistral'"),
-        ({"attention_bias": True}, "attention_bias True"),
-        ({"mlp_bias": True}, "mlp_bias True"),
-        ({"sliding_window": 1024}, "sliding_window 1024"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "only default, linear and llama3"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "only default, linear and llama3"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"sliding_window": 1024}, "sliding_window is 1024"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "only default, linear, llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "only default, linear, llama3"),
         ({"rope_scaling": {"type": "linear"}}, "has no 'factor'"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
         ),
         ({"num_hidden_layers": 2}, r"no tensor model\.layers\.1"),
-        ({"num_hidden_layers": 0}, "9 tensors that a Llama has not"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_key_value_heads": 4}, r"k_proj\.weight has shape \(32, 64\)"),
         ({"vocab_size": 699}, r"embed_tokens\.weight has shape \(700, 64\)"),
-        ({"intermediate_size": None}, "has no 'intermediate_size'"),
+        ({"intermediate_size": None}, "intermediate_size is None"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None"),
     ],
 )
 def test_a_model_that_is_no_plain_llama_is_refused(
@@ -388,7 +371,9 @@ def test_values_too_small_for_f16_are_counted(
 
 
 def test_a_base_without_theta_has_llamas_own(llama_folder: Callable[..., Path]) -> None:
-    assert read_rope(open_checkpoint(llama_folder(rope_theta=None)), 16).base == 10000.0
+    checkpoint = open_checkpoint(llama_folder(rope_theta=None))
+    shape = ModelShape.from_config(checkpoint.config)
+    assert read_rope(checkpoint, LLAMA, shape).base == 10000.0
 
 
 # How much memory it takes.
@@ -404,7 +389,7 @@ def peak_mib():
 
 sizes = []
 for source in map(Path, sys.argv[1:]):
-    convert_to_gguf(source, source / "m.gguf", file_type="f16", name="m", chat_template=None,
+    convert_to_gguf(source, source / "m.gguf", quant="f16", name="m", chat_template=None,
                     extra={})
     sizes.append(peak_mib())
 print(*sizes)

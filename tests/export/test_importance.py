@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
 from tinyagent_fast.errors import DataError, ModelError
-from tinyagent_fast.export.gguf_file import encode_value, header_bytes, read_gguf
 from tinyagent_fast.export.importance import (
     Importance,
     collect_importance,
@@ -44,9 +44,9 @@ def test_every_matrix_of_every_layer_is_measured(model: Any, collected: Importan
 def test_names_and_widths_are_those_of_the_exported_file(
     collected: Importance, tiny_gguf: dict[str, Path]
 ) -> None:
-    tensors = read_gguf(tiny_gguf["f16"]).tensors
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tiny_gguf["f16"]).tensors}
     for name, one in collected.mean_squares.items():
-        assert one.shape == (tensors[name].shape[-1],), name
+        assert one.shape == (tensors[name].shape[0],), name
 
 
 def test_the_average_is_over_all_tokens_of_all_rows(model: Any, collected: Importance) -> None:
@@ -101,14 +101,14 @@ def test_collecting_leaves_no_hook_and_reports_progress(model: Any) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_nothing_to_measure_and_no_llama_are_refused(model: Any) -> None:
-    import torch
-
+def test_nothing_to_measure_and_other_families_are_refused(model: Any) -> None:
     with pytest.raises(DataError, match="0 tokens"):
         collect_importance(model, [[], []])
-    other = torch.nn.Linear(4, 4)
-    with pytest.raises(ModelError, match="not those of a Llama"):
-        collect_importance(other, [[1]])
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16)
+    with pytest.raises(ModelError, match="does not know this family"):
+        collect_importance(GPT2LMHeadModel(small), [[1]])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
@@ -133,8 +133,6 @@ def test_a_saved_matrix_comes_back(collected: Importance, tmp_path: Path) -> Non
 
 
 def test_the_file_has_the_layout_of_llama_cpp(collected: Importance, tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
     path = tmp_path / "imatrix.gguf"
     save_importance(collected, path)
     reader = GGUFReader(path)
@@ -156,8 +154,26 @@ def test_what_is_no_importance_matrix_is_refused(
     with pytest.raises(ModelError, match="holds no importance matrix"):
         load_importance(tiny_gguf["f16"])
     half = tmp_path / "half.gguf"
-    entries = {"general.type": encode_value("imatrix")}
-    sums = np.ones(8, dtype="<f4")
-    half.write_bytes(header_bytes(entries, [("a.in_sum2", (8,), "F32")]) + sums.tobytes())
-    with pytest.raises(ModelError, match=r"a\.counts is missing"):
+    writer = GGUFWriter(half, "")
+    writer.add_type("imatrix")
+    writer.add_tensor("a.in_sum2", np.ones(8, dtype="<f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"a\.counts is no count"):
         load_importance(half)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 3, 30, 400, -1])
+def test_a_matrix_that_is_cut_short_is_refused(
+    collected: Importance, tmp_path: Path, keep_bytes: int
+) -> None:
+    whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+    save_importance(collected, whole)
+    end = max(t.data_offset + t.n_bytes for t in GGUFReader(whole).tensors)
+    cut.write_bytes(whole.read_bytes()[: keep_bytes if keep_bytes >= 0 else end - 1])
+    with pytest.raises(ModelError, match="no whole GGUF file"):
+        load_importance(cut)
+    with pytest.raises(ModelError, match="no whole GGUF file"):
+        load_importance(tmp_path / "absent.gguf")

@@ -12,9 +12,8 @@ import pytest
 
 from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export import merging
-from tinyagent_fast.export.adapters import read_adapter
 from tinyagent_fast.export.checkpoints import open_checkpoint, read_rows
-from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
+from tinyagent_fast.export.merging import merge_adapter, read_adapter, write_tokenizer
 
 
 @pytest.fixture(scope="module")

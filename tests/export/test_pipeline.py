@@ -118,23 +118,23 @@ def test_a_second_export_keeps_what_is_whole(run: Run, exported: Export, quiet: 
 def test_a_broken_off_export_goes_on_from_the_last_whole_file(
     run: Run, quiet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pipeline.quantise
+    right = pipeline.convert_to_gguf
     flags = {"quant": "f16,q8_0,q4_k_m", "out": tmp_path / "out", "gates": "off"}
 
-    def full_disk(source: Path, target: Path, quant: str, **rest: Any) -> Any:
+    def full_disk(source: Path, target: Path, *, quant: str, **rest: Any) -> Any:
         if quant == "q4_k_m":
             target.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        return right(source, target, quant, **rest)
+        return right(source, target, quant=quant, **rest)
 
-    monkeypatch.setattr(pipeline, "quantise", full_disk)
+    monkeypatch.setattr(pipeline, "convert_to_gguf", full_disk)
     with pytest.raises(OSError, match="No space"):
         run_export(prepared(run, quiet, **flags))
     assert {p.name for p in (tmp_path / "out" / "gguf").glob("*.gguf")} == {
         "tiny-f16.gguf",
         "tiny-q8_0.gguf",
     }
-    monkeypatch.setattr(pipeline, "quantise", right)
+    monkeypatch.setattr(pipeline, "convert_to_gguf", right)
     run_export(prepared(run, quiet, **flags))
     assert quiet.file.getvalue().count("was there, whole: kept") == 3
     assert {p.name for p in (tmp_path / "out" / "gguf").iterdir()} == {
@@ -224,7 +224,7 @@ def test_a_file_with_another_template_or_tokenizer_fails_its_gate(
     model = convert_to_gguf(
         source,
         tmp_path / "x.gguf",
-        file_type="f16",
+        quant="f16",
         name="x",
         chat_template=template.replace("{{- bos_token -}}\n", ""),
         extra={},

@@ -82,9 +82,7 @@ def pieces_of(folder: Path) -> list[str]:
 
 
 def to_gguf(folder: Path, target: Path) -> Path:
-    return convert_to_gguf(
-        folder, target, file_type="f16", name="v", chat_template=None, extra={}
-    ).path
+    return convert_to_gguf(folder, target, quant="f16", name="v", chat_template=None, extra={}).path
 
 
 @pytest.fixture(scope="session")

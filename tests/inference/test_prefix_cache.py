@@ -465,9 +465,7 @@ def test_equal_prompts_share_all_but_their_last_token() -> None:
 def test_real_training_prompts_share_their_instructions(real_data: Path) -> None:
     import json
 
-    from tinyagent_fast.data.cache import entry_examples
-    from tinyagent_fast.data.reading import entry_from_json
-    from tinyagent_fast.data.schema import Entry
+    from tinyagent_fast.data.schema import Entry, entry_examples, entry_from_json
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 

@@ -120,7 +120,7 @@ def test_settings_that_hide_the_weights_are_refused(
 def test_a_run_trains_with_rounded_weights_and_leaves_an_ordinary_adapter(
     tiny_config: Callable[..., Config], quiet: Any, no_picture: None
 ) -> None:
-    from tinyagent_fast.export.adapters import read_adapter
+    from tinyagent_fast.export.merging import read_adapter
     from tinyagent_fast.training.fit import train
 
     run = train(tiny_config(train={"qat": "q8_0"}), quiet)

@@ -41,12 +41,12 @@ def main(folder: Path) -> None:
     import torch
 
     from tinyagent_fast.commands import evaluate
-    from tinyagent_fast.config_file import read_config
+    from tinyagent_fast.config import parse_config
 
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}
     for path in sorted(folder.glob("*.yaml")):
-        config = read_config(path.read_text(encoding="utf-8"))
+        config = parse_config(path.read_text(encoding="utf-8"))
         seen[path.stem] = train_and_look(config)
         flags = ["--run", path.stem, "--runs", str(folder / "runs"), "--parity-prompts", "4"]
         evaluate.run([*flags, "--limit", "4"])
@@ -97,7 +97,7 @@ def folder(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> P
         pytest.skip("the package unsloth is not installed")
     from importlib.metadata import version
 
-    from tinyagent_fast.config_file import text_of
+    from tinyagent_fast.config import dump_config
 
     # Only looked for: asking for a part of unsloth_zoo would import it, and so before unsloth.
     zoo = find_spec("unsloth_zoo")
@@ -106,7 +106,7 @@ def folder(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     here = tmp_path_factory.mktemp("unsloth")
     for settings in (QUANTISED, PLAIN):
         config = config_in(here, **settings)
-        (here / f"{config.name}.yaml").write_text(text_of(config), encoding="utf-8")
+        (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
     environment = {
         **os.environ,
         "TINYAGENT_FAST_CACHE": str(here / "cache"),

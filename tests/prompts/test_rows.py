@@ -9,8 +9,7 @@ import pytest
 
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.prompts import rows as rows_module
-from tinyagent_fast.prompts.rows import RowFile, encode_examples
+from tinyagent_fast.prompts.rows import CHUNK_ROWS, RowFile, encode_examples
 from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -51,7 +50,7 @@ def test_a_row_file_holds_every_row_in_order_with_its_statistics(
     examples = make_examples(count)
     done: list[int] = []
     file = encode_examples(
-        examples, tokenizer, tmp_path / "r.arrow", max_length_tokens=512, on_progress=done.append
+        examples, tokenizer, tmp_path / "r", max_length_tokens=512, on_progress=done.append
     )
     dataset = file.dataset()
     expected = tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
@@ -76,7 +75,7 @@ def test_over_long_rows_are_an_error_that_counts_and_lists_them(
     examples = make_examples(30, long=range(3, 28))
     tokens = tokens_of(tokenizer, examples[3])
     with pytest.raises(DataError) as caught:
-        encode_examples(examples, tokenizer, tmp_path / "r.arrow", max_length_tokens=200)
+        encode_examples(examples, tokenizer, tmp_path / "r", max_length_tokens=200)
     text = str(caught.value)
     assert "25 of 30 rows have more than 200 tokens" in text
     assert f"k3/0 ({tokens})" in text
@@ -91,7 +90,7 @@ def test_dropped_rows_are_counted_and_listed_and_the_others_are_whole(
 ) -> None:
     examples = make_examples(6, long=[1, 4])
     file = encode_examples(
-        examples, tokenizer, tmp_path / "r.arrow", max_length_tokens=200, over_long="drop"
+        examples, tokenizer, tmp_path / "r", max_length_tokens=200, over_long="drop"
     )
     assert [key for key, _ in file.statistics.dropped] == ["k1/0", "k4/0"]
     assert file.statistics.dropped[0][1] == tokens_of(tokenizer, examples[1])
@@ -104,10 +103,10 @@ def test_dropped_rows_are_counted_and_listed_and_the_others_are_whole(
 def test_a_row_of_just_the_limit_is_kept(tokenizer: PromptTokenizer, tmp_path: Path) -> None:
     examples = make_examples(1)
     limit = tokens_of(tokenizer, examples[0])
-    file = encode_examples(examples, tokenizer, tmp_path / "a.arrow", max_length_tokens=limit)
+    file = encode_examples(examples, tokenizer, tmp_path / "a", max_length_tokens=limit)
     assert file.statistics.longest_tokens == limit
     with pytest.raises(DataError, match="1 of 1 rows"):
-        encode_examples(examples, tokenizer, tmp_path / "b.arrow", max_length_tokens=limit - 1)
+        encode_examples(examples, tokenizer, tmp_path / "b", max_length_tokens=limit - 1)
 
 
 def test_dropping_every_row_is_an_error(tokenizer: PromptTokenizer, tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_dropping_every_row_is_an_error(tokenizer: PromptTokenizer, tmp_path: Pa
         encode_examples(
             make_examples(3),
             tokenizer,
-            tmp_path / "r.arrow",
+            tmp_path / "r",
             max_length_tokens=5,
             over_long="drop",
         )
@@ -124,7 +123,7 @@ def test_dropping_every_row_is_an_error(tokenizer: PromptTokenizer, tmp_path: Pa
 
 def test_no_examples_are_an_error(tokenizer: PromptTokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no examples of the points"):
-        encode_examples([], tokenizer, tmp_path / "r.arrow", max_length_tokens=512)
+        encode_examples([], tokenizer, tmp_path / "r", max_length_tokens=512)
 
 
 def test_a_second_call_opens_the_file_and_encodes_nothing(
@@ -134,7 +133,7 @@ def test_a_second_call_opens_the_file_and_encodes_nothing(
         return encode_examples(
             make_examples(4, long=[2]),
             tokenizer,
-            tmp_path / "r.arrow",
+            tmp_path / "r",
             max_length_tokens=200,
             over_long="drop",
         )
@@ -171,29 +170,10 @@ def test_a_stop_while_encoding_leaves_no_file(
     with monkeypatch.context() as patch:
         stop_in(patch, PromptTokenizer, "encode_rows", 3)
         with pytest.raises(Stop):
-            encode_examples(examples, tokenizer, tmp_path / "r.arrow", max_length_tokens=512)
+            encode_examples(examples, tokenizer, tmp_path / "r", max_length_tokens=512)
     assert files_in(tmp_path) == []
-    file = encode_examples(examples, tokenizer, tmp_path / "r.arrow", max_length_tokens=512)
+    file = encode_examples(examples, tokenizer, tmp_path / "r", max_length_tokens=512)
     assert file.statistics.rows == 600
-
-
-def test_a_stop_while_the_statistics_are_written_leaves_nothing_that_misleads(
-    tokenizer: PromptTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    examples = make_examples(3)
-
-    def half(path: Path, text: str, **_: object) -> int:
-        with path.open("w", encoding="utf-8") as stream:
-            stream.write(text[: len(text) // 2])
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
-        with pytest.raises(Stop):
-            encode_examples(examples, tokenizer, tmp_path / "r.arrow", max_length_tokens=512)
-    file = encode_examples(examples, tokenizer, tmp_path / "r.arrow", max_length_tokens=512)
-    assert file.statistics.rows == 3
-    assert file.dataset()["key"][:] == [e.key for e in examples]
 
 
 def test_a_row_that_cannot_be_proved_stops_the_file(spm_folder: Path, tmp_path: Path) -> None:
@@ -205,7 +185,7 @@ def test_a_row_that_cannot_be_proved_stops_the_file(spm_folder: Path, tmp_path: 
         encode_examples(
             examples,
             PromptTokenizer(load_tokenizer(spm_folder)),
-            tmp_path / "r.arrow",
+            tmp_path / "r",
             max_length_tokens=512,
         )
     assert files_in(tmp_path) == []
@@ -221,6 +201,6 @@ def test_rows_are_encoded_in_chunks_so_memory_stays_bounded(
         "encode_rows",
         lambda self, texts: (sizes.append(len(texts)), original(self, texts))[1],
     )
-    encode_examples(make_examples(600), tokenizer, tmp_path / "r.arrow", max_length_tokens=512)
-    assert max(sizes) <= rows_module._CHUNK_ROWS
+    encode_examples(make_examples(600), tokenizer, tmp_path / "r", max_length_tokens=512)
+    assert max(sizes) <= CHUNK_ROWS
     assert sum(sizes) == 600

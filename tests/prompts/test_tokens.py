@@ -314,9 +314,7 @@ def test_no_rows_have_no_common_prefix() -> None:
 def test_real_rows_are_proved_and_begin_alike(real_data: Path) -> None:
     import json
 
-    from tinyagent_fast.data.cache import entry_examples
-    from tinyagent_fast.data.reading import entry_from_json
-    from tinyagent_fast.data.schema import Entry
+    from tinyagent_fast.data.schema import Entry, entry_examples, entry_from_json
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 

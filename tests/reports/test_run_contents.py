@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyagent_fast.config_file import text_of
+from tinyagent_fast.config import dump_config
 from tinyagent_fast.errors import UserError
 from tinyagent_fast.evaluation.scoring import FAILURE_CODES, Prediction
 from tinyagent_fast.evaluation.statistics import Proportion
@@ -130,7 +130,7 @@ def test_plans_of_own_tools_are_scored_with_the_catalogue_and_never_without(
     full_run: Run, tmp_path: Path
 ) -> None:
     config = preset_config("cpu")
-    text = text_of(config).replace("catalogue: null", "catalogue: gone.yaml")
+    text = dump_config(config).replace("catalogue: null", "catalogue: gone.yaml")
     full_run.config_path.write_text(text)
     with pytest.raises(UserError, match=r"gone\.yaml"):
         read_run(full_run)

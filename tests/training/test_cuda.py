@@ -107,7 +107,7 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Config, Path, dict[str, Any]]:
     """Return a config, the folder of the process that trained it, and what that process saw."""
-    from tinyagent_fast.config_file import text_of
+    from tinyagent_fast.config import dump_config
 
     backend, weights, batching = request.param
     if backend == "unsloth" and find_spec("unsloth") is None:
@@ -115,7 +115,7 @@ def trained(
     here = tmp_path_factory.mktemp(f"{backend}-{weights}")
     config = config_in(here, **settings_of(backend, weights, batching))
     config = replace(config, model=replace(config.model, base=str(cuda_base)))
-    (here / f"{config.name}.yaml").write_text(text_of(config), encoding="utf-8")
+    (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(here)],
         cwd=here,
@@ -252,7 +252,7 @@ def test_equal_rows_give_equal_losses_by_both_backends(
     """Both load the same 16-bit base; the kernels differ, so the losses are close, not equal."""
     if find_spec("unsloth") is None:
         pytest.skip("the package unsloth is not installed")
-    from tinyagent_fast.config_file import text_of
+    from tinyagent_fast.config import dump_config
 
     first = {}
     for backend in ("unsloth", "transformers"):
@@ -262,7 +262,7 @@ def test_equal_rows_give_equal_losses_by_both_backends(
         settings["train"] = {**settings["train"], "max_steps": 1, "evaluations": 1}
         config = config_in(here, **settings)
         config = replace(config, model=replace(config.model, base=str(cuda_base)))
-        (here / f"{config.name}.yaml").write_text(text_of(config), encoding="utf-8")
+        (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
         subprocess.run(
             [sys.executable, str(PROGRAM), str(here)],
             cwd=here,

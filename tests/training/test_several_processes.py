@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast import distributed as processes_module
 from tinyagent_fast.cli import main
-from tinyagent_fast.config import Config
-from tinyagent_fast.config_file import text_of
+from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.distributed import Processes, launch_environment
 from tinyagent_fast.errors import ConfigError, UserError
 from tinyagent_fast.evaluation.predictions import PredictionFile
@@ -37,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 from rich.console import Console
 from tinyagent_fast.cli import main
-from tinyagent_fast.config_file import read_config
+from tinyagent_fast.config import parse_config
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.runs import Run
@@ -59,7 +58,7 @@ def building(*arguments, **keywords):
     return trainer
 
 fit.build_trainer = building
-config = read_config(Path(sys.argv[1]).read_text())
+config = parse_config(Path(sys.argv[1]).read_text())
 out = Path(sys.argv[2])
 run = fit.train(config, Console(highlight=False, width=200))
 (out / f"length-grouped-{here.rank}.json").write_text(json.dumps(rows))
@@ -153,7 +152,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory, config_in: Callable[..., Co
         },
         eval={"before_and_after": True, "limit": 5, "sample": 3},
     )
-    (folder / "config.yaml").write_text(text_of(config), encoding="utf-8")
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (folder / "driver.py").write_text(DRIVER, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tinyagent_fast.config import Config, check_config
-from tinyagent_fast.config_file import read_config
 from tinyagent_fast.errors import ConfigError
-from tinyagent_fast.presets import PRESETS, preset_config
-from tinyagent_fast.strict_yaml import load_yaml
+from tinyagent_fast.presets import PRESETS, load_config, preset_config
 
 
 def resolve_config(
@@ -53,18 +50,15 @@ def resolve_config(
             "a resumed run has its config already",
             "leave them out",
         )
-    help_asked = "-h" in rest or "--help" in rest
-    text = None if known.config is None else _read(known.config)
-    if start is None:
-        named = named or _preset_in(text)
-        start = preset_config(named or ("cpu" if help_asked else default_preset()))
-    config = start
-    if text is not None:
-        # A file that was written for another preset must not rename the one that is taken.
-        config = replace(read_config(text, start, str(known.config)), preset=start.preset)
+    if "-h" in rest or "--help" in rest:
+        default_preset = _cpu
+    if known.config is not None:
+        start = load_config(known.config, preset=named, default=default_preset)
+    elif start is None:
+        start = preset_config(named or default_preset())
     config = tyro.cli(
         Config,
-        default=config,
+        default=start,
         args=rest,
         prog=f"tinyagent-fast {command}",
         description=_description(more_flags),
@@ -81,24 +75,10 @@ def _description(more_flags: str) -> str:
     )
 
 
-def _preset_in(text: str | None) -> str | None:
-    """Find the preset that a config file is written for; other mistakes in it are found later."""
-    if text is None:
-        return None
-    try:
-        raw = load_yaml(text)
-    except ValueError:
-        return None
-    preset = raw.get("preset") if isinstance(raw, dict) else None
-    return preset if isinstance(preset, str) else None
+def _cpu() -> str:
+    """Choose a preset without looking at the machine, for a help that comes at once."""
+    return "cpu"
 
 
 def _first_line(preset: str) -> str:
     return (PRESETS[preset].__doc__ or "").splitlines()[0].rstrip(".")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}", f"it cannot be read: {error}", "check it") from error

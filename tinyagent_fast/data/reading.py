@@ -1,7 +1,7 @@
 """Streams the entries of a dataset file, each one checked, in bounded memory.
 
-Second stage of the data flow: `schema` has the values and text forms, `cache` and `report` are
-the callers. The file is decoded with ijson, which is imported on first use.
+`schema` checks single entries; `cache` and `report` are the callers. The file is decoded with
+ijson and not with `datasets`, whose JSON reader loads a file that is one object as a whole.
 """
 
 from __future__ import annotations
@@ -10,23 +10,12 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
-from tinyagent_fast.data.messages import conversation_problem, parse_messages
-from tinyagent_fast.data.schema import (
-    JSON_NAMES,
-    Entry,
-    EntryProblem,
-    Message,
-    Point,
-    PointKind,
-    is_encodable,
-    plan_disagreement,
-    short_text,
-)
+from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, short_text
 from tinyagent_fast.errors import DataError
 
 OnBadEntry = Literal["error", "skip"]
@@ -35,7 +24,6 @@ Progress = Callable[[int, int], None]
 PROBLEMS_SHOWN = 20
 PROBLEMS_KEPT = 1000
 _CHUNK_BYTES = 64 * 1024
-_KINDS = ("plan", "join", "replan")
 _HEAD_PROBLEMS = (
     (b"version https://git-lfs", "it is a git-lfs pointer, not the data", "run `git lfs pull`"),
     (b"\xef\xbb\xbf", "it starts with a byte order mark", "save it as UTF-8 without BOM"),
@@ -129,15 +117,15 @@ def read_entries(
     path = Path(path)
     started = time.perf_counter()
     tally = _Tally()
+    check_head(path)
     try:
-        _check_head(path)
         with path.open("rb") as file:
             source = _Source(file, path, progress)
             for entry in _checked(_decoded(source, path, tally), tally):
                 tally.entries += 1
                 yield entry
     except OSError as error:
-        raise DataError(f"{path}: cannot be read", str(error), "check path and rights") from error
+        raise _unreadable(path, error) from error
     report = ReadReport(
         entries=tally.entries,
         skipped=tally.skipped,
@@ -155,16 +143,27 @@ def read_entries(
         raise _bad_entries_error(path, tally)
 
 
-def _check_head(path: Path) -> None:
-    """Raise a DataError if the first bytes show that this is no dataset file."""
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read", str(error), "check path and rights")
+
+
+def check_head(path: Path) -> None:
+    """Look at the first bytes of a file.
+
+    Raises:
+        DataError: There is no such file, or it is clearly no dataset file.
+    """
     if not path.is_file():
         raise DataError(
             f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}",
             "a dataset is one JSON file",
             "give the path of the file, or fetch it as data/README.md says",
         )
-    with path.open("rb") as file:
-        head = file.read(4096)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     for mark, why, fix in _HEAD_PROBLEMS:
         if head.startswith(mark):
             raise DataError(f"{path}: is not a dataset file", why, fix)
@@ -231,109 +230,4 @@ def _bad_entries_error(path: Path, tally: _Tally) -> DataError:
         f"({tally.problem_count:,} problems; {counts})",
         "\n    ".join(shown),
         "repair or remove these entries, or leave them out with on_bad_entry = skip",
-    )
-
-
-class _Fields:
-    """Reads typed fields of one entry and keeps every problem met on the way."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.problems: list[EntryProblem] = []
-
-    def add(self, field: str, reason: str) -> None:
-        self.problems.append(EntryProblem(self.key, field, reason))
-
-    def take(self, values: Mapping[str, object], name: str, kind: type, where: str = "") -> object:
-        """Return the field if it is there with this type, else None and a problem."""
-        if name not in values:
-            self.add(where + name, "is missing")
-            return None
-        value = values[name]
-        if type(value) is not kind:
-            self.add(where + name, f"must be {JSON_NAMES[kind]}, not {JSON_NAMES[type(value)]}")
-            return None
-        return value
-
-    def take_text(self, values: Mapping[str, object], name: str, where: str = "") -> str:
-        """Return a text that is not blank, else an empty one and a problem."""
-        value = cast("str | None", self.take(values, name, str, where))
-        if value is not None and not value.strip():
-            self.add(where + name, "is empty")
-        elif value is not None and not is_encodable(value):
-            self.add(where + name, "holds half of a surrogate pair, which cannot be encoded")
-        return value or ""
-
-
-def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
-    """Check one decoded entry of the file and turn it into an `Entry`.
-
-    Fields that the schema does not name are ignored.
-
-    Args:
-        key: The entry's key in the file.
-        value: The decoded JSON value under that key.
-
-    Returns:
-        The entry, or all of its problems.
-    """
-    fields = _Fields(key)
-    if not isinstance(value, dict):
-        return [EntryProblem(key, "", f"must be an object, not {JSON_NAMES[type(value)]}")]
-    query = fields.take_text(value, "input")
-    output = cast("list[object] | None", fields.take(value, "output", list))
-    points = [_point(item, at, fields) for at, item in enumerate(output or ())]
-    if output is not None and not output:
-        fields.add("output", "is empty")
-    elif points and points[0] is not None and points[0].kind != "plan":
-        fields.add("output[0].type", f"must be 'plan', it is '{points[0].kind}'")
-    closest = value.get("closest_5_queries") or []
-    if not isinstance(closest, list) or not all(isinstance(item, str) for item in closest):
-        fields.add("closest_5_queries", "must be a list of texts")
-    if fields.problems:
-        return fields.problems
-    return Entry(
-        key=key,
-        query=query,
-        points=tuple(point for point in points if point is not None),
-        closest_queries=tuple(closest),
-    )
-
-
-def _point(item: object, at: int, fields: _Fields) -> Point | None:
-    """Read one point; None where its kind is unknown. Problems are added to `fields`."""
-    where = f"output[{at}]."
-    if not isinstance(item, dict):
-        fields.add(where[:-1], f"must be an object, not {JSON_NAMES[type(item)]}")
-        return None
-    kind = cast("str | None", fields.take(item, "type", str, where))
-    if kind is not None and kind not in (*_KINDS,):
-        fields.add(where + "type", f"must be plan, join or replan, it is {short_text(kind)}")
-    messages: tuple[Message, ...] = ()
-    if "raw_input" not in item:
-        fields.add(where + "raw_input", "is missing")
-    else:
-        try:
-            messages = parse_messages(item["raw_input"])
-            reason = conversation_problem(messages)
-        except ValueError as error:
-            reason = str(error)
-        if reason:
-            fields.add(where + "raw_input", reason)
-    raw_output = fields.take_text(item, "raw_output", where)
-    parsed = fields.take(item, "parsed_output", dict if kind == "join" else list, where)
-    if kind != "join" and isinstance(parsed, list) and raw_output.strip():
-        reason = plan_disagreement(raw_output, parsed)
-        if reason:
-            fields.add(where + "raw_output", reason)
-    identifier = cast("str | None", fields.take(item, "id", str, where))
-    index = cast("int | None", fields.take(item, "index", int, where))
-    if kind not in (*_KINDS,):
-        return None
-    return Point(
-        kind=cast(PointKind, kind),
-        messages=messages,
-        raw_output=raw_output,
-        index=index or 0,
-        id=identifier or "",
     )

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tinyagent_fast.data.cache import entry_examples
 from tinyagent_fast.data.reading import Progress, ReadReport, read_entries
-from tinyagent_fast.data.schema import Example, plan_steps
+from tinyagent_fast.data.schema import Example, entry_examples, plan_steps
 from tinyagent_fast.data.splits import LeakReport, leak_report
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -26,6 +25,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 _ROWS_PER_CALL = 64
 _BINS = 10
 _PROBLEMS_SHOWN = 20
+_THIS_FILE = "this file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +135,11 @@ class DataCheck:
                 f"({pair.rows_in_first:,} entries of {pair.first}, "
                 f"{pair.rows_in_second:,} of {pair.second})"
             )
+            if pair.first == _THIS_FILE and pair.rows_in_first:
+                lines.append(
+                    f"    training leaves out these {pair.rows_in_first:,} entries if "
+                    f"{pair.second} is its test file (--data.leaks drop, the default)"
+                )
         for name, skipped in self.other_skipped.items():
             if skipped:
                 lines.append(f"  {name}: {skipped:,} unusable entries were not compared")
@@ -251,7 +256,7 @@ def check_file(
             points[example.kind] += 1
             tally.add(example, *render(example))
     tally.flush()
-    splits = {"this file": queries}
+    splits = {_THIS_FILE: queries}
     skipped: dict[str, int] = {}
     for name, other in (others or {}).items():
         seen: list[ReadReport] = []

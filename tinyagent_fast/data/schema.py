@@ -1,32 +1,36 @@
-"""Typed values of the planner dataset, and how the text of a plan is read for data checks.
-
-First stage of the data flow: `reading` checks each entry with the help of this module; `cache`,
-`splits` and `report` work on the `Entry` and `Example` values. Of the two text forms, the plan is
-read here (`plan_steps`) and the messages of a point in `messages`.
+"""One entry of a dataset file: its typed values, and the checks that make them from JSON.
 
 The file is one JSON object, entry key -> {"input", "output", "closest_5_queries"}. Each item of
 "output" is a point: the messages sent to the model ("raw_input", usually the Python repr of a
-message list), its reply ("raw_output") and that reply parsed ("parsed_output").
+message list), its reply ("raw_output") and that reply parsed ("parsed_output"). `reading` streams
+the file and calls `entry_from_json`; `cache` stores the `Example` rows of the entries.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import warnings
-from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 PointKind = Literal["plan", "join", "replan"]
 Role = Literal["system", "user", "assistant"]
 
-_LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+_KINDS: tuple[str, ...] = get_args(PointKind)
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_ROLES["human"] = "user"
+_MESSAGE_LIST_START = re.compile(r"\s*\[\s*\{")
+_JSON_LIST_START = re.compile(r'\s*\[\s*\{\s*"')
 _STEP = re.compile(r"(?:Thought: [^\n]*\n\s*)?(\d{1,9})\. (\w+)\((.*)\)")
-JSON_NAMES: dict[type, str] = defaultdict(lambda: "another type")
-JSON_NAMES.update({dict: "an object", list: "a list", str: "a text", float: "a number"})
-JSON_NAMES.update({int: "a whole number", bool: "true or false", type(None): "null"})
+_LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+_JSON_NAMES: dict[type, str] = {
+    **{dict: "an object", list: "a list", str: "a text", float: "a number"},
+    **{int: "a whole number", bool: "true or false", type(None): "null"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,199 @@ class EntryProblem:
     reason: str
 
 
+def entry_examples(entry: Entry) -> list[Example]:
+    """Turn a checked entry into one example per point, in order."""
+    return [
+        Example(
+            key=f"{entry.key}/{at}",
+            entry_key=entry.key,
+            kind=point.kind,
+            query=entry.query,
+            system=point.messages[0].content if len(point.messages) == 2 else None,
+            user=point.messages[-1].content,
+            output=point.raw_output,
+        )
+        for at, point in enumerate(entry.points)
+    ]
+
+
+class _Fields:
+    """Reads typed fields of one entry and keeps every problem met on the way."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.problems: list[EntryProblem] = []
+
+    def add(self, field: str, reason: str) -> None:
+        self.problems.append(EntryProblem(self.key, field, reason))
+
+    def take(self, values: Mapping[str, object], name: str, kind: type, where: str = "") -> Any:
+        """Return the field if it is there with this type, else None and a problem."""
+        if name not in values:
+            self.add(where + name, "is missing")
+            return None
+        if type(values[name]) is not kind:
+            wanted = _JSON_NAMES[kind]
+            self.add(where + name, f"must be {wanted}, not {_json_name(values[name])}")
+            return None
+        return values[name]
+
+    def take_text(self, values: Mapping[str, object], name: str, where: str = "") -> str:
+        """Return a text that is not blank, else an empty one and a problem."""
+        text = self.take(values, name, str, where)
+        if text is not None and not text.strip():
+            self.add(where + name, "is empty")
+        elif text is not None and not _is_encodable(text):
+            self.add(where + name, "holds half of a surrogate pair, which cannot be encoded")
+        return text or ""
+
+
+def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
+    """Check one decoded entry of the file and turn it into an `Entry`.
+
+    Args:
+        key: The entry's key in the file.
+        value: The decoded JSON value under that key; fields that the schema does not name are
+            ignored.
+
+    Returns:
+        The entry, or all of its problems.
+    """
+    if not isinstance(value, dict):
+        return [EntryProblem(key, "", f"must be an object, not {_json_name(value)}")]
+    fields = _Fields(key)
+    query = fields.take_text(value, "input")
+    output = fields.take(value, "output", list)
+    points = [_point(item, f"output[{at}].", fields) for at, item in enumerate(output or ())]
+    if output is not None and not output:
+        fields.add("output", "is empty")
+    elif points and points[0] is not None and points[0].kind != "plan":
+        fields.add("output[0].type", f"must be 'plan', it is '{points[0].kind}'")
+    closest = value.get("closest_5_queries") or []
+    if not isinstance(closest, list) or not all(isinstance(item, str) for item in closest):
+        fields.add("closest_5_queries", "must be a list of texts")
+    if fields.problems:
+        return fields.problems
+    return Entry(
+        key=key,
+        query=query,
+        points=tuple(point for point in points if point is not None),
+        closest_queries=tuple(closest),
+    )
+
+
+def _point(item: object, where: str, fields: _Fields) -> Point | None:
+    """Read one point; None where its kind is unknown. Problems are added to `fields`."""
+    if not isinstance(item, dict):
+        fields.add(where[:-1], f"must be an object, not {_json_name(item)}")
+        return None
+    kind = fields.take(item, "type", str, where)
+    if kind is not None and kind not in _KINDS:
+        fields.add(where + "type", f"must be plan, join or replan, it is {short_text(kind)}")
+    messages: tuple[Message, ...] = ()
+    try:
+        if "raw_input" not in item:
+            raise ValueError("is missing")
+        messages = parse_messages(item["raw_input"])
+        _check_conversation(messages)
+    except ValueError as error:
+        fields.add(where + "raw_input", str(error))
+    raw_output = fields.take_text(item, "raw_output", where)
+    parsed = fields.take(item, "parsed_output", dict if kind == "join" else list, where)
+    if isinstance(parsed, list) and raw_output.strip():
+        reason = plan_disagreement(raw_output, parsed)
+        if reason:
+            fields.add(where + "raw_output", reason)
+    identifier = fields.take(item, "id", str, where)
+    index = fields.take(item, "index", int, where)
+    if kind not in _KINDS:
+        return None
+    return Point(
+        kind=cast(PointKind, kind),
+        messages=messages,
+        raw_output=raw_output,
+        index=index or 0,
+        id=identifier or "",
+    )
+
+
+def parse_messages(raw_input: object) -> tuple[Message, ...]:
+    """Read the messages of a point from any of the forms that data files use.
+
+    Args:
+        raw_input: A text with the Python repr of a message list, a text with the same list in
+            JSON, that list itself, or a plain text, which is taken as one user message.
+
+    Returns:
+        The messages in order.
+
+    Raises:
+        ValueError: The text starts like a message list but is none; the message says why.
+    """
+    if isinstance(raw_input, str):
+        if not _MESSAGE_LIST_START.match(raw_input):
+            return (Message("user", raw_input),)
+        raw_input = _decode_list(raw_input)
+    if not isinstance(raw_input, list):
+        raise ValueError(f"must be a text or a list of messages, not {_json_name(raw_input)}")
+    return tuple(_message(item, at) for at, item in enumerate(raw_input))
+
+
+def _decode_list(raw: str) -> object:
+    """Decode a text that starts like a list of objects, as JSON or as a Python literal."""
+    if _JSON_LIST_START.match(raw):
+        try:
+            return cast(object, json.loads(raw))
+        except (ValueError, RecursionError):
+            pass  # A Python list may use double quotes too, so the literal parser decides.
+    value = _try_literal(raw.strip())
+    if isinstance(value, MemoryError | RecursionError):
+        raise ValueError("is nested too deeply or too large to be read")
+    if isinstance(value, Exception):
+        reason = value.msg if isinstance(value, SyntaxError) else str(value)
+        raise ValueError(
+            "starts like a list of messages but is neither a Python literal nor JSON "
+            f"({short_text(reason)}): {short_text(raw)}"
+        )
+    return value
+
+
+def _message(item: object, at: int) -> Message:
+    if not isinstance(item, dict):
+        raise ValueError(f"message {at} must be an object, not {_json_name(item)}")
+    if set(item) != {"role", "content"}:
+        names = ", ".join(short_text(str(name)) for name in item) or "nothing"
+        raise ValueError(f"message {at} must have just 'role' and 'content', it has {names}")
+    name, content = item["role"], item["content"]
+    if not isinstance(content, str):
+        raise ValueError(f"message {at}: content must be a text, not {_json_name(content)}")
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        shown = short_text(name) if isinstance(name, str) else _json_name(name)
+        raise ValueError(f"message {at}: unknown role {shown}; known: {', '.join(_ROLES)}")
+    return Message(role, content)
+
+
+def _check_conversation(messages: tuple[Message, ...]) -> None:
+    """Raise a ValueError unless the messages are an optional system message and a user message.
+
+    Several turns, or a reply inside the input, would have to be joined by a rule that the
+    deployed prompt does not have.
+    """
+    roles = [message.role for message in messages]
+    if roles not in (["user"], ["system", "user"]):
+        found = f"{', '.join(roles[:8]) or 'no message'}{', ...' if len(roles) > 8 else ''}"
+        raise ValueError(
+            f"must be an optional system message and then one user message, it has {found}"
+        )
+    if not messages[-1].content.strip():
+        raise ValueError("has an empty user message")
+    if not all(_is_encodable(message.content) for message in messages):
+        raise ValueError(
+            "holds half of a surrogate pair, which is no character and cannot be encoded"
+        )
+
+
 class Step(NamedTuple):
     """One call of a plan, read leniently: the tool's name and the text between the brackets."""
 
@@ -110,24 +307,6 @@ def plan_steps(raw_output: str) -> list[Step]:
         if tool == "join":
             break
     return list(steps.values())
-
-
-def try_literal(text: str) -> object:
-    """Read a Python literal; a reader of data must know why it is none, so nothing is raised.
-
-    Args:
-        text: The text of the literal.
-
-    Returns:
-        Its value, or the exception that says why there is none.
-    """
-    try:
-        with warnings.catch_warnings():
-            # An unknown escape such as "\d" is a warning in some Python versions only.
-            warnings.simplefilter("ignore")
-            return ast.literal_eval(text)
-    except _LITERAL_ERRORS as error:
-        return error
 
 
 def plan_disagreement(raw_output: str, parsed_output: list[object]) -> str | None:
@@ -161,7 +340,7 @@ def _same_args(text: str, args: list[object]) -> bool:
         # Writing the arguments is cheaper than compiling the text, and nearly always enough.
         if ", ".join(map(_written, args)) == text:
             return True
-        value = try_literal(text)
+        value = _try_literal(text)
         if isinstance(value, Exception):
             return bool(text) and args == [text]
         plain = _as_json(value)
@@ -187,29 +366,29 @@ def _as_json(value: object) -> object:
     return value
 
 
-def is_encodable(text: str) -> bool:
-    """Return whether a text is free of lone surrogates, which no tokenizer can encode.
+def _try_literal(text: str) -> object:
+    """Return the value of a Python literal, or the exception that says why it is none."""
+    try:
+        with warnings.catch_warnings():
+            # An unknown escape such as "\d" is a warning in some Python versions only.
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
+    except _LITERAL_ERRORS as error:
+        return error
 
-    Args:
-        text: Any text.
 
-    Returns:
-        True if UTF-8 can hold it.
-    """
+def _is_encodable(text: str) -> bool:
+    """Say whether a text is free of lone surrogates, which no tokenizer can encode."""
     try:
         return text.isascii() or text.encode() is not None
     except UnicodeEncodeError:
         return False
 
 
+def _json_name(value: object) -> str:
+    return _JSON_NAMES.get(type(value), "another type")
+
+
 def short_text(text: str, limit: int = 80) -> str:
-    """Quote the beginning of a text on one line of ASCII, for messages.
-
-    Args:
-        text: The text to show.
-        limit: How many of its characters to show.
-
-    Returns:
-        The quoted text, with "..." where it was cut.
-    """
+    """Quote at most `limit` characters of a text on one line of ASCII, for messages."""
     return ascii(text if len(text) <= limit else text[:limit] + "...")

@@ -9,8 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinyagent_fast.config import Config
-from tinyagent_fast.config_file import text_of
+from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.export.settings import QUANT_NAMES
 from tinyagent_fast.runs import Run
 
@@ -47,7 +46,7 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
         "## Limits",
         _limits(config, content, generated),
         "## Config",
-        f"```yaml\n{text_of(config).strip()}\n```",
+        f"```yaml\n{dump_config(config).strip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

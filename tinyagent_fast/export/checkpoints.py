@@ -1,7 +1,8 @@
 """Read and write the weights of a model folder without holding them: rows in, rows out.
 
-Merging and conversion read the base model's safetensors files here, block by block and with plain
-reads, so that the size of a model does not decide how much memory an export needs.
+Plain reads and writes, block by block, so that the size of a model does not decide how much memory
+an export needs. The safetensors package writes only whole files from memory and gives bf16 only
+through torch, so it is not used here.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.export.rounding import OverflowInF16, encode_values
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float32]
+Floats = NDArray[np.float32]
 
 VALUE_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 """The number formats that a model can be exported from, with the bytes of one value."""
 
 BLOCK_BYTES = 8 * 2**20
 """Size of a block of rows as float32: small beside a tensor, large beside the cost of a call."""
+
+# Numbers from here on are nearer to 2**16 than to 65504, and 2**16 is f16's infinity.
+_INFINITE_F16 = 65520.0
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -48,13 +50,18 @@ class StoredTensor:
 
     @property
     def rows(self) -> int:
-        """Count what `read_rows` counts: the first dimension."""
+        """What `read_rows` counts: the first dimension."""
         return self.shape[0]
 
     @property
     def row_values(self) -> int:
-        """Count the values of one row; 1 for a tensor of one dimension."""
+        """Values of one row; 1 for a tensor of one dimension."""
         return math.prod(self.shape[1:])
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in its file."""
+        return self.rows * self.row_values * VALUE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -228,8 +235,6 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
     Raises:
         ModelError: The file has become shorter since it was opened.
     """
-    import numpy as np
-
     assert 0 <= start <= stop <= tensor.rows, f"rows {start}..{stop} of {tensor.shape}"
     count = (stop - start) * tensor.row_values
     width = VALUE_BYTES[tensor.dtype]
@@ -265,6 +270,55 @@ def row_blocks(
     step = max(1, block_bytes // max(1, unit_bytes)) * multiple_of_rows
     for start in range(0, tensor.rows, step):
         yield start, read_rows(tensor, start, min(start + step, tensor.rows))
+
+
+def encode_values(block: Floats, dtype: str, name: str) -> NDArray[Any]:
+    """Round float32 values to a stored format, to the nearest with ties to even.
+
+    Args:
+        block: Values.
+        dtype: F32, F16 or BF16.
+        name: Of their tensor, for messages.
+
+    Returns:
+        An array of the same shape whose bytes are the stored ones.
+
+    Raises:
+        ModelError: A finite value is too large for f16.
+    """
+    if dtype == "F32":
+        return np.ascontiguousarray(block, "<f4")
+    if dtype == "F16":
+        largest = _largest_finite(block)
+        if largest >= _INFINITE_F16:
+            raise ModelError(
+                f"tensor {name}",
+                f"{largest:g} is beyond the largest f16 number, 65504",
+                "write the model as bf16 or f32",
+            )
+        return np.ascontiguousarray(block.astype("<f2"))
+    assert dtype == "BF16", dtype
+    bits = np.ascontiguousarray(block, np.float32).view(np.uint32)
+    # Half a step less one, plus one where the kept part is odd: nearest, ties to even.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nans = np.isnan(block)
+    if nans.any():
+        # The sum carried NaNs into infinity; a NaN keeps its upper half, made a quiet one.
+        rounded[nans] = (bits[nans] >> 16) | 0x40
+    return rounded.astype("<u2")
+
+
+def _largest_finite(block: Floats) -> float:
+    if not block.size:
+        return 0.0
+    largest = max(-float(block.min()), float(block.max()))
+    if not math.isfinite(largest):
+        largest = float(np.abs(block[np.isfinite(block)]).max(initial=0.0))
+    return largest
 
 
 class SafetensorsWriter:
@@ -321,13 +375,7 @@ class SafetensorsWriter:
         name, dtype, shape = self._plan[self._at]
         fits = block.shape[1:] == shape[1:] and self._row + block.shape[0] <= shape[0]
         assert fits, f"{name} {shape} has {self._row} rows and is given {block.shape}"
-        try:
-            stored = encode_values(block, dtype)
-        except OverflowInF16 as error:
-            raise ModelError(
-                f"tensor {name}", f"{error}", "write the model as bf16 or f32"
-            ) from error
-        self._file.write(stored.data)
+        self._file.write(encode_values(block, dtype, name).data)
         self._row += block.shape[0]
         if self._row == shape[0]:
             self._at, self._row = self._at + 1, 0

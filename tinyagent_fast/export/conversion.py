@@ -1,45 +1,60 @@
-"""A merged Llama folder to a GGUF file that llama.cpp reads, in blocks of rows.
+"""A merged model folder to a GGUF file that llama.cpp reads, in blocks of rows, quantised or not.
 
-Nothing is converted that this module does not know: another architecture, a bias, another RoPE
-scaling or a tensor too many is refused, because llama.cpp would run such a file and answer wrongly.
+Nothing is converted that the family's row does not describe: another architecture, a bias, another
+RoPE scaling or a tensor too many is refused, because llama.cpp would run such a file and answer
+wrongly. A quantised file is checked against the folder before it gets its name.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import numpy as np
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+    RopeScalingType,
+)
+from numpy.typing import NDArray
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.checkpoints import (
-    VALUE_BYTES,
     Checkpoint,
+    Floats,
     StoredTensor,
+    encode_values,
     open_checkpoint,
+    read_rows,
     row_blocks,
 )
-from tinyagent_fast.export.llama import (
-    OUTPUT,
-    LlamaShape,
-    Rope,
-    llama_tensors,
-    read_rope,
-    read_shape,
-    refused,
+from tinyagent_fast.export.importance import Importance
+from tinyagent_fast.export.quantising import (
+    WEIGHTED,
+    GgmlLibrary,
+    WrittenTensor,
+    compare_with_source,
+    file_type,
+    open_ggml,
+    stored_bytes,
+    tensor_type,
 )
-from tinyagent_fast.export.rounding import OverflowInF16, count_zeros, encode_values
+from tinyagent_fast.export.settings import QUANT_NAMES
 from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
+from tinyagent_fast.models.families import OUTPUT, Family, ModelShape, Tensor, family_of
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
-    from numpy.typing import NDArray
-
-FileType = Literal["f32", "f16", "bf16"]
+_BLOCK_BYTES = 2**20
+_FLOATS = {"F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,106 +62,227 @@ class ConversionReport:
     """What was written, and what a reader of the file should know."""
 
     path: Path
-    file_type: FileType
-    tensors: int
+    types: Mapping[str, int]
+    """Tensors by ggml type."""
     parameters: int
+    bits_per_weight: float
     size_bytes: int
     seconds: float
     notes: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+    """Tensors whose rows did not fit the type wanted, each as `name: wanted -> written`."""
+    worst_relative_rmse: Mapping[str, float]
+    """By type: the worst of the rows compared with the folder; empty if nothing was quantised."""
+    without_importance: tuple[str, ...]
+    """Tensors that could be weighed but are not in the importance matrix, if one was used."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for export.json."""
+        rounded = {
+            "bits_per_weight": round(self.bits_per_weight, 2),
+            "seconds": round(self.seconds, 2),
+        }
+        return {**asdict(self), "path": self.path.name, **rounded}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """One tensor of the GGUF; `head_rows` is set where the rows of each head are reordered."""
+    """One tensor of the file."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    source: StoredTensor | NDArray[np.float32]
-    head_rows: int | None = None
+    kind: str
+    """ggml type."""
+    source: StoredTensor | Floats
+    tensor: Tensor | None = None
+    """Its row in the family's table; None for what is computed here."""
+    weights: Floats | None = None
+    """Importance of its columns, where it weighs the rounding."""
+    fallback: str | None = None
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * VALUE_BYTES[self.dtype]
+        return stored_bytes(self.kind, math.prod(self.shape))
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.kind not in _FLOATS
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows that are reordered together."""
+        return (self.tensor.head_rows if self.tensor else None) or 1
+
+    def blocks(self) -> Iterator[Floats]:
+        """Give all rows in the order of llama.cpp."""
+        if not isinstance(self.source, StoredTensor):
+            yield self.source
+            return
+        for _, block in row_blocks(
+            self.source, block_bytes=_BLOCK_BYTES, multiple_of_rows=self.unit_rows
+        ):
+            yield self._ordered(block)
+
+    def row(self, at: int) -> Floats:
+        """Give one row as the file stores it: a row of a matrix, or a whole vector."""
+        if not isinstance(self.source, StoredTensor):
+            return self.source
+        if len(self.shape) == 1:
+            return read_rows(self.source, 0, self.source.rows)
+        start = at // self.unit_rows * self.unit_rows
+        block = self._ordered(read_rows(self.source, start, start + self.unit_rows))
+        return self.halved(block[at - start])
+
+    def halved(self, block: Floats) -> Floats:
+        """Round to f16 before quantising, so that the file is what the f16 file would give."""
+        halves: Floats = encode_values(block, "F16", self.name).astype(np.float32)
+        return halves
+
+    def _ordered(self, block: Floats) -> Floats:
+        if self.unit_rows == 1:
+            return block
+        # transformers rotates the halves of a head against one another, llama.cpp neighbours.
+        pairs = block.reshape(-1, 2, self.unit_rows // 2, block.shape[1])
+        ordered: Floats = pairs.swapaxes(1, 2).reshape(block.shape)
+        return ordered
 
 
 def convert_to_gguf(
     source: Path,
     target: Path,
     *,
-    file_type: FileType,
+    quant: str,
     name: str,
     chat_template: str | None,
     extra: Mapping[str, str | int | float | bool],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    importance: Importance | None = None,
+    threads: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> ConversionReport:
-    """Convert a Llama model folder to one GGUF file.
+    """Convert a model folder to one GGUF file.
 
     Args:
         source: Model folder as transformers saves it, adapter merged, not quantised.
-        target: The file; it gets this name only when it is whole.
-        file_type: Number format of the matrices; norms are always f32.
+        target: The file; it gets this name only when it is whole and checked.
+        quant: Kind of file, one of `settings.QUANT_NAMES`; norms are always f32.
         name: Written as general.name.
-        chat_template: Jinja text for llama.cpp's chat endpoint; none to write no template.
+        chat_template: Jinja text for llama.cpp's chat endpoint; None to write no template.
         extra: Further keys, such as `tinyagent_fast.prompt_format`.
+        importance: Weighs the rounding of the types that can be weighed.
+        threads: Threads to round with; all usable cores where None.
         on_progress: Called with the bytes of weights written and all of them.
 
     Returns:
         What was written.
 
     Raises:
-        ModelError: A model or tokenizer that llama.cpp would run otherwise than transformers, or
-            weights that are not finite or too large for f16.
+        ModelError: A model or tokenizer that llama.cpp would run otherwise than transformers,
+            weights that are not finite or too large for f16, or ggml is missing.
+        GateError: What was quantised is not the folder within its type's error.
 
-    Source: llama.cpp, conversion/llama.py (names, order of q and k rows, rope_freqs).
+    Source: llama.cpp, conversion/llama.py (order of q and k rows, rope_freqs).
     """
+    if quant not in QUANT_NAMES:
+        raise ModelError(f"quant {quant}", "it is not known", f"use {', '.join(QUANT_NAMES)}")
     started = time.perf_counter()
     checkpoint = open_checkpoint(source)
-    shape = read_shape(checkpoint)
-    rope = read_rope(checkpoint, shape.head)
-    targets, notes = _plan(checkpoint, shape, file_type.upper())
-    parameters = sum(math.prod(target.shape) for target in targets)
+    family = family_of(checkpoint.config, str(source / "config.json"))
+    shape = ModelShape.from_config(checkpoint.config, str(source / "config.json"))
+    rope = read_rope(checkpoint, family, shape)
+    targets, notes = _plan(checkpoint, family, shape, quant, importance)
     if rope.frequency_divisors is not None:
-        targets.append(_rope_tensor(rope.frequency_divisors))
-    vocabulary = read_vocabulary(source, shape.vocabulary)
+        values = np.array(rope.frequency_divisors, np.float32)
+        targets.append(
+            _Target(name="rope_freqs.weight", shape=values.shape, kind="F32", source=values)
+        )
+    kinds = {one.kind for one in targets} - _FLOATS
+    if kinds:
+        # llama.cpp's own tool writes tensors layer by layer when it quantises.
+        targets.sort(key=lambda one: (one.tensor.layer if one.tensor else -1, one.name))
+    vocabulary = read_vocabulary(source, shape.vocab)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(target) as writer:
-        _add_model_keys(writer, shape, rope, file_type, name)
+    worst: dict[str, float] = {}
+    with (
+        open_ggml(kinds) if kinds else nullcontext(None) as ggml,
+        _partial(target, family.gguf_architecture) as (writer, part),
+    ):
+        _add_model_keys(writer, checkpoint, shape, rope, quant, name)
         _add_vocabulary_keys(writer, vocabulary)
         if chat_template is not None:
             writer.add_chat_template(chat_template)
         _add_extra_keys(writer, extra)
-        zeros = _write(writer, targets, on_progress)
+        keys = writer.kv_data[0]
+        # llama.cpp's own tool writes these two last when it quantises.
+        for key in ("general.quantization_version", "general.file_type") if kinds else ():
+            keys[key] = keys.pop(key)
+        weighed = [one for one in targets if one.weights is not None]
+        if importance is not None and weighed:
+            writer.add_string("quantize.imatrix.dataset", importance.source)
+            writer.add_uint32("quantize.imatrix.entries_count", len(importance.mean_squares))
+            writer.add_uint32("quantize.imatrix.chunks_count", importance.chunks)
+        zeros = _write(writer, targets, ggml, threads or _usable_cores(), on_progress)
+        writer.close()
+        if kinds:
+            worst = compare_with_source(part, {one.name: _written(one) for one in targets})
     if zeros:
         notes.append(f"{zeros:,} values are too small for f16 and became 0")
+    parameters = sum(math.prod(one.shape) for one in targets if one.tensor)
     return ConversionReport(
         path=target,
-        file_type=file_type,
-        tensors=len(targets),
+        types=dict(Counter(one.kind for one in targets)),
         parameters=parameters,
+        bits_per_weight=8 * sum(one.size_bytes for one in targets) / parameters,
         size_bytes=target.stat().st_size,
         seconds=time.perf_counter() - started,
         notes=(*notes, *vocabulary.notes),
+        fallbacks=tuple(f"{one.name}: {one.fallback}" for one in targets if one.fallback),
+        worst_relative_rmse=worst,
+        without_importance=tuple(
+            one.name for one in targets if weighed and one.kind in WEIGHTED and one.weights is None
+        ),
     )
 
 
-@contextmanager
-def _partial(target: Path) -> Iterator[GGUFWriter]:
-    """Give a writer for a file beside the target, which gets its name only when it is whole."""
-    from gguf import GGUFWriter
+def _usable_cores() -> int:
+    """Count the cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
+
+@contextmanager
+def _partial(target: Path, architecture: str) -> Iterator[tuple[GGUFWriter, Path]]:
+    """Give a writer for a file beside the target, which gets its name only when it is whole."""
     part = target.with_name(target.name + ".part")
-    writer = GGUFWriter(part, "llama")
+    writer = GGUFWriter(part, architecture)
     try:
-        yield writer
-        writer.close()
+        yield writer, part
         part.replace(target)
     finally:
         writer.close()
         part.unlink(missing_ok=True)
 
 
-def _plan(checkpoint: Checkpoint, shape: LlamaShape, dtype: str) -> tuple[list[_Target], list[str]]:
+def _written(one: _Target) -> WrittenTensor:
+    rows = 1 if len(one.shape) == 1 else one.shape[0]
+    return WrittenTensor(kind=one.kind, rows=rows, read_row=one.row, weights=one.weights)
+
+
+def _refused(checkpoint: Checkpoint, what: str, why: str) -> ModelError:
+    return ModelError(
+        f"model in {checkpoint.folder}: {what}",
+        why,
+        "export a plain model of a family that the project knows, with its adapter merged",
+    )
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    family: Family,
+    shape: ModelShape,
+    quant: str,
+    importance: Importance | None,
+) -> tuple[list[_Target], list[str]]:
     """List the tensors to write; every tensor of the model must be used, and none be missing."""
     left = {n: t for n, t in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     notes = []
@@ -154,69 +290,133 @@ def _plan(checkpoint: Checkpoint, shape: LlamaShape, dtype: str) -> tuple[list[_
         del left[OUTPUT]
         notes.append(f"{OUTPUT} is left out: config.json ties it to the embeddings")
     targets = []
-    for wanted in llama_tensors(shape):
-        tensor = left.pop(wanted.source, None)
-        if tensor is None:
-            raise refused(checkpoint, f"no tensor {wanted.source}", "the weights are not complete")
-        if tensor.shape != wanted.shape:
-            what = f"{wanted.source} has shape {tensor.shape}"
-            raise refused(checkpoint, what, f"config.json asks for {wanted.shape}")
+    means = dict(importance.mean_squares) if importance else {}
+    for wanted in family.tensors(shape):
+        stored = left.pop(wanted.source, None)
+        if stored is None:
+            raise _refused(checkpoint, f"no tensor {wanted.source}", "the weights are not complete")
+        if stored.shape != wanted.shape:
+            what = f"{wanted.source} has shape {stored.shape}"
+            raise _refused(checkpoint, what, f"config.json asks for {wanted.shape}")
+        kind, missed = tensor_type(wanted, quant, shape.layers)
+        weights = means.pop(wanted.gguf, None)
+        if weights is not None and len(weights) != wanted.shape[-1]:
+            raise _strange_importance(wanted.gguf, len(weights), str(wanted.shape[-1]))
         targets.append(
             _Target(
-                name=wanted.name,
+                name=wanted.gguf,
                 shape=wanted.shape,
-                dtype=dtype if len(wanted.shape) > 1 else "F32",
-                source=tensor,
-                head_rows=wanted.head_rows,
+                kind=kind,
+                source=stored,
+                tensor=wanted,
+                weights=weights if kind in WEIGHTED else None,
+                fallback=f"{missed} -> {kind}" if missed else None,
             )
         )
     if left:
-        raise refused(
+        raise _refused(
             checkpoint,
-            f"{len(left)} tensors that a Llama has not ({', '.join(sorted(left)[:3])})",
+            f"{len(left)} tensors that a {family.name} has not ({', '.join(sorted(left)[:3])})",
             "they would be left out, so the file would be another model",
         )
+    for name, weights in means.items():
+        raise _strange_importance(name, len(weights), "no such tensor")
     return targets, notes
 
 
-def _rope_tensor(divisors: tuple[float, ...]) -> _Target:
-    """Make the tensor that llama.cpp divides the frequencies of RoPE by."""
-    import numpy as np
+def _strange_importance(name: str, columns: int, there: str) -> ModelError:
+    return ModelError(
+        f"importance of {name} with {columns} columns",
+        f"the model has {there}",
+        "collect it with this model",
+    )
 
-    values = np.array(divisors, np.float32)
-    return _Target(name="rope_freqs.weight", shape=values.shape, dtype="F32", source=values)
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """How positions are rotated."""
+
+    base: float
+    linear_factor: float | None = None
+    frequency_divisors: tuple[float, ...] | None = None
+    """One for each pair of a head, where low frequencies are scaled as in Llama 3."""
+
+
+def read_rope(checkpoint: Checkpoint, family: Family, shape: ModelShape) -> Rope:
+    """Read how positions are rotated, in the spellings of transformers 4 and 5.
+
+    Args:
+        checkpoint: A model folder.
+        family: Its family.
+        shape: Its sizes.
+
+    Returns:
+        Base and scaling; a scaling lost here would give a model that errs only on long prompts.
+
+    Raises:
+        ModelError: A scaling that is not known here.
+    """
+    config = checkpoint.config
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in family.rope_types or given.get("partial_rotary_factor", 1.0) != 1.0:
+        why = f"only {', '.join(family.rope_types)} can be converted"
+        raise _refused(checkpoint, f"RoPE {dict(given)}", why)
+    try:
+        if kind == "linear":
+            return Rope(base=base, linear_factor=float(given["factor"]))
+        if kind == "llama3":
+            return Rope(base=base, frequency_divisors=_divisors(base, shape.head_dim, given))
+    except KeyError as error:
+        raise _refused(checkpoint, f"RoPE {dict(given)}", f"it has no {error}") from error
+    return Rope(base=base)
+
+
+def _divisors(base: float, head_dim: int, given: Mapping[str, Any]) -> tuple[float, ...]:
+    """Compute by what each frequency is divided: 1 for short waves, `factor` for long ones.
+
+    Source: transformers, modeling_rope_utils.py, _compute_llama3_parameters.
+    """
+    factor = float(given["factor"])
+    low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+    context = float(given["original_max_position_embeddings"])
+    divisors = []
+    for at in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * base ** (at / head_dim)
+        if wavelength < context / high:
+            divisors.append(1.0)
+        elif wavelength > context / low:
+            divisors.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(divisors)
 
 
 def _add_model_keys(
-    writer: GGUFWriter,
-    shape: LlamaShape,
-    rope: Rope,
-    file_type: FileType,
-    name: str,
+    writer: GGUFWriter, checkpoint: Checkpoint, shape: ModelShape, rope: Rope, quant: str, name: str
 ) -> None:
     """Write what llama.cpp builds the model from."""
-    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
-
-    types = {
-        "f32": LlamaFileType.ALL_F32,
-        "f16": LlamaFileType.MOSTLY_F16,
-        "bf16": LlamaFileType.MOSTLY_BF16,
-    }
+    config = checkpoint.config
+    for key in ("max_position_embeddings", "rms_norm_eps"):
+        if not config.get(key):
+            raise _refused(checkpoint, f"{key} is {config.get(key)!r}", "llama.cpp needs it")
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(types[file_type])
+    writer.add_file_type(file_type(quant))
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_vocab_size(shape.vocabulary)
-    writer.add_context_length(shape.context_tokens)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.intermediate)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head)
-    writer.add_value_length(shape.head)
-    writer.add_rope_dimension_count(shape.head)
-    writer.add_layer_norm_rms_eps(shape.norm_epsilon)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_rope_freq_base(rope.base)
     if rope.linear_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
@@ -247,8 +447,6 @@ def _add_vocabulary_keys(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None
 
 
 def _add_extra_keys(writer: GGUFWriter, extra: Mapping[str, str | int | float | bool]) -> None:
-    from gguf import GGUFValueType
-
     for key, value in extra.items():
         assert key not in writer.kv_data[0], f"{key} is written already"
         if isinstance(value, bool):
@@ -263,19 +461,20 @@ def _add_extra_keys(writer: GGUFWriter, extra: Mapping[str, str | int | float | 
 
 
 def _write(
-    writer: GGUFWriter, targets: list[_Target], on_progress: Callable[[int, int], None]
+    writer: GGUFWriter,
+    targets: Sequence[_Target],
+    ggml: GgmlLibrary | None,
+    threads: int,
+    on_progress: Callable[[int, int], None],
 ) -> int:
-    """Write header and weights; count the values that became 0."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
+    """Write header and weights, blocks being rounded in threads; count what became 0."""
     for target in targets:
         writer.add_tensor_info(
             target.name,
             target.shape,
             np.dtype(np.float32),
             target.size_bytes,
-            GGMLQuantizationType[target.dtype],
+            GGMLQuantizationType[target.kind],
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -284,47 +483,44 @@ def _write(
     file = writer.fout[0]
     total = sum(target.size_bytes for target in targets)
     done = zeros = 0
-    for target in targets:
-        writer.write_padding(file, file.tell())
-        for block in _blocks(target):
-            stored = _encode(target, block)
-            if target.dtype == "F16" and (found := count_zeros(stored)):
-                zeros += found - count_zeros(block)
+    pending: deque[Future[tuple[NDArray[Any], int]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def write_oldest() -> None:
+            nonlocal done, zeros
+            stored, lost = pending.popleft().result()
             file.write(stored.data)
-            done += stored.nbytes
+            done, zeros = done + stored.nbytes, zeros + lost
             on_progress(done, total)
+
+        for target in targets:
+            while pending:
+                write_oldest()
+            writer.write_padding(file, file.tell())
+            for block in target.blocks():
+                pending.append(pool.submit(_encode, target, block, ggml))
+                if len(pending) > threads:
+                    write_oldest()
+        while pending:
+            write_oldest()
     writer.write_padding(file, file.tell())
     return zeros
 
 
-def _blocks(target: _Target) -> Iterator[NDArray[np.float32]]:
-    """Give the rows in the order of llama.cpp."""
-    if not isinstance(target.source, StoredTensor):
-        yield target.source
-        return
-    head = target.head_rows
-    for _, block in row_blocks(target.source, multiple_of_rows=head or 1):
-        if head is None:
-            yield block
-        else:
-            # transformers rotates the halves of a head against one another, llama.cpp neighbours.
-            pairs = block.reshape(-1, 2, head // 2, block.shape[1])
-            yield pairs.swapaxes(1, 2).reshape(block.shape)
-
-
-def _encode(target: _Target, block: NDArray[np.float32]) -> NDArray[Any]:
-    """Round a block to the target's format; refuse what is not finite there."""
-    import numpy as np
-
+def _encode(target: _Target, block: Floats, ggml: GgmlLibrary | None) -> tuple[NDArray[Any], int]:
+    """Turn a block into what the file stores, and count what f16 makes 0 in it."""
     if not np.isfinite(block).all():
         raise ModelError(
             f"tensor {target.name}",
             "it has values that are not finite, so the model writes nothing sensible",
             "train again, or take an earlier checkpoint",
         )
-    try:
-        return encode_values(block, target.dtype)
-    except OverflowInF16 as error:
-        raise ModelError(
-            f"tensor {target.name}", f"{error}", "convert to bf16 or f32 instead"
-        ) from error
+    if target.is_quantised:
+        assert ggml is not None
+        return ggml.rows(target.kind, target.halved(block), target.weights), 0
+    stored = encode_values(block, target.kind, target.name)
+    if target.kind != "F16":
+        return stored, 0
+    # Numpy counts 16-bit numbers one by one unless they are integers; the sign is no part of zero.
+    zeros = stored.size - np.count_nonzero(stored.view(np.uint16) << 1)
+    return stored, int(zeros - (block.size - np.count_nonzero(block))) if zeros else 0

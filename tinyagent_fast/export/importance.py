@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from tinyagent_fast.errors import DataError, ModelError
-from tinyagent_fast.export.gguf_file import encode_value, header_bytes, padding, read_gguf
+from tinyagent_fast.models.families import family_of
 
 _CHUNK_TOKENS = 512
 _SOURCE_BYTES = 127
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_MODULES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def collect_importance(
     up, which has no inputs to weigh.
 
     Args:
-        model: A transformers LlamaForCausalLM with merged weights; its mode is not changed.
+        model: A causal model of transformers with merged weights; its mode is not changed.
         rows: Token ids as the model sees them, each row by itself.
         source: Name of the rows' origin, kept in the file.
         on_progress: Told how many rows are done, and of how many.
@@ -89,7 +81,7 @@ def collect_importance(
 
     Raises:
         DataError: If there are no tokens.
-        ModelError: If the model has not the layers of a Llama.
+        ModelError: If it is of no family that can be exported.
 
     Source:
         llama.cpp, tools/imatrix/imatrix.cpp: collect_imatrix.
@@ -98,7 +90,7 @@ def collect_importance(
 
     if not any(rows):
         raise DataError("importance of 0 tokens", "nothing can be measured", "give some rows")
-    modules = _weighted_modules(model)
+    family = family_of(model.config.to_dict(), "config of the model")
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, inputs: torch.Tensor) -> None:
@@ -110,8 +102,13 @@ def collect_importance(
     tokens = 0
     device = model.get_input_embeddings().weight.device
     try:
-        for name, one in modules:
-            hooks.append(one.register_forward_pre_hook(lambda _, x, name=name: add(name, x[0])))
+        for at, layer in enumerate(model.model.layers):
+            for one in family.linears:
+                name = f"blk.{at}.{one.gguf}.weight"
+                module = layer.get_submodule(one.module)
+                hooks.append(
+                    module.register_forward_pre_hook(lambda _, x, name=name: add(name, x[0]))
+                )
         with torch.inference_mode():
             for done, row in enumerate(rows, start=1):
                 if row:
@@ -135,23 +132,21 @@ def save_importance(importance: Importance, path: Path) -> None:
         importance: What was measured.
         path: File to write, `.gguf` by custom.
     """
-    entries = {
-        "general.type": encode_value("imatrix"),
-        "imatrix.datasets": encode_value([importance.source]),
-        "imatrix.chunk_count": encode_value(importance.chunks),
-        "imatrix.chunk_size": encode_value(_CHUNK_TOKENS),
-    }
+    part = path.with_name(path.name + ".part")
+    writer = GGUFWriter(part, "")  # as by llama.cpp's tool, there is no key for an architecture
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [importance.source])
+    writer.add_uint32("imatrix.chunk_count", importance.chunks)
+    writer.add_uint32("imatrix.chunk_size", _CHUNK_TOKENS)
     count = np.array([importance.tokens], dtype="<f4")
-    arrays: dict[str, NDArray[np.float32]] = {}
     for name in sorted(importance.mean_squares):
         sums = importance.mean_squares[name].astype(np.float64) * float(count[0])
-        arrays[name + _SUMS] = sums.astype("<f4")
-        arrays[name + _COUNTS] = count
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(header_bytes(entries, [(n, one.shape, "F32") for n, one in arrays.items()]))
-        for one in arrays.values():
-            file.write(one.tobytes() + padding(one.nbytes))
+        writer.add_tensor(name + _SUMS, sums.astype("<f4"))
+        writer.add_tensor(name + _COUNTS, count)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     part.replace(path)
 
 
@@ -167,45 +162,26 @@ def load_importance(path: Path) -> Importance:
     Raises:
         ModelError: If the file is not whole, or holds no importance matrix of dense layers.
     """
-    file = read_gguf(path)
-    names = [name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)]
-    if file.value("general.type") != "imatrix" or not names:
+    try:
+        file = GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ModelError(
+            str(path), f"it is no whole GGUF file: {error}", "write it again"
+        ) from error
+    tensors = {tensor.name: tensor.data for tensor in file.tensors}
+    names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
+    kind, datasets = (file.get_field(key) for key in ("general.type", "imatrix.datasets"))
+    if kind is None or kind.contents() != "imatrix" or not names:
         raise ModelError(str(path), "it holds no importance matrix", "give one that does")
-    datasets = file.value("imatrix.datasets")
     means: dict[str, NDArray[np.float32]] = {}
     tokens = 0
-    with path.open("rb") as opened:
-
-        def read(name: str) -> NDArray[np.float32]:
-            tensor = file.tensors.get(name)
-            if tensor is None or tensor.type != "F32":
-                raise ModelError(str(path), f"{name} is missing or not F32", "write it again")
-            opened.seek(tensor.offset_bytes)
-            return np.frombuffer(opened.read(tensor.rows * tensor.row_bytes), dtype="<f4")
-
-        for name in names:
-            counts = read(name + _COUNTS)
-            if counts.size != 1 or counts[0] < 1:
-                raise ModelError(
-                    str(path), f"{name} has {counts.size} counts, {counts[:1]}", "use a dense model"
-                )
-            means[name] = read(name + _SUMS) / counts[0]
-            tokens = max(tokens, round(float(counts[0])))
-    source = str(datasets[0]) if isinstance(datasets, list) and datasets else path.name
-    return Importance(means, tokens, source)
-
-
-def _weighted_modules(model: Any) -> list[tuple[str, Any]]:
-    """List the matrices of a Llama's layers under their GGUF names."""
-    found = []
-    try:
-        for at, layer in enumerate(model.model.layers):
-            for path, short in _MODULES.items():
-                found.append((f"blk.{at}.{short}.weight", layer.get_submodule(path)))
-    except AttributeError as error:
-        raise ModelError(
-            f"importance of a {type(model).__name__}",
-            f"its layers are not those of a Llama: {error}",
-            "merge the adapter and give the LlamaForCausalLM",
-        ) from error
-    return found
+    for name in names:
+        counts = tensors.get(name + _COUNTS)
+        if counts is None or counts.size != 1 or counts.dtype != np.float32 or counts[0] < 1:
+            raise ModelError(
+                str(path), f"{name}{_COUNTS} is no count of tokens", "measure a dense model"
+            )
+        means[name] = np.array(tensors[name + _SUMS] / counts[0], np.float32)
+        tokens = max(tokens, round(float(counts[0])))
+    source = datasets.contents()[0] if datasets is not None else path.name
+    return Importance(means, tokens, str(source))

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tinyagent_fast.errors import GateError
 from tinyagent_fast.export.card import CARD, model_card
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.companions import CompanionFacts, write_companions
-from tinyagent_fast.export.conversion import convert_to_gguf
+from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.gates import Gate, success_gate
 from tinyagent_fast.export.importance import (
     Importance,
@@ -25,7 +24,6 @@ from tinyagent_fast.export.importance import (
 )
 from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 from tinyagent_fast.export.preparation import MERGED, Export
-from tinyagent_fast.export.quantising import quantise
 from tinyagent_fast.export.record import (
     Artefact,
     key_of,
@@ -137,11 +135,11 @@ def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
         importance = _make_importance(export, merged)
     f16 = work / "f16.gguf"
     for spec in export.specs:
-        artefact = _make_gguf(export, spec, merged, f16, importance)
+        artefact = _make_gguf(export, spec, merged, importance)
         if spec.quant == "f16":
             f16 = export.folder / artefact.path
     if not f16.exists():
-        _convert(export, f16, "f16")
+        convert(export, f16, QuantSpec("f16", "f16", False), None)
     return f16
 
 
@@ -169,40 +167,41 @@ def _make_gguf(
     export: Export,
     spec: QuantSpec,
     merged: Artefact,
-    f16: Path,
     importance: tuple[Importance, str] | None,
 ) -> Artefact:
-    def work(path: Path) -> tuple[str, str, float, Any]:
-        if spec.quant in ("f32", "f16", "bf16"):
-            report = _convert(export, path, spec.quant)
-        else:
-            if not f16.exists():
-                _convert(export, f16, "f16")
-            with _work(export, f"quantising to {spec.name}", "bytes") as update:
-                report = quantise(
-                    f16,
-                    path,
-                    spec.quant,
-                    importance=importance[0] if importance and spec.importance else None,
-                    threads=export.settings.threads,
-                    on_progress=update,
-                ).to_json()
-            for fallback in report["fallbacks"]:
-                export.display.say(f"note: {spec.name}: {fallback}")
-        return "gguf", spec.name, report["seconds"], report
+    weighed = importance if spec.importance else None
 
-    depends = [merged.sha256, spec.name, importance[1] if importance and spec.importance else None]
+    def work(path: Path) -> tuple[str, str, float, Any]:
+        report = convert(export, path, spec, weighed[0] if weighed else None)
+        for note in (*report.notes, *report.fallbacks):
+            export.display.say(f"note: {spec.name}: {note}")
+        return "gguf", spec.name, round(report.seconds, 2), report.to_json()
+
+    depends = [merged.sha256, spec.name, weighed[1] if weighed else None]
     made = export.record.make(export.gguf_path(spec), key_of(depends), work)
     return _announced(export, *made)
 
 
-def _convert(export: Export, path: Path, file_type: Any) -> dict[str, Any]:
+def convert(
+    export: Export, path: Path, spec: QuantSpec, importance: Importance | None
+) -> ConversionReport:
+    """Convert the merged folder to one GGUF file.
+
+    Args:
+        export: The export, merged.
+        path: The file.
+        spec: What it is.
+        importance: Weighs the rounding.
+
+    Returns:
+        What was written.
+    """
     tokenizer = export.tokenizer
-    with _work(export, f"converting to {file_type}", "bytes") as update:
-        report = convert_to_gguf(
+    with _work(export, f"converting to {spec.name}", "bytes") as update:
+        return convert_to_gguf(
             export.merged,
             path,
-            file_type=file_type,
+            quant=spec.quant,
             name=export.stem,
             chat_template=chat_template(
                 tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False
@@ -212,18 +211,10 @@ def _convert(export: Export, path: Path, file_type: Any) -> dict[str, Any]:
                 "tinyagent_fast.prompt_format": tokenizer.prompt_format,
                 "tinyagent_fast.stop": END_OF_PLAN,
             },
+            importance=importance,
+            threads=export.settings.threads,
             on_progress=update,
         )
-    for note in report.notes:
-        export.display.say(f"note: {file_type}: {note}")
-    bits = 8 * report.size_bytes / report.parameters
-    return {
-        **asdict(report),
-        "path": path.name,
-        "fallbacks": [],
-        "bits_per_weight": round(bits, 2),
-        "seconds": round(report.seconds, 2),
-    }
 
 
 def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:

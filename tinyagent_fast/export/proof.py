@@ -170,7 +170,7 @@ def _convert_f32(export: Export, path: Path) -> None:
         convert_to_gguf(
             export.merged,
             path,
-            file_type="f32",
+            quant="f32",
             name=export.stem,
             chat_template=chat_template(
                 tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False

@@ -1,320 +1,301 @@
-"""Make a smaller GGUF file: choose types, quantise in blocks of rows, read back and compare.
+"""Quantised rows: the type of each tensor, ggml that writes it, and the check of what was written.
 
-The source is read block by block and the target written as it comes, so memory stays at a few
-blocks whatever the model's size. A target exists under its name only when it passed the check.
+`conversion` asks here while it writes a file. The types are those that llama.cpp's own tool chooses
+and the bytes are its own, because both come from ggml.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from math import prod
+import ctypes
+import importlib.util
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType, quants
+from numpy.typing import NDArray
 
 from tinyagent_fast.errors import GateError, ModelError
-from tinyagent_fast.export.gguf_file import (
-    GgufFile,
-    GgufTensor,
-    encode_value,
-    header_bytes,
-    padding,
-    read_gguf,
-    stored_bytes,
-)
-from tinyagent_fast.export.importance import Importance
-from tinyagent_fast.export.quantisers import (
-    WEIGHTED,
-    Backend,
-    Float32,
-    GgmlLibrary,
-    RowQuantiser,
-    choose_backend,
-    decode_floats,
-    find_ggml_library,
-    has_finite_scales,
-    numpy_rows,
-    quantise_with_llama_cpp,
-)
-from tinyagent_fast.export.readback import compare_with_source
-from tinyagent_fast.export.recipe import FILE_TYPES, QUANTS, layer_of, tensor_type
+from tinyagent_fast.models.families import Tensor
 
-_BLOCK_VALUES = 2**18
+Float32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+WORST_RELATIVE_RMSE = {
+    "F32": 0.0, "Q8_0": 0.025, "Q6_K": 0.08, "Q5_1": 0.12, "Q5_0": 0.12, "Q5_K": 0.12,
+    "Q4_K": 0.2, "F16": 1e-3,
+}  # fmt: skip
+"""Largest error of a row by type, relative to the row; two to four times that of normal weights.
+
+Rows swapped or bytes damaged give 0.5 and more. For Q8_0 it is what rounding can do at worst:
+half a step of 1/127 of the largest of 32 values, all the others being zero.
+"""
+
+WEIGHTED = frozenset({"Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1"})
+"""Types whose rounding follows an importance matrix; the others ignore it."""
+
+_TYPES = {
+    "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K",
+    "q5_k_m": "Q5_K", "q4_k_m": "Q4_K",
+}  # fmt: skip
+_SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_CHECKED_EVERY_ROWS = 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantisationReport:
-    """What was written, with which types, and how far it is from the source."""
-
-    path: Path
-    quant: str
-    backend: str
-    types: Mapping[str, int]
-    """Tensors by ggml type, as read back from the file."""
-    fallbacks: tuple[str, ...]
-    """Tensors whose rows did not fit the type wanted, each as `name: wanted -> written`."""
-    bits_per_weight: float
-    size_bytes: int
-    seconds: float
-    worst_relative_rmse: Mapping[str, float]
-    """By type: the worst of the rows compared with the source."""
-    used_importance: bool
-    without_importance: tuple[str, ...]
-    """Tensors that could be weighed but are not in the importance matrix, if one was used."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain values for a record.
-
-        Returns:
-            All fields, the file by its name.
-        """
-        return {**asdict(self), "path": self.path.name, "seconds": round(self.seconds, 2)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """All that is decided before the first byte is written."""
-
-    source: GgufFile
-    quant: str
-    tensors: tuple[GgufTensor, ...]
-    types: Mapping[str, str]
-    fallbacks: tuple[str, ...]
-    weights: Mapping[str, Float32]
-    extra: Mapping[str, str | int]
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes of tensor data to read."""
-        return sum(tensor.rows * tensor.row_bytes for tensor in self.tensors)
-
-
-def quantise(
-    source_gguf: Path,
-    target: Path,
-    quant: str,
-    *,
-    importance: Importance | None = None,
-    backend: Backend = "auto",
-    threads: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
-) -> QuantisationReport:
-    """Write a quantised copy of a GGUF file and check it against the source.
+def file_type(quant: str) -> LlamaFileType:
+    """Give what `general.file_type` says of a kind of file.
 
     Args:
-        source_gguf: GGUF file of a Llama in f32, f16 or bf16.
-        target: File to write; replaced when the new one is whole.
-        quant: One of `recipe.QUANTS`.
-        importance: Weighs the rounding of the types that can be weighed.
-        backend: Library to quantise with; `auto` takes the first that is installed.
-        threads: Threads to use; all usable cores where None.
-        on_progress: Told how many bytes of the source are done, and of how many.
+        quant: Such as `q4_k_m`.
+    """
+    return LlamaFileType[f"{'ALL' if quant == 'f32' else 'MOSTLY'}_{quant.upper()}"]
+
+
+def block_values(kind: str) -> int:
+    """Give how many values one block of a ggml type holds; a row is made of whole blocks.
+
+    Args:
+        kind: ggml type, such as `Q4_K`.
+    """
+    return int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0])
+
+
+def stored_bytes(kind: str, values: int) -> int:
+    """Give the bytes that a run of values takes.
+
+    Args:
+        kind: ggml type.
+        values: A multiple of the type's block.
+    """
+    return values // block_values(kind) * int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1])
+
+
+def tensor_type(tensor: Tensor, quant: str, layers: int) -> tuple[str, str | None]:
+    """Choose the type one tensor is stored as.
+
+    Args:
+        tensor: Of a family's table.
+        quant: Kind of file, such as `q4_k_m`.
+        layers: Layers of the model.
 
     Returns:
-        What was written.
+        The ggml type's name, and the type that was wanted where rows do not divide into its
+        blocks (None where the first choice fits).
+
+    Source:
+        llama.cpp, src/llama-quant.cpp: tensor_allows_quantization, llama_tensor_get_type_impl,
+        tensor_type_fallback (release 0.5.0).
+    """
+    if len(tensor.shape) < 2:
+        return "F32", None
+    wanted, row = _TYPES[quant], tensor.shape[-1]
+    if block_values(wanted) == 256 and (
+        tensor.is_output or (tensor.sensitive and _gets_more_bits(tensor.layer, layers))
+    ):
+        wanted = "Q6_K"
+    if row % block_values(wanted) == 0:
+        return wanted, None
+    chosen = "Q8_0" if tensor.is_output else _SMALLER_BLOCKS.get(wanted, wanted)
+    return (chosen if row % block_values(chosen) == 0 else "F16"), wanted
+
+
+def _gets_more_bits(layer: int, layers: int) -> bool:
+    """Say whether a layer is one that llama.cpp gives more bits: outer ones, and every third."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+class GgmlLibrary:
+    """`ggml_quantize_chunk` of a shared library that contains ggml.
+
+    It is exported by the library of the xllamacpp package but documented nowhere, so it is proved
+    on a sample before every use.
+    """
+
+    SYMBOLS = ("ggml_quantize_init", "ggml_quantize_free", "ggml_quantize_chunk")
+
+    def __init__(self, path: Path) -> None:
+        """Load the library and declare its functions.
+
+        Args:
+            path: A shared library that exports `SYMBOLS`.
+
+        Raises:
+            ModelError: It cannot be loaded or does not export them.
+        """
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise _no_ggml(f"{path.name} cannot be loaded: {error}") from error
+        absent = [name for name in self.SYMBOLS if not hasattr(self._library, name)]
+        if absent:
+            raise _no_ggml(f"{path.name} exports no {', '.join(absent)}")
+        self._library.ggml_quantize_init.argtypes = [ctypes.c_int]
+        self._chunk = self._library.ggml_quantize_chunk
+        pointer, long = ctypes.c_void_p, ctypes.c_int64
+        self._chunk.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
+        self._chunk.restype = ctypes.c_size_t
+
+    def rows(self, kind: str, rows: Float32, weights: Float32 | None) -> Bytes:
+        """Quantise rows; other threads run meanwhile.
+
+        Args:
+            kind: ggml type.
+            rows: Rows x row length.
+            weights: Importance of each column, or None.
+
+        Returns:
+            Rows x stored bytes of a row.
+        """
+        count, length = rows.shape
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        done = np.empty((count, stored_bytes(kind, length)), dtype=np.uint8)
+        columns = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
+        assert columns is None or columns.shape == (length,)
+        written = self._chunk(
+            GGMLQuantizationType[kind],
+            rows.ctypes.data,
+            done.ctypes.data,
+            0,
+            count,
+            length,
+            None if columns is None else columns.ctypes.data,
+        )
+        if written != done.nbytes:
+            raise GateError(f"ggml wrote {written} bytes of {kind}, expected {done.nbytes}")
+        return done
+
+    def prove(self, kinds: Collection[str]) -> None:
+        """Quantise a sample and compare it with gguf's numpy code, before minutes are spent.
+
+        Args:
+            kinds: ggml types that will be written.
+
+        Raises:
+            GateError: If Q8_0 differs by a byte or another type is further off than it can be.
+        """
+        sample = np.random.default_rng(0).standard_normal((4, 512), dtype=np.float32)
+        for kind in sorted({*kinds, "Q8_0"}):
+            number = GGMLQuantizationType[kind]
+            self._library.ggml_quantize_init(number)
+            done = self.rows(kind, sample, None)
+            error = np.linalg.norm(quants.dequantize(done, number) - sample)
+            error /= np.linalg.norm(sample)
+            same = kind != "Q8_0" or np.array_equal(done, quants.quantize(sample, number))
+            if not same or not error <= WORST_RELATIVE_RMSE[kind]:
+                raise GateError(
+                    f"the ggml library writes {kind} differently: relative error {error:.3g}"
+                )
+
+    def close(self) -> None:
+        """Free what the library keeps for quantising."""
+        self._library.ggml_quantize_free()
+
+
+@contextmanager
+def open_ggml(kinds: Collection[str]) -> Iterator[GgmlLibrary]:
+    """Load ggml from the xllamacpp package, without importing it, and prove it.
+
+    Args:
+        kinds: ggml types that will be written.
+
+    Yields:
+        The library.
 
     Raises:
-        ModelError: If the source, the quant or the backend cannot be used.
-        GateError: If what was written is not the source within the type's error.
+        ModelError: The package or its functions are missing.
+        GateError: It quantises otherwise than it should.
     """
-    started = time.perf_counter()
-    if source_gguf.resolve() == target.resolve():
-        raise ModelError(str(target), "it is also the source", "give another target")
-    plan = _make_plan(read_gguf(source_gguf), quant, importance)
-    chosen = choose_backend(backend, set(plan.types.values()), weighted=bool(plan.weights))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
+    spec = importlib.util.find_spec("xllamacpp")
+    folders = list((spec.submodule_search_locations if spec else None) or [])
+    found = [path for folder in folders for path in sorted(Path(folder).glob("xllamacpp*"))]
+    found = [path for path in found if path.suffix in (".so", ".pyd", ".dylib")]
+    if not found:
+        raise _no_ggml("the xllamacpp package is not installed")
+    library = GgmlLibrary(found[0])
     try:
-        _write(plan, part, chosen, threads or _usable_cores(), on_progress)
-        written = read_gguf(part)
-        worst = compare_with_source(plan.source, written, plan.types, plan.weights)
-        part.replace(target)
+        library.prove(kinds)
+        yield library
     finally:
-        part.unlink(missing_ok=True)
-    values = sum(prod(tensor.shape) for tensor in plan.tensors)
-    data_bytes = sum(tensor.rows * tensor.row_bytes for tensor in written.tensors.values())
-    weighable = [name for name, kind in plan.types.items() if plan.weights and kind in WEIGHTED]
-    return QuantisationReport(
-        path=target,
-        quant=quant,
-        backend=chosen,
-        types=dict(Counter(tensor.type for tensor in written.tensors.values())),
-        fallbacks=plan.fallbacks,
-        bits_per_weight=data_bytes * 8 / values,
-        size_bytes=target.stat().st_size,
-        seconds=time.perf_counter() - started,
-        worst_relative_rmse=worst,
-        used_importance=bool(plan.weights),
-        without_importance=tuple(name for name in weighable if name not in plan.weights),
-    )
+        library.close()
 
 
-def _make_plan(source: GgufFile, quant: str, importance: Importance | None) -> _Plan:
-    """Decide on types, order and metadata; refuse what cannot be quantised."""
-    if quant not in QUANTS:
-        raise ModelError(f"quant {quant}", "it is not known", f"use one of {', '.join(QUANTS)}")
-    layers = source.value("llama.block_count")
-    if not isinstance(layers, int):
-        raise ModelError(
-            str(source.path),
-            f"its architecture is {source.value('general.architecture')}, with no Llama layers",
-            "quantise the GGUF file of a Llama",
-        )
-    # llama.cpp writes tensors layer by layer, so files of all backends are the same.
-    tensors = sorted(source.tensors.values(), key=lambda one: (layer_of(one.name), one.name))
-    coarse = [one for one in tensors if one.type not in ("F32", "F16", "BF16")]
-    if coarse:
-        raise ModelError(
-            str(source.path),
-            f"{len(coarse)} tensors are quantised already, {coarse[0].name} as {coarse[0].type}",
-            "start from the f16, bf16 or f32 file",
-        )
-    tied = "output.weight" not in source.tensors
-    choices = {one.name: tensor_type(one.name, one.shape, quant, layers, tied) for one in tensors}
-    types = {name: chosen for name, (chosen, _) in choices.items()}
-    fallbacks = [f"{name}: {wanted} -> {got}" for name, (got, wanted) in choices.items() if wanted]
-    weights = _weights(tensors, types, importance)
-    extra: dict[str, str | int] = {}
-    if importance is not None and weights:
-        extra = {
-            "quantize.imatrix.dataset": importance.source,
-            "quantize.imatrix.entries_count": len(importance.mean_squares),
-            "quantize.imatrix.chunks_count": importance.chunks,
-        }
-    return _Plan(
-        source=source,
-        quant=quant,
-        tensors=tuple(tensors),
-        types=types,
-        fallbacks=tuple(fallbacks),
-        weights=weights,
-        extra=extra,
-    )
+def _no_ggml(why: str) -> ModelError:
+    return ModelError("quantising needs ggml", why, "pip install xllamacpp, or export f16 only")
 
 
-def _weights(
-    tensors: list[GgufTensor], types: Mapping[str, str], importance: Importance | None
-) -> dict[str, Float32]:
-    """Pick the weights of the tensors that can be weighed; refuse those of another model."""
-    if importance is None:
-        return {}
-    lengths = {tensor.name: tensor.shape[-1] for tensor in tensors}
-    for name, one in importance.mean_squares.items():
-        if lengths.get(name) != len(one):
-            raise ModelError(
-                f"importance of {name} with {len(one)} columns",
-                f"the model has {lengths.get(name, 'no such tensor')}",
-                "collect it with this model",
+@dataclass(frozen=True, kw_only=True)
+class WrittenTensor:
+    """What a tensor of a finished file must be."""
+
+    kind: str
+    """Its ggml type."""
+    rows: int
+    read_row: Callable[[int], Float32]
+    """Gives one row of what was quantised."""
+    weights: Float32 | None
+    """Importance of its columns, if its rounding was weighed."""
+
+
+def compare_with_source(path: Path, expected: Mapping[str, WrittenTensor]) -> dict[str, float]:
+    """Read a finished file with gguf's own reader and compare rows from every part of it.
+
+    A mistake of ggml, of the order of blocks or of an offset shows here, before a file gets its
+    name.
+
+    Args:
+        path: The quantised file.
+        expected: Its tensors by name.
+
+    Returns:
+        The worst relative error by type.
+
+    Raises:
+        GateError: If a type differs, or a row is further from its source than its type explains.
+    """
+    written = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    found = {(name, tensor.tensor_type.name) for name, tensor in written.items()}
+    wrong = sorted(found ^ {(name, one.kind) for name, one in expected.items()})
+    if wrong:
+        raise GateError(f"{path.name} has other tensor types than planned: {wrong[:4]}")
+    worst: dict[str, float] = {}
+    for name, one in expected.items():
+        picked = _rows_to_check(one.rows)
+        rows = np.stack([one.read_row(row) for row in picked])
+        blocks = written[name].data.reshape(one.rows, -1)[picked]
+        number = GGMLQuantizationType[one.kind]
+        error = _error(rows, quants.dequantize(blocks, number), one.weights)
+        if not error <= WORST_RELATIVE_RMSE[one.kind]:
+            raise GateError(
+                f"{name} as {one.kind} is not its source: relative error {error:.3g}, "
+                f"at most {WORST_RELATIVE_RMSE[one.kind]} expected"
             )
-    return {name: one for name, one in importance.mean_squares.items() if types[name] in WEIGHTED}
+        if one.kind == "Q8_0" and not np.array_equal(blocks, quants.quantize(rows, number)):
+            raise GateError(f"{name} as Q8_0 differs from the reference in numpy")
+        worst[one.kind] = max(worst.get(one.kind, 0.0), error)
+    return worst
 
 
-def _write(
-    plan: _Plan,
-    part: Path,
-    backend: Backend,
-    threads: int,
-    on_progress: Callable[[int, int], None],
-) -> None:
-    """Write the whole target with the backend chosen."""
-    if backend == "llama-cpp-python":
-        on_progress(0, plan.source_bytes)
-        quantise_with_llama_cpp(
-            plan.source.path,
-            part,
-            plan.quant,
-            threads=threads,
-            weights=plan.weights,
-            extra=plan.extra,
-        )
-        on_progress(plan.source_bytes, plan.source_bytes)
-    elif backend == "numpy":
-        _stream(plan, part, numpy_rows, threads, on_progress)
-    else:
-        path = find_ggml_library()
-        assert path is not None
-        library = GgmlLibrary(path)
-        try:
-            library.prove(set(plan.types.values()))
-            _stream(plan, part, library.rows, threads, on_progress)
-        finally:
-            library.close()
+def _rows_to_check(rows: int) -> Sequence[int]:
+    """Choose the first and last row, and both sides of every step between them."""
+    steps = range(_CHECKED_EVERY_ROWS, rows, _CHECKED_EVERY_ROWS)
+    return sorted({0, rows - 1, *steps, *(step - 1 for step in steps)})
 
 
-def _stream(
-    plan: _Plan,
-    part: Path,
-    quantise_rows: RowQuantiser,
-    threads: int,
-    on_progress: Callable[[int, int], None],
-) -> None:
-    """Read blocks of rows, quantise them in threads, and write them in their order."""
-    done = 0
-    pending: deque[tuple[int, Future[bytes]]] = deque()
-    with ThreadPoolExecutor(threads) as pool, part.open("wb") as out:
+def _error(rows: Float32, back: Float32, weights: Float32 | None) -> float:
+    """Return the relative error: of the worst row, or with weights of all rows together.
 
-        def write_oldest() -> None:
-            nonlocal done
-            size, future = pending.popleft()
-            out.write(future.result())
-            done += size
-            on_progress(done, plan.source_bytes)
-
-        out.write(_header(plan))
-        for tensor, raw, is_last in _blocks(plan):
-            job = pool.submit(_quantise_block, plan, tensor, raw, is_last, quantise_rows)
-            pending.append((len(raw), job))
-            if len(pending) > threads:
-                write_oldest()
-        while pending:
-            write_oldest()
-
-
-def _header(plan: _Plan) -> bytes:
-    """Build the target's header: the source's metadata with the keys that change at the end."""
-    entries = dict(plan.source.entries)
-    for key in ("general.alignment", "general.quantization_version", "general.file_type"):
-        entries.pop(key, None)
-    entries["general.quantization_version"] = encode_value(2)
-    entries["general.file_type"] = encode_value(FILE_TYPES[plan.quant])
-    entries |= {key: encode_value(value) for key, value in plan.extra.items()}
-    return header_bytes(
-        entries, [(one.name, one.shape, plan.types[one.name]) for one in plan.tensors]
-    )
-
-
-def _blocks(plan: _Plan) -> Iterator[tuple[GgufTensor, bytes, bool]]:
-    """Read all tensors in blocks of whole rows; the flag marks the last block of a tensor."""
-    with plan.source.path.open("rb") as file:
-        for tensor in plan.tensors:
-            step = max(1, _BLOCK_VALUES // tensor.shape[-1])
-            file.seek(tensor.offset_bytes)
-            for start in range(0, tensor.rows, step):
-                stop = min(start + step, tensor.rows)
-                yield tensor, file.read((stop - start) * tensor.row_bytes), stop == tensor.rows
-
-
-def _quantise_block(
-    plan: _Plan, tensor: GgufTensor, raw: bytes, is_last: bool, quantise_rows: RowQuantiser
-) -> bytes:
-    """Turn one block of the source into what the target stores, alignment included."""
-    kind = plan.types[tensor.name]
-    rows = decode_floats(tensor.type, raw).reshape(-1, tensor.shape[-1])
-    done = quantise_rows(kind, rows, plan.weights.get(tensor.name))
-    if not np.isfinite(rows).all() or not has_finite_scales(kind, done):
-        raise GateError(f"{tensor.name} has values that are infinite, NaN or too large for {kind}")
-    size = stored_bytes(kind, prod(tensor.shape))
-    return done.tobytes() + (padding(size) if is_last else b"")
-
-
-def _usable_cores() -> int:
-    """Count the cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    A row counts for at least 1 % of a usual one, as scales of tiny rows (unused tokens) round to
+    zero. With weights, a single row may be far off in columns that hardly matter.
+    """
+    exact = rows.astype(np.float64) * (1.0 if weights is None else np.sqrt(weights))
+    wrong = rows.astype(np.float64) - back
+    norms = np.linalg.norm(exact, axis=1)
+    usual = float(np.sqrt(np.mean(norms**2)))
+    if usual == 0.0:
+        return 0.0 if not wrong.any() else float("inf")
+    if weights is None:
+        return float(np.max(np.linalg.norm(wrong, axis=1) / np.maximum(norms, 0.01 * usual)))
+    return float(np.sqrt(np.mean((wrong**2) @ weights)) / usual)

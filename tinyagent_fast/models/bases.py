@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.data.cache import entry_examples
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
 from tinyagent_fast.data.generation.queries import write_parts
-from tinyagent_fast.data.reading import entry_from_json
-from tinyagent_fast.data.schema import Entry, Example
+from tinyagent_fast.data.schema import Entry, Example, entry_examples, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.models.nano import (
     RANDOM_SHAPE,

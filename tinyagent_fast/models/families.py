@@ -14,6 +14,9 @@ from tinyagent_fast.errors import ModelError
 
 Targets = Literal["all-linear", "attention"]
 
+OUTPUT = "lm_head.weight"
+"""The output layer in transformers; a model with tied embeddings needs none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -109,11 +112,23 @@ class LinearModule:
     """The `ModelShape` attribute that gives its output features."""
     rotary_rows: bool = False
     """Whether llama.cpp expects the rows of each head as interleaved pairs."""
+    sensitive: bool = False
+    """Whether the mixed K-quants of llama.cpp give it more bits in some layers."""
 
     @property
     def leaf(self) -> str:
         """The last part of its path, which LoRA's target modules name."""
         return self.module.rpartition(".")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A norm of a layer, as transformers and as GGUF name it."""
+
+    module: str
+    gguf: str
+    before: str
+    """The block of linear modules that it stands before, such as `self_attn`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +139,14 @@ class Tensor:
     source: str
     """Its name in transformers."""
     shape: tuple[int, ...]
+    layer: int = -1
+    """Its layer; -1 for embedding, output and last norm."""
     head_rows: int | None = None
     """Rows of one head, where llama.cpp orders them as interleaved pairs."""
+    sensitive: bool = False
+    """As of its module."""
+    is_output: bool = False
+    """Whether it is the output layer, also as a tied embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +163,8 @@ class Family:
     gguf_architecture: str
     linears: Sequence[LinearModule]
     """Of a layer, in the order in which they compute."""
-    norms: Mapping[str, str]
-    """Of a layer: path in transformers to name in GGUF."""
+    norms: Sequence[Norm]
+    """Of a layer, in the order in which they compute."""
     config_values: Mapping[str, Any] = field(default_factory=dict)
     """What config.json must say where it says anything: other values are other models."""
     rope_types: Sequence[str] = ("default", "linear", "llama3")
@@ -187,30 +208,33 @@ class Family:
         Source: llama.cpp, gguf-py/gguf/tensor_mapping.py.
         """
         rows = (shape.vocab, shape.hidden)
-        yield Tensor(gguf="token_embd.weight", source="model.embed_tokens.weight", shape=rows)
-        parts: list[tuple[str, str, tuple[int, ...], int | None]] = [
-            (gguf, module, (shape.hidden,), None) for module, gguf in self.norms.items()
-        ]
-        parts += [
-            (
-                one.gguf,
-                one.module,
-                (getattr(shape, one.outputs), getattr(shape, one.inputs)),
-                shape.head_dim if one.rotary_rows else None,
-            )
-            for one in self.linears
-        ]
+        yield Tensor(
+            gguf="token_embd.weight",
+            source="model.embed_tokens.weight",
+            shape=rows,
+            is_output=shape.tied,
+        )
         for layer in range(shape.layers):
-            for gguf, module, size, head_rows in parts:
+            for norm in self.norms:
                 yield Tensor(
-                    gguf=f"blk.{layer}.{gguf}.weight",
-                    source=f"model.layers.{layer}.{module}.weight",
-                    shape=size,
-                    head_rows=head_rows,
+                    gguf=f"blk.{layer}.{norm.gguf}.weight",
+                    source=f"model.layers.{layer}.{norm.module}.weight",
+                    shape=(shape.hidden,),
+                    layer=layer,
                 )
+                for one in self.linears:
+                    if one.module.startswith(f"{norm.before}."):
+                        yield Tensor(
+                            gguf=f"blk.{layer}.{one.gguf}.weight",
+                            source=f"model.layers.{layer}.{one.module}.weight",
+                            shape=(getattr(shape, one.outputs), getattr(shape, one.inputs)),
+                            layer=layer,
+                            head_rows=shape.head_dim if one.rotary_rows else None,
+                            sensitive=one.sensitive,
+                        )
         yield Tensor(gguf="output_norm.weight", source="model.norm.weight", shape=(shape.hidden,))
         if not shape.tied:
-            yield Tensor(gguf="output.weight", source="lm_head.weight", shape=rows)
+            yield Tensor(gguf="output.weight", source=OUTPUT, shape=rows, is_output=True)
 
 
 LLAMA = Family(
@@ -234,7 +258,13 @@ LLAMA = Family(
             outputs="kv_width",
             rotary_rows=True,
         ),
-        LinearModule(module="self_attn.v_proj", gguf="attn_v", inputs="hidden", outputs="kv_width"),
+        LinearModule(
+            module="self_attn.v_proj",
+            gguf="attn_v",
+            inputs="hidden",
+            outputs="kv_width",
+            sensitive=True,
+        ),
         LinearModule(
             module="self_attn.o_proj", gguf="attn_output", inputs="query_width", outputs="hidden"
         ),
@@ -243,10 +273,17 @@ LLAMA = Family(
         ),
         LinearModule(module="mlp.up_proj", gguf="ffn_up", inputs="hidden", outputs="intermediate"),
         LinearModule(
-            module="mlp.down_proj", gguf="ffn_down", inputs="intermediate", outputs="hidden"
+            module="mlp.down_proj",
+            gguf="ffn_down",
+            inputs="intermediate",
+            outputs="hidden",
+            sensitive=True,
         ),
     ),
-    norms={"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    norms=(
+        Norm(module="input_layernorm", gguf="attn_norm", before="self_attn"),
+        Norm(module="post_attention_layernorm", gguf="ffn_norm", before="mlp"),
+    ),
     config_values={
         "attention_bias": False,
         "mlp_bias": False,

@@ -7,18 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
+from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.distributed import launch_environment
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.models.families import nearest_family
 from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.quantisation_aware import train_quantised
 from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-
-TARGET_MODULES = {
-    "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +31,30 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Choice:
+    """How a model is loaded on this machine."""
+
     backend: str
     device: str
     compute_dtype: str
     checkpointing: str
     notes: tuple[str, ...]
+
+    @property
+    def dtype(self) -> Any:
+        """The type to compute in, as torch has it."""
+        import torch
+
+        return getattr(torch, self.compute_dtype)
+
+    @property
+    def device_map(self) -> dict[str, Any]:
+        """The whole model on this process's own GPU, or on the CPU."""
+        return {"": launch_environment().local_rank if self.device == "cuda" else "cpu"}
+
+    def with_notes(self, *notes: str) -> _Choice:
+        """Add sentences for the user."""
+        return replace(self, notes=(*self.notes, *notes))
 
 
 def load_for_training(config: Config, base: str) -> LoadedModel:
@@ -56,24 +70,19 @@ def load_for_training(config: Config, base: str) -> LoadedModel:
     Raises:
         ModelError: The base, the backend or the tokenizer cannot be had.
     """
-    model_config = config.model
-    if config.train.qat != "off":
-        model_config = replace(model_config, backend="transformers")
-    plan = _decide(model_config)
-    if plan.backend == "unsloth":
-        if plan.device == "cpu":
-            plan = replace(plan, notes=(*plan.notes, *_unsloth_cpu_notes(config.train)))
-        model = _unsloth_base(config, base, plan)
-        model = _unsloth_adapter(model, config, plan)
+    qat = config.train.qat
+    how = _choose(replace(config.model, backend="transformers") if qat != "off" else config.model)
+    if how.backend == "unsloth":
+        if how.device == "cpu":
+            how = how.with_notes(*_unsloth_cpu_notes(config.train))
+        model = _unsloth_adapter(_unsloth_base(config, base, how), config, how)
     else:
-        model = _transformers_base(config.model, base, plan)
-        model = _peft_adapter(model, config, plan)
-        if config.train.qat != "off":
-            grids = train_quantised(model, config.train.qat)
+        model = _peft_adapter(_transformers_base(config.model, base, how), config, how)
+        if qat != "off":
+            grids = train_quantised(model, qat)
             held = ", ".join(f"{count} as {grid}" for grid, count in sorted(grids.items()))
-            note = f"computing with weights rounded for {config.train.qat}: {held}"
-            plan = replace(plan, notes=(*plan.notes, note))
-    return _finish(model, config.model, base, plan)
+            how = how.with_notes(f"computing with weights rounded for {qat}: {held}")
+    return _finish(model, config.model, base, how)
 
 
 def load_for_generation(config: Config, base: str, adapter: Path | None) -> LoadedModel:
@@ -82,7 +91,7 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
     Args:
         config: The config of the run that trained the adapter.
         base: Folder or hub name of the base.
-        adapter: Folder with adapter weights; none for the bare base.
+        adapter: Folder with adapter weights; None for the bare base.
 
     Returns:
         The model in evaluation mode.
@@ -90,14 +99,11 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
     Raises:
         ModelError: The base, the adapter or the backend cannot be had.
     """
-    plan = _decide(config.model)
-    unsloth = plan.backend == "unsloth"
-    base_model = (
-        _unsloth_base(config, base, plan)
-        if unsloth
-        else _transformers_base(config.model, base, plan)
-    )
-    model = base_model
+    how = _choose(config.model)
+    if how.backend == "unsloth":
+        model = _unsloth_base(config, base, how)
+    else:
+        model = _transformers_base(config.model, base, how)
     if adapter is not None:
         if not (adapter / "adapter_config.json").exists():
             raise ModelError(
@@ -107,17 +113,13 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
             )
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(base_model, str(adapter))
+        model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    return _finish(model, config.model, base, plan)
+    return _finish(model, config.model, base, how)
 
 
 def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
-    """Choose the backend that `auto` stands for.
-
-    Args:
-        config: Names a backend, or `auto`.
-        cuda: Whether a GPU is there.
+    """Give the backend that `auto` stands for, with or without a GPU.
 
     Returns:
         `unsloth` or `transformers`.
@@ -127,7 +129,7 @@ def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
     return "unsloth" if cuda and find_spec("unsloth") is not None else "transformers"
 
 
-def _decide(config: ModelConfig) -> _Plan:
+def _choose(config: ModelConfig) -> _Choice:
     """Choose backend, device and precision; say whatever differs from what was asked."""
     import torch
 
@@ -157,10 +159,11 @@ def _decide(config: ModelConfig) -> _Plan:
     if checkpointing == "unsloth" and backend != "unsloth":
         notes.append("gradient checkpointing `unsloth` needs that backend: using plain `true`")
         checkpointing = "true"
-    return _Plan(backend, "cuda" if cuda else "cpu", dtype, checkpointing, tuple(notes))
+    return _Choice(backend, "cuda" if cuda else "cpu", dtype, checkpointing, tuple(notes))
 
 
-def _finish(model: Any, config: ModelConfig, base: str, plan: _Plan) -> LoadedModel:
+def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedModel:
+    """Add the tokenizer, after a check that it belongs to the model."""
     folder = resolve_tokenizer_folder(base, config.revision)
     tokenizer = PromptTokenizer(load_tokenizer(folder), config.prompt_format)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -173,30 +176,20 @@ def _finish(model: Any, config: ModelConfig, base: str, plan: _Plan) -> LoadedMo
     model.config.pad_token_id = tokenizer.pad_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_id
-    notes = plan.notes
-    if config.weights == "nf4" and not any(_is_4bit(p) for p in model.parameters()):
-        notes = (*notes, "bitsandbytes could not quantise the weights: they are not in 4 bits")
+    kinds = {type(parameter).__name__ for parameter in model.parameters()}
+    if config.weights == "nf4" and "Params4bit" not in kinds:
+        how = how.with_notes("bitsandbytes could not quantise the weights: they are not in 4 bits")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        backend=plan.backend,
-        device=plan.device,
-        compute_dtype=plan.compute_dtype,
-        notes=notes,
+        backend=how.backend,
+        device=how.device,
+        compute_dtype=how.compute_dtype,
+        notes=how.notes,
     )
 
 
-def _is_4bit(parameter: Any) -> bool:
-    return type(parameter).__name__ == "Params4bit"
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
-
-
-def _transformers_base(config: ModelConfig, base: str, plan: _Plan) -> Any:
+def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
@@ -208,15 +201,15 @@ def _transformers_base(config: ModelConfig, base: str, plan: _Plan) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_torch_dtype(plan.compute_dtype),
+            bnb_4bit_compute_dtype=how.dtype,
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
             revision=config.revision,
-            dtype=_torch_dtype(plan.compute_dtype),
+            dtype=how.dtype,
             quantization_config=quantization,
-            device_map={"": launch_environment().local_rank if plan.device == "cuda" else "cpu"},
+            device_map=how.device_map,
             attn_implementation="sdpa",
         )
     except (OSError, ValueError) as error:
@@ -225,30 +218,24 @@ def _transformers_base(config: ModelConfig, base: str, plan: _Plan) -> Any:
             f"it cannot be loaded: {error}",
             "check the name and the network, or name a local folder with config.json and weights",
         ) from error
-    if plan.device == "cpu" and quantization is not None:
-        _keep_cpu_weights_unpacked(model)
-    if plan.device == "cuda":
+    if how.device == "cpu" and quantization is not None:
+        import bitsandbytes as bnb
+
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                # Else the first forward pass without gradients repacks 4-bit weights in place, and
+                # gradients are wrong from then on. Source: bitsandbytes 0.50, AVX512-BF16.
+                module.support_avx512bf16_for_cpu = False
+    if how.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     return model
 
 
-def _keep_cpu_weights_unpacked(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place, after which gradients are wrong.
-
-    Source: bitsandbytes 0.50 on CPUs with AVX512-BF16, first forward without gradients.
-    """
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _peft_adapter(model: Any, config: Config, plan: _Plan) -> Any:
+def _peft_adapter(model: Any, config: Config, how: _Choice) -> Any:
     import torch
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    checkpointing = plan.checkpointing == "true"
+    checkpointing = how.checkpointing == "true"
     kwargs = {"use_reentrant": False}
     if config.model.weights == "nf4":
         model = prepare_model_for_kbit_training(
@@ -260,20 +247,19 @@ def _peft_adapter(model: Any, config: Config, plan: _Plan) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         model.enable_input_require_grads()
     torch.manual_seed(config.train.seed)
-    return get_peft_model(model, _peft_config(config.lora))
+    return get_peft_model(model, LoraConfig(**_lora(model, config), task_type="CAUSAL_LM"))
 
 
-def _peft_config(lora: LoraConfig) -> Any:
-    from peft import LoraConfig as PeftLoraConfig
-
-    return PeftLoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=TARGET_MODULES[lora.targets],
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+def _lora(model: Any, config: Config) -> dict[str, Any]:
+    """Describe the adapter in the words that peft and Unsloth share."""
+    lora = config.lora
+    return {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": nearest_family(model.config.model_type).target_modules(lora.targets),
+        "bias": "none",
+    }
 
 
 def _unsloth_cpu_notes(train: TrainConfig) -> list[str]:
@@ -289,26 +275,24 @@ def _unsloth_cpu_notes(train: TrainConfig) -> list[str]:
     return notes
 
 
-def _unsloth_base(config: Config, base: str, plan: _Plan) -> Any:
+def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
     prepare_libraries(config.model)
     from unsloth import FastLanguageModel
 
-    name = str(Path(base).resolve()) if Path(base).is_dir() else base
     arguments: dict[str, Any] = {
-        "model_name": name,
+        # A relative name with one slash would be looked up in the network.
+        "model_name": str(Path(base).resolve()) if Path(base).is_dir() else base,
         "max_seq_length": config.model.max_length_tokens,
-        "dtype": _torch_dtype(plan.compute_dtype),
+        "dtype": how.dtype,
         "load_in_4bit": config.model.weights == "nf4",
-        "use_gradient_checkpointing": _unsloth_checkpointing(plan),
+        "use_gradient_checkpointing": _unsloth_checkpointing(how),
         "random_state": config.train.seed,
         "use_exact_model_name": True,
     }
     if config.model.revision is not None:
         arguments["revision"] = config.model.revision
     if launch_environment().count > 1:
-        arguments["device_map"] = {
-            "": launch_environment().local_rank if plan.device == "cuda" else "cpu"
-        }
+        arguments["device_map"] = how.device_map
     try:
         model, _ = FastLanguageModel.from_pretrained(**arguments)
     except (OSError, ValueError, RuntimeError) as error:
@@ -320,21 +304,17 @@ def _unsloth_base(config: Config, base: str, plan: _Plan) -> Any:
     return model
 
 
-def _unsloth_checkpointing(plan: _Plan) -> str | bool:
-    return "unsloth" if plan.checkpointing == "unsloth" else plan.checkpointing == "true"
+def _unsloth_checkpointing(how: _Choice) -> str | bool:
+    return "unsloth" if how.checkpointing == "unsloth" else how.checkpointing == "true"
 
 
-def _unsloth_adapter(model: Any, config: Config, plan: _Plan) -> Any:
+def _unsloth_adapter(model: Any, config: Config, how: _Choice) -> Any:
     from unsloth import FastLanguageModel
 
     return FastLanguageModel.get_peft_model(
         model,
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=TARGET_MODULES[config.lora.targets],
-        bias="none",
-        use_gradient_checkpointing=_unsloth_checkpointing(plan),
+        **_lora(model, config),
+        use_gradient_checkpointing=_unsloth_checkpointing(how),
         random_state=config.train.seed,
         max_seq_length=config.model.max_length_tokens,
     )

@@ -13,19 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.models.families import ModelShape, family_of
 
 if TYPE_CHECKING:
     import torch
 
-_GGUF_NAMES = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
 _TINY = 1e-12
 
 
@@ -42,13 +34,15 @@ def train_quantised(model: Any, quant: str) -> dict[str, int]:
     Raises:
         ModelError: A weight is in 4 bits already.
     """
-    from tinyagent_fast.export.recipe import tensor_type
+    from tinyagent_fast.export.quantising import tensor_type
 
-    layers = model.config.num_hidden_layers
+    config = model.config.to_dict()
+    shape = ModelShape.from_config(config, "config of the model")
+    tensors = {one.source: one for one in family_of(config).tensors(shape) if one.layer >= 0}
     counts: dict[str, int] = {}
     for name, module in list(model.named_modules()):
-        parts = name.split(".")
-        if parts[-1] not in _GGUF_NAMES:
+        tensor = tensors.get(f"{name[max(0, name.find('model.layers.')) :]}.weight")
+        if tensor is None or len(tensor.shape) != 2:
             continue
         weight = getattr(module, "base_layer", module).weight
         if weight.dim() != 2 or not weight.is_floating_point():
@@ -57,9 +51,7 @@ def train_quantised(model: Any, quant: str) -> dict[str, int]:
                 "the base weights are in 4 bits, so what 4-bit export costs cannot be seen",
                 "use --model.weights bf16 (fp16 on a T4, fp32 without a GPU)",
             )
-        layer = int(parts[parts.index("layers") + 1])
-        gguf_name = f"blk.{layer}.{_GGUF_NAMES[parts[-1]]}.weight"
-        grid, _ = tensor_type(gguf_name, tuple(weight.shape), quant, layers, False)
+        grid, _ = tensor_type(tensor, quant, shape.layers)
         _compute_rounded(module, grid)
         counts[grid] = counts.get(grid, 0) + 1
     return counts

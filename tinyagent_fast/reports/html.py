@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyagent_fast import __version__
-from tinyagent_fast.config_file import text_of
+from tinyagent_fast.config import dump_config
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_predictions
 from tinyagent_fast.evaluation.report import percent
@@ -261,6 +261,6 @@ def _gallery(contents: RunContents) -> list[Section]:
 
 
 def _config(contents: RunContents) -> Section:
-    written = element("pre", text(text_of(contents.config)))
+    written = element("pre", text(dump_config(contents.config)))
     shown = element("details", element("summary", text("config.yaml")), written)
     return Section("Config", (shown,))

@@ -10,14 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config
+from tinyagent_fast.config import Config, Leaks
 from tinyagent_fast.data import generation, splits
-from tinyagent_fast.data.cache import cache_folder, load_examples
+from tinyagent_fast.data.cache import ExampleTable, Points, cache_folder, load_examples
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
-from tinyagent_fast.data.schema import Example
-from tinyagent_fast.data.splits import LeakReport, leak_report, split_validation
-from tinyagent_fast.data.table import ExampleTable
+from tinyagent_fast.data.schema import Example, short_text
+from tinyagent_fast.data.splits import (
+    LeakReport,
+    leak_report,
+    leaking_rows,
+    split_validation,
+)
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans import grammar
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
@@ -49,6 +53,8 @@ class RunExamples:
     summary: dict[str, Any]
     """Hashes and counts, written to data.json; a resumed run must have the same."""
     leaks: LeakReport
+    left_out_as_leaks: int
+    """Training rows that were left out because their query stands in the test file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,22 +131,27 @@ def load_run_examples(config: Config) -> RunExamples:
     files = data_files(config)
     data = config.data
     table = _load(files.train, config, data.points)
-    split = split_validation(table, validation_entries=data.validation_entries, seed=data.seed)
+    keys, queries = table.column("entry_key"), table.column("query")
+    split = split_validation(
+        keys, queries, validation_entries=data.validation_entries, seed=data.seed
+    )
     test = _load(files.test, config, "plan") if files.test else None
     test_examples = _limited(test, config.eval.limit) if test else ()
-    train_indices = list(split.train)
+    train_indices, leaked = _without_leaks(
+        split.train, queries, test.column("query") if test else [], data.leaks
+    )
     if data.limit_entries is not None:
-        train_indices = _limit(table, train_indices, data.limit_entries, data.seed)
+        train_indices = _limit(keys, train_indices, data.limit_entries, data.seed)
     train = table.select(train_indices)
-    plans = _plans(table, list(split.validation), data.points)
+    plans = _plans(table, split.validation)
     sample = plans
     if config.eval.sample < len(plans):
         sample = sorted(random.Random(data.seed).sample(plans, config.eval.sample))
     validation = table.select(sample)
     leaks = leak_report(
         {
-            "train": train.queries(),
-            "validation": table.select(split.validation).queries(),
+            "train": train.column("query"),
+            "validation": [queries[row] for row in split.validation],
             "test": [e.query for e in test_examples],
         }
     )
@@ -149,6 +160,7 @@ def load_run_examples(config: Config) -> RunExamples:
         "test_file": {"path": str(files.test), "sha256": test.sha256} if test else None,
         "examples": {
             "train": len(train),
+            "left_out_as_leaks": leaked,
             "validation": len(split.validation),
             "sample": len(validation),
             "test": len(test_examples),
@@ -163,7 +175,41 @@ def load_run_examples(config: Config) -> RunExamples:
         test=test_examples,
         summary=summary,
         leaks=leaks,
+        left_out_as_leaks=leaked,
     )
+
+
+def _without_leaks(
+    indices: Sequence[int], queries: Sequence[str], held_out: Sequence[str], policy: Leaks
+) -> tuple[list[int], int]:
+    """Leave out the training rows whose query stands in the test file, as `data.leaks` says.
+
+    Args:
+        indices: The training rows.
+        queries: The query of each row of the training file.
+        held_out: The queries of the whole test file.
+        policy: What to do with such rows.
+
+    Returns:
+        The rows to train on, and how many were left out.
+
+    Raises:
+        DataError: There are such rows, and the policy is "error"; or no other row is left.
+    """
+    found = leaking_rows([queries[row] for row in indices], held_out)
+    if not found or policy == "keep":
+        return list(indices), 0
+    leaking = {indices[at] for at in found}
+    if policy == "error" or len(leaking) == len(indices):
+        raise DataError(
+            f"{len(leaking):,} of {len(indices):,} training rows have a query of the test file",
+            f"the first is {short_text(queries[indices[found[0]]])}: a score on the test file "
+            "would count what was trained on",
+            "remove these entries from the training file, or leave them out with --data.leaks drop"
+            if len(leaking) < len(indices)
+            else "give a test file with queries of its own",
+        )
+    return [row for row in indices if row not in leaking], len(leaking)
 
 
 def load_test_examples(config: Config) -> tuple[Sequence[Example], str]:
@@ -189,28 +235,21 @@ def _limited(table: ExampleTable, limit: int | None) -> ExampleTable:
     return table if limit is None else table[:limit]
 
 
-def _load(path: Path, config: Config, points: Any) -> ExampleTable:
-    return load_examples(
-        path,
-        on_bad_entry=config.data.on_bad_entry,
-        cache_dir=cache_folder(),
-        points=points,
-    )
+def _load(path: Path, config: Config, points: Points) -> ExampleTable:
+    return load_examples(path, on_bad_entry=config.data.on_bad_entry, points=points)
 
 
-def _limit(table: ExampleTable, indices: list[int], entries: int, seed: int) -> list[int]:
+def _limit(keys: Sequence[str], indices: list[int], entries: int, seed: int) -> list[int]:
     """Keep the points of `entries` entries, chosen with the seed, in file order."""
-    keys = table.select(indices).entry_keys()
-    different = sorted(set(keys))
+    different = sorted({keys[index] for index in indices})
     chosen = set(random.Random(seed).sample(different, min(entries, len(different))))
-    return [index for index, key in zip(indices, keys, strict=True) if key in chosen]
+    return [index for index in indices if keys[index] in chosen]
 
 
-def _plans(table: ExampleTable, indices: list[int], points: str) -> list[int]:
+def _plans(table: ExampleTable, indices: list[int]) -> list[int]:
     """Keep the plans, on which success is measured; with `points: join` there are none."""
-    if points == "plan":
-        return indices
-    return [index for index in indices if table[index].kind == "plan"]
+    kinds = table.column("kind")
+    return [index for index in indices if kinds[index] == "plan"]
 
 
 def encode_run_rows(
@@ -238,6 +277,7 @@ def encode_run_rows(
     vocabulary = hashlib.sha256(tokenizer.hf.backend_tokenizer.to_str().encode()).hexdigest()
     key_parts = [
         examples.summary["train_file"]["sha256"],
+        examples.summary["test_file"],
         vocabulary,
         model.prompt_format,
         template_hash(model.prompt_format, chat),
@@ -252,7 +292,7 @@ def encode_run_rows(
         return encode_examples(
             chosen,
             tokenizer,
-            folder / f"{key}-{name}.arrow",
+            folder / f"{key}-{name}",
             max_length_tokens=model.max_length_tokens,
             over_long=data.over_long,
             on_progress=report,

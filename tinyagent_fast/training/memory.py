@@ -483,7 +483,7 @@ def _counted(config: Config, train: Path) -> RowLengths:
     picked = random.Random(data.seed).sample(range(len(sizes)), min(len(sizes), _SAMPLE_ROWS))
     sample = encode(picked)
     tokens = max(len(row.input_ids) for row in (*longest, *sample))
-    entries = len(set(table.entry_keys()))
+    entries = len(set(table.column("entry_key")))
     kept = max(0, entries - data.validation_entries)
     kept = min(kept, data.limit_entries or kept)
     return RowLengths(

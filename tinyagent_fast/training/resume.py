@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config
-from tinyagent_fast.config_file import to_mapping
+from tinyagent_fast.config import Config, to_mapping
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.runs import Run, write_json, write_text
 

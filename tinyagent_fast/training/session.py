@@ -248,7 +248,14 @@ def _header(session: Session) -> None:
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     count = session.processes.count
     steps = optimizer_steps(rows.rows, train, count)
-    leaks = [pair for pair in session.examples.leaks.between if pair.normalised]
+    leaks = [
+        f"{pair.normalised} queries in {pair.first} and {pair.second}"
+        for pair in session.examples.leaks.between
+        if pair.normalised
+    ]
+    if session.examples.left_out_as_leaks:
+        left_out = session.examples.left_out_as_leaks
+        leaks.append(f"{left_out:,} training rows left out, as their query is in the test file")
     files = session.examples.files
     facts = {
         "run": str(session.run.path),
@@ -258,8 +265,7 @@ def _header(session: Session) -> None:
         f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
         "held out": f"{len(session.examples.validation)} validation queries during training, "
         f"{len(session.examples.test)} test queries",
-        "leaks": ", ".join(f"{p.normalised} {p.first}/{p.second}" for p in leaks)
-        or "no query in two splits",
+        "leaks": "; ".join(leaks) or "no query in two splits",
         "base": f"{session.base} ({config.model.weights})",
         "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}",
         "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "

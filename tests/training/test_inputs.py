@@ -1,0 +1,116 @@
+"""From the files of a config to its examples: what is held out is not trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.config import Config, DataConfig, EvalConfig, Leaks
+from tinyagent_fast.data.splits import normalise_query
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.presets import preset_config
+from tinyagent_fast.training.inputs import RunExamples, load_run_examples
+
+PLANTED = 3
+
+
+def respell(query: str) -> str:
+    return f"  {query.upper().replace(' ', '  ')}!?"
+
+
+@pytest.fixture
+def files(tiny_data: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Return a training file, the first entries of which ask what the test file asks."""
+    train: dict[str, Any] = json.loads((tiny_data / "training_data.json").read_text("utf-8"))
+    test: dict[str, Any] = json.loads((tiny_data / "testing_data.json").read_text("utf-8"))
+    queries = [entry["input"] for entry in test.values()]
+    for entry, query in zip(train.values(), queries[-PLANTED:], strict=False):
+        entry["input"] = respell(query)
+    paths = tmp_path / "train.json", tmp_path / "test.json"
+    for path, entries in zip(paths, (train, test), strict=True):
+        path.write_text(json.dumps(entries), encoding="utf-8")
+    return paths
+
+
+def load(files: tuple[Path, Path], leaks: Leaks, **data: Any) -> RunExamples:
+    settings = DataConfig(
+        train=files[0], test=files[1], leaks=leaks, **{"validation_entries": 5, "seed": 4, **data}
+    )
+    return load_run_examples(Config(data=settings, eval=EvalConfig(limit=2)))
+
+
+def queries(examples: Any) -> set[str]:
+    return {normalise_query(example.query) for example in examples}
+
+
+def leaked(examples: Any, files: tuple[Path, Path]) -> int:
+    test = json.loads(files[1].read_text("utf-8"))
+    held_out = {normalise_query(entry["input"]) for entry in test.values()}
+    return sum(normalise_query(example.query) in held_out for example in examples)
+
+
+def test_rows_with_a_query_of_the_test_file_are_left_out_and_counted(
+    files: tuple[Path, Path],
+) -> None:
+    kept, dropped = load(files, "keep"), load(files, "drop")
+    there = leaked(kept.train, files)
+    assert 0 < there <= PLANTED  # Some may be in the validation split.
+    assert kept.left_out_as_leaks == 0
+    assert leaked(dropped.train, files) == 0
+    assert dropped.left_out_as_leaks == len(kept.train) - len(dropped.train) == there
+    assert dropped.summary["examples"]["left_out_as_leaks"] == there
+    assert list(dropped.validation) == list(kept.validation)
+    assert [e for e in kept.train if e in list(dropped.train)] == list(dropped.train)
+
+
+def test_leaks_are_found_in_the_whole_test_file_whatever_part_is_evaluated(
+    files: tuple[Path, Path],
+) -> None:
+    examples = load(files, "drop")
+    assert len(examples.test) == 2  # The planted queries are the last ones of the file.
+    assert examples.left_out_as_leaks > 0
+
+
+def test_a_limit_is_filled_with_entries_that_do_not_leak(files: tuple[Path, Path]) -> None:
+    examples = load(files, "drop", limit_entries=30)
+    assert len(examples.train) == 30
+    assert leaked(examples.train, files) == 0
+
+
+def test_leaks_can_stop_the_run(files: tuple[Path, Path]) -> None:
+    with pytest.raises(DataError, match="a query of the test file"):
+        load(files, "error")
+
+
+def test_every_point_of_a_leaking_entry_is_left_out(files: tuple[Path, Path]) -> None:
+    plans, everything = load(files, "drop"), load(files, "drop", points="all")
+    assert everything.left_out_as_leaks == 2 * plans.left_out_as_leaks
+
+
+def test_a_training_file_of_test_queries_only_is_refused(files: tuple[Path, Path]) -> None:
+    with pytest.raises(DataError, match="queries of its own"):
+        load((files[1], files[1]), "drop", validation_entries=1)
+
+
+@pytest.mark.parametrize("leaks", ["drop", "keep"])
+def test_no_validation_query_is_trained_on(files: tuple[Path, Path], leaks: Leaks) -> None:
+    raw = json.loads(files[0].read_text("utf-8"))
+    for at, entry in enumerate(list(raw.values())):  # Each entry twice, spelt in two ways.
+        raw[f"again{at}"] = {**entry, "input": respell(entry["input"])}
+    files[0].write_text(json.dumps(raw), encoding="utf-8")
+    examples = load(files, leaks, validation_entries=10)
+    assert len(examples.validation) == 10
+    assert not queries(examples.train) & queries(examples.validation)
+
+
+def test_generated_data_has_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = preset_config("cpu")
+    data = replace(config.data, generated_entries=150, validation_entries=10, leaks="error")
+    examples = load_run_examples(replace(config, data=data))
+    assert (len(examples.train), examples.left_out_as_leaks) == (140, 0)
+    assert not examples.leaks.leaks
