@@ -17,7 +17,7 @@ from typing import Any
 from bench_sizes import Lengths, Shape, Sizes
 
 from tinyagent_fast.data.reading import read_entries
-from tinyagent_fast.data.schema import Example, entry_examples
+from tinyagent_fast.data.schema import Example
 from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
@@ -262,7 +262,7 @@ def plan_examples(path: Path) -> Iterator[Example]:
         One example for each plan.
     """
     for entry in read_entries(path, on_bad_entry="skip"):
-        yield from (e for e in entry_examples(entry) if e.kind == "plan")
+        yield from (e for e in entry.examples if e.kind == "plan")
 
 
 def shared_share(sequences: Sequence[Sequence[int]]) -> float:

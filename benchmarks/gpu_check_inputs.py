@@ -14,7 +14,7 @@ from gpu_check_plan import COMPLETION_TOKENS, Scale
 
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
-from tinyagent_fast.data.schema import Entry, Example, entry_examples, entry_from_json
+from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.models.nano import train_bpe_tokenizer
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
@@ -44,7 +44,7 @@ def generated_examples(count: int, style: str, part: str) -> list[Example]:
     for key, raw in generate_entries(load_catalogue(), spec, count, rng, set()):
         entry = entry_from_json(key, raw)
         assert isinstance(entry, Entry), f"a generated entry breaks the schema: {entry}"
-        examples.append(entry_examples(entry)[0])
+        examples.append(entry.examples[0])
     return examples
 
 

@@ -17,7 +17,7 @@ import pytest
 from tinyagent_fast.data import cache
 from tinyagent_fast.data.cache import ExampleTable, Points, cached_table, load_examples
 from tinyagent_fast.data.reading import read_entries
-from tinyagent_fast.data.schema import Example, entry_examples
+from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
 
 
@@ -81,7 +81,7 @@ def test_the_table_has_the_rows_of_the_file(data_file: Path) -> None:
     expected = [
         example
         for entry in read_entries(data_file, on_bad_entry="error")
-        for example in entry_examples(entry)
+        for example in entry.examples
     ]
     table = load(data_file)
     assert list(table) == expected

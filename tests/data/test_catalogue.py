@@ -138,7 +138,7 @@ def test_a_catalogue_of_ones_own_gives_data_with_its_tools_values_and_chains(
     chains = 0
     for file in (files.train, files.test):
         for entry in read_entries(file, on_bad_entry="error"):
-            text = entry.points[0].raw_output
+            text = entry.examples[0].output
             score = score_pair(text, text, tools)
             assert (score.success, score.problems) == (True, ())
             called = [step.tool for step in parse_plan(text).steps]
@@ -147,7 +147,7 @@ def test_a_catalogue_of_ones_own_gives_data_with_its_tools_values_and_chains(
                 chains += 1
                 assert {"find_bed", "find_tap"} <= set(called)
                 assert not {"find_bed", "find_tap"} - set(
-                    entry.points[0].messages[0].content.replace(",", "").split()
+                    (entry.examples[0].system or "").replace(",", "").split()
                 )
     assert used == {*tools, "join"}
     assert chains > 30
@@ -453,7 +453,7 @@ def test_the_example_of_the_readme_works_and_gives_the_plan_shown_there(
     tools = {tool.name: tool.plan_tool() for tool in load_catalogue(path).tools}
     plans = {}
     for entry in read_entries(files.train, on_bad_entry="error"):
-        text = entry.points[0].raw_output
+        text = entry.examples[0].output
         assert score_pair(text, text, tools).problems == ()
         plans[entry.query] = text
     shown = re.search(

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.data.report import check_file, summarise_lengths
+from tinyagent_fast.data import report
+from tinyagent_fast.data.report import DataCheck, summarise_lengths
+from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
 
 
@@ -38,6 +40,14 @@ def write(path: Path, *entries: dict[str, Any]) -> Path:
     return path
 
 
+def plain(example: Example) -> tuple[str, str]:
+    return f"{example.system}\n\n{example.user}", example.output
+
+
+def check_file(path: Path, **arguments: Any) -> DataCheck:
+    return report.check_file(path, **{"encode": None, "render": plain, **arguments})
+
+
 def characters(texts: list[str]) -> list[list[int]]:
     return [list(text.encode()) for text in texts]
 
@@ -48,7 +58,7 @@ def test_points_steps_and_tools_are_counted(tmp_path: Path) -> None:
         make_entry("q", "s", "open_note", "open_note", join=True),
         make_entry("r", "s", "send_sms"),
     )
-    check = check_file(path, encode=None)
+    check = check_file(path)
     assert check.point_counts == {"plan": 2, "join": 1}
     assert check.steps_per_plan == {1: 1, 2: 1}
     assert check.tool_counts == {"open_note": 2, "send_sms": 1}
@@ -81,7 +91,7 @@ def test_over_long_rows_are_those_beyond_the_limit(tmp_path: Path) -> None:
 
 def test_without_a_tokenizer_words_are_counted_and_labelled(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", make_entry("call Ann!", "do it", "t"))
-    check = check_file(path, encode=None, max_length_tokens=1)
+    check = check_file(path, max_length_tokens=1)
     assert check.unit == "words"
     assert check.lengths["plan"].parts["user"].maximum == 3
     assert check.lengths["plan"].over_long_rows is None
@@ -128,17 +138,18 @@ def test_rows_are_encoded_in_small_batches(tmp_path: Path) -> None:
 def test_leaks_into_other_files_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", make_entry("Call Ann", "s", "t"), make_entry("b", "s", "t"))
     other = write(tmp_path / "o.json", make_entry("call ann!", "s", "t"), {"input": "x"})
-    check = check_file(path, encode=None, others={"test": other})
+    check = check_file(path, others={"test": other})
     (pair,) = check.leaks.between
     assert (pair.first, pair.second, pair.exact, pair.normalised) == ("this file", "test", 0, 1)
     text = check.render_text()
     assert "this file and test share: 0 / 1" in text
+    assert "training leaves out these 1 entries if test is its test file" in text
     assert "test: 1 unusable entries were not compared" in text
 
 
 def test_problems_are_listed_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", make_entry("q", "s", "t"), *({} for _ in range(15)))
-    check = check_file(path, encode=None)
+    check = check_file(path)
     text = check.render_text()
     assert "entries: 1 usable, 15 not" in text
     assert "problems: 30 in 15 entries" in text
@@ -156,7 +167,7 @@ def test_the_json_form_has_every_figure(tmp_path: Path) -> None:
 
 def test_a_file_without_a_usable_entry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be used"):
-        check_file(write(tmp_path / "d.json", {}), encode=None)
+        check_file(write(tmp_path / "d.json", {}))
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=1, max_size=200))

@@ -55,7 +55,7 @@ class Generated:
 
     def plans(self) -> Iterator[Plan]:
         for entry in self.entries:
-            yield parse_plan(entry.points[0].raw_output)
+            yield parse_plan(entry.examples[0].output)
 
 
 def generate(folder: Path, spec: GenerationSpec) -> Generated:
@@ -162,7 +162,7 @@ def test_every_plan_is_right_by_the_strict_grammar_and_by_the_published_metric(
     short: Generated, full: Generated
 ) -> None:
     for entry in (*short.entries, *full.entries):
-        text = entry.points[0].raw_output
+        text = entry.examples[0].output
         plan = parse_plan(text)
         assert [step.number for step in plan.steps] == list(range(1, len(plan.steps) + 1))
         assert plan.steps[-1].tool == JOIN
@@ -231,16 +231,16 @@ def test_a_link_is_put_into_a_text_of_its_own(short: Generated) -> None:
 
 
 def observations(entry: Entry) -> list[str]:
-    lines = entry.points[1].messages[0].content.splitlines()
+    lines = entry.examples[1].user.splitlines()
     return [line for line in lines if line.startswith("Observation: ")]
 
 
 def test_a_join_point_asks_for_a_replan_exactly_if_a_call_failed(short: Generated) -> None:
     actions: Counter[str] = Counter()
     for entry in short.entries:
-        point = entry.points[1]
+        point = entry.examples[1]
         assert point.kind == "join"
-        answer = parse_joiner(point.raw_output)
+        answer = parse_joiner(point.output)
         failed = any(line.startswith("Observation: Error") for line in observations(entry))
         assert answer.action == ("Replan" if failed else "Finish")
         assert answer.thought
@@ -251,8 +251,8 @@ def test_a_join_point_asks_for_a_replan_exactly_if_a_call_failed(short: Generate
 
 def test_a_join_point_shows_each_call_of_the_plan_with_its_observation(short: Generated) -> None:
     for entry in short.entries:
-        calls = [line.split(". ", 1)[1] for line in entry.points[0].raw_output.splitlines()[:-1]]
-        content = entry.points[1].messages[0].content
+        calls = [line.split(". ", 1)[1] for line in entry.examples[0].output.splitlines()[:-1]]
+        content = entry.examples[1].user
         assert all(f"{call}\nObservation: " in content for call in calls)
         assert len(observations(entry)) == len(calls)
 
@@ -273,29 +273,30 @@ def test_the_stored_form_of_a_joiners_answer_is_what_its_text_says(short: Genera
 @pytest.mark.parametrize(("share", "action"), [(0.0, "Finish"), (1.0, "Replan")])
 def test_the_failure_share_is_kept(share: float, action: str) -> None:
     for entry in some_entries(load_catalogue(), 30, failure_share=share):
-        assert parse_joiner(entry.points[1].raw_output).action == action
+        assert parse_joiner(entry.examples[1].output).action == action
 
 
 def test_single_calls_need_no_other_calls_result() -> None:
     for entry in some_entries(load_catalogue(), 200, single_calls=True):
-        plan = parse_plan(entry.points[0].raw_output)
+        plan = parse_plan(entry.examples[0].output)
         assert len(plan.steps) == 2
         assert not reference_uses(plan.steps[0].arguments)
 
 
 def test_a_short_prompt_names_the_needed_tools_and_few_others(short: Generated) -> None:
     for entry, plan in zip(short.entries, short.plans(), strict=True):
-        system, user = entry.points[0].messages
-        named = system.content.removeprefix("Plan with: ").split(", ")
+        example = entry.examples[0]
+        assert example.system is not None
+        named = example.system.removeprefix("Plan with: ").split(", ")
         needed = {step.tool for step in plan.steps} - {JOIN}
         assert needed <= set(named) <= set(TINYAGENT)
         assert len(named) <= len(needed) + 2
         assert named == [tool for tool in TINYAGENT if tool in named]
-        assert user.content == f"Question: {entry.query}"
+        assert example.user == f"Question: {entry.query}"
 
 
 def test_full_prompts_share_all_that_stands_before_the_date(full: Generated) -> None:
-    prompts = [entry.points[0].messages[0].content for entry in full.entries]
+    prompts = [entry.examples[0].system or "" for entry in full.entries]
     before = {prompt.partition(" - Now it is ")[0] for prompt in prompts}
     assert len(before) == 1
     (shared,) = before
@@ -315,7 +316,7 @@ def test_the_examples_of_a_full_prompt_are_right_and_give_no_answer_away(full: G
     held_out = {normalise_query(entry.query) for entry in full.test}
     for entries, forbidden in ((full.train, held_out), (full.test, set())):
         for entry in entries:
-            examples = examples_in(entry.points[0].messages[0].content)
+            examples = examples_in(entry.examples[0].system or "")
             assert len(examples) == 5
             for question, plan in examples:
                 assert reference_success(plan, plan) == 1.0
@@ -397,7 +398,7 @@ def test_any_words_of_a_user_give_entries_that_read_and_score_right(words: list[
     words = [f"{number}{word.replace('$', '')}" for number, word in enumerate(words)]
     tools = {"ring": small_catalogue("x").tools[0].plan_tool()}
     for entry in some_entries(small_catalogue(*words), 3):
-        text = entry.points[0].raw_output
+        text = entry.examples[0].output
         assert reference_success(text, text, tools) == 1.0
         assert score_pair(text, text, tools).label_problems == ()
         asked = [step.arguments[0] for step in parse_plan(text).steps[:-1]]

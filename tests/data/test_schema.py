@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.data.schema import (
     Entry,
-    Message,
+    Example,
     entry_from_json,
     parse_messages,
     plan_disagreement,
@@ -56,12 +56,21 @@ def make_entry(query: str = "Call Ann", system: str = "Plan it.") -> dict[str, A
 def test_a_good_entry_becomes_typed_values() -> None:
     entry = entry_from_json("k", make_entry())
     assert isinstance(entry, Entry)
-    assert entry.query == "Call Ann"
-    assert entry.closest_queries == ("Call Bob",)
-    assert [point.kind for point in entry.points] == ["plan", "join"]
-    assert entry.points[0].messages == (
-        Message("system", "Plan it."),
-        Message("user", "Question: Call Ann"),
+    plan, join = entry.examples
+    assert plan == Example(
+        key="k/0",
+        entry_key="k",
+        kind="plan",
+        query="Call Ann",
+        system="Plan it.",
+        user="Question: Call Ann",
+        output='1. get_phone_number("Ann")\n2. join()',
+    )
+    assert (join.key, join.kind, join.system, join.user) == (
+        "k/1",
+        "join",
+        None,
+        "Follow the rules.",
     )
 
 
@@ -123,9 +132,7 @@ def test_all_problems_of_an_entry_are_found_at_once() -> None:
 def test_closest_queries_are_optional(missing: object) -> None:
     entry = make_entry()
     entry["closest_5_queries"] = missing
-    read = entry_from_json("k", entry)
-    assert isinstance(read, Entry)
-    assert read.closest_queries == ()
+    assert isinstance(entry_from_json("k", entry), Entry)
     del entry["closest_5_queries"]
     assert isinstance(entry_from_json("k", entry), Entry)
 
@@ -179,24 +186,22 @@ def test_the_repr_of_any_messages_is_read_back_as_python_reads_it(
 ) -> None:
     raw = repr(messages)
     assert literal(raw) == messages
-    assert [(m.role, m.content) for m in parse_messages(raw)] == [
-        (m["role"], m["content"]) for m in messages
-    ]
+    assert parse_messages(raw) == [(m["role"], m["content"]) for m in messages]
 
 
 @given(MESSAGES)
 def test_json_messages_are_read_back_as_json_reads_them(messages: list[dict[str, str]]) -> None:
     raw = json.dumps(messages)
     expected = [(m["role"], m["content"]) for m in json.loads(raw)]
-    assert [(m.role, m.content) for m in parse_messages(raw)] == expected
+    assert parse_messages(raw) == expected
 
 
 def test_a_plain_text_is_one_user_message() -> None:
-    assert parse_messages("Follow [{these}] rules") == (Message("user", "Follow [{these}] rules"),)
+    assert parse_messages("Follow [{these}] rules") == [("user", "Follow [{these}] rules")]
 
 
 def test_human_is_read_as_user() -> None:
-    assert parse_messages("[{'role': 'human', 'content': 'q'}]") == (Message("user", "q"),)
+    assert parse_messages("[{'role': 'human', 'content': 'q'}]") == [("user", "q")]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,7 @@ def test_human_is_read_as_user() -> None:
     ],
 )
 def test_other_spellings_of_the_same_list_are_read(raw: object) -> None:
-    assert parse_messages(raw) == (Message("user", "q"),)
+    assert parse_messages(raw) == [("user", "q")]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +255,7 @@ def test_an_over_deep_literal_is_refused_and_crashes_nothing(raw: str) -> None:
 
 def test_a_huge_literal_is_read() -> None:
     text = 'it\'s "a" \\ ' * 400_000
-    assert parse_messages(repr([{"role": "user", "content": text}]))[0].content == text
+    assert parse_messages(repr([{"role": "user", "content": text}])) == [("user", text)]
 
 
 def test_a_plan_is_read_by_number_until_join() -> None:

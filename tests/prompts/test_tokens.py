@@ -314,13 +314,13 @@ def test_no_rows_have_no_common_prefix() -> None:
 def test_real_rows_are_proved_and_begin_alike(real_data: Path) -> None:
     import json
 
-    from tinyagent_fast.data.schema import Entry, entry_examples, entry_from_json
+    from tinyagent_fast.data.schema import Entry, entry_from_json
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 
     raw = json.loads((real_data / "training_data.json").read_text(encoding="utf-8"))
     entries = [entry_from_json(key, value) for key, value in list(raw.items())[:100]]
-    examples = [e for entry in entries if isinstance(entry, Entry) for e in entry_examples(entry)]
+    examples = [e for entry in entries if isinstance(entry, Entry) for e in entry.examples]
     hf = tokenizer_from_sentencepiece(real_data / "llama_tokenizer.model")
     hf.pad_token = hf.unk_token
     tokenizer = PromptTokenizer(hf)

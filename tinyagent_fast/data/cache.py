@@ -27,7 +27,7 @@ from tinyagent_fast.data.reading import (
     check_head,
     read_entries,
 )
-from tinyagent_fast.data.schema import EntryProblem, Example, entry_examples
+from tinyagent_fast.data.schema import EntryProblem, Example
 from tinyagent_fast.errors import DataError
 
 Points = Literal["plan", "join", "all"]
@@ -213,7 +213,7 @@ def load_examples(
         for entry in read_entries(
             path, on_bad_entry=on_bad_entry, progress=progress, on_report=reports.append
         ):
-            for example in entry_examples(entry):
+            for example in entry.examples:
                 write({name: getattr(example, name) for name in _COLUMNS})
         if reports[0].file_sha256 != sha256:
             raise DataError(

@@ -1,7 +1,6 @@
 """Describes a dataset file in figures: what is in it, how long it is, what is wrong with it.
 
-Side branch of the data flow, behind `tinyagent-fast data check`: one streaming pass through
-`reading`, with counts kept instead of rows.
+Behind `tinyagent-fast data check`: one streaming pass, with counts kept instead of rows.
 """
 
 from __future__ import annotations
@@ -9,18 +8,19 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 from tinyagent_fast.data.reading import Progress, ReadReport, read_entries
-from tinyagent_fast.data.schema import Example, entry_examples, plan_steps
+from tinyagent_fast.data.schema import Example, plan_steps
 from tinyagent_fast.data.splits import LeakReport, leak_report
 
 Encode = Callable[[list[str]], list[list[int]]]
 Render = Callable[[Example], tuple[str, str]]
+"""Gives the prompt and completion of an example as the model sees them."""
 
-_PARTS = ("system", "user", "output", "total")
 _WORD = re.compile(r"\w+|[^\w\s]")
 _ROWS_PER_CALL = 64
 _BINS = 10
@@ -78,52 +78,48 @@ class DataCheck:
     def render_text(self) -> str:
         """Return the figures as plain text for the terminal."""
         sections = [
-            self._render_counts(),
-            *(self._render_lengths(kind) for kind in self.lengths),
-            self._render_leaks(),
-            self._render_problems(),
+            self._counts_text(),
+            *(self._lengths_text(kind, lengths) for kind, lengths in self.lengths.items()),
+            self._leaks_text(),
+            self._problems_text(),
         ]
         return "\n\n".join("\n".join(lines) for lines in sections)
 
-    def _render_counts(self) -> list[str]:
+    def _counts_text(self) -> list[str]:
         read = self.read
         points = ", ".join(f"{count:,} {kind}" for kind, count in self.point_counts.items())
-        steps = [f"  {steps:>4}  {count:>8,}" for steps, count in self.steps_per_plan.items()]
-        tools = [f"  {count:>8,}  {tool}" for tool, count in self.tool_counts.items()]
         return [
             f"{self.path}: {read.size_bytes / 1e6:,.1f} MB, sha256 {read.file_sha256}",
             f"entries: {read.entries:,} usable, {read.skipped:,} not; points: {points}",
             "steps per plan (without join):",
-            *steps,
+            *(f"  {steps:>4}  {count:>8,}" for steps, count in self.steps_per_plan.items()),
             "calls per tool:",
-            *tools,
+            *(f"  {count:>8,}  {tool}" for tool, count in self.tool_counts.items()),
         ]
 
-    def _render_lengths(self, kind: str) -> list[str]:
-        lengths = self.lengths[kind]
+    def _lengths_text(self, kind: str, lengths: KindLengths) -> list[str]:
         columns = ("min", "mean", "p50", "p90", "p99", "max")
         lines = [
             f"{self.unit} per {kind} row:",
             f"  {'':8}" + "".join(f"{column:>9}" for column in columns),
         ]
         for part, summary in lengths.parts.items():
-            values = (summary.minimum, round(summary.mean), summary.p50, summary.p90)
-            figures = "".join(f"{value:>9,}" for value in (*values, summary.p99, summary.maximum))
-            lines.append(f"  {part:8}{figures}")
+            low = (summary.minimum, round(summary.mean), summary.p50)
+            values = (*low, summary.p90, summary.p99, summary.maximum)
+            lines.append(f"  {part:8}" + "".join(f"{value:>9,}" for value in values))
         for start, end, rows in lengths.parts["total"].bins:
             lines.append(f"  {start:>7,} to {end:>7,}  {rows:>8,} rows")
         lines += [
             f"  supervised: {lengths.supervised_share:.1%} of all {self.unit}",
             f"  shared by all {kind} rows at the start: {lengths.shared_prefix:,} {self.unit}",
         ]
-        if lengths.over_long_rows is not None:
-            rows = lengths.over_long_rows
-            lines.append(f"  rows over {self.max_length_tokens:,} tokens: {rows:,}")
-        elif self.max_length_tokens is not None:
-            lines.append(f"  rows over {self.max_length_tokens:,} tokens: unknown, no tokenizer")
+        if self.max_length_tokens is not None:
+            over = lengths.over_long_rows
+            known = "unknown, no tokenizer" if over is None else f"{over:,}"
+            lines.append(f"  rows over {self.max_length_tokens:,} tokens: {known}")
         return lines
 
-    def _render_leaks(self) -> list[str]:
+    def _leaks_text(self) -> list[str]:
         lines = ["repeated queries (exact / ignoring case and punctuation):"]
         for split in self.leaks.within:
             lines.append(
@@ -145,7 +141,7 @@ class DataCheck:
                 lines.append(f"  {name}: {skipped:,} unusable entries were not compared")
         return lines
 
-    def _render_problems(self) -> list[str]:
+    def _problems_text(self) -> list[str]:
         read = self.read
         if not read.problem_count:
             return ["problems: none"]
@@ -157,74 +153,43 @@ class DataCheck:
         return lines
 
 
-def default_render(example: Example) -> tuple[str, str]:
-    """Give prompt and completion without any template.
+class _Lengths:
+    """Lengths of the rows of one kind, and the beginning that all their prompts share so far."""
 
-    Args:
-        example: The row.
-
-    Returns:
-        System and user text with an empty line between, and the output.
-    """
-    prompt = example.user if example.system is None else f"{example.system}\n\n{example.user}"
-    return prompt, example.output
-
-
-@dataclass
-class _KindTally:
-    """Lengths of one kind of rows, and the beginning that all of them share so far."""
-
-    lengths: dict[str, array[int]] = field(
-        default_factory=lambda: {part: array("q") for part in _PARTS}
-    )
-    prefix: Sequence[object] | None = None
+    def __init__(self) -> None:
+        self.parts = {part: array("q") for part in ("system", "user", "output", "total")}
+        self.prefix: Sequence[object] | None = None
 
     def add(self, prompt: Sequence[object], user: int, output: int) -> None:
+        system = max(0, len(prompt) - user)
         for part, length in zip(
-            _PARTS, (len(prompt) - user, user, output, len(prompt) + output), strict=True
+            self.parts.values(), (system, user, output, len(prompt) + output), strict=True
         ):
-            self.lengths[part].append(max(0, length))
-        self.prefix = prompt if self.prefix is None else _common(self.prefix, prompt)
+            part.append(length)
+        if self.prefix is None:
+            self.prefix = prompt
+        elif prompt[: len(self.prefix)] != self.prefix:
+            pairs = zip(self.prefix, prompt, strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            self.prefix = prompt[:same]
 
-
-class _Tally:
-    """Folds rows into counts, a batch at a time."""
-
-    def __init__(self, encode: Callable[[list[str]], Sequence[Sequence[object]]]) -> None:
-        self.kinds: dict[str, _KindTally] = {}
-        self.steps: Counter[int] = Counter()
-        self.tools: Counter[str] = Counter()
-        self._encode = encode
-        self._waiting: list[tuple[str, str, str, str]] = []
-
-    def add(self, example: Example, prompt: str, completion: str) -> None:
-        if example.kind != "join":
-            tools = [step.tool for step in plan_steps(example.output) if step.tool != "join"]
-            self.steps[len(tools)] += 1
-            self.tools.update(tools)
-        self._waiting.append((example.kind, prompt, example.user, completion))
-        if len(self._waiting) >= _ROWS_PER_CALL:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._waiting:
-            return
-        kinds, prompts, users, completions = zip(*self._waiting, strict=True)
-        encoded = self._encode([*prompts, *users, *completions])
-        rows = len(kinds)
-        for at, kind in enumerate(kinds):
-            user, output = encoded[rows + at], encoded[2 * rows + at]
-            self.kinds.setdefault(kind, _KindTally()).add(encoded[at], len(user), len(output))
-        self._waiting.clear()
+    def summary(self, limit: int | None) -> KindLengths:
+        totals = self.parts["total"]
+        return KindLengths(
+            parts={part: summarise_lengths(lengths) for part, lengths in self.parts.items()},
+            supervised_share=sum(self.parts["output"]) / max(1, sum(totals)),
+            shared_prefix=len(self.prefix or ()),
+            over_long_rows=None if limit is None else sum(total > limit for total in totals),
+        )
 
 
 def check_file(
     path: str | Path,
     *,
     encode: Encode | None,
+    render: Render,
     max_length_tokens: int | None = None,
     others: Mapping[str, str | Path] | None = None,
-    render: Render = default_render,
     progress: Progress | None = None,
 ) -> DataCheck:
     """Read a dataset file once and describe it; unusable entries are listed, not raised.
@@ -233,9 +198,9 @@ def check_file(
         path: The JSON data file.
         encode: Gives the token ids of texts; without it, words and punctuation marks are counted
             and labelled so.
+        render: Gives the prompt and completion of an example.
         max_length_tokens: Rows with more tokens in all are counted as over-long.
         others: More data files by name (not "this file"), to look for the same queries in them.
-        render: Gives the prompt and completion of a row as the model sees them.
         progress: Called with (bytes read, bytes in all).
 
     Returns:
@@ -244,25 +209,39 @@ def check_file(
     Raises:
         DataError: A file is no dataset file at all, or has no usable entry.
     """
-    tally = _Tally(_words if encode is None else encode)
+    count: Callable[[list[str]], Sequence[Sequence[object]]] = encode or _words
     points: Counter[str] = Counter()
+    steps: Counter[int] = Counter()
+    tools: Counter[str] = Counter()
+    kinds: dict[str, _Lengths] = {}
     queries: list[str] = []
     reports: list[ReadReport] = []
-    for entry in read_entries(
-        path, on_bad_entry="skip", progress=progress, on_report=reports.append
-    ):
-        queries.append(entry.query)
-        for example in entry_examples(entry):
+
+    def examples() -> Iterator[Example]:
+        for entry in read_entries(
+            path, on_bad_entry="skip", progress=progress, on_report=reports.append
+        ):
+            queries.append(entry.query)
+            yield from entry.examples
+
+    rows = examples()
+    while batch := list(islice(rows, _ROWS_PER_CALL)):
+        prompts, completions = zip(*map(render, batch), strict=True)
+        encoded = iter(count([*prompts, *(example.user for example in batch), *completions]))
+        parts = [list(islice(encoded, len(batch))) for _ in range(3)]
+        for example, prompt, user, output in zip(batch, *parts, strict=True):
+            kinds.setdefault(example.kind, _Lengths()).add(prompt, len(user), len(output))
             points[example.kind] += 1
-            tally.add(example, *render(example))
-    tally.flush()
+            if example.kind != "join":
+                called = [step.tool for step in plan_steps(example.output) if step.tool != "join"]
+                steps[len(called)] += 1
+                tools.update(called)
     splits = {_THIS_FILE: queries}
     skipped: dict[str, int] = {}
     for name, other in (others or {}).items():
-        seen: list[ReadReport] = []
-        entries = read_entries(other, on_bad_entry="skip", on_report=seen.append)
+        entries = read_entries(other, on_bad_entry="skip", on_report=reports.append)
         splits[name] = [entry.query for entry in entries]
-        skipped[name] = seen[0].skipped
+        skipped[name] = reports[-1].skipped
     limit = max_length_tokens if encode is not None else None
     return DataCheck(
         path=str(path),
@@ -270,9 +249,9 @@ def check_file(
         max_length_tokens=max_length_tokens,
         read=reports[0],
         point_counts=dict(points),
-        steps_per_plan=dict(sorted(tally.steps.items())),
-        tool_counts=dict(tally.tools.most_common()),
-        lengths={kind: _kind_lengths(item, limit) for kind, item in tally.kinds.items()},
+        steps_per_plan=dict(sorted(steps.items())),
+        tool_counts=dict(tools.most_common()),
+        lengths={kind: lengths.summary(limit) for kind, lengths in kinds.items()},
         leaks=leak_report(splits),
         other_skipped=skipped,
     )
@@ -282,24 +261,10 @@ def _words(texts: list[str]) -> list[list[str]]:
     return [_WORD.findall(text) for text in texts]
 
 
-def _kind_lengths(tally: _KindTally, limit: int | None) -> KindLengths:
-    totals = tally.lengths["total"]
-    return KindLengths(
-        parts={part: summarise_lengths(lengths) for part, lengths in tally.lengths.items()},
-        supervised_share=sum(tally.lengths["output"]) / max(1, sum(totals)),
-        shared_prefix=len(tally.prefix or ()),
-        over_long_rows=None if limit is None else sum(total > limit for total in totals),
-    )
-
-
 def summarise_lengths(lengths: Sequence[int]) -> LengthSummary:
-    """Summarise how lengths are distributed.
+    """Summarise at least one length.
 
-    Args:
-        lengths: At least one length.
-
-    Returns:
-        The figures; a percentile is the smallest length that at least that share does not exceed.
+    A percentile is the smallest length that at least that share does not exceed.
     """
     ordered = sorted(lengths)
     low, high, count = ordered[0], ordered[-1], len(ordered)
@@ -319,12 +284,3 @@ def summarise_lengths(lengths: Sequence[int]) -> LengthSummary:
             for at in range((high - low) // width + 1)
         ),
     )
-
-
-def _common(first: Sequence[object], second: Sequence[object]) -> Sequence[object]:
-    if second[: len(first)] == first:
-        return first
-    for at, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return first[:at]
-    return first[: min(len(first), len(second))]

@@ -3,7 +3,7 @@
 The file is one JSON object, entry key -> {"input", "output", "closest_5_queries"}. Each item of
 "output" is a point: the messages sent to the model ("raw_input", usually the Python repr of a
 message list), its reply ("raw_output") and that reply parsed ("parsed_output"). `reading` streams
-the file and calls `entry_from_json`; `cache` stores the `Example` rows of the entries.
+the file and calls `entry_from_json`; `cache` stores the examples.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 PointKind = Literal["plan", "join", "replan"]
-Role = Literal["system", "user", "assistant"]
 
 _KINDS: tuple[str, ...] = get_args(PointKind)
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_ROLES["human"] = "user"
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user"}
 _MESSAGE_LIST_START = re.compile(r"\s*\[\s*\{")
 _JSON_LIST_START = re.compile(r'\s*\[\s*\{\s*"')
 _STEP = re.compile(r"(?:Thought: [^\n]*\n\s*)?(\d{1,9})\. (\w+)\((.*)\)")
@@ -31,35 +29,6 @@ _JSON_NAMES: dict[type, str] = {
     **{dict: "an object", list: "a list", str: "a text", float: "a number"},
     **{int: "a whole number", bool: "true or false", type(None): "null"},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One chat message; the role "human" of the file is read as "user"."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One model call of an entry: what was asked and what was answered."""
-
-    kind: PointKind
-    messages: tuple[Message, ...]
-    raw_output: str
-    index: int
-    id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One user query with its model calls; the first one is always a plan."""
-
-    key: str
-    query: str
-    points: tuple[Point, ...]
-    closest_queries: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +47,15 @@ class Example:
     output: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One user query with an example per model call; the first one is always a plan."""
+
+    key: str
+    query: str
+    examples: tuple[Example, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class EntryProblem:
     """One reason why one entry cannot be used: which entry, which field, what is wrong."""
@@ -85,22 +63,6 @@ class EntryProblem:
     key: str
     field: str
     reason: str
-
-
-def entry_examples(entry: Entry) -> list[Example]:
-    """Turn a checked entry into one example per point, in order."""
-    return [
-        Example(
-            key=f"{entry.key}/{at}",
-            entry_key=entry.key,
-            kind=point.kind,
-            query=entry.query,
-            system=point.messages[0].content if len(point.messages) == 2 else None,
-            user=point.messages[-1].content,
-            output=point.raw_output,
-        )
-        for at, point in enumerate(entry.points)
-    ]
 
 
 class _Fields:
@@ -150,60 +112,58 @@ def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
     fields = _Fields(key)
     query = fields.take_text(value, "input")
     output = fields.take(value, "output", list)
-    points = [_point(item, f"output[{at}].", fields) for at, item in enumerate(output or ())]
+    examples = [_example(item, at, query, fields) for at, item in enumerate(output or ())]
     if output is not None and not output:
         fields.add("output", "is empty")
-    elif points and points[0] is not None and points[0].kind != "plan":
-        fields.add("output[0].type", f"must be 'plan', it is '{points[0].kind}'")
+    elif examples and examples[0] is not None and examples[0].kind != "plan":
+        fields.add("output[0].type", f"must be 'plan', it is '{examples[0].kind}'")
     closest = value.get("closest_5_queries") or []
     if not isinstance(closest, list) or not all(isinstance(item, str) for item in closest):
         fields.add("closest_5_queries", "must be a list of texts")
     if fields.problems:
         return fields.problems
-    return Entry(
-        key=key,
-        query=query,
-        points=tuple(point for point in points if point is not None),
-        closest_queries=tuple(closest),
-    )
+    kept = tuple(example for example in examples if example is not None)
+    return Entry(key=key, query=query, examples=kept)
 
 
-def _point(item: object, where: str, fields: _Fields) -> Point | None:
+def _example(item: object, at: int, query: str, fields: _Fields) -> Example | None:
     """Read one point; None where its kind is unknown. Problems are added to `fields`."""
+    where = f"output[{at}]."
     if not isinstance(item, dict):
         fields.add(where[:-1], f"must be an object, not {_json_name(item)}")
         return None
     kind = fields.take(item, "type", str, where)
     if kind is not None and kind not in _KINDS:
         fields.add(where + "type", f"must be plan, join or replan, it is {short_text(kind)}")
-    messages: tuple[Message, ...] = ()
+    system, user = None, ""
     try:
         if "raw_input" not in item:
             raise ValueError("is missing")
-        messages = parse_messages(item["raw_input"])
-        _check_conversation(messages)
+        system, user = _system_and_user(parse_messages(item["raw_input"]))
     except ValueError as error:
         fields.add(where + "raw_input", str(error))
-    raw_output = fields.take_text(item, "raw_output", where)
+    output = fields.take_text(item, "raw_output", where)
     parsed = fields.take(item, "parsed_output", dict if kind == "join" else list, where)
-    if isinstance(parsed, list) and raw_output.strip():
-        reason = plan_disagreement(raw_output, parsed)
+    if isinstance(parsed, list) and output.strip():
+        reason = plan_disagreement(output, parsed)
         if reason:
             fields.add(where + "raw_output", reason)
-    identifier = fields.take(item, "id", str, where)
-    index = fields.take(item, "index", int, where)
+    fields.take(item, "id", str, where)
+    fields.take(item, "index", int, where)
     if kind not in _KINDS:
         return None
-    return Point(
+    return Example(
+        key=f"{fields.key}/{at}",
+        entry_key=fields.key,
         kind=cast(PointKind, kind),
-        messages=messages,
-        raw_output=raw_output,
-        index=index or 0,
-        id=identifier or "",
+        query=query,
+        system=system,
+        user=user,
+        output=output,
     )
 
 
-def parse_messages(raw_input: object) -> tuple[Message, ...]:
+def parse_messages(raw_input: object) -> list[tuple[str, str]]:
     """Read the messages of a point from any of the forms that data files use.
 
     Args:
@@ -211,18 +171,18 @@ def parse_messages(raw_input: object) -> tuple[Message, ...]:
             JSON, that list itself, or a plain text, which is taken as one user message.
 
     Returns:
-        The messages in order.
+        Role (system, user or assistant; "human" is read as "user") and text of each message.
 
     Raises:
         ValueError: The text starts like a message list but is none; the message says why.
     """
     if isinstance(raw_input, str):
         if not _MESSAGE_LIST_START.match(raw_input):
-            return (Message("user", raw_input),)
+            return [("user", raw_input)]
         raw_input = _decode_list(raw_input)
     if not isinstance(raw_input, list):
         raise ValueError(f"must be a text or a list of messages, not {_json_name(raw_input)}")
-    return tuple(_message(item, at) for at, item in enumerate(raw_input))
+    return [_message(item, at) for at, item in enumerate(raw_input)]
 
 
 def _decode_list(raw: str) -> object:
@@ -244,7 +204,7 @@ def _decode_list(raw: str) -> object:
     return value
 
 
-def _message(item: object, at: int) -> Message:
+def _message(item: object, at: int) -> tuple[str, str]:
     if not isinstance(item, dict):
         raise ValueError(f"message {at} must be an object, not {_json_name(item)}")
     if set(item) != {"role", "content"}:
@@ -257,27 +217,29 @@ def _message(item: object, at: int) -> Message:
     if role is None:
         shown = short_text(name) if isinstance(name, str) else _json_name(name)
         raise ValueError(f"message {at}: unknown role {shown}; known: {', '.join(_ROLES)}")
-    return Message(role, content)
+    return role, content
 
 
-def _check_conversation(messages: tuple[Message, ...]) -> None:
-    """Raise a ValueError unless the messages are an optional system message and a user message.
+def _system_and_user(messages: list[tuple[str, str]]) -> tuple[str | None, str]:
+    """Take the optional system text and the user text out of a conversation.
 
     Several turns, or a reply inside the input, would have to be joined by a rule that the
-    deployed prompt does not have.
+    deployed prompt does not have, so they are a ValueError.
     """
-    roles = [message.role for message in messages]
+    roles = [role for role, _ in messages]
     if roles not in (["user"], ["system", "user"]):
         found = f"{', '.join(roles[:8]) or 'no message'}{', ...' if len(roles) > 8 else ''}"
         raise ValueError(
             f"must be an optional system message and then one user message, it has {found}"
         )
-    if not messages[-1].content.strip():
+    user = messages[-1][1]
+    if not user.strip():
         raise ValueError("has an empty user message")
-    if not all(_is_encodable(message.content) for message in messages):
+    if not all(_is_encodable(text) for _, text in messages):
         raise ValueError(
             "holds half of a surrogate pair, which is no character and cannot be encoded"
         )
+    return messages[0][1] if len(messages) == 2 else None, user
 
 
 class Step(NamedTuple):

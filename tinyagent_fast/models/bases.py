@@ -16,7 +16,7 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
 from tinyagent_fast.data.generation.queries import write_parts
-from tinyagent_fast.data.schema import Entry, Example, entry_examples, entry_from_json
+from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.models.nano import (
     RANDOM_SHAPE,
@@ -135,7 +135,7 @@ def _nano(
 def _plan_example(key: str, raw: object) -> Example:
     entry = entry_from_json(key, raw)
     assert isinstance(entry, Entry), f"a generated entry breaks the schema: {entry}"
-    return entry_examples(entry)[0]
+    return entry.examples[0]
 
 
 def _random_texts(examples: Sequence[Example]) -> list[str]:
