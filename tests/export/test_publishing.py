@@ -10,7 +10,7 @@ import pytest
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ConfigError, GateError, ModelError
-from tinyagent_fast.export.card import model_card
+from tinyagent_fast.export.companions import model_card
 from tinyagent_fast.export.publishing import publish
 from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.runs import Run

@@ -10,19 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import TokenType
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export import vocabulary
 from tinyagent_fast.export.conversion import convert_to_gguf
-from tinyagent_fast.export.vocabulary import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    read_vocabulary,
-)
+from tinyagent_fast.export.vocabulary import read_vocabulary
 from tinyagent_fast.prompts.tokenizers import HARD_STRINGS, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
@@ -182,8 +175,8 @@ def test_a_byte_level_vocabulary_has_the_ids_and_special_tokens_of_training(
     assert read.tokens == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     assert (read.model, read.pre) == ("gpt2", "dbrx")
     assert (read.bos_id, read.eos_id, read.add_bos, read.add_eos) == (1, 2, True, False)
-    assert [i for i, kind in enumerate(read.token_types) if kind == CONTROL] == [0, 1, 2]
-    assert {kind for kind in read.token_types[3:]} == {NORMAL}
+    assert [i for i, kind in enumerate(read.token_types) if kind == TokenType.CONTROL] == [0, 1, 2]
+    assert {kind for kind in read.token_types[3:]} == {TokenType.NORMAL}
     assert read.scores is None
     assert read.merges and read.merges[0].count(" ") == 1
     assert read.notes == ()
@@ -199,7 +192,7 @@ def test_scores_rebuilt_from_merges_order_tokens_as_the_true_ones(
     made = [
         index
         for index, kind in enumerate(true.token_types)
-        if kind == NORMAL and len(true.tokens[index]) > 1
+        if kind == TokenType.NORMAL and len(true.tokens[index]) > 1
     ]
     assert len(made) > 100
     by_true, by_rebuilt = (sorted(made, key=v.scores.__getitem__) for v in (true, rebuilt))
@@ -212,15 +205,15 @@ def test_a_sentencepiece_vocabulary_knows_bytes_and_unknown(spm_json: Path) -> N
         *("llama", "default", True),
         None,
     )
-    assert read.token_types[:3] == [UNKNOWN, CONTROL, CONTROL]
-    assert read.token_types.count(BYTE) == 256
+    assert read.token_types[:3] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    assert read.token_types.count(TokenType.BYTE) == 256
     assert (read.unk_id, read.bos_id, read.eos_id, read.add_bos) == (0, 1, 2, True)
 
 
 def test_rows_without_a_token_are_named_and_counted(spm_json: Path) -> None:
     read = read_vocabulary(spm_json, 704)
     assert read.tokens[699:] == [read.tokens[699], "[PAD700]", "[PAD701]", "[PAD702]", "[PAD703]"]
-    assert read.token_types[700:] == [UNUSED] * 4
+    assert read.token_types[700:] == [TokenType.UNUSED] * 4
     assert read.notes == ("4 embedding rows have no token and are named [PADn]",)
 
 
@@ -243,7 +236,7 @@ def test_added_tokens_keep_their_ids_and_are_found_only_if_not_special(
     source.save_pretrained(str(folder))
     read = read_vocabulary(folder, first + 2)
     assert read.tokens[first:] == ["<END_OF_PLAN>", "<|user|>"]
-    assert read.token_types[first:] == [USER_DEFINED, CONTROL]
+    assert read.token_types[first:] == [TokenType.USER_DEFINED, TokenType.CONTROL]
     texts = ["1. join()<END_OF_PLAN>", "a <END_OF_PLAN> b<END_OF_PLAN>", "<|user|>\nhi"]
     assert different(folder, to_gguf(folder, tmp_path / "m.gguf"), texts) == []
 
@@ -257,7 +250,7 @@ def test_added_tokens_that_only_tokenizer_config_names_are_not_lost(
     config["bos_token"] = {"content": "<s>", "special": True}  # as transformers 4 wrote it
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     read = read_vocabulary(folder, 701)
-    assert (read.tokens[700], read.token_types[700]) == ("<END_OF_PLAN>", USER_DEFINED)
+    assert (read.tokens[700], read.token_types[700]) == ("<END_OF_PLAN>", TokenType.USER_DEFINED)
     assert read.bos_id == 1
 
 
@@ -433,7 +426,7 @@ def test_text_that_is_normalised_to_nfc_is_noted(tiny_merged: Path, tmp_path: Pa
 def test_other_kinds_of_sentencepiece_models_are_refused(spm_folder: Path, tmp_path: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2 as protobuf
 
-    def write(kind: int = NORMAL, **changes: Any) -> Path:
+    def write(kind: int = TokenType.NORMAL, **changes: Any) -> Path:
         proto = protobuf.ModelProto()
         proto.ParseFromString((spm_folder / "tokenizer.model").read_bytes())
         proto.pieces[400].type = kind
@@ -452,7 +445,7 @@ def test_other_kinds_of_sentencepiece_models_are_refused(spm_folder: Path, tmp_p
         with pytest.raises(ModelError, match="no BPE model, or it normalises"):
             read_vocabulary(write(**change), 700)
     with pytest.raises(ModelError, match="is looked for before it merges"):
-        read_vocabulary(write(USER_DEFINED), 700)
+        read_vocabulary(write(TokenType.USER_DEFINED), 700)
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
     with pytest.raises(ModelError, match="no SentencePiece model"):
         read_vocabulary(tmp_path, 700)

@@ -1,7 +1,7 @@
-"""The files beside a GGUF that let other programs serve it as it was trained.
+"""The files beside the weights, from the templates in `templates/`: for people and for programs.
 
-Last step of the export: a Modelfile for Ollama, a command line for llama-server, the grammar of
-plans, the keys of the TinyAgent app, and a README that says which prompt the model expects.
+A Modelfile for Ollama, a command line for llama-server, the grammar of plans, the keys of the
+TinyAgent app, a README that says which prompt the model expects, a report and a model card.
 """
 
 from __future__ import annotations
@@ -12,11 +12,21 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jinja2
+from huggingface_hub import ModelCardData
+
+from tinyagent_fast.config import Config, dump_config
+from tinyagent_fast.export.gates import Gate
+from tinyagent_fast.export.settings import QUANT_NAMES
 from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, plan_grammar
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
 from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
-from tinyagent_fast.runs import write_text
+from tinyagent_fast.runs import Run, write_text
+
+CARD = "MODEL_CARD.md"
+"""Publishing sends it along as the repository's README."""
 
 _EXCERPT_CHARS = 300
 
@@ -38,13 +48,13 @@ class CompanionFacts:
     tokenizer_folder: str
     """Relative to the export's folder."""
     tools: Mapping[str, Tool] | None
-    """Tools of the grammar; none stands for TinyAgent's own."""
+    """Tools of the grammar; None stands for TinyAgent's own."""
     example_prompt: str
     """One rendered prompt, without BOS."""
 
 
 def write_companions(folder: Path, facts: CompanionFacts) -> list[Path]:
-    """Write the companions of an export.
+    """Write what other programs need to serve the model as it was trained.
 
     Args:
         folder: The export's folder.
@@ -54,21 +64,29 @@ def write_companions(folder: Path, facts: CompanionFacts) -> list[Path]:
         The files. There is no Modelfile for the `chat` format: Ollama has templates of another
         language, and the base's own cannot be translated.
     """
-    tools = TINYAGENT if facts.tools is None else facts.tools
+    plain = facts.prompt_format != "chat"
+    context = {
+        **vars(facts),
+        "both": render_prompt("{system}", "{user}", facts.prompt_format) if plain else None,
+        "alone": render_prompt(None, "{user}", facts.prompt_format) if plain else None,
+        "ollama_template": go_template(facts.prompt_format) if plain else None,
+        # Ollama allows nothing else in a name.
+        "ollama_name": re.sub(r"[^A-Za-z0-9_.-]+", "-", facts.name).strip("-._") or "planner",
+        "excerpt_chars": _EXCERPT_CHARS,
+        "max_text_units": MAX_TEXT_UNITS,
+    }
     texts = {
-        "README.md": _readme(facts),
-        "llama-server.sh": _llama_server(facts),
-        "plan.gbnf": plan_grammar(tools),
+        "README.md": _render("README.md", context),
+        "llama-server.sh": _render("llama-server.sh", context),
+        "plan.gbnf": plan_grammar(TINYAGENT if facts.tools is None else facts.tools),
         "Configuration.json": json.dumps(_app_keys(folder, facts), indent=2) + "\n",
     }
-    if facts.prompt_format != "chat":
-        texts["Modelfile"] = _modelfile(facts)
-    paths = []
+    if plain:
+        texts["Modelfile"] = _render("Modelfile", context)
     for name, text in texts.items():
         write_text(folder / name, text)
-        paths.append(folder / name)
     (folder / "llama-server.sh").chmod(0o755)
-    return paths
+    return [folder / name for name in texts]
 
 
 def go_template(prompt_format: PromptFormat) -> str:
@@ -88,40 +106,6 @@ def go_template(prompt_format: PromptFormat) -> str:
     return f"{{{{ if .System }}}}{both}{{{{ else }}}}{alone}{{{{ end }}}}{{{{ .Response }}}}"
 
 
-def _modelfile(facts: CompanionFacts) -> str:
-    # Versions of Ollama before August 2026 penalise repetition unless told not to.
-    return f"""\
-# ollama create {_ollama_name(facts.name)} -f Modelfile
-FROM ./{facts.recommended_gguf}
-TEMPLATE \"\"\"{go_template(facts.prompt_format)}\"\"\"
-PARAMETER stop "{facts.stop}"
-PARAMETER temperature 0
-PARAMETER repeat_penalty 1
-PARAMETER num_ctx {facts.context_tokens}
-"""
-
-
-def _ollama_name(name: str) -> str:
-    """Leave out what Ollama allows in no name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "planner"
-
-
-def _llama_server(facts: CompanionFacts) -> str:
-    return f"""\
-#!/bin/sh
-# Serves the planner at http://127.0.0.1:{facts.port}/v1. Further flags are passed on.
-# SLOTS=4 answers four requests at a time, each with {facts.context_tokens} tokens of context.
-# MODEL=other.gguf serves another file.
-set -eu
-cd "$(dirname "$0")"
-SLOTS="${{SLOTS:-1}}"
-[ -n "${{MODEL:-}}" ] || MODEL={shlex.quote(facts.recommended_gguf)}
-exec llama-server -m "$MODEL" --alias {shlex.quote(facts.name)} --jinja \\
-  -c "$(({facts.context_tokens} * SLOTS))" -np "$SLOTS" \\
-  --host 127.0.0.1 --port "${{PORT:-{facts.port}}}" --temp 0 --repeat-penalty 1 "$@"
-"""
-
-
 def _app_keys(folder: Path, facts: CompanionFacts) -> dict[str, str]:
     """Name the TinyAgent app's keys; it takes the length of each value, so all are texts.
 
@@ -136,149 +120,94 @@ def _app_keys(folder: Path, facts: CompanionFacts) -> dict[str, str]:
     }
 
 
-def _readme(facts: CompanionFacts) -> str:
-    return "\n".join(
-        [_about(facts), _prompt(facts), _serving(facts), _grammar_section(facts), _app(facts)]
+def export_report(content: Mapping[str, Any]) -> str:
+    """Write what was made, what it is worth, and every gate with its figures.
+
+    Args:
+        content: What export.json holds.
+
+    Returns:
+        Markdown.
+    """
+    gates = [Gate(**gate) for gate in content["gates"]]
+    success = content.get("success_on_validation", {})
+    return _render("report.md", {**content, "gates": gates, "success_on_validation": success})
+
+
+def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
+    """Write what the model is, what it was made from, what was measured, and its limits.
+
+    Args:
+        run: The run; its evaluations are quoted.
+        config: Its config.
+        content: What export.json holds.
+
+    Returns:
+        Markdown with the hub's YAML header.
+    """
+    base = str(content["base"])
+    on_hub = "/" in base and not base.startswith((".", "/"))
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if on_hub else None,
+        tags=["planner", "function-calling", "lora", "gguf", "tinyagent"],
     )
+    success = content.get("success_on_validation", {})
+    made = {a["quant"] for a in content["artefacts"] if a["kind"] == "gguf"}
+    data = _read(run.path / "data.json")
+    context = {
+        **content,
+        "header": header.to_yaml(),
+        "config": config,
+        "config_text": dump_config(config).strip(),
+        "generated": config.data.train is None,
+        "data_sha256": data.get("train_file", {}).get("sha256", "unknown"),
+        "data_rows": data.get("examples", {}).get("train", "unknown"),
+        "unmeasured": sorted(
+            made - set(success), key=lambda name: QUANT_NAMES.index(name.partition("-")[0])
+        ),
+        "measured": [
+            *_evaluations(run),
+            *(
+                (f"{name}, {found['total']} validation queries, llama.cpp", found["text"])
+                for name, found in success.items()
+            ),
+        ],
+    }
+    return _render("MODEL_CARD.md", context)
 
 
-def _about(facts: CompanionFacts) -> str:
-    rows = []
-    for path in facts.gguf_files:
-        rows.append(f"- `{path}`" + (" (recommended)" if path == facts.recommended_gguf else ""))
-    files = "\n".join(rows)
-    return f"""\
-# {facts.name}
+def _evaluations(run: Run) -> list[tuple[str, str]]:
+    """Quote the run's own evaluations on test queries."""
+    folders = {
+        "base model, test queries": run.path / "test" / "before",
+        "adapter, test queries, after training": run.path / "test" / "after",
+        "adapter, test queries": run.evaluation,
+    }
+    found = []
+    for what, folder in folders.items():
+        success = _read(folder / "metrics.json").get("success")
+        if success:
+            low, high = success["interval_95"]
+            figure = f"{100 * success['share']:.1f} % ({100 * low:.1f} - {100 * high:.1f})"
+            found.append((f"{what}, n = {success['total']}", figure))
+    return found
 
-A planner: for a request it writes a plan of function calls, one a line, and ends it with `join()`.
-`export.json` says from what it was made, and which checks it passed.
 
-{files}
-- `{facts.tokenizer_folder}/`: the same weights for transformers and vLLM, with the tokenizer
-"""
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
 
 
-def _prompt(facts: CompanionFacts) -> str:
-    lines = [
-        "## Prompt\n",
-        f"The format is `{facts.prompt_format}`. The chat template in the files writes it: send a "
-        "system and a user\nmessage, or a user message alone, and nothing around them.\n",
-    ]
-    if facts.prompt_format != "chat":
-        both = render_prompt("{system}", "{user}", facts.prompt_format)
-        alone = render_prompt(None, "{user}", facts.prompt_format)
-        lines += [
-            "Byte by byte, as Python strings:\n",
-            f"```python\nwith_system = {both!r}\nwithout_system = {alone!r}\n```\n",
-        ]
-    return "\n".join(
-        [
-            *lines,
-            f"- Stop string: `{facts.stop}`, as plain text. Stop there: what follows is no plan.",
-            "- BOS comes exactly once, if the tokenizer has one. llama.cpp, Ollama and LM Studio "
-            "put it in front\n  of what the GGUF's template writes; the template in "
-            f"`{facts.tokenizer_folder}/` writes it itself. A prompt\n  that you render by hand "
-            "must not begin with the text of BOS.",
-            "- Sampling: temperature 0, no repetition penalty. A plan repeats names and "
-            "references, and a penalty\n  changes them.",
-            "- llama.cpp reads a special token, such as `</s>`, wherever a request has its text. "
-            "Training never\n  did: remove it from requests.\n",
-            _example(facts.example_prompt),
-        ]
+def _render(name: str, context: Mapping[str, Any]) -> str:
+    # Markdown and shell scripts, so nothing is escaped for HTML; `shell` and `python` quote.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tinyagent_fast.export"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-
-
-def _example(prompt: str) -> str:
-    """Show a prompt, or its two ends where it is long, saying so."""
-    if len(prompt) <= 2 * _EXCERPT_CHARS:
-        return f"An example:\n\n```python\n{prompt!r}\n```\n"
-    ends = (prompt[:_EXCERPT_CHARS], prompt[-_EXCERPT_CHARS:])
-    return (
-        f"An example of {len(prompt):,} characters, its first and its last {_EXCERPT_CHARS}:\n\n"
-        f"```python\n{ends[0]!r}\n...\n{ends[1]!r}\n```\n"
-    )
-
-
-def _serving(facts: CompanionFacts) -> str:
-    name, context = facts.name, facts.context_tokens
-    ollama = f"""\
-**Ollama**
-
-```bash
-ollama create {_ollama_name(name)} -f Modelfile
-```
-
-The `Modelfile` has the prompt format in Ollama's own template language, for one request at a time:
-no earlier turns. It cannot tell an empty system text from none.
-"""
-    if facts.prompt_format == "chat":
-        ollama = """\
-**Ollama**: there is no `Modelfile`. Ollama has a template language of its own, and the base model's
-template cannot be translated; render prompts yourself and send them with `"raw": true`.
-"""
-    return f"""\
-## Serving
-
-A prompt with many tools and examples has thousands of tokens: give {context} tokens of context.
-
-**llama.cpp**, on port {facts.port}:
-
-```bash
-./llama-server.sh
-curl http://127.0.0.1:{facts.port}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
-  "messages": [{{"role": "system", "content": "..."}}, {{"role": "user", "content": "..."}}],
-  "temperature": 0, "stop": ["{facts.stop}"]}}'
-```
-
-{ollama}
-**LM Studio**: `lms import -c {shlex.quote(facts.recommended_gguf)}`. It renders the template in the
-file. Set context length {context}, temperature 0, repeat penalty off, and the stop string.
-
-**vLLM**, on a GPU:
-
-```bash
-vllm serve {facts.tokenizer_folder} --served-model-name {shlex.quote(name)} \
---max-model-len {context} --port {facts.port}
-```
-"""
-
-
-def _grammar_section(facts: CompanionFacts) -> str:
-    return f"""\
-## Grammar
-
-`plan.gbnf` lets llama.cpp write nothing but plans: lines numbered from 1, each call with the number
-and kinds of arguments of its tool, references to earlier lines only, `join()` and `{facts.stop}` at
-the end. Send it with a request for a plan, and not with other requests, such as the joiner's:
-
-```python
-import json, urllib.request
-
-body = {{
-    "messages": [{{"role": "system", "content": "..."}}, {{"role": "user", "content": "..."}}],
-    "temperature": 0,
-    "stop": ["{facts.stop}"],
-    "grammar": open("plan.gbnf", encoding="utf-8").read(),
-}}
-request = urllib.request.Request(
-    "http://127.0.0.1:{facts.port}/v1/chat/completions",
-    json.dumps(body).encode(),
-    {{"Content-Type": "application/json"}},
-)
-print(json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"])
-```
-
-A text in a plan has up to {MAX_TEXT_UNITS} characters, and `$` before a digit only as a reference.
-A plan that is cut by a limit of tokens is not whole, with a grammar or without.
-"""
-
-
-def _app(facts: CompanionFacts) -> str:
-    return f"""\
-## TinyAgent app
-
-Start `./llama-server.sh`, then put the keys of `Configuration.json` into the app's own file of that
-name, in its folder under `Library/Application Support/TinyAgent`, and leave its other keys as they
-are. `localTokenizerNameOrPath` is the full path of `{facts.tokenizer_folder}/`: change it when you
-move this folder. The app sends the stop string and temperature 0 itself.
-"""
+    environment.filters |= {"shell": shlex.quote, "python": repr}
+    return environment.get_template(f"{name}.j2").render(context)

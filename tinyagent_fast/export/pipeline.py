@@ -11,9 +11,14 @@ from typing import Any
 
 from tinyagent_fast import __version__
 from tinyagent_fast.errors import GateError
-from tinyagent_fast.export.card import CARD, model_card
 from tinyagent_fast.export.chat_template import chat_template
-from tinyagent_fast.export.companions import CompanionFacts, write_companions
+from tinyagent_fast.export.companions import (
+    CARD,
+    CompanionFacts,
+    export_report,
+    model_card,
+    write_companions,
+)
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.gates import Gate, success_gate
 from tinyagent_fast.export.importance import (
@@ -30,7 +35,6 @@ from tinyagent_fast.export.record import (
     sha256_of,
 )
 from tinyagent_fast.export.reference import encode, reference_model
-from tinyagent_fast.export.report import export_report
 from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt

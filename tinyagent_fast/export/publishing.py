@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.errors import ConfigError, GateError, ModelError
-from tinyagent_fast.export.card import CARD
+from tinyagent_fast.export.companions import CARD
 
 _COMPANIONS = ("Modelfile", "llama-server.sh", "plan.gbnf", "export.json", "report.md")
 

@@ -1,7 +1,8 @@
 """Tokenizer files of a model folder to the vocabulary of a GGUF, such that the ids stay the same.
 
 Whatever llama.cpp could not reproduce is refused here with its reason: a model that is served with
-other ids than it was trained on does not fail, it only gets worse.
+other ids than it was trained on does not fail, it only gets worse. The vocabularies of the gguf
+package check nothing of this, and give a tokenizer.json one score for all tokens.
 """
 
 from __future__ import annotations
@@ -11,22 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gguf import TokenType
+from tokenizers.pre_tokenizers import ByteLevel
+
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.checkpoints import read_json
-from tinyagent_fast.export.tokenizer_files import (
-    added_tokens,
-    byte_characters,
-    merge_pairs,
-    space_prefix,
-    special_names,
-    split_pattern,
-    steps,
-)
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Token types of the GGUF format; llama.cpp always finds USER_DEFINED ones in a text, and CONTROL
-ones only where it is told to read special tokens."""
-
+_SPACE = "\u2581"
 _BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))
 _ADDED_SCORE = -1000.0
 _METASPACE = (
@@ -151,7 +143,7 @@ def _read_sentencepiece(path: Path, pieces: _Pieces) -> bool:
     if proto.trainer_spec.model_type != 2 or not plain:
         raise _other_ids(path.parent, "tokenizer.model is no BPE model, or it normalises text")
     for index, piece in enumerate(proto.pieces):
-        if piece.type == USER_DEFINED:
+        if piece.type == TokenType.USER_DEFINED:
             raise _other_ids(path.parent, f"{piece.piece!r} is looked for before it merges")
         pieces.put(index, piece.piece, piece.score, piece.type)
     return bool(normal.add_dummy_prefix)
@@ -160,11 +152,11 @@ def _read_sentencepiece(path: Path, pieces: _Pieces) -> bool:
 def _from_llama_json(folder: Path, file: Mapping[str, Any], embedding_rows: int) -> GgufVocabulary:
     """Take a tokenizer.json that is a converted SentencePiece BPE model with byte fallback."""
     pieces = _Pieces()
-    prefix = space_prefix(file)
+    prefix = _space_prefix(file)
     if prefix is None:
         raise _other_ids(folder, "its normaliser or pre-tokenizer changes text in an unknown way")
     notes = (_METASPACE,) if prefix and file.get("pre_tokenizer") else ()
-    added = added_tokens(folder, file)
+    added = _added_tokens(folder, file)
     vocab: dict[str, int] = file["model"]["vocab"]
     if absent := _BYTE_TOKENS - vocab.keys():
         raise _other_ids(folder, f"{len(absent)} of the 256 byte tokens are missing")
@@ -172,13 +164,13 @@ def _from_llama_json(folder: Path, file: Mapping[str, Any], embedding_rows: int)
         model_prefix = _read_sentencepiece(folder / "tokenizer.model", pieces)
         _check_agreement(folder, vocab, added, pieces, same_prefix=model_prefix == prefix)
     else:
-        _rebuild_scores(folder, vocab, merge_pairs(file), {t["content"] for t in added}, pieces)
+        _rebuild_scores(folder, vocab, _merge_pairs(file), {t["content"] for t in added}, pieces)
     if hidden := [t["content"] for t in added if t.get("normalized") and not t["special"]]:
         raise _other_ids(folder, f"its added token {hidden[0]!r} is sought in normalised text")
     _put_added(folder, added, pieces)
-    names = special_names(folder)
+    names = _special_names(folder)
     if (unk := vocab.get(names["unk"] or "")) is not None:
-        pieces.types[unk] = UNKNOWN
+        pieces.types[unk] = TokenType.UNKNOWN
     return _finish(
         folder, pieces, names, embedding_rows, model="llama", add_space_prefix=prefix, notes=notes
     )
@@ -226,9 +218,9 @@ def _rebuild_scores(
         last = token
     listed = set(merges)
     for token, index in vocab.items():
-        kind = BYTE if token in _BYTE_TOKENS else NORMAL
+        kind = TokenType.BYTE if token in _BYTE_TOKENS else TokenType.NORMAL
         pieces.put(index, token, -float(rank.get(token, len(merges))), kind)
-        if kind == BYTE or token in added:
+        if kind == TokenType.BYTE or token in added:
             continue
         for cut in range(1, len(token)):
             pair = (token[:cut], token[cut:])
@@ -242,36 +234,36 @@ def _from_byte_level_json(
     """Take a tokenizer.json that is a byte-level BPE, as GPT-2's, Llama 3's or our own."""
     model = file["model"]
     pre = _pre_tokenizer_name(folder, file)
-    normal = [step["type"] for step in steps(file.get("normalizer"))]
+    normal = [step["type"] for step in _steps(file.get("normalizer"))]
     if normal not in ([], ["NFC"]):
         raise _other_ids(folder, f"its text is normalised ({', '.join(normal)})")
     notes = ("text that is not in NFC gets other ids in llama.cpp",) if normal else ()
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _other_ids(folder, "its tokens are marked at the beginning or end of words")
-    if absent := [char for char in byte_characters() if char not in model["vocab"]]:
+    if absent := [char for char in ByteLevel.alphabet() if char not in model["vocab"]]:
         raise _other_ids(folder, f"{len(absent)} of the 256 bytes have no token")
     pieces = _Pieces()
     for token, index in model["vocab"].items():
-        pieces.put(index, token, 0.0, NORMAL)
-    _put_added(folder, added_tokens(folder, file), pieces)
+        pieces.put(index, token, 0.0, TokenType.NORMAL)
+    _put_added(folder, _added_tokens(folder, file), pieces)
     return _finish(
         folder,
         pieces,
-        special_names(folder),
+        _special_names(folder),
         embedding_rows,
         model="gpt2",
         pre=pre,
-        merges=[" ".join(pair) for pair in merge_pairs(file)],
+        merges=[" ".join(pair) for pair in _merge_pairs(file)],
         notes=notes,
     )
 
 
 def _pre_tokenizer_name(folder: Path, file: Mapping[str, Any]) -> str:
     """Find the name under which llama.cpp cuts text into words as this tokenizer does."""
-    *cuts, last = steps(file.get("pre_tokenizer")) or [{"type": None}]
+    *cuts, last = _steps(file.get("pre_tokenizer")) or [{"type": None}]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         raise _other_ids(folder, "it is no byte-level BPE, or it puts a space before text")
-    patterns = [split_pattern(step) for step in cuts]
+    patterns = [_split_pattern(step) for step in cuts]
     if last.get("use_regex", True):
         patterns.append(_GPT_2)
     ignore_merges = bool(file["model"].get("ignore_merges"))
@@ -286,13 +278,16 @@ def _pre_tokenizer_name(folder: Path, file: Mapping[str, Any]) -> str:
 
 
 def _put_added(folder: Path, added: Iterable[Mapping[str, Any]], pieces: _Pieces) -> None:
-    """Enter added tokens as what llama.cpp looks for in a text before it merges."""
+    """Enter added tokens, which llama.cpp looks for in a text before it merges.
+
+    It finds CONTROL ones only where it is told to read special tokens.
+    """
     for token in added:
         special = bool(token.get("special"))
         bounded = [k for k in ("lstrip", "rstrip", "single_word") if token.get(k)]
         if bounded and not special:
             raise _other_ids(folder, f"its added token {token['content']!r} has {bounded[0]}")
-        kind = CONTROL if special else USER_DEFINED
+        kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
         pieces.put(token["id"], token["content"], _ADDED_SCORE, kind)
 
 
@@ -318,7 +313,7 @@ def _finish(
         )
     gaps = [index for index in range(embedding_rows) if index not in pieces.tokens]
     for index in gaps:
-        pieces.put(index, f"[PAD{index}]", _ADDED_SCORE, UNUSED)
+        pieces.put(index, f"[PAD{index}]", _ADDED_SCORE, TokenType.UNUSED)
     if gaps:
         notes += (f"{len(gaps)} embedding rows have no token and are named [PADn]",)
     ids = {token: index for index, token in pieces.tokens.items()}
@@ -347,3 +342,67 @@ def _finish(
         add_space_prefix=add_space_prefix,
         notes=notes,
     )
+
+
+# What several versions of transformers and tokenizers spell in several ways.
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """List the steps of a normaliser or pre-tokenizer, whether it is a sequence or not."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return list(part.get("normalizers") or part.get("pretokenizers") or [])
+    return [part]
+
+
+def _space_prefix(file: Mapping[str, Any]) -> bool | None:
+    """Read whether a Llama tokenizer puts a space before text; None if it does other things too."""
+    changes, cuts = _steps(file.get("normalizer")), _steps(file.get("pre_tokenizer"))
+    kinds = [step["type"] for step in changes + cuts]
+    if kinds == ["Metaspace"] and cuts and cuts[0].get("split") is False:
+        return bool(cuts[0].get("prepend_scheme", "always") != "never")
+    to_space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if cuts or to_space not in changes:
+        return None
+    others = [step for step in changes if step != to_space]
+    if others not in ([], [{"type": "Prepend", "prepend": _SPACE}]):
+        return None
+    return bool(others)
+
+
+def _split_pattern(step: Mapping[str, Any]) -> str | None:
+    """Read the pattern of a step that cuts text into words and keeps all of it; else None."""
+    keeps = (step.get("behavior"), step.get("invert")) in (("Isolated", False), ("Removed", True))
+    if step["type"] != "Split" or not keeps:
+        return None
+    pattern: str | None = step["pattern"].get("Regex")
+    return pattern
+
+
+def _merge_pairs(file: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Read merges by rank: pairs, or texts with a space between in files before 2024."""
+    merges = (m.split(" ", 1) if isinstance(m, str) else m for m in file["model"]["merges"])
+    return [(left, right) for left, right in merges]
+
+
+def _added_tokens(folder: Path, file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """List added tokens with their `id`: of tokenizer.json, and of tokenizer_config.json alone."""
+    added: dict[int, Mapping[str, Any]] = {t["id"]: t for t in file.get("added_tokens", [])}
+    config = folder / "tokenizer_config.json"
+    if config.exists():
+        for index, token in read_json(config).get("added_tokens_decoder", {}).items():
+            added.setdefault(int(index), token)
+    return [{**token, "id": index} for index, token in sorted(added.items())]
+
+
+def _special_names(folder: Path) -> dict[str, str | None]:
+    """Read the texts of the special tokens as transformers does; None where there is none."""
+    names: dict[str, str | None] = dict.fromkeys(("bos", "eos", "unk", "pad"))
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings = read_json(folder / file) if (folder / file).exists() else {}
+        for name, before in names.items():
+            token = settings.get(f"{name}_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            names[name] = text or before
+    return names
