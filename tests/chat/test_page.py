@@ -22,9 +22,9 @@ PLAN = [
     "5. fly()\n",
     "6. join()",
 ]
-NODES = "return [...document.querySelectorAll('#graph .node')].map((n) => n.dataset.step)"
+NODES = "return [...document.querySelectorAll('#graph .step')].map((n) => n.dataset.step)"
 OVERLAPS = """
-const nodes = [...document.querySelectorAll('#graph .node rect')];
+const nodes = [...document.querySelectorAll('#graph .step rect')];
 const boxes = nodes.map((node) => node.getBoundingClientRect());
 return boxes.some((a, i) => boxes.some((b, j) => i < j
   && a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom));
@@ -35,6 +35,11 @@ return [...document.querySelectorAll('#graph rect, #graph path')].some((n) => {
   const box = n.getBoundingClientRect();
   return box.left < page.left - 1 || box.right > page.right + 1 || box.bottom > page.bottom + 1;
 });
+"""
+
+LETTERS = """
+const texts = [...document.querySelectorAll('#graph text')];
+return Math.min(...texts.map((text) => text.getBoundingClientRect().height));
 """
 
 
@@ -88,7 +93,6 @@ def test_a_typed_request_becomes_a_plan_and_its_graph(page: Chrome, writer: Scri
         "return [...document.querySelectorAll('#graph .edge')].map((e) => e.dataset.edge)"
     )
     assert edges == ["0-2", "0-3", "1-2", "2-3"]
-    assert "join()" in text_of(page, "graph")
     assert "there is no tool fly" in text_of(page, "problems")
     assert page.execute_script("return document.querySelectorAll('#graph .faulty').length") == 1
 
@@ -137,7 +141,8 @@ def test_calls_never_overlap_and_nothing_is_cut_at_any_width(
     assert browser.execute_script("return innerWidth") == width
     assert not browser.execute_script(OVERLAPS)
     assert not browser.execute_script(OUTSIDE)
-    assert browser.execute_script("return document.querySelector('#graph svg').clientWidth") < width
+    assert browser.execute_script(LETTERS) >= 9
+    assert browser.execute_script("return document.getElementById('graph').clientWidth") < width
 
 
 def test_dark_and_light_differ_and_both_can_be_read(page: Chrome) -> None:

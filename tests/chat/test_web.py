@@ -72,8 +72,9 @@ def test_a_request_is_answered_piece_by_piece_with_its_graph_and_its_cost(
     found = events(ask(server, "POST", "/plan", {"request": " go "}))
     assert writer.asked == [("tools", "Q: go")]
     assert [piece["text"] for piece in of_kind(found, "piece")] == PLAN
-    assert [len(view["steps"]) for view in of_kind(found, "view")] == [1, 2, 2]
-    assert of_kind(found, "view")[-1]["edges"] == [[0, 1]]
+    drawings = [drawing["svg"] for drawing in of_kind(found, "drawing")]
+    assert [svg.count("data-step=") for svg in drawings] == [1, 2, 2]
+    assert 'data-edge="0-1"' in drawings[-1]
     (done,) = of_kind(found, "done")
     assert done["plan"] == "".join(PLAN)
     assert done["new_tokens"] == 4

@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinyagent_fast.chat.planners import Planner, PlanStream
 from tinyagent_fast.errors import ConfigError, UserError
+from tinyagent_fast.plans.drawing import PlanDrawing
 
 MAX_REQUEST_CHARS = 20_000
 MAX_WAITING = 16
@@ -232,7 +233,7 @@ class PlannerServer:
                     say("piece", {"text": piece})
                     if "\n" in piece and (view := stream.view()) != shown:
                         shown = view
-                        say("view", view.to_json())
+                        say("drawing", _shown(view))
         except UserError as error:
             say("failed", {"message": str(error)})
             return
@@ -241,7 +242,7 @@ class PlannerServer:
             say("failed", {"message": "this is a bug; the terminal has the details"})
             return
         assert stream.ending is not None
-        say("view", stream.view().to_json())
+        say("drawing", _shown(stream.view()))
         ending = {**asdict(stream.ending), "sentence": stream.ending.sentence()}
         say("done", {"plan": stream.text, **ending})
 
@@ -270,6 +271,11 @@ class _Events:
             await self._answer(send)
             await send({"type": "http.response.body", "body": b""})
             tasks.cancel_scope.cancel()
+
+
+def _shown(drawing: PlanDrawing) -> dict[str, Any]:
+    of_steps = (f"{s.number}. {s.tool}: {problem}" for s in drawing.steps for problem in s.problems)
+    return {"svg": drawing.to_svg("Graph of the plan"), "problems": [*drawing.problems, *of_steps]}
 
 
 async def _tell(send: Send, name: str, value: Mapping[str, Any]) -> None:
