@@ -32,7 +32,7 @@ from tinyagent_fast.data.reading import read_entries
 from tinyagent_fast.data.schema import Entry, entry_from_json
 from tinyagent_fast.data.splits import leak_report, normalise_query
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.reference import reference_success
+from tinyagent_fast.evaluation.reference import reference_scores
 from tinyagent_fast.evaluation.scoring import score_pair
 from tinyagent_fast.plans.grammar import Plan, parse_joiner, parse_plan, reference_uses
 from tinyagent_fast.plans.graph import plan_dag
@@ -166,7 +166,7 @@ def test_every_plan_is_right_by_the_strict_grammar_and_by_the_published_metric(
         plan = parse_plan(text)
         assert [step.number for step in plan.steps] == list(range(1, len(plan.steps) + 1))
         assert plan.steps[-1].tool == JOIN
-        assert reference_success(text, text) == 1.0
+        assert reference_scores(text, text).success == 1.0
         score = score_pair(text, text)
         assert (score.success, score.success_dag, score.problems) == (True, True, ())
         assert score.label_problems == ()
@@ -319,7 +319,7 @@ def test_the_examples_of_a_full_prompt_are_right_and_give_no_answer_away(full: G
             examples = examples_in(entry.examples[0].system or "")
             assert len(examples) == 5
             for question, plan in examples:
-                assert reference_success(plan, plan) == 1.0
+                assert reference_scores(plan, plan).success == 1.0
                 assert normalise_query(question) not in forbidden | {normalise_query(entry.query)}
 
 
@@ -399,7 +399,7 @@ def test_any_words_of_a_user_give_entries_that_read_and_score_right(words: list[
     tools = {"ring": small_catalogue("x").tools[0].plan_tool()}
     for entry in some_entries(small_catalogue(*words), 3):
         text = entry.examples[0].output
-        assert reference_success(text, text, tools) == 1.0
+        assert reference_scores(text, text, tools).success == 1.0
         assert score_pair(text, text, tools).label_problems == ()
         asked = [step.arguments[0] for step in parse_plan(text).steps[:-1]]
         assert set(asked) <= set(words)

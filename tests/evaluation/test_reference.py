@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.evaluation.reference import (
     reference_scores,
-    reference_success,
-    reference_tool_recall,
 )
 
 LABEL = """\
@@ -69,7 +67,7 @@ def change(old: str, new: str) -> str:
 def test_the_known_verdicts_on_one_label(prediction: str, success: int) -> None:
     scores = reference_scores(LABEL, prediction)
     assert scores.success == success
-    assert reference_success(LABEL, prediction) == success
+    assert reference_scores(LABEL, prediction).success == success
     assert scores.label_error is None
     if '"Si\n' not in prediction:
         assert scores.prediction_error is None
@@ -174,15 +172,15 @@ def test_a_prediction_on_which_the_original_fails_is_no_success(
     ],
 )
 def test_peculiarities_of_the_original_are_kept(label: str, prediction: str, success: int) -> None:
-    assert reference_success(label, prediction) == success
+    assert reference_scores(label, prediction).success == success
 
 
 def test_tool_recall_is_the_share_of_distinct_tools_join_included() -> None:
-    assert reference_tool_recall(LABEL, LABEL) == 1
-    assert reference_tool_recall(LABEL, '1. get_email_address("a")') == pytest.approx(1 / 3)
-    assert reference_tool_recall(LABEL, "1. join()") == pytest.approx(1 / 3)
-    assert reference_tool_recall(LABEL, "1. look()\n2. join()") == 0
-    assert reference_tool_recall("", LABEL) == 0
+    assert reference_scores(LABEL, LABEL).tool_recall == 1
+    assert reference_scores(LABEL, '1. get_email_address("a")').tool_recall == pytest.approx(1 / 3)
+    assert reference_scores(LABEL, "1. join()").tool_recall == pytest.approx(1 / 3)
+    assert reference_scores(LABEL, "1. look()\n2. join()").tool_recall == 0
+    assert reference_scores("", LABEL).tool_recall == 0
 
 
 def test_a_label_at_fault_is_told_apart() -> None:
@@ -194,10 +192,10 @@ def test_tools_of_a_dataset_of_its_own_are_known_when_given() -> None:
     plan = '1. look("a")\n2. open_note("$1")\n3. join()'
     other = "1. open_note()\n2. look()\n3. join()"
     known = {"look", "open_note"}
-    assert reference_success(plan, plan.replace('"a"', '"b"'), known) == 1
-    assert reference_success(plan, other, known) == 0
-    assert reference_tool_recall(plan, "1. look()", known) == pytest.approx(1 / 3)
-    assert reference_tool_recall(plan, "1. look()") == 0
+    assert reference_scores(plan, plan.replace('"a"', '"b"'), known).success == 1
+    assert reference_scores(plan, other, known).success == 0
+    assert reference_scores(plan, "1. look()", known).tool_recall == pytest.approx(1 / 3)
+    assert reference_scores(plan, "1. look()").tool_recall == 0
 
 
 def test_odd_escapes_count_the_same_when_warnings_are_errors() -> None:
@@ -205,7 +203,7 @@ def test_odd_escapes_count_the_same_when_warnings_are_errors() -> None:
     wanted = '1. open_note("a")\n2. send_sms("$1", "$1")\n3. join()'
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert reference_success(wanted, plan) == 1
+        assert reference_scores(wanted, plan).success == 1
 
 
 @given(
@@ -213,7 +211,7 @@ def test_odd_escapes_count_the_same_when_warnings_are_errors() -> None:
 )
 def test_no_text_makes_the_metric_raise(parts: list[str]) -> None:
     text = "".join(parts)
-    assert reference_success(text, text) in (0, 1)
+    assert reference_scores(text, text).success in (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -228,22 +226,30 @@ def test_no_text_makes_the_metric_raise(parts: list[str]) -> None:
 )
 def test_degenerate_output_is_read_in_linear_time(text: str) -> None:
     start = time.process_time()
-    assert reference_success(LABEL, text) == 0
+    assert reference_scores(LABEL, text).success == 0
     assert time.process_time() - start < 2
 
 
 def test_repeated_dependencies_do_not_multiply_the_work() -> None:
     lines = [f'{n}. open_note("${n - 1}", "${n - 1}")' for n in range(2, 200)]
     plan = "\n".join(['1. open_note("a", "")', *lines, "200. join()"])
-    assert reference_success(plan, plan) == 1
+    assert reference_scores(plan, plan).success == 1
 
 
-def test_every_recorded_score_of_the_original_is_reproduced() -> None:
-    folder = os.environ.get("TINYAGENT_FAST_REAL_DATA")
-    if not folder:
-        pytest.skip("set TINYAGENT_FAST_REAL_DATA to the folder with metric_vectors.json")
-    vectors = json.loads((Path(folder) / "metric_vectors.json").read_text(encoding="utf-8"))
-    assert len(vectors) >= 1000
+OWN_VECTORS = Path(__file__).with_name("own_metric_vectors.json")
+"""Pairs made from generated plans by planting mistakes, scored by the published metric's code."""
+
+
+@pytest.mark.parametrize("source", ["own", "real"])
+def test_scores_are_those_of_the_original_code(source: str) -> None:
+    path, folder = OWN_VECTORS, os.environ.get("TINYAGENT_FAST_REAL_DATA")
+    if source == "real":
+        if not folder:
+            pytest.skip("set TINYAGENT_FAST_REAL_DATA to the folder with metric_vectors.json")
+        path = Path(folder) / "metric_vectors.json"
+    vectors = json.loads(path.read_text(encoding="utf-8"))
+    assert len(vectors) >= 600
+    assert {vector["success"] for vector in vectors} == {0.0, 1.0}
     wrong = []
     for vector in vectors:
         scores = reference_scores(vector["label"], vector["prediction"])

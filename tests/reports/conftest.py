@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.evaluation.scoring import Prediction, StopReason
+from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.inference.engine import StopReason
 from tinyagent_fast.presets import preset_config
 from tinyagent_fast.runs import Run, create_run
 

@@ -1,112 +1,111 @@
-"""Charts: every value lands inside, ticks are round, and what cannot be drawn is counted."""
+"""Charts take their colours from the page, need nothing else, and lose no spike."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tinyagent_fast.reports.svg_plots import (
-    HEIGHT,
-    WIDTH,
-    Axes,
-    Band,
-    Line,
-    line_chart,
-    share_bar,
-    tick_texts,
-    ticks,
+from tinyagent_fast.reports.charts import Chart, Line, run_charts
+from tinyagent_fast.reports.reading import StepRecord, read_run
+from tinyagent_fast.runs import Run
+
+LOSS = Chart(
+    title="Loss",
+    unit="nats per token",
+    log=True,
+    lines=(
+        Line(name="training", points=[(10, 2.0), (20, 0.5), (30, 0.25)]),
+        Line(name="validation", points=[(0, 3.0), (30, 0.3)], second=True, dots=True),
+    ),
+)
+SUCCESS = Chart(
+    title="Success",
+    unit="%",
+    percent=True,
+    lines=(Line(name="success", points=[(0, 20.0), (30, 80.0)], dots=True),),
+    band=[(0, 10.0, 30.0), (30, 70.0, 90.0)],
 )
 
-AXES = Axes(title="Loss", x="step", y="nats")
-finite = st.floats(-1e9, 1e9, allow_nan=False).filter(lambda v: v == 0 or abs(v) > 1e-9)
-points = st.lists(st.tuples(st.integers(0, 10_000).map(float), finite), max_size=30)
+
+def root_of(chart: Chart) -> ET.Element:
+    return ET.fromstring(chart.svg())
 
 
-def drawing(chart: str) -> ET.Element:
-    return ET.fromstring(chart)
+def line_points(chart: Chart, colour: str = "--a") -> list[tuple[float, float]]:
+    """Give the points of the longest path in a colour."""
+    paths = [
+        [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))]
+        for path in root_of(chart).iter("{http://www.w3.org/2000/svg}path")
+        if f"var({colour})" in path.get("style", "")
+    ]
+    return max(paths, key=len)
 
 
-def places(chart: str) -> list[tuple[float, float]]:
-    found = [p.get("d") or "" for p in drawing(chart).iter("path") if "line" in p.get("class", "")]
-    return [(float(x), float(y)) for d in found for x, y in re.findall(r"[ML](\S+) ([^L]+)", d)]
+def test_every_colour_is_the_pages_own() -> None:
+    for chart in (LOSS, SUCCESS):
+        drawing = chart.svg()
+        assert not re.search(r"(fill|stroke): #", drawing)
+        assert "<style" not in drawing
+        assert {"var(--a)", "var(--dim)", "var(--rule)"} <= set(
+            re.findall(r"var\([^)]*\)", drawing)
+        )
 
 
-@given(points, st.booleans())
-def test_every_point_is_drawn_inside_the_chart(given: list[tuple[float, float]], log: bool) -> None:
-    axes = Axes(title="t", x="x", y="y", log_y=log)
-    chart = line_chart(axes, [Line(name="a", points=given, style="a")])
-    usable = [point for point in given if not log or point[1] > 0]
-    drawn = places(chart)
-    assert len(drawn) == len(usable)
-    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in drawn)
+def test_ids_are_referred_to_within_a_chart_and_differ_between_charts() -> None:
+    found = []
+    for chart in (LOSS, replace(LOSS, title="Other")):
+        ids = re.findall(r'id="([^"]+)"', chart.svg())
+        used = re.findall(r'(?:href="|url\()#([^")]+)', chart.svg())
+        assert set(used) <= set(ids)
+        assert len(set(ids)) == len(ids)
+        found.append(set(ids))
+    assert not found[0] & found[1]
 
 
 def test_higher_values_stand_higher_and_later_steps_to_the_right() -> None:
-    line = Line(name="a", points=[(0, 1), (5, 10), (10, 100)], style="a")
-    for axes in (AXES, Axes(title="t", x="x", y="y", log_y=True)):
-        (x0, y0), (x1, y1), (x2, y2) = places(line_chart(axes, [line]))
-        assert x0 < x1 < x2
-        assert y0 > y1 > y2
-        assert (y0 - y1 == pytest.approx(y1 - y2, abs=0.11)) == axes.log_y
+    (x0, y0), (x1, y1), (x2, y2) = line_points(LOSS)
+    assert x0 < x1 < x2
+    assert y0 < y1 < y2
+    assert (y1 - y0) / (y2 - y1) == pytest.approx(2, abs=0.01)  # logarithmic: 4 = 2 x 2
 
 
-def test_values_that_cannot_be_drawn_are_counted() -> None:
-    line = Line(name="a", points=[(0, 1.0), (1, float("nan")), (2, float("inf"))], style="a")
-    assert "2 values cannot be drawn" in line_chart(AXES, [line])
-    assert "nothing recorded" in line_chart(AXES, [Line(name="a", points=[], style="a")])
+def test_a_chart_is_named_for_those_who_cannot_see_it() -> None:
+    name = root_of(LOSS).get("aria-label") or ""
+    assert name == "Loss: training from 2 to 0.25; validation from 3 to 0.3"
+    assert "95 % Wilson interval" in SUCCESS.svg()
 
 
-def test_many_points_are_thinned_but_no_spike_is_lost() -> None:
-    values = [(float(at), 1.0) for at in range(9_000)]
-    values[4_321] = (4_321.0, 7.0)
-    chart = line_chart(AXES, [Line(name="a", points=values, style="a")])
-    drawn = places(chart)
-    assert len(drawn) < 700
-    assert min(y for _, y in drawn) < max(y for _, y in drawn) - 100
-    assert "lowest and the highest" in chart
+def test_of_many_points_no_spike_is_lost_and_the_drawing_stays_small() -> None:
+    values = [(float(at), 1.0 + at % 7 / 10) for at in range(20_000)]
+    values[4_321] = (4_321.0, 30.0)
+    line = Line(name="a", points=values)
+    chart = Chart(title="Speed", unit="tokens/s", lines=(line,))
+    assert len(chart.svg()) < 200_000
+    heights = [y for _, y in line_points(chart)]
+    assert min(heights) < max(heights) - 90
 
 
-def test_a_band_is_filled_and_named() -> None:
-    band = Band(name="interval", points=[(0, 0.0, 1.0), (1, 0.5, 2.0)], style="a")
-    line = Line(name="success", points=[(0, 0.5), (1, 1.0)], style="a", markers=True)
-    chart = line_chart(AXES, [line], band)
-    root = drawing(chart)
-    assert len([p for p in root.iter("path") if p.get("class") == "band a"]) == 1
-    assert len(list(root.iter("circle"))) == 2
-    assert "interval" in chart
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_values_without_a_logarithm_are_left_open(value: float) -> None:
+    line = Line(name="training", points=[(1, 1.0), (2, value), (3, 2.0)])
+    assert "nan" not in replace(LOSS, lines=(line,)).svg().lower()
 
 
-def test_names_are_escaped() -> None:
-    chart = line_chart(
-        Axes(title="<b>", x="<u>", y="&"), [Line(name="</svg>", points=[(0, 1)], style="a")]
-    )
-    assert {"b", "u"}.isdisjoint({one.tag for one in drawing(chart).iter()})
-
-
-@given(finite, st.floats(1e-6, 1e9))
-def test_ticks_are_within_the_axis_and_evenly_spaced(low: float, width: float) -> None:
-    high = low + max(width, abs(low) * 1e-3)
-    found = ticks(low, high)
-    slack = (high - low) * 1e-6
-    assert 1 <= len(found) <= 7
-    assert all(low - slack <= tick <= high + slack for tick in found)
-
-
-def test_tick_texts_are_written_in_one_way() -> None:
-    assert tick_texts([0, 500, 1000]) == ["0", "500", "1,000"]
-    assert tick_texts([0, 0.0005, 0.001]) == ["0", "5e-4", "1e-3"]
-    assert tick_texts([0.2, 0.4]) == ["0.2", "0.4"]
-    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
-
-
-def test_a_share_is_a_bar_with_its_interval() -> None:
-    root = ET.fromstring(share_bar(0.25, (0.1, 0.5)))
-    bar = next(one for one in root.iter("rect") if one.get("class") == "bar")
-    assert bar.get("width") == "25"
-    assert "M10.0 7H50.0" in share_bar(0.25, (0.1, 0.5))
-    assert 'class="bar"' not in share_bar(float("nan"))
-    assert "whisker" not in share_bar(0.5)
+def test_what_was_not_recorded_has_no_chart(full_run: Run, bare_run: Run) -> None:
+    contents = read_run(full_run)
+    titles = [chart.title for chart in run_charts(contents)]
+    assert titles == [
+        "Loss",
+        "Plan success on 4 validation queries",
+        "Learning rate",
+        "Speed",
+        "Memory",
+    ]
+    step = StepRecord(step=1, loss=None, learning_rate=None, tokens_per_s=9.0, memory_gib=None)
+    alone = replace(contents, steps=(step,), validations=())
+    assert [chart.title for chart in run_charts(alone)] == ["Speed"]
+    assert "nan" not in next(run_charts(alone)).svg().lower()
+    assert list(run_charts(replace(contents, steps=(), validations=()))) == []

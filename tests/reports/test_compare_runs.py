@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tinyagent_fast.cli import main
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import Prediction
-from tinyagent_fast.reports.compare_page import chosen_flips, compare_page
-from tinyagent_fast.reports.flips import Flip, FlippedPlans, Planner, flipped_plans
+from tinyagent_fast.reports.flips import Flip, FlippedPlans, Planner, chosen_flips, flipped_plans
+from tinyagent_fast.reports.pages import compare_page
 from tinyagent_fast.runs import Run
 
 ONE = '1. open_note("n", "")\n2. join()'
@@ -98,7 +98,7 @@ def flip(winner: str, at: int) -> Flip:
 )
 def test_shown_flips_come_from_both_sides(of_a: int, of_b: int, shown: tuple[int, int]) -> None:
     flips = [flip("A", at) for at in range(of_a)] + [flip("B", at) for at in range(of_b)]
-    winners = Counter(one.winner for one in chosen_flips(flips))
+    winners = Counter(one.winner for one in chosen_flips(flips, 24))
     assert (winners["A"], winners["B"]) == shown
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from browser import show_as
+from hypothesis import given
+from hypothesis import strategies as st
 from selenium.webdriver import Chrome
 
 from tinyagent_fast.cli import main
-from tinyagent_fast.reports.html import run_page
-from tinyagent_fast.reports.markdown import fenced, plain, run_markdown
-from tinyagent_fast.reports.markup import printable
+from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.plans.drawing import printable
+from tinyagent_fast.reports.flips import Planner, flipped_plans
+from tinyagent_fast.reports.pages import compare_page, fenced, plain, run_markdown, run_page
 from tinyagent_fast.reports.reading import read_run
 from tinyagent_fast.runs import Run
 
@@ -54,7 +57,7 @@ def assert_self_contained(source: str, page: Page) -> None:
         assert not name.startswith("on"), name
         if name in ("href", "src", "srcset", "action", "data", "xlink:href"):
             assert value.startswith("#"), value
-        assert "url(" not in value
+        assert "url(" not in value or value.startswith("url(#"), value
     styles = re.findall(r"<style>(.*?)</style>", source, flags=re.S)
     assert len(styles) == 1
     assert not re.search(r"url\(|@import|http", styles[0])
@@ -81,9 +84,48 @@ def test_the_page_needs_no_network_and_no_script_and_shows_texts_as_they_are(
     source = run_page(read_run(full_run))
     page = Page(source)
     assert_self_contained(source, page)
-    query = '</script><b onclick="x">note & "quotes" `ticks` | pipe \ufffd\n# heading'
+    query = '</script><b onclick="x">note & "quotes" `ticks` | pipe \\u202e\n# heading'
     assert page.words.count(query) >= 7
     assert "b" not in page.tags
+    source.encode("utf-8")
+
+
+TEXTS = st.text(max_size=40) | st.sampled_from(
+    [
+        "</script><b>x",
+        "</title></style><script>alert(1)</script>",
+        "<!--",
+        "]]>",
+        '" onload="x',
+        "&lt;b&gt;",
+        "{{ 1 + 1 }}",
+        '1. <b>("<i>")\n2. join()',
+    ]
+)
+
+
+@given(TEXTS)
+def test_no_text_of_a_model_or_dataset_becomes_markup(value: str) -> None:
+    def planner(name: str, prediction: str) -> Planner:
+        row = Prediction(
+            key="k",
+            query=value,
+            label='1. open_note("n", "")\n2. join()',
+            prediction=prediction,
+            stop_reason="stop",
+            new_tokens=1,
+        )
+        return Planner(name=name, folder=Path("x"), predictions=(row,))
+
+    a, b = planner(f"a{value}", value), planner("b", '1. open_note("n", "")\n2. join()')
+    usual = Page(compare_page(flipped_plans(planner("a", "x"), b, None)))
+    source = compare_page(flipped_plans(a, b, None))
+    page = Page(source)
+    assert_self_contained(source, page)
+    of_drawings = {"g", "rect", "svg", "text", "tspan", "path"}
+    assert {*page.tags} - of_drawings == {*usual.tags} - of_drawings
+    shown = printable(value).replace("\r\n", "\n").replace("\r", "\n")
+    assert shown in page.words or not flipped_plans(a, b, None).flips
     source.encode("utf-8")
 
 
@@ -111,17 +153,10 @@ def test_the_page_has_every_part(full_run: Run) -> None:
     ):
         assert words in page.words, words
     anchors = {value for name, value in page.attributes if name == "id"}
-    links = {value[1:] for name, value in page.attributes if name == "href"}
-    assert links == anchors
+    links = [value[1:] for name, value in page.attributes if name == "href"]
+    assert set(links) <= anchors
+    assert len(set(links)) == len(links) == page.tags.count("h2")
     assert page.tags.count("article") == 8
-
-
-def test_what_was_not_recorded_has_no_chart(full_run: Run) -> None:
-    text = full_run.history_path.read_text().replace("memory_gib", "other")
-    full_run.history_path.write_text(text)
-    page = Page(run_page(read_run(full_run)))
-    assert "Memory" not in page.words
-    assert "Speed" in page.words
 
 
 def test_markdown_has_the_same_figures_and_no_text_breaks_out(full_run: Run) -> None:
@@ -136,10 +171,8 @@ def test_markdown_has_the_same_figures_and_no_text_breaks_out(full_run: Run) -> 
 
 
 def test_a_fence_is_longer_than_any_in_the_text() -> None:
-    lines = list(fenced("a\n````\nb"))
-    assert lines[0] == "`````text"
-    assert lines[2] == "`````"
-    assert next(iter(fenced("a"))) == "```text"
+    assert fenced("a\n````\nb").splitlines()[::4] == ["`````text", "`````"]
+    assert fenced("a").splitlines() == ["```text", "a", "```"]
     assert plain("a\n- b\n\n1. c") == "a - b 1. c"
     assert plain("a_b *c* _d_") == r"a_b \*c\* \_d\_"
 
@@ -165,8 +198,8 @@ def test_texts_that_no_file_can_hold_are_written_with_a_mark(full_run: Run) -> N
     rows[1]["query"] = "lone \ud800 surrogate"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     assert main(["report"]) == 0
-    for name in ("report.html", "report.md"):
-        assert printable("lone \ud800") in (full_run.path / name).read_text(encoding="utf-8")
+    assert r"lone \ud800" in (full_run.path / "report.html").read_text(encoding="utf-8")
+    assert r"lone \\ud800" in (full_run.path / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_phone_shows_the_page_without_scrolling_sideways(full_run: Run, browser: Chrome) -> None:

@@ -12,12 +12,17 @@ import pytest
 
 from tinyagent_fast.config import dump_config
 from tinyagent_fast.errors import UserError
-from tinyagent_fast.evaluation.scoring import FAILURE_CODES, Prediction
+from tinyagent_fast.evaluation.scoring import FAILURE_CODES, Prediction, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.presets import preset_config
-from tinyagent_fast.reports.breakdown import by_cause, by_tool, gallery
-from tinyagent_fast.reports.published import PUBLISHED_TEST_QUERIES, comparability
-from tinyagent_fast.reports.reading import RunContents, read_run, scored
+from tinyagent_fast.reports.reading import RunContents, read_run
+from tinyagent_fast.reports.tables import (
+    PUBLISHED_TEST_QUERIES,
+    cause_rows,
+    comparability,
+    gallery,
+    tool_rows,
+)
 from tinyagent_fast.runs import Run
 
 RIGHT = '1. open_note("n", "")\n2. join()'
@@ -49,7 +54,7 @@ def test_everything_that_is_there_is_read(full_run: Run) -> None:
     assert [v.success for v in contents.validations] == [Proportion(1, 4), Proportion(3, 4)]
     assert contents.timings_s == {"steps": 65.0, "all": 130.2}
     assert contents.export is not None
-    assert [file.stem for file in contents.export.files] == ["a-q4_k_m"]
+    assert [file.evaluation for file in contents.export.files] == ["eval-gguf-a-q4_k_m"]
     assert contents.export.files[0].success == Proportion(3, 4)
     assert contents.export.verdict() == "All 1 gates passed."
 
@@ -162,33 +167,30 @@ def plan(key: str, text: str, label: str = RIGHT) -> Prediction:
 
 def test_tools_are_counted_by_query() -> None:
     both = '1. open_note("a", "")\n2. open_note("b", "")\n3. send_sms([], "$1$2")\n4. join()'
-    rows = by_tool(
-        scored([plan("a", RIGHT), plan("b", both), plan("c", NO_CALL, both)], None),
-    )
-    found = {row.tool: (row.success, row.lacking, row.surplus) for row in rows}
-    assert found == {
-        "open_note": (Proportion(1, 3), 1, 1),
-        "send_sms": (Proportion(0, 1), 1, 1),
-    }
+    plans = score_all([plan("a", RIGHT), plan("b", both), plan("c", NO_CALL, both)], None)
+    assert tool_rows(plans) == [
+        ("open_note", 3, Proportion(1, 3), 1, 1),
+        ("send_sms", 1, Proportion(0, 1), 1, 1),
+    ]
 
 
 def test_causes_are_counted_before_and_after() -> None:
-    before = scored([plan("a", NO_CALL), plan("b", "")], None)
-    after = scored([plan("a", RIGHT), plan("b", NO_CALL)], None)
-    assert [(row.code, row.count, row.before) for row in by_cause(after, before)] == [
-        ("missing_tool", 1, 1),
-        ("empty", 0, 1),
+    before = score_all([plan("a", NO_CALL), plan("b", "")], None)
+    after = score_all([plan("a", RIGHT), plan("b", NO_CALL)], None)
+    assert cause_rows(after, before) == [
+        ("missing_tool", 1, 1, FAILURE_CODES["missing_tool"]),
+        ("empty", 0, 1, FAILURE_CODES["empty"]),
     ]
-    assert [row.before for row in by_cause(after, None)] == [None]
+    assert cause_rows(after, None) == [("missing_tool", 1, FAILURE_CODES["missing_tool"])]
 
 
 def test_the_gallery_takes_from_every_cause_and_no_success() -> None:
     plans = [plan(f"m{at}", NO_CALL) for at in range(30)]
     plans += [plan("r", RIGHT), plan("e", ""), plan("x", "1. fly()\n2. join()")]
-    chosen = gallery(scored(plans, None), 6)
+    chosen = gallery(score_all(plans, None), 6)
     assert [one.score.failure for one in chosen] == ["missing_tool"] * 4 + ["empty", "unknown_tool"]
-    assert len(gallery(scored(plans, None))) == 24
-    assert len(gallery(scored(plans[30:], None))) == 2
+    assert len(gallery(score_all(plans, None))) == 24
+    assert len(gallery(score_all(plans[30:], None))) == 2
     assert gallery(()) == []
     assert {one.score.failure for one in chosen} <= set(FAILURE_CODES)
 

@@ -60,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         print("\n".join(_text(compared)))
     if flags.html or flags.out is not None:
-        from tinyagent_fast.reports.compare_page import compare_page
+        from tinyagent_fast.reports.pages import compare_page
         from tinyagent_fast.runs import write_text
 
         name = a.name.strip("/").replace("/", "-")

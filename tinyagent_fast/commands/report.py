@@ -38,8 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--run")
     flags = tyro.cli(ReportFlags, args=words, prog="tinyagent-fast report")
-    from tinyagent_fast.reports.html import run_page
-    from tinyagent_fast.reports.markdown import run_headline, run_markdown
+    from tinyagent_fast.reports.pages import run_headline, run_markdown, run_page
     from tinyagent_fast.reports.reading import read_run
     from tinyagent_fast.runs import find_run, write_text
 

@@ -1,6 +1,7 @@
 """Two planners on the same queries: is one better, and how sure is that?
 
-Export uses it to hold a quantised file against the one it was made from, and `eval` for its table.
+Export holds a quantised file against the one it was made from; `eval`, `compare` and reports say
+what changed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from itertools import accumulate
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.report import percent
-from tinyagent_fast.evaluation.scoring import Prediction, score_prediction
+from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
 from tinyagent_fast.plans.tools import Tool
 
@@ -36,11 +37,7 @@ class PairedComparison:
     identical_texts: int
 
     def to_json(self) -> dict[str, object]:
-        """Write the figures for a report file.
-
-        Returns:
-            The fields by name, shares with their intervals.
-        """
+        """Give plain values, shares with their intervals."""
         return {
             **vars(self),
             "success_a": self.success_a.to_json(),
@@ -51,43 +48,30 @@ class PairedComparison:
         }
 
     def points(self) -> str:
-        """Write the difference as `-1.5 (-3.0 to +0.5)`.
-
-        Returns:
-            Percentage points with a 95 % interval.
-        """
-        low, high = self.interval_95
-        return f"{_signed(self.difference)} ({_signed(low)} to {_signed(high)})"
+        """Write the difference in percentage points, as `-1.5 (-3.0 to +0.5)`."""
+        # Adding 0.0 makes -0.0 a plain zero.
+        share, low, high = (
+            f"{100 * value + 0.0:+.1f}" for value in (self.difference, *self.interval_95)
+        )
+        return f"{share} ({low} to {high})"
 
     def sentence(self, a: str, b: str) -> str:
-        """Say the outcome in one line.
-
-        Args:
-            a: Name of the first planner.
-            b: Name of the second.
-
-        Returns:
-            For the terminal and the report.
-        """
+        """Say the outcome in one line, given the names of both planners."""
         return (
             f"{b} against {a}: {self.points()} points, McNemar p = {self.mcnemar_p:.3g}, "
             f"{self.identical_texts} of {self.n} plans identical"
         )
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share + 0.0:+.1f}"
-
-
 def compare_predictions(
     a: Sequence[Prediction], b: Sequence[Prediction], tools: Mapping[str, Tool] | None
 ) -> PairedComparison:
-    """Compare two planners by their predictions for the same examples.
+    """Score the predictions of two planners and compare them.
 
     Args:
         a: Predictions of the first.
-        b: Predictions of the second, in any order.
-        tools: Tools by name; none stands for TinyAgent's own.
+        b: Those of the second for the same examples, in any order.
+        tools: Tools by name; None stands for TinyAgent's own.
 
     Returns:
         The comparison.
@@ -95,8 +79,14 @@ def compare_predictions(
     Raises:
         DataError: The predictions are not for the same examples, or there are none.
     """
-    by_key = {row.key: row for row in b}
-    if not a or len(by_key) != len(b) or {row.key for row in a} != set(by_key) or len(a) != len(b):
+    return compare_scored(score_all(a, tools), score_all(b, tools))
+
+
+def compare_scored(a: Sequence[ScoredPlan], b: Sequence[ScoredPlan]) -> PairedComparison:
+    """Compare two planners by predictions that are scored already; see `compare_predictions`."""
+    by_key = {plan.prediction.key: plan for plan in b}
+    keys = {plan.prediction.key for plan in a}
+    if not a or keys != set(by_key) or not len(keys) == len(a) == len(b):
         raise DataError(
             f"{len(a)} and {len(b)} predictions to compare",
             "both must hold exactly one prediction of each of the same examples",
@@ -105,18 +95,17 @@ def compare_predictions(
     only_a: list[str] = []
     only_b: list[str] = []
     both = identical = 0
-    for row in a:
-        other = by_key[row.key]
-        if row.label != other.label:
+    for plan in a:
+        row, other = plan.prediction, by_key[plan.prediction.key]
+        if row.label != other.prediction.label:
             raise DataError(
                 f"prediction {row.key}",
                 "the two planners were given different labels for it",
                 "evaluate both on the same test file",
             )
-        right_a = score_prediction(row, tools).success
-        right_b = score_prediction(other, tools).success
+        right_a, right_b = plan.score.success, other.score.success
         both += right_a and right_b
-        identical += row.prediction == other.prediction
+        identical += row.prediction == other.prediction.prediction
         if right_a != right_b:
             (only_a if right_a else only_b).append(row.key)
     n = len(a)
@@ -150,31 +139,27 @@ def bootstrap_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
     Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     draw = [only_a / n, (n - only_a - only_b) / n, only_b / n]
-    cumulative = list(accumulate(_power(draw, n)))
-    total = cumulative[-1]
-    low = next(i for i, p in enumerate(cumulative) if p >= 0.025 * total)
-    high = next(i for i, p in enumerate(cumulative) if p >= 0.975 * total)
+    total = [1.0]
+    for bit in bin(n)[2:]:  # the distribution of n draws, by repeated doubling
+        total = _convolved(total, total)
+        if bit == "1":
+            total = _convolved(total, draw)
+    cumulative = list(accumulate(total))
+    low, high = (
+        next(i for i, p in enumerate(cumulative) if p >= quantile * cumulative[-1])
+        for quantile in (0.025, 0.975)
+    )
     return (low - n) / n, (high - n) / n
 
 
-def _power(polynomial: Sequence[float], exponent: int) -> list[float]:
-    """Convolve a distribution with itself, by squaring."""
-    result = [1.0]
-    for bit in bin(exponent)[2:]:
-        result = _product(result, result)
-        if bit == "1":
-            result = _product(result, polynomial)
-    return result
-
-
-def _product(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    product = [0.0] * (len(a) + len(b) - 1)
+def _convolved(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    result = [0.0] * (len(a) + len(b) - 1)
     others = [(j, y) for j, y in enumerate(b) if y > 1e-30]  # far tails move no quantile
     for i, x in enumerate(a):
         if x > 1e-30:
             for j, y in others:
-                product[i + j] += x * y
-    return product
+                result[i + j] += x * y
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +173,7 @@ class ComparedRow:
     comparison: PairedComparison | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Write the figures for a report file.
-
-        Returns:
-            The fields by name.
-        """
+        """Give plain values."""
         return {
             **vars(self),
             "success": self.success.to_json(),
@@ -210,9 +191,9 @@ def comparison_table(rows: Sequence[ComparedRow], reference: str | None) -> str:
     Returns:
         A Markdown table.
     """
-    against = f"points against {reference or '(none)'}"
     lines = [
-        f"| engine | size | success | {against} | McNemar p | same plans | generation |",
+        f"| engine | size | success | points against {reference or '(none)'} | McNemar p "
+        "| same plans | generation |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

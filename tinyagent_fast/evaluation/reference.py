@@ -47,12 +47,7 @@ class ReferenceFailure(Exception):
     """The original would raise; `error` is the name of its exception."""
 
     def __init__(self, error: str, message: str) -> None:
-        """Keep the name of the exception apart.
-
-        Args:
-            error: Name of the exception class of the original.
-            message: What sets it off.
-        """
+        """Keep the name of the original's exception class apart."""
         self.error = error
         super().__init__(f"{error}: {message}")
 
@@ -69,47 +64,16 @@ class ReferenceStep:
 class ReferenceScores:
     """Both scores of a pair; an error is the name of the exception that the original raises.
 
+    `success` is False also where the original raises. `tool_recall` is the share of the label's
+    distinct tools, join among them, that the prediction uses; 0.0 where the original raises.
     `label_error` concerns the label alone: with one, no prediction can succeed, unless the label
     has no step at all ("ZeroDivisionError").
     """
 
-    success: float
+    success: bool
     tool_recall: float
     label_error: str | None
     prediction_error: str | None
-
-
-def reference_success(
-    label: str, prediction: str, known_tools: Collection[str] = TINYAGENT
-) -> float:
-    """Score a prediction as the published metric does.
-
-    Args:
-        label: The plan that was wanted, as text.
-        prediction: The planner's output.
-        known_tools: Names of the tools; join is always known.
-
-    Returns:
-        1.0 or 0.0; 0.0 also where the original raises, be it through the label.
-    """
-    return reference_scores(label, prediction, known_tools).success
-
-
-def reference_tool_recall(
-    label: str, prediction: str, known_tools: Collection[str] = TINYAGENT
-) -> float:
-    """Score the tools of a prediction as the published metric does.
-
-    Args:
-        label: The plan that was wanted, as text.
-        prediction: The planner's output.
-        known_tools: Names of the tools; join is always known.
-
-    Returns:
-        The share of the label's distinct tools, join among them, that the prediction uses; 0.0
-        where the original raises, as it does for a label without any step.
-    """
-    return reference_scores(label, prediction, known_tools).tool_recall
 
 
 def reference_scores(
@@ -132,7 +96,7 @@ def reference_scores(
     tools = {step.tool for step in wanted}
     shared = tools & {step.tool for step in found}
     return ReferenceScores(
-        success=float(success),
+        success=success,
         tool_recall=len(shared) / len(tools) if tools else 0.0,
         label_error=label_error if tools or label_error else "ZeroDivisionError",
         prediction_error=prediction_error,

@@ -8,13 +8,14 @@ label and says how often and why a planner fails. `success` is the published met
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.reference import reference_scores
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
+from tinyagent_fast.inference.engine import StopReason
 from tinyagent_fast.plans.grammar import Plan, PlanReading, Step, read_plan
 from tinyagent_fast.plans.graph import Dag, DagError, plan_dag, same_dag
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, accepts
@@ -46,10 +47,6 @@ PROBLEMS: dict[str, str] = {
     "bad_reference": "A reference leads to no earlier step.",
 }
 """What can be wrong with a plan; each kind is looked for on its own, also on a success."""
-
-StopReason = Literal["stop", "eos", "length"]
-"""Why a generation ended: a stop string, the end-of-sequence token, or the length limit."""
-_STOP_REASONS = get_args(StopReason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +82,7 @@ class Prediction:
     seconds: float | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Write the prediction for a predictions file.
-
-        Returns:
-            The fields by name.
-        """
+        """Give plain values for a predictions file."""
         return dict(vars(self))
 
     @classmethod
@@ -105,37 +98,37 @@ class Prediction:
         Raises:
             DataError: If a field is missing or has the wrong type.
         """
-        key = row.get("key")
-        for name in ("key", "query", "label", "prediction"):
-            if not isinstance(row.get(name), str):
-                raise _bad_field(key, name, row.get(name), "a string")
-        stop_reason, new_tokens = row.get("stop_reason"), row.get("new_tokens")
-        if stop_reason not in _STOP_REASONS:
-            raise _bad_field(key, "stop_reason", stop_reason, f"one of {', '.join(_STOP_REASONS)}")
-        if not isinstance(new_tokens, int) or isinstance(new_tokens, bool) or new_tokens < 0:
-            raise _bad_field(key, "new_tokens", new_tokens, "a number of tokens")
-        seconds = row.get("seconds")
-        if seconds is not None and (
-            isinstance(seconds, bool) or not isinstance(seconds, (int, float))
-        ):
-            raise _bad_field(key, "seconds", seconds, "a number or null")
+        tokens, seconds, reasons = row.get("new_tokens"), row.get("seconds"), get_args(StopReason)
+        texts = ("key", "query", "label", "prediction")
+        checks: dict[str, tuple[bool, str]] = {
+            name: (isinstance(row.get(name), str), "a string") for name in texts
+        }
+        checks["stop_reason"] = (row.get("stop_reason") in reasons, f"one of {', '.join(reasons)}")
+        counted = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0
+        checks["new_tokens"] = (counted, "a number of tokens")
+        timed = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        checks["seconds"] = (seconds is None or timed, "a number or null")
+        for name, (good, wanted) in checks.items():
+            if not good:
+                raise DataError(
+                    f"prediction {row.get('key')!r}: {name} is {row.get(name)!r}",
+                    f"it must be {wanted}",
+                    "write the predictions file again, or repair this row",
+                )
         return cls(
-            key=str(key),
-            query=str(row["query"]),
-            label=str(row["label"]),
-            prediction=str(row["prediction"]),
-            stop_reason=cast(StopReason, stop_reason),
-            new_tokens=new_tokens,
-            seconds=None if seconds is None else float(seconds),
+            **{name: str(row[name]) for name in texts},
+            stop_reason=cast(StopReason, row["stop_reason"]),
+            new_tokens=cast(int, tokens),
+            seconds=None if seconds is None else float(cast(float, seconds)),
         )
 
 
-def _bad_field(key: object, name: str, value: object, wanted: str) -> DataError:
-    return DataError(
-        f"prediction {key!r}: {name} is {value!r}",
-        f"it must be {wanted}",
-        "write the predictions file again, or repair this row",
-    )
+@dataclass(frozen=True)
+class ScoredPlan:
+    """A prediction with its scores."""
+
+    prediction: Prediction
+    score: PairScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +161,7 @@ class Metrics:
     label_problems: dict[str, int]
 
     def to_json(self) -> dict[str, object]:
-        """Write the figures for a report file.
-
-        Returns:
-            The fields by name, with shares and 95 % intervals spelled out.
-        """
+        """Give plain values, shares with their 95 % intervals."""
         figures: dict[str, object] = {
             name: value.to_json() if isinstance(value, (Proportion, Mean)) else value
             for name, value in vars(self).items()
@@ -203,17 +192,16 @@ def score_pair(
     """
     tools = TINYAGENT if tools is None else tools
     published = reference_scores(label, prediction, tools)
-    wanted, found = _Side.of(label, tools), _Side.of(prediction, tools)
-    success = published.success == 1.0
+    wanted, found = _PlanFacts.of(label, tools), _PlanFacts.of(prediction, tools)
     bad_label = wanted.dag is None or published.label_error is not None
     success_dag = (
         wanted.dag is not None and found.dag is not None and same_dag(wanted.dag, found.dag)
     )
     failure = None
-    if not success:
+    if not published.success:
         failure = "bad_label" if bad_label else _failure(wanted, found, success_dag, truncated)
     return PairScore(
-        success=success,
+        success=published.success,
         success_dag=success_dag,
         tool_recall=published.tool_recall,
         failure=failure,
@@ -225,7 +213,7 @@ def score_pair(
 
 
 @dataclass(frozen=True)
-class _Side:
+class _PlanFacts:
     """One of the two texts of a pair, read by the strict grammar."""
 
     reading: PlanReading
@@ -233,7 +221,7 @@ class _Side:
     problems: tuple[str, ...]
 
     @classmethod
-    def of(cls, text: str, tools: Mapping[str, Tool]) -> _Side:
+    def of(cls, text: str, tools: Mapping[str, Tool]) -> _PlanFacts:
         reading = read_plan(text)
         codes = {problem.code for problem in reading.problems}
         problems = codes & {"bad_arguments", "no_join"}
@@ -268,11 +256,11 @@ def _call_problems(step: Step, tools: Mapping[str, Tool]) -> Iterator[str]:
         yield "wrong_argument_type"
 
 
-def _failure(wanted: _Side, found: _Side, success_dag: bool, truncated: bool) -> str:
+def _failure(wanted: _PlanFacts, found: _PlanFacts, success_dag: bool, truncated: bool) -> str:
     """Choose the most telling reason for a failure, in the order of `FAILURE_CODES`."""
     codes = {problem.code for problem in found.reading.problems}
     calls, label_calls = (
-        Counter(step.tool for step in side.reading.steps) for side in (found, wanted)
+        Counter(step.tool for step in plan.reading.steps) for plan in (found, wanted)
     )
     reasons = {
         "empty": "empty" in codes,
@@ -290,43 +278,27 @@ def _failure(wanted: _Side, found: _Side, success_dag: bool, truncated: bool) ->
     return next(code for code, applies in reasons.items() if applies)
 
 
-def score_predictions(
-    rows: Sequence[Prediction], tools: Mapping[str, Tool] | None = TINYAGENT
-) -> Metrics:
-    """Score a set of predictions.
-
-    Args:
-        rows: The predictions with their labels.
-        tools: All tools of the dataset by name; None stands for TinyAgent's own.
-
-    Returns:
-        The figures of a report.
-    """
-    return summarise([score_prediction(row, tools) for row in rows])
-
-
 def score_prediction(row: Prediction, tools: Mapping[str, Tool] | None = TINYAGENT) -> PairScore:
-    """Score one row of a predictions file.
-
-    Args:
-        row: The prediction with its label.
-        tools: All tools of the dataset by name; None stands for TinyAgent's own.
-
-    Returns:
-        The scores.
-    """
+    """Score one row of a predictions file; `tools` as for `score_pair`."""
     return score_pair(row.label, row.prediction, tools, truncated=row.stop_reason == "length")
 
 
+def score_all(
+    rows: Iterable[Prediction], tools: Mapping[str, Tool] | None = TINYAGENT
+) -> tuple[ScoredPlan, ...]:
+    """Score predictions and keep each score with its prediction; `tools` as for `score_pair`."""
+    return tuple(ScoredPlan(row, score_prediction(row, tools)) for row in rows)
+
+
+def score_predictions(
+    rows: Iterable[Prediction], tools: Mapping[str, Tool] | None = TINYAGENT
+) -> Metrics:
+    """Score a set of predictions and sum up; `tools` as for `score_pair`."""
+    return summarise([score_prediction(row, tools) for row in rows])
+
+
 def summarise(scores: Sequence[PairScore]) -> Metrics:
-    """Sum up the scores of single predictions.
-
-    Args:
-        scores: One per prediction.
-
-    Returns:
-        The figures of a report.
-    """
+    """Sum up the scores of single predictions, one per prediction."""
     n = len(scores)
     by_steps: defaultdict[int, list[bool]] = defaultdict(list)
     for score in scores:

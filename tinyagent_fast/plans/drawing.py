@@ -123,9 +123,10 @@ class PlanDrawing:
     def to_svg(self, name: str = "Plan") -> str:
         """Draw the plan as one SVG element for a page or a file.
 
-        Colours are `currentColor` until a page's CSS sets them by class: `plan-graph`; `step` with
-        `faulty`, `missing`, `extra` and a colour `c0` to `c6` by step number; `edge` and `head`
-        with the mark and colour of their step; texts `tool`, `argument`, `reference`, `problem`.
+        Colours are `currentColor` until a page's CSS sets them by class: `plan-graph` with
+        `layers-N`; `step` with `faulty`, `missing`, `extra` and a colour `c0` to `c6` by step
+        number; `edge` and `head` with mark and colour; texts `tool`, `argument`, `reference`,
+        `problem`.
 
         Args:
             name: What the drawing shows, read out to those who cannot see it.
@@ -305,7 +306,7 @@ def _svg(drawing: PlanDrawing, name: str) -> str:
         "svg",
         {
             "xmlns": "http://www.w3.org/2000/svg",
-            "class": "plan-graph",
+            "class": f"plan-graph layers-{len(drawing.layers)}",
             "viewBox": f"0 0 {width:g} {height:g}",
             "width": f"{width:g}",
             "height": f"{height:g}",
@@ -343,7 +344,7 @@ def _drawn_box(step: DrawnStep, box: _Box) -> ET.Element:
     size = {"x": f"{box.x:g}", "y": f"{box.y:g}", "height": f"{box.height:g}"}
     frame = {"width": f"{_BOX_WIDTH:g}", "rx": "6"}
     frame["stroke-width"] = "1.2" if step.mark == "same" else "2.2"
-    if step.problems or step.mark == "missing":
+    if step.mark == "missing":
         frame["stroke-dasharray"] = "5 3"
     ET.SubElement(group, "rect", size | frame)
     # An inner svg clips letters that are wider than expected.

@@ -7,18 +7,18 @@ in runs and folders, and says where the two disagree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyagent_fast.errors import ConfigError, DataError
-from tinyagent_fast.evaluation.comparison import PairedComparison, compare_predictions
+from tinyagent_fast.evaluation.comparison import PairedComparison, compare_scored
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import percent
-from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.reports.breakdown import calls
-from tinyagent_fast.reports.reading import MAIN_EVALUATIONS, scored, tools_of
+from tinyagent_fast.reports.reading import MAIN_EVALUATIONS, tools_of
+from tinyagent_fast.reports.tables import count_calls
 from tinyagent_fast.runs import Run
 
 SIGNIFICANT_P = 0.05
@@ -72,11 +72,7 @@ class FlippedPlans:
     left_out: int
 
     def lines(self) -> list[str]:
-        """Say the outcome.
-
-        Returns:
-            Lines for a terminal and the head of a page.
-        """
+        """Say the outcome in lines for a terminal and the head of a page."""
         paired, a, b = self.paired, self.a.name, self.b.name
         return [
             f"A  {a}: plan success {percent(paired.success_a)}",
@@ -90,11 +86,7 @@ class FlippedPlans:
         ]
 
     def verdict(self) -> str:
-        """Say in words what the test shows.
-
-        Returns:
-            One sentence.
-        """
+        """Say in one sentence what the test shows."""
         paired = self.paired
         if paired.mcnemar_p >= SIGNIFICANT_P:
             return f"No difference is shown by these {paired.n} queries."
@@ -102,11 +94,7 @@ class FlippedPlans:
         return f"{better} is better than {other}; chance alone rarely gives such a difference."
 
     def to_json(self) -> dict[str, object]:
-        """Give all figures as plain values.
-
-        Returns:
-            For a file or a script.
-        """
+        """Give all figures as plain values."""
         return {
             "a": str(self.a.folder),
             "b": str(self.b.folder),
@@ -136,11 +124,8 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[Planner, Planner]:
     """
     found_a, found_b = _files(a, runs), _files(b, runs)
     kind = next((kind for kind in found_a if kind in found_b), None)
-    first_a, first_b = next(iter(found_a)), next(iter(found_b))
-    return (
-        _planner(a, kind or first_a, found_a),
-        _planner(b, kind or first_b, found_b),
-    )
+    kinds = (kind or next(iter(found_a)), kind or next(iter(found_b)))
+    return _planner(a, kinds[0], found_a), _planner(b, kinds[1], found_b)
 
 
 def _files(name: str, runs: Path) -> dict[str, PredictionFile]:
@@ -174,17 +159,17 @@ def tools_of_both(a: Planner, b: Planner, catalogue: Path | None) -> Mapping[str
     Args:
         a: One side.
         b: The other side.
-        catalogue: YAML catalogue; none takes that of the runs the predictions lie in.
+        catalogue: YAML catalogue; None takes that of the runs the predictions lie in.
 
     Returns:
-        Tools by name; none stands for TinyAgent's own.
+        Tools by name; None stands for TinyAgent's own.
 
     Raises:
         UserError: The runs have different tools, or a catalogue cannot be read.
     """
     if catalogue is not None:
         return tools_of(catalogue)
-    tools_a, tools_b = (_tools_around(planner.folder) for planner in (a, b))
+    tools_a, tools_b = (tools_of(catalogue_of_run(planner.folder)) for planner in (a, b))
     if tools_a != tools_b:
         raise ConfigError(
             f"compare {a.name} and {b.name}",
@@ -194,11 +179,11 @@ def tools_of_both(a: Planner, b: Planner, catalogue: Path | None) -> Mapping[str
     return tools_a
 
 
-def _tools_around(folder: Path) -> Mapping[str, Tool] | None:
+def catalogue_of_run(folder: Path) -> Path | None:
+    """Find the catalogue that the plans in a folder of a run, or in a run, were made for."""
     inside = folder.resolve()
     runs = [Run(path) for path in (inside, *list(inside.parents)[:3])]
-    found = next((run.config().data.catalogue for run in runs if run.config_path.exists()), None)
-    return tools_of(found)
+    return next((run.config().data.catalogue for run in runs if run.config_path.exists()), None)
 
 
 def flipped_plans(
@@ -209,7 +194,7 @@ def flipped_plans(
     Args:
         a: One side.
         b: The other side.
-        tools: Tools by name; none stands for TinyAgent's own.
+        tools: Tools by name; None stands for TinyAgent's own.
         common: Compare on the queries that both planned for, and count the others.
 
     Returns:
@@ -218,76 +203,80 @@ def flipped_plans(
     Raises:
         DataError: They have different queries and `common` is not set, or no query in common.
     """
-    rows_a, rows_b = list(a.predictions), list(b.predictions)
-    left_out = 0
-    keys = {row.key for row in rows_a} ^ {row.key for row in rows_b}
-    if keys and not common:
+    alone = {row.key for row in a.predictions} ^ {row.key for row in b.predictions}
+    if alone and not common:
         raise DataError(
-            f"{len(rows_a)} predictions of {a.name} and {len(rows_b)} of {b.name}",
-            f"{len(keys)} queries were planned by one alone",
+            f"{len(a.predictions)} predictions of {a.name} and {len(b.predictions)} of {b.name}",
+            f"{len(alone)} queries were planned by one alone",
             "evaluate both on the same test file with the same --limit, or compare on the queries "
             "that both have with --common",
         )
-    if keys:
-        left_out = len(keys)
-        rows_a = [row for row in rows_a if row.key not in keys]
-        rows_b = [row for row in rows_b if row.key not in keys]
-    paired = compare_predictions(rows_a, rows_b, tools)
-    flips = tuple(_flips(rows_a, rows_b, tools, paired))
+    plans_a, plans_b = (
+        score_all((row for row in side.predictions if row.key not in alone), tools)
+        for side in (a, b)
+    )
+    paired = compare_scored(plans_a, plans_b)
+    flips = (*_flips("A", paired.only_a, plans_b), *_flips("B", paired.only_b, plans_a))
+    labels = [plan.prediction.label for plan in plans_a]
     return FlippedPlans(
         a=a,
         b=b,
         tools=tools,
         paired=paired,
         flips=flips,
-        by_tool=tuple(_counts(rows_a, flips, lambda label: calls(label).keys())),
-        by_calls=tuple(_counts(rows_a, flips, lambda label: [_calls_text(label)])),
-        left_out=left_out,
+        by_tool=_counts(labels, flips, lambda label: count_calls(label).keys()),
+        by_calls=_counts(labels, flips, lambda label: [_calls_text(label)]),
+        left_out=len(alone),
     )
 
 
-def _flips(
-    rows_a: list[Prediction],
-    rows_b: list[Prediction],
-    tools: Mapping[str, Tool] | None,
-    paired: PairedComparison,
-) -> Iterator[Flip]:
-    by_key_a, by_key_b = ({row.key: row for row in rows} for rows in (rows_a, rows_b))
-    for winner, keys, losers in (("A", paired.only_a, by_key_b), ("B", paired.only_b, by_key_a)):
-        for plan in scored([losers[key] for key in keys], tools):
-            row = plan.prediction
-            wanted = calls(row.label)
-            yield Flip(
-                key=row.key,
-                query=row.query,
-                label=row.label,
-                winner=winner,
-                wrong=row.prediction,
-                cause=plan.score.failure or "",
-                tools=tuple(wanted),
-                calls=sum(wanted.values()),
-            )
+def _flips(winner: str, keys: Iterable[str], losers: Sequence[ScoredPlan]) -> Iterator[Flip]:
+    by_key = {plan.prediction.key: plan for plan in losers}
+    for plan in map(by_key.__getitem__, keys):
+        wanted = count_calls(plan.prediction.label)
+        yield Flip(
+            key=plan.prediction.key,
+            query=plan.prediction.query,
+            label=plan.prediction.label,
+            winner=winner,
+            wrong=plan.prediction.prediction,
+            cause=plan.score.failure or "",
+            tools=tuple(wanted),
+            calls=wanted.total(),
+        )
 
 
 def _calls_text(label: str) -> str:
-    count = sum(calls(label).values())
+    count = count_calls(label).total()
     return f"{count} call{'' if count == 1 else 's'}"
 
 
 def _counts(
-    rows: Iterable[Prediction], flips: Iterable[Flip], groups: Callable[[str], Iterable[str]]
-) -> list[FlipCount]:
+    labels: Iterable[str], flips: Iterable[Flip], groups: Callable[[str], Iterable[str]]
+) -> tuple[FlipCount, ...]:
     """Count flips in groups of queries, the most flipped group first."""
-    queries: Counter[str] = Counter()
-    for row in rows:
-        queries.update(groups(row.label))
-    only: dict[str, Counter[str]] = {"A": Counter(), "B": Counter()}
-    for flip in flips:
-        only[flip.winner].update(groups(flip.label))
-    flipped = only["A"] + only["B"]
-    return [
-        FlipCount(
-            group=group, queries=queries[group], only_a=only["A"][group], only_b=only["B"][group]
-        )
+    queries = Counter(group for label in labels for group in groups(label))
+    only_a, only_b = (
+        Counter(group for flip in flips if flip.winner == side for group in groups(flip.label))
+        for side in ("A", "B")
+    )
+    flipped = only_a + only_b
+    return tuple(
+        FlipCount(group=group, queries=queries[group], only_a=only_a[group], only_b=only_b[group])
         for group in sorted(flipped, key=lambda group: (-flipped[group], group))
-    ]
+    )
+
+
+def chosen_flips(flips: Sequence[Flip], most: int) -> list[Flip]:
+    """Choose flips of both directions, half of each where both have enough.
+
+    Args:
+        flips: All flips.
+        most: How many at most.
+
+    Returns:
+        First those that A alone gets right, then B's, each in their order.
+    """
+    of_a, of_b = ([f for f in flips if f.winner == side] for side in ("A", "B"))
+    shown_a = of_a[: max(most // 2, most - len(of_b))]
+    return [*shown_a, *of_b[: most - len(shown_a)]]

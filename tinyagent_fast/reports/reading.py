@@ -1,6 +1,7 @@
-"""What a run's folder holds, as typed values; what is missing or unreadable is noted, not fatal.
+"""What a run's folder holds, read once into typed values.
 
 Stands between the files that training, evaluation and export write and the pages made of them.
+What is missing or cannot be read is noted and no more.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.evaluation.scoring import Metrics, PairScore, Prediction, score_prediction
-from tinyagent_fast.evaluation.scoring import summarise as summarise_scores
+from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import sha256_of
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.reports.export_contents import ExportContents, read_export
 from tinyagent_fast.runs import Run
 
 MAIN_EVALUATIONS = ("eval", "test/after")
@@ -50,27 +49,57 @@ class ValidationRecord:
     best: bool
 
 
-@dataclass(frozen=True)
-class ScoredPlan:
-    """A prediction with its scores."""
-
-    prediction: Prediction
-    score: PairScore
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One folder of predictions, scored anew."""
+    """One folder of predictions, scored."""
 
     name: str
     plans: tuple[ScoredPlan, ...]
     metrics: Metrics
     made_with: Mapping[str, object]
 
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFile:
+    """One exported file; `success` is that on validation prompts, if a gate measured it."""
+
+    path: str
+    quant: str
+    size_bytes: int
+    bits_per_weight: float | None
+    success: Proportion | None
+
     @property
-    def predictions(self) -> list[Prediction]:
-        """The predictions alone."""
-        return [plan.prediction for plan in self.plans]
+    def evaluation(self) -> str:
+        """Name of the file's evaluation on test queries."""
+        return f"eval-gguf-{Path(self.path).stem}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOutcome:
+    """One check of the export."""
+
+    name: str
+    passed: bool
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What an export made; `passed` is None where the gates were switched off."""
+
+    files: tuple[ExportedFile, ...]
+    gates: tuple[GateOutcome, ...]
+    passed: bool | None
+
+    def verdict(self) -> str:
+        """Say in one sentence how the gates came out."""
+        failed = [gate.name for gate in self.gates if not gate.passed]
+        if failed:
+            return f"{len(failed)} of {len(self.gates)} gates failed: {', '.join(failed)}."
+        if self.passed is None or not self.gates:
+            return "Nothing was proved: no gate was run to its end."
+        return f"All {len(self.gates)} gates passed."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +107,12 @@ class RunContents:
     """All that is known of a run; `notes` says what is not there or not as it should be."""
 
     name: str
-    folder: Path
     config: Config
     tools: Mapping[str, Tool] | None
     steps: tuple[StepRecord, ...]
     validations: tuple[ValidationRecord, ...]
     evaluations: Mapping[str, Evaluation]
-    export: ExportContents | None
+    export: Export | None
     environment: Mapping[str, object]
     data: Mapping[str, object]
     timings_s: Mapping[str, float]
@@ -111,15 +139,12 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
     """
     notes: list[str] = []
     config = run.config()
-    steps, validations = _read_history(run, notes)
+    steps, validations = _read_history(run.history_path, notes)
     folders = list(_evaluation_folders(run.path))
     tools = tools_of(catalogue or config.data.catalogue) if folders else None
     data = _read_object(run.path / "data.json", notes)
-    evaluations = {}
-    for name, folder in folders:
-        evaluation = _read_evaluation(name, folder, tools, notes)
-        if evaluation is not None:
-            evaluations[name] = evaluation
+    found = (_read_evaluation(name, folder, tools, notes) for name, folder in folders)
+    evaluations = {evaluation.name: evaluation for evaluation in found if evaluation is not None}
     if not any(name in evaluations for name in MAIN_EVALUATIONS):
         notes.append(
             "no plans for test queries (eval/, test/after/): "
@@ -129,13 +154,12 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
     timings = _read_object(run.path / "timings.json", notes)
     return RunContents(
         name=run.path.name,
-        folder=run.path,
         config=config,
         tools=tools,
         steps=steps,
         validations=validations,
         evaluations=evaluations,
-        export=read_export(run.path, notes),
+        export=_read_export(run.path, notes),
         environment=_read_object(run.path / "environment.json", notes),
         data=data,
         timings_s={k: v for k in timings if (v := number(timings, k)) is not None},
@@ -144,44 +168,14 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
 
 
 def tools_of(catalogue: Path | None) -> Mapping[str, Tool] | None:
-    """Give the tools that plans may call.
-
-    Args:
-        catalogue: YAML catalogue, or none.
-
-    Returns:
-        Its tools by name; none stands for TinyAgent's own.
-    """
+    """Give the tools of a YAML catalogue by name; None stands for TinyAgent's own."""
     if catalogue is None:
         return None
     return {tool.name: tool.plan_tool() for tool in load_catalogue(catalogue).tools}
 
 
-def scored(
-    predictions: list[Prediction], tools: Mapping[str, Tool] | None
-) -> tuple[ScoredPlan, ...]:
-    """Score predictions and keep each score with its prediction.
-
-    Args:
-        predictions: Of one planner.
-        tools: Tools by name; none stands for TinyAgent's own.
-
-    Returns:
-        In the same order.
-    """
-    return tuple(ScoredPlan(row, score_prediction(row, tools)) for row in predictions)
-
-
 def number(record: Mapping[str, object], key: str) -> float | None:
-    """Take a finite number out of a JSON object.
-
-    Args:
-        record: The object.
-        key: Name of the field.
-
-    Returns:
-        The number; none if it is missing, no number or not finite.
-    """
+    """Take a finite number out of a JSON object; None if there is none."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
@@ -189,15 +183,7 @@ def number(record: Mapping[str, object], key: str) -> float | None:
 
 
 def child(record: Mapping[str, object], key: str) -> Mapping[str, object]:
-    """Take an object out of a JSON object.
-
-    Args:
-        record: The outer object.
-        key: Name of the field.
-
-    Returns:
-        The inner object; an empty one if there is none.
-    """
+    """Take an object out of a JSON object; an empty one if there is none."""
     value = record.get(key)
     return value if isinstance(value, dict) else {}
 
@@ -218,40 +204,40 @@ def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
 
 
 def _read_history(
-    run: Run, notes: list[str]
+    path: Path, notes: list[str]
 ) -> tuple[tuple[StepRecord, ...], tuple[ValidationRecord, ...]]:
     """Read history.jsonl; where a resumed run measured a step again, the later record counts."""
-    if not run.history_path.exists():
+    if not path.exists():
         notes.append("history.jsonl is missing: there are no curves")
         return (), ()
     steps: dict[int, StepRecord] = {}
     validations: dict[int, ValidationRecord] = {}
     unread = again = 0
-    for record in _json_lines(run.history_path):
+    for record in _json_lines(path):
         at = number(record, "step")
-        step = _step(int(at), record) if at is not None else None
+        event = record.get("event")
         validation = _validation(int(at), record) if at is not None else None
-        if step is not None:
-            again += step.step in steps
-            steps[step.step] = step
-        elif validation is not None:
+        if event == "step" and at is not None:
+            again += int(at) in steps
+            steps[int(at)] = _step(int(at), record)
+        elif event == "evaluation" and validation is not None:
             again += validation.step in validations
             validations[validation.step] = validation
         else:
-            unread += record.get("event") in (None, "step", "evaluation")
+            unread += event in (None, "step", "evaluation")
     if unread:
         notes.append(f"history.jsonl: {unread} lines cannot be read and are left out")
     if again:
         notes.append(f"history.jsonl: {again} records of repeated steps replace earlier ones")
     if not validations:
         notes.append("history.jsonl has no evaluation on validation queries")
-    return _ordered(steps), _ordered(validations)
+    return _in_order(steps), _in_order(validations)
 
 
 _Record = TypeVar("_Record")
 
 
-def _ordered(records: Mapping[int, _Record]) -> tuple[_Record, ...]:
+def _in_order(records: Mapping[int, _Record]) -> tuple[_Record, ...]:
     return tuple(record for _, record in sorted(records.items()))
 
 
@@ -266,9 +252,7 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, object]]:
             yield value if isinstance(value, dict) else {}
 
 
-def _step(step: int, record: Mapping[str, object]) -> StepRecord | None:
-    if record.get("event") != "step":
-        return None
+def _step(step: int, record: Mapping[str, object]) -> StepRecord:
     memory = (number(record, key) for key in _MEMORY_KEYS)
     return StepRecord(
         step=step,
@@ -281,9 +265,7 @@ def _step(step: int, record: Mapping[str, object]) -> StepRecord | None:
 
 def _validation(step: int, record: Mapping[str, object]) -> ValidationRecord | None:
     samples, success = number(record, "samples"), number(record, "success")
-    if record.get("event") != "evaluation" or not samples or success is None:
-        return None
-    if not 0 <= success <= 1:
+    if not samples or success is None or not 0 <= success <= 1:
         return None
     return ValidationRecord(
         step=step,
@@ -294,11 +276,11 @@ def _validation(step: int, record: Mapping[str, object]) -> ValidationRecord | N
 
 
 def _evaluation_folders(run: Path) -> Iterator[tuple[str, Path]]:
-    named = [(name, run / name) for name in ("eval", "eval-base", "test/before", "test/after")]
-    files = [(path.name, path) for path in sorted(run.glob("eval-gguf-*"))]
-    for name, folder in (*named, *files):
-        if (folder / "predictions.jsonl").exists():
-            yield name, folder
+    names = ["eval", "eval-base", "test/before", "test/after"]
+    names += [path.name for path in sorted(run.glob("eval-gguf-*"))]
+    for name in names:
+        if (run / name / "predictions.jsonl").exists():
+            yield name, run / name
 
 
 def _read_evaluation(
@@ -306,18 +288,19 @@ def _read_evaluation(
 ) -> Evaluation | None:
     file = PredictionFile(folder)
     try:
-        plans = scored(file.read(), tools)
+        plans = score_all(file.read(), tools)
     except DataError as error:
         notes.append(f"{name} is left out: {error.what}: {error.why}")
         return None
     if not plans:
         notes.append(f"{name} is left out: it holds no prediction yet")
         return None
-    made_with: Mapping[str, object] = {}
-    if file.made_with_path.exists():
-        made_with = _read_object(file.made_with_path, notes)
-    metrics = summarise_scores([plan.score for plan in plans])
-    return Evaluation(name=name, plans=plans, metrics=metrics, made_with=made_with)
+    return Evaluation(
+        name=name,
+        plans=plans,
+        metrics=summarise([plan.score for plan in plans]),
+        made_with=_read_object(file.made_with_path, notes) if file.made_with_path.exists() else {},
+    )
 
 
 def _doubts(
@@ -333,7 +316,51 @@ def _doubts(
             yield f"{name} was made with another test file than the run's own"
         elif queries and evaluation.metrics.n != queries:
             yield f"{name} holds {evaluation.metrics.n} of the run's {queries:.0f} test queries"
-        if name == "eval" and made_with.get("adapter_sha256") and weights.exists():
-            adapter_sha256 = sha256_of(weights)
-            if made_with["adapter_sha256"] != adapter_sha256:
-                yield f"{name} was made with another adapter than the run's own"
+        if (
+            name == "eval"
+            and made_with.get("adapter_sha256")
+            and weights.exists()
+            and made_with["adapter_sha256"] != sha256_of(weights)
+        ):
+            yield f"{name} was made with another adapter than the run's own"
+
+
+def _read_export(run: Path, notes: list[str]) -> Export | None:
+    path = run / "export" / "export.json"
+    if not path.exists():
+        notes.append(f"nothing was exported; `tinyagent-fast export --run {run.name}` does it")
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        successes = content.get("success_on_validation", {})
+        return Export(
+            files=tuple(
+                _exported_file(artefact, successes)
+                for artefact in content["artefacts"]
+                if artefact["kind"] != "importance"
+            ),
+            gates=tuple(
+                GateOutcome(name=gate["name"], passed=gate["passed"] is True, rule=gate["rule"])
+                for gate in content["gates"]
+            ),
+            passed=content["passed"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        notes.append(f"export/export.json cannot be read and is left out: {error!r}")
+        return None
+
+
+def _exported_file(
+    artefact: Mapping[str, object], successes: Mapping[str, Mapping[str, int]]
+) -> ExportedFile:
+    quant, size = str(artefact["quant"]), artefact["size_bytes"]
+    success = successes.get(quant) if artefact["kind"] == "gguf" else None
+    if not isinstance(size, int):
+        raise TypeError(f"size_bytes is {size!r}")
+    return ExportedFile(
+        path=str(artefact["path"]),
+        quant=quant,
+        size_bytes=size,
+        bits_per_weight=number(child(artefact, "details"), "bits_per_weight"),
+        success=Proportion(success["count"], success["total"]) if success else None,
+    )

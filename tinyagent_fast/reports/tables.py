@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.comparison import compare_predictions
+from tinyagent_fast.evaluation.comparison import compare_scored
 from tinyagent_fast.evaluation.report import percent
+from tinyagent_fast.evaluation.scoring import FAILURE_CODES, ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion
-from tinyagent_fast.reports.breakdown import by_cause, by_tool
-from tinyagent_fast.reports.export_contents import ExportContents
-from tinyagent_fast.reports.published import PUBLISHED_RESULTS, comparability
+from tinyagent_fast.plans.grammar import read_plan
+from tinyagent_fast.plans.tools import JOIN
 from tinyagent_fast.reports.reading import Evaluation, RunContents, child, number
 
+GALLERY_CASES = 24
+"""Most failing cases that a page shows."""
+PUBLISHED_TEST_QUERIES = 1022
+"""Entries of the published testing_data.json.
+
+Source: squeeze-ai-lab/TinyAgent-dataset on the Hugging Face hub.
+"""
+_BLOG = "BAIR blog, TinyAgent: Function Calling at the Edge (2024)"
+_RETRAINING = "github.com/SamvelMinasyan/TinyAgent"
+PUBLISHED_RESULTS = (
+    ("TinyLlama-1.1B-32K, zero-shot", 0.1271, _BLOG),
+    ("public re-training, capped", 0.784, f"{_RETRAINING}, output capped near the label's length"),
+    ("TinyAgent-1.1B", 0.7889, _BLOG),
+    ("GPT-4-Turbo", 0.7908, _BLOG),
+    ("public re-training", 0.821, f"{_RETRAINING}, at most 264 new tokens"),
+    ("TinyAgent-7B", 0.8309, _BLOG),
+    ("TinyAgent-7B with ToolRAG", 0.8495, _BLOG),
+)
+"""Model, plan success on the published test file, and who published it; lowest first."""
 _TOOL_ROWS = 40
 
-
-@dataclass(frozen=True)
-class Share:
-    """A share without a known number of cases, as others publish it."""
-
-    share: float
-
-
-Cell = str | Proportion | Share
-"""Text, or a share that HTML shows as a bar too."""
+Cell = str | int | float | Proportion
+"""A float is a share whose number of cases is not known; HTML shows shares as bars too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,105 +52,209 @@ class FactTable:
 
 
 def cell_text(cell: Cell) -> str:
-    """Write a cell as text.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        For a proportion, per cent with the 95 % interval.
-    """
-    if isinstance(cell, Share):
-        return f"{100 * cell.share:.2f} %"
+    """Write a cell as text; shares in per cent, with the 95 % interval if there is one."""
+    if isinstance(cell, float):
+        return f"{100 * cell:.2f} %"
     if isinstance(cell, Proportion):
         return percent(cell) if cell.total else "none"
-    return cell
+    return str(cell)
 
 
 def result_tables(contents: RunContents) -> Iterator[FactTable]:
-    """Write what the main evaluation found.
-
-    Args:
-        contents: The run.
-
-    Yields:
-        Tables; none if there is no evaluation.
-    """
+    """Write what the main evaluation found; nothing if there is none."""
     main = contents.main
     if main is None:
         return
-    yield _published(contents, main)
+    yield FactTable(
+        title="Beside published results",
+        note=comparability(contents, main),
+        head=("model", "plan success", "source"),
+        rows=(
+            (f"run {contents.name} ({main.name})", main.metrics.success, "this report"),
+            *PUBLISHED_RESULTS,
+        ),
+        marked=1,
+    )
     yield FactTable(
         title="Success by number of calls",
         head=("calls in the label", "queries", "success"),
         rows=tuple(
-            (str(steps), str(share.total), share)
-            for steps, share in sorted(main.metrics.success_by_steps.items())
+            (steps, share.total, share) for steps, share in main.metrics.success_by_steps.items()
         ),
     )
-    yield _tools(main)
-    yield _causes(contents, main)
-
-
-def _published(contents: RunContents, main: Evaluation) -> FactTable:
-    ours = (f"run {contents.name} ({main.name})", main.metrics.success, "this report")
-    others = ((r.model, Share(r.success_percent / 100), r.source) for r in PUBLISHED_RESULTS)
-    return FactTable(
-        title="Beside published results",
-        note=comparability(contents, main),
-        head=("model", "plan success", "source"),
-        rows=(ours, *others),
-        marked=1,
-    )
-
-
-def _tools(main: Evaluation) -> FactTable:
-    rows = by_tool(main.plans)
+    tools = tool_rows(main.plans)
     note = "Success is over the queries whose label calls the tool. "
     note += "Lacking and surplus count queries whose plan calls it less or more often than that."
-    if len(rows) > _TOOL_ROWS:
-        note += f" The first {_TOOL_ROWS} of {len(rows)} tools are listed."
-    return FactTable(
+    if len(tools) > _TOOL_ROWS:
+        note += f" The first {_TOOL_ROWS} of {len(tools)} tools are listed."
+    yield FactTable(
         title="Success by tool",
         note=note,
         head=("tool", "queries", "success", "lacking", "surplus"),
-        rows=tuple(
-            (row.tool, str(row.success.total), row.success, str(row.lacking), str(row.surplus))
-            for row in rows[:_TOOL_ROWS]
-        ),
+        rows=tuple(tools[:_TOOL_ROWS]),
     )
-
-
-def _causes(contents: RunContents, main: Evaluation) -> FactTable:
     before = contents.evaluations.get("test/before")
-    rows = by_cause(main.plans, before.plans if before else None)
-    failed = sum(row.count for row in rows)
-    return FactTable(
+    yield FactTable(
         title="Why plans fail",
-        note=f"{failed} of {main.metrics.n} plans fail; each is counted under the first cause "
-        "that applies.",
+        note=f"{main.metrics.n - main.metrics.success.count} of {main.metrics.n} plans fail; each "
+        "is counted under the first cause that applies.",
         head=("cause", "plans", *(("before training",) if before else ()), "meaning"),
-        rows=tuple(
-            (row.code, str(row.count), *((str(row.before),) if before else ()), row.meaning)
-            for row in rows
-        ),
+        rows=tuple(cause_rows(main.plans, before.plans if before else None)),
     )
 
 
-def other_tables(contents: RunContents) -> Iterator[FactTable]:
-    """Write what stands after the failing cases: files, evaluations, circumstances.
+def comparability(contents: RunContents, evaluation: Evaluation) -> str:
+    """Say whether an evaluation may be held against the published results.
 
     Args:
         contents: The run.
+        evaluation: The evaluation that gave the headline.
 
-    Yields:
-        Tables for what is there.
+    Returns:
+        A sentence that begins with the verdict.
     """
+    own = child(contents.data, "test_file")
+    tested = evaluation.made_with.get("test_sha256")
+    generated = contents.config.data.test is None
+    where = f"the test file {own.get('path', contents.config.data.test or 'of this run')}"
+    if tested is not None and tested != own.get("sha256"):
+        where, generated = "a test file that is not the run's own", False
+    different = "Not comparable with the published results"
+    if generated:
+        return (
+            f"{different}: this run was tested on generated data, and no figure on it says how "
+            "the planner does on the published test file."
+        )
+    if contents.tools is not None:
+        return f"{different}: this run plans with a catalogue of tools of its own."
+    if evaluation.metrics.n != PUBLISHED_TEST_QUERIES:
+        return (
+            f"{different}: {evaluation.metrics.n:,} queries of {where}, not the "
+            f"{PUBLISHED_TEST_QUERIES:,} of the published one."
+        )
+    return (
+        f"Comparable with the published results only if {where} is the published "
+        f"testing_data.json; its {PUBLISHED_TEST_QUERIES:,} queries agree, its content is not "
+        "known to this program."
+    )
+
+
+def count_calls(plan: str) -> Counter[str]:
+    """Count the calls of a plan by tool, join and what cannot be read left out."""
+    return Counter(step.tool for step in read_plan(plan).steps if step.tool != JOIN)
+
+
+def tool_rows(plans: Iterable[ScoredPlan]) -> list[tuple[str, int, Proportion, int, int]]:
+    """Sum up plans by the tools that they should call, or do.
+
+    Args:
+        plans: Of one evaluation.
+
+    Returns:
+        For each tool: the queries whose label calls it, their success, and the queries (of all)
+        whose plan calls it less and more often than the label. The most frequent tools come
+        first, tools that only predictions call last.
+    """
+    queries, successes, lacking, surplus = (Counter[str]() for _ in range(4))
+    for plan in plans:
+        wanted, found = map(count_calls, (plan.prediction.label, plan.prediction.prediction))
+        queries.update(wanted.keys())
+        if plan.score.success:
+            successes.update(wanted.keys())
+        lacking.update((wanted - found).keys())
+        surplus.update((found - wanted).keys())
+    tools = sorted(queries | surplus, key=lambda tool: (-queries[tool], -surplus[tool], tool))
+    return [
+        (t, queries[t], Proportion(successes[t], queries[t]), lacking[t], surplus[t]) for t in tools
+    ]
+
+
+def cause_rows(
+    plans: Sequence[ScoredPlan], before: Sequence[ScoredPlan] | None
+) -> list[tuple[str | int, ...]]:
+    """Count failures by cause.
+
+    Args:
+        plans: Of the main evaluation.
+        before: The same queries before training, if they were measured.
+
+    Returns:
+        Code, count, count before (if measured) and meaning; the most frequent cause first.
+    """
+    now = Counter(plan.score.failure for plan in plans)
+    then = Counter(plan.score.failure for plan in before or ())
+    codes = [code for code in FAILURE_CODES if now[code] or then[code]]
+    return [
+        (code, now[code], *(() if before is None else (then[code],)), FAILURE_CODES[code])
+        for code in sorted(codes, key=lambda code: (-now[code], -then[code]))
+    ]
+
+
+def gallery(plans: Iterable[ScoredPlan], most: int = GALLERY_CASES) -> list[ScoredPlan]:
+    """Choose failing cases in turn from every cause, so that rare causes are seen too.
+
+    Args:
+        plans: Of one evaluation.
+        most: How many at most.
+
+    Returns:
+        Grouped by cause, the most frequent first; within a cause in the order of the file.
+    """
+    causes: defaultdict[str, list[ScoredPlan]] = defaultdict(list)
+    for plan in plans:
+        if plan.score.failure is not None:
+            causes[plan.score.failure].append(plan)
+    # The nth case of every cause comes before the n+1st of any.
+    turns = sorted(
+        (turn, at) for at, code in enumerate(causes) for turn in range(len(causes[code]))
+    )
+    share = Counter(at for _, at in turns[:most])
+    chosen = {code: cases[: share[at]] for at, (code, cases) in enumerate(causes.items())}
+    frequent_first = sorted(causes, key=lambda code: (-len(causes[code]), code))
+    return [plan for code in frequent_first for plan in chosen[code]]
+
+
+def training_gain(contents: RunContents) -> str:
+    """Say what training changed, where the same queries were planned before it."""
+    main, before = contents.main, contents.evaluations.get("test/before")
+    if main is None or before is None:
+        return ""
+    told = f"before training {percent(before.metrics.success)}"
+    try:
+        compared = compare_scored(before.plans, main.plans)
+    except DataError:
+        return f"{told}, on other queries"
+    return f"{told}; change {compared.points()} points, McNemar p = {compared.mcnemar_p:.2g}"
+
+
+def other_tables(contents: RunContents) -> Iterator[FactTable]:
+    """Write what stands after the failing cases: files, evaluations, circumstances."""
     if contents.export is not None:
-        yield _export(contents)
-        yield from _gates(contents.export)
+        yield _export_table(contents)
+        if contents.export.gates:
+            yield FactTable(
+                title="Gates of the export",
+                head=("gate", "outcome", "rule"),
+                rows=tuple(
+                    (gate.name, "pass" if gate.passed else "FAIL", gate.rule)
+                    for gate in contents.export.gates
+                ),
+            )
     if contents.evaluations:
-        yield _evaluations(contents)
+        shown = ("success_dag", "unparsable", "unknown_tool", "truncated")
+        yield FactTable(
+            title="All evaluations in this folder",
+            head=("folder", "queries", "success", *shown[:1], "unreadable", "unknown tool", "cut"),
+            rows=tuple(
+                (
+                    name,
+                    evaluation.metrics.n,
+                    evaluation.metrics.success,
+                    *(percent(getattr(evaluation.metrics, figure)) for figure in shown),
+                )
+                for name, evaluation in contents.evaluations.items()
+            ),
+        )
     yield FactTable(title="Circumstances", head=("what", "value"), rows=tuple(_facts(contents)))
     if contents.timings_s:
         yield FactTable(
@@ -148,17 +264,16 @@ def other_tables(contents: RunContents) -> Iterator[FactTable]:
         )
 
 
-def _gates(export: ExportContents) -> Iterator[FactTable]:
-    rows = tuple((g.name, "pass" if g.passed else "FAIL", g.rule) for g in export.gates)
-    if rows:
-        yield FactTable(title="Gates of the export", head=("gate", "outcome", "rule"), rows=rows)
-
-
-def _export(contents: RunContents) -> FactTable:
+def _export_table(contents: RunContents) -> FactTable:
     assert contents.export is not None
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for file in contents.export.files:
-        tested = contents.evaluations.get(f"eval-gguf-{file.stem}")
+        tested, points = contents.evaluations.get(file.evaluation), ""
+        if tested is not None and contents.main is not None:
+            try:
+                points = compare_scored(contents.main.plans, tested.plans).points()
+            except DataError:
+                points = f"other queries than {contents.main.name}"
         rows.append(
             (
                 file.path,
@@ -167,7 +282,7 @@ def _export(contents: RunContents) -> FactTable:
                 "" if file.bits_per_weight is None else f"{file.bits_per_weight:.2f}",
                 file.success or "not measured",
                 tested.metrics.success if tested else "not measured",
-                _points(contents, tested),
+                points,
             )
         )
     return FactTable(
@@ -175,47 +290,10 @@ def _export(contents: RunContents) -> FactTable:
         note=f"{contents.export.verdict()} Success on test queries comes from "
         f"tinyagent-fast eval --run {contents.name} --engine gguf.",
         head=(
-            "file",
-            "type",
-            "size",
-            "bits per weight",
-            "success, validation prompts",
-            "success, test queries",
-            "points against the adapter",
+            *("file", "type", "size", "bits per weight"),
+            *("success, validation prompts", "success, test queries", "points against the adapter"),
         ),
         rows=tuple(rows),
-    )
-
-
-def _points(contents: RunContents, tested: Evaluation | None) -> str:
-    """Compare a file with the adapter, which must have planned for the same queries."""
-    if tested is None or contents.main is None:
-        return ""
-    try:
-        compared = compare_predictions(
-            contents.main.predictions, tested.predictions, contents.tools
-        )
-    except DataError:
-        return f"other queries than {contents.main.name}"
-    return compared.points()
-
-
-def _evaluations(contents: RunContents) -> FactTable:
-    return FactTable(
-        title="All evaluations in this folder",
-        head=("folder", "queries", "success", "success_dag", "unreadable", "unknown tool", "cut"),
-        rows=tuple(
-            (
-                name,
-                str(evaluation.metrics.n),
-                evaluation.metrics.success,
-                percent(evaluation.metrics.success_dag),
-                percent(evaluation.metrics.unparsable),
-                percent(evaluation.metrics.unknown_tool),
-                percent(evaluation.metrics.truncated),
-            )
-            for name, evaluation in contents.evaluations.items()
-        ),
     )
 
 
@@ -223,21 +301,18 @@ def _facts(contents: RunContents) -> Iterator[tuple[str, str]]:
     config, environment = contents.config, contents.environment
     yield "preset", config.preset
     yield "base model", f"{config.model.base}, {config.model.weights}"
-    lora = config.lora
-    yield "adapter", f"LoRA r {lora.rank}, alpha {lora.alpha}, {lora.targets}"
-    for name in ("train", "test"):
-        file = child(contents.data, f"{name}_file")
-        own = getattr(config.data, name)
-        yield f"{name} file", f"{file.get('path', own)}" + ("" if own else " (generated)")
+    yield "adapter", f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}"
+    for name, own in (("train", config.data.train), ("test", config.data.test)):
+        path = child(contents.data, f"{name}_file").get("path", own)
+        yield f"{name} file", f"{path}{'' if own else ' (generated)'}"
     rows = child(child(contents.data, "rows"), "train")
     if (count := number(rows, "rows")) is not None:
         tokens, supervised = number(rows, "tokens") or 0, number(rows, "supervised_tokens") or 0
-        yield (
-            "training rows",
-            f"{count:,.0f} with {tokens:,.0f} tokens, {supervised:,.0f} supervised",
-        )
-    gpu = environment.get("gpu")
-    yield "machine", str(gpu.get("name", gpu)) if isinstance(gpu, dict) else _processors(contents)
+        told = f"{count:,.0f} with {tokens:,.0f} tokens, {supervised:,.0f} supervised"
+        yield "training rows", told
+    gpu, cpus = environment.get("gpu"), number(environment, "cpus")
+    machine = "not recorded" if cpus is None else f"no GPU, {cpus:.0f} CPU cores"
+    yield "machine", str(gpu.get("name", gpu)) if isinstance(gpu, dict) else machine
     if environment.get("started"):
         yield "started", str(environment["started"])
     versions = child(environment, "versions")
@@ -250,20 +325,8 @@ def _facts(contents: RunContents) -> Iterator[tuple[str, str]]:
         yield "commit", f"{git['commit']}{'' if git.get('clean') else ', with local changes'}"
 
 
-def _processors(contents: RunContents) -> str:
-    cpus = number(contents.environment, "cpus")
-    return "not recorded" if cpus is None else f"no GPU, {cpus:.0f} CPU cores"
-
-
 def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    Args:
-        seconds: How long.
-
-    Returns:
-        For example `8.9 s`, `11 min 18 s`, `3 h 02 min`.
-    """
+    """Write a time for people, for example `8.9 s`, `11 min 18 s` or `3 h 02 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,0 +1,210 @@
+"""A run, or two planners compared, as pages: one HTML file without network or script, or Markdown.
+
+The templates escape every text by themselves; only drawings, which escape their own texts, come
+in as markup.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tinyagent_fast import __version__
+from tinyagent_fast.config import dump_config
+from tinyagent_fast.evaluation.report import explain_failure, headline
+from tinyagent_fast.plans.drawing import draw_plan, mark_differences, printable
+from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.reports.charts import run_charts
+from tinyagent_fast.reports.flips import FlippedPlans, chosen_flips
+from tinyagent_fast.reports.reading import RunContents
+from tinyagent_fast.reports.tables import (
+    GALLERY_CASES,
+    FactTable,
+    cell_text,
+    duration,
+    gallery,
+    other_tables,
+    result_tables,
+    training_gain,
+)
+
+_MARKDOWN_PLANS = 10
+_MARKDOWN_MARKS = re.compile(r"([\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w))")
+_BACKTICKS = re.compile(r"`{3,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One failing plan beside its label."""
+
+    query: str
+    tag: str
+    """Short name of the cause."""
+    label: str
+    prediction: str
+    tools: Mapping[str, Tool] | None
+    names: tuple[str, str] = ("label", "prediction")
+
+    @property
+    def reason(self) -> str:
+        """Why the plan fails, in one sentence."""
+        return explain_failure(self.label, self.prediction, self.tools)
+
+    def drawings(self) -> Iterator[tuple[str, Markup]]:
+        """Draw both plans with their differences marked; gives names and `svg` elements."""
+        label, prediction = (draw_plan(text, self.tools) for text in (self.label, self.prediction))
+        for name, plan in zip(self.names, mark_differences(label, prediction), strict=True):
+            yield name, Markup(plan.to_svg(name))
+
+
+def run_page(contents: RunContents) -> str:
+    """Write the HTML report of a run; one with nothing but its config gives one too."""
+    results = list(result_tables(contents))
+    return (
+        _templates()
+        .get_template("run.html.j2")
+        .render(
+            contents=contents,
+            gain=training_gain(contents),
+            results=results,
+            charts=list(run_charts(contents)),
+            cases=_failing_cases(contents, GALLERY_CASES),
+            others=list(other_tables(contents)),
+            config=dump_config(contents.config),
+        )
+    )
+
+
+def run_markdown(contents: RunContents) -> str:
+    """Write the report of a run as Markdown, for terminals and pull requests."""
+    results = list(result_tables(contents))
+    if contents.validations:
+        best = [v.step for v in contents.validations if v.best][-1:]
+        rows = tuple(
+            (
+                f"{v.step}{' (best)' if v.step in best else ''}",
+                v.success,
+                "" if v.loss is None else f"{v.loss:.4f}",
+            )
+            for v in contents.validations
+        )
+        head = ("step", "success on validation queries", "validation loss")
+        results.append(FactTable(title="During training", head=head, rows=rows))
+    return (
+        _templates()
+        .get_template("run.md.j2")
+        .render(
+            contents=contents,
+            headline=run_headline(contents),
+            results=results,
+            cases=_failing_cases(contents, _MARKDOWN_PLANS),
+            others=list(other_tables(contents)),
+        )
+    )
+
+
+def run_headline(contents: RunContents) -> str:
+    """Say a run's result in one line."""
+    if contents.main is None:
+        return "no plan success on test queries yet"
+    return f"{headline(contents.main.metrics)} ({contents.main.name})"
+
+
+def _failing_cases(contents: RunContents, most: int) -> list[Case]:
+    return [
+        Case(
+            query=plan.prediction.query,
+            tag=plan.score.failure or "",
+            label=plan.prediction.label,
+            prediction=plan.prediction.prediction,
+            tools=contents.tools,
+        )
+        for plan in gallery(contents.main.plans if contents.main else (), most)
+    ]
+
+
+def compare_page(compared: FlippedPlans) -> str:
+    """Write the comparison of two planners as an HTML page."""
+    a, b, paired = compared.a.name, compared.b.name, compared.paired
+    note = "Queries in the groups that have a flip; a query counts under each of its tools."
+    tables = [
+        FactTable(
+            title="Plan success",
+            head=("", "planner", "success"),
+            rows=(("A", a, paired.success_a), ("B", b, paired.success_b)),
+        ),
+        *(
+            FactTable(
+                title=f"Flips by {group}",
+                note=note,
+                head=(group, "queries", "right in A only", "right in B only"),
+                rows=tuple((c.group, c.queries, c.only_a, c.only_b) for c in counts),
+            )
+            for group, counts in (
+                ("number of calls", compared.by_calls),
+                ("tool", compared.by_tool),
+            )
+        ),
+    ]
+    every = FactTable(
+        title="All flipped queries",
+        head=("right in", "query", "calls", "why the other fails"),
+        rows=tuple((f"{f.winner} only", f.query, f.calls, f.cause) for f in compared.flips),
+    )
+    cases = [
+        Case(
+            query=flip.query,
+            tag=f"right in {flip.winner} only: {flip.cause}",
+            label=flip.label,
+            prediction=flip.wrong,
+            tools=compared.tools,
+            names=("label", f"plan of {'B' if flip.winner == 'A' else 'A'}"),
+        )
+        for flip in chosen_flips(compared.flips, GALLERY_CASES)
+    ]
+    return (
+        _templates()
+        .get_template("compare.html.j2")
+        .render(compared=compared, tables=tables, every=every, cases=cases)
+    )
+
+
+@cache
+def _templates() -> Environment:
+    templates = Environment(
+        loader=PackageLoader("tinyagent_fast.reports"),
+        autoescape=lambda name: name is None or ".md." not in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+    )
+    templates.globals |= {"version": __version__}
+    templates.filters |= {
+        "anchor": lambda title: re.sub(r"\W+", "-", title.lower()).strip("-"),
+        "cell": cell_text,
+        "duration": duration,
+        "causes": lambda cases: Counter(case.tag for case in cases),
+        "plain": plain,
+        "fenced": fenced,
+    }
+    return templates
+
+
+def plain(value: str) -> str:
+    """Write a text so that Markdown shows it as it is, on one line."""
+    return _MARKDOWN_MARKS.sub(r"\\\1", " ".join(printable(value).split()))
+
+
+def fenced(value: str) -> str:
+    """Write a text as a block that no text can end early."""
+    longest = max((len(found) for found in _BACKTICKS.findall(value)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}text\n{value}\n{fence}"
