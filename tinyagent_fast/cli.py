@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if words[0] == "--version":
-        from tinyagent_fast import __version__
+        from tinyagent_fast.version import __version__
 
         print(f"tinyagent-fast {__version__}")
         return 0

@@ -72,21 +72,23 @@ def _catalogue_of_run(file: Path) -> Path | None:
 
 
 def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:
+    from tinyagent_fast.api import score_pairs
     from tinyagent_fast.evaluation.report import percent
-    from tinyagent_fast.evaluation.scoring import score_pair, summarise
+    from tinyagent_fast.evaluation.scoring import score_pair
 
-    scores = [score_pair(label, prediction, tools) for label, prediction in _read_pairs(path)]
+    pairs = list(_read_pairs(path))
     if not as_json:
-        if not scores:
+        if not pairs:
             raise DataError(f"pairs file {path}", "the list is empty", "write at least one pair")
-        metrics = summarise(scores)
+        metrics = score_pairs(pairs, tools)
         print(f"success      {percent(metrics.success)}  n = {metrics.n}")
         print(f"success_dag  {percent(metrics.success_dag)}")
         print(f"tool recall  {percent(metrics.tool_recall)}")
         for code, count in metrics.failures.items():
             print(f"  {code}: {count}")
         return 0
-    for score in scores:
+    for label, prediction in pairs:
+        score = score_pair(label, prediction, tools)
         line = {
             "success": float(score.success),
             "success_dag": float(score.success_dag),

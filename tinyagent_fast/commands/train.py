@@ -29,14 +29,9 @@ def run(arguments: Sequence[str]) -> int:
     processes = init_processes()
     with processes.main_process_reports():
         config, resumed = processes.on_main_process(lambda: _settings(arguments))
-        from rich.console import Console
+        from tinyagent_fast.api import train
 
-        from tinyagent_fast.models.libraries import prepare_libraries
-
-        prepare_libraries(config.model)
-        from tinyagent_fast.training.fit import train
-
-        train(config, Console(highlight=False), resume=resumed)
+        train(config, resume=resumed)
     processes.leave()
     return 0
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast import __version__
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.companions import (
@@ -39,6 +38,7 @@ from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import environment, write_text
+from tinyagent_fast.version import __version__
 
 IMPORTANCE = "importance.gguf"
 
