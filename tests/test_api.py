@@ -1,0 +1,69 @@
+"""The Python API: what `import tinyagent_fast` gives, and that it costs nothing to import."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinyagent_fast
+from tinyagent_fast import Config, DataConfig, UserError, load_config, preset_config, score_pairs
+
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "trl", "peft", "numpy", "rich", "tyro")
+
+
+def test_every_name_is_there_and_only_these_are_offered() -> None:
+    for name in tinyagent_fast.__all__:
+        assert getattr(tinyagent_fast, name) is not None, name
+    assert dir(tinyagent_fast) == sorted(tinyagent_fast.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        tinyagent_fast.trian  # noqa: B018
+
+
+def test_what_type_checkers_see_is_what_is_imported() -> None:
+    tree = ast.parse(Path(str(tinyagent_fast.__file__)).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: str(node.module)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {*seen, "__version__"} == set(tinyagent_fast.__all__)
+    for name, module in seen.items():
+        assert getattr(tinyagent_fast, name) is getattr(sys.modules[module], name)
+
+
+def test_the_import_loads_nothing_and_names_load_nothing_heavy() -> None:
+    code = (
+        "import json, sys; before = set(sys.modules); import tinyagent_fast; "
+        "ours = sorted(m for m in set(sys.modules) - before if m.startswith('tinyagent_fast.')); "
+        "[getattr(tinyagent_fast, name) for name in tinyagent_fast.__all__]; "
+        f"print(json.dumps([ours, sorted(set(sys.modules) & set({HEAVY!r}))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [["tinyagent_fast.version"], []]
+
+
+def test_a_config_is_made_from_a_preset_and_from_a_file(tmp_path: Path) -> None:
+    assert preset_config("smoke").model.base == "random"
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: l4\ndata: {points: all}\n")
+    config = load_config(path)
+    assert (config.preset, config.train.batch) == ("l4", preset_config("l4").train.batch)
+    assert config.data.points == "all"
+    path.write_text("data: {points: all}\n")
+    assert load_config(path) == Config(data=DataConfig(points="all"))
+    with pytest.raises(UserError, match="did you mean"):
+        preset_config("smok")
+
+
+def test_pairs_are_scored() -> None:
+    plan = '1. get_email_address("Ann")\n2. join()'
+    metrics = score_pairs([(plan, plan), (plan, "")])
+    assert (metrics.n, metrics.success.share) == (2, 0.5)
+    assert metrics.failures == {"empty": 1}
