@@ -36,7 +36,8 @@ def tokenizer(tiny_base: Path) -> PromptTokenizer:
 
 
 def tokens_of(tokenizer: PromptTokenizer, example: Example) -> int:
-    return len(tokenizer.encode_row(example.key, render(example, "alpaca")).input_ids)
+    (row,) = tokenizer.encode_rows([(example.key, render(example, "alpaca"))])
+    return len(row.input_ids)
 
 
 def files_in(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyagent_fast.data.schema import Example
+from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.prompts.templates import (
     STOP_STRINGS,
     PromptFormat,
@@ -55,6 +56,11 @@ def test_flat_puts_both_texts_behind_one_another_and_adds_nothing() -> None:
 def test_chat_hands_the_messages_to_the_tokenizers_template() -> None:
     assert render_prompt("S", "U", "chat", chat) == "<system>S<user>U<assistant>"
     assert render_prompt(None, "U", "chat", chat) == "<user>U<assistant>"
+
+
+def test_chat_without_a_chat_template_is_the_users_error() -> None:
+    with pytest.raises(ConfigError, match="chat template"):
+        render_prompt("S", "U", "chat")
 
 
 @given(TEXTS, TEXTS, st.sampled_from(["alpaca", "flat", "chat"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError
@@ -19,7 +19,6 @@ from tinyagent_fast.prompts.tokens import (
     IGNORED,
     EncodedRow,
     PromptTokenizer,
-    common_prefix_tokens,
 )
 
 SPACE_MARK = "\u2581"
@@ -61,6 +60,11 @@ def make(request: pytest.FixtureRequest, tokenizers: dict[str, Any]) -> Make:
     return wrapped.__getitem__
 
 
+def encode_row(tokenizer: PromptTokenizer, key: str, example: RenderedExample) -> EncodedRow:
+    (row,) = tokenizer.encode_rows([(key, example)])
+    return row
+
+
 def rendered(system: str, user: str, output: str, prompt_format: PromptFormat) -> RenderedExample:
     return RenderedExample(render_prompt(system, user, prompt_format), output + END_OF_PLAN)
 
@@ -72,7 +76,7 @@ def test_a_row_is_bos_prompt_completion_eos(
 ) -> None:
     tokenizer = make(prompt_format)
     example = rendered(system, user, output, prompt_format)
-    row = tokenizer.encode_row("k", example)
+    row = encode_row(tokenizer, "k", example)
     prompt = tokenizer.encode_prompt(example.prompt)
     supervised = row.labels[len(prompt) :]
     assert row.input_ids[: len(prompt)] == prompt
@@ -89,7 +93,7 @@ def test_a_row_has_one_bos_one_eos_and_no_other_special_token(
     make: Make, system: str, user: str, output: str, prompt_format: PromptFormat
 ) -> None:
     tokenizer = make(prompt_format)
-    row = tokenizer.encode_row("k", rendered(system, user, output, prompt_format))
+    row = encode_row(tokenizer, "k", rendered(system, user, output, prompt_format))
     assert row.input_ids[0] == tokenizer.bos_id
     assert row.input_ids.count(tokenizer.bos_id) == 1  # type: ignore[arg-type]
     assert row.input_ids.count(tokenizer.eos_id) == 1
@@ -115,7 +119,7 @@ def test_encoding_prompt_and_completion_together_gives_the_same_ids(
 ) -> None:
     tokenizer = make("alpaca")
     example = rendered(system, user, first + rest, "alpaca")
-    row = tokenizer.encode_row("k", example)
+    row = encode_row(tokenizer, "k", example)
     assert row.input_ids[1:-1] == tokenizer.encode_text(example.prompt + example.completion)
 
 
@@ -142,9 +146,9 @@ def test_a_special_token_typed_by_a_user_is_plain_characters(
     make: Make, special: str, prompt_format: PromptFormat
 ) -> None:
     tokenizer = make(prompt_format)
-    clean = tokenizer.encode_row("k", rendered("s", "a b", "1. join()", prompt_format))
-    typed = tokenizer.encode_row(
-        "k", rendered("s", f"a {special} b", f'1. note("{special}")', prompt_format)
+    clean = encode_row(tokenizer, "k", rendered("s", "a b", "1. join()", prompt_format))
+    typed = encode_row(
+        tokenizer, "k", rendered("s", f"a {special} b", f'1. note("{special}")', prompt_format)
     )
     specials = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.hf.unk_token_id}
     assert [i for i in typed.input_ids if i in specials] == [
@@ -155,14 +159,14 @@ def test_a_special_token_typed_by_a_user_is_plain_characters(
 def test_wrapping_and_encoding_add_no_token_to_the_vocabulary(make: Make) -> None:
     tokenizer = make("alpaca")
     before = len(tokenizer.hf), tokenizer.hf.get_vocab()
-    tokenizer.encode_row("k", rendered("s", "<END_OF_PLAN> </s>", "1. join()", "alpaca"))
+    encode_row(tokenizer, "k", rendered("s", "<END_OF_PLAN> </s>", "1. join()", "alpaca"))
     assert (len(tokenizer.hf), tokenizer.hf.get_vocab()) == before
     assert "<END_OF_PLAN>" not in before[1]
 
 
 def test_an_empty_completion_is_an_error_because_nothing_would_be_supervised(make: Make) -> None:
     with pytest.raises(DataError, match=r"row k/0.*empty[\s\S]*0/0"):
-        make("alpaca").encode_row("k/0", RenderedExample("prompt", ""))
+        encode_row(make("alpaca"), "k/0", RenderedExample("prompt", ""))
 
 
 @settings(max_examples=50, deadline=None)
@@ -172,12 +176,12 @@ def test_a_character_that_sentencepiece_cannot_give_back_is_an_error(
 ) -> None:
     tokenizer = PromptTokenizer(tokenizers["sentencepiece"])
     with pytest.raises(DataError, match="cannot give back"):
-        tokenizer.encode_row("k", RenderedExample("p\n", before + SPACE_MARK + after))
+        encode_row(tokenizer, "k", RenderedExample("p\n", before + SPACE_MARK + after))
 
 
 def test_the_same_character_is_kept_by_a_byte_level_tokenizer(tokenizers: dict[str, Any]) -> None:
     tokenizer = PromptTokenizer(tokenizers["byte-level"])
-    row = tokenizer.encode_row("k", RenderedExample("p\n", f"1. a({SPACE_MARK})"))
+    row = encode_row(tokenizer, "k", RenderedExample("p\n", f"1. a({SPACE_MARK})"))
     assert tokenizer.decode(row.labels[row.prompt_tokens : -1]) == f"1. a({SPACE_MARK})"
 
 
@@ -194,13 +198,13 @@ def test_a_vocabulary_without_all_bytes_is_an_error_for_what_it_lacks() -> None:
     hf.pad_token = "<unk>"
     tokenizer = PromptTokenizer(hf)
     with pytest.raises(DataError, match="decode to"):
-        tokenizer.encode_row("k", RenderedExample("a", "abc"))
+        encode_row(tokenizer, "k", RenderedExample("a", "abc"))
 
 
 def good_row(tokenizer: PromptTokenizer) -> tuple[EncodedRow, list[int], str]:
     example = rendered("s", "u", "1. join()", "alpaca")
     return (
-        tokenizer.encode_row("k", example),
+        encode_row(tokenizer, "k", example),
         tokenizer.encode_prompt(example.prompt),
         example.completion,
     )
@@ -265,7 +269,7 @@ def test_chat_prompts_have_one_bos_and_the_templates_special_tokens(
     example = RenderedExample(
         render_prompt("sys", "hello", "chat", tokenizer.chat), "1. join()<END_OF_PLAN>"
     )
-    row = tokenizer.encode_row("k", example)
+    row = encode_row(tokenizer, "k", example)
     assert row.input_ids.count(tokenizer.bos_id) == 1  # type: ignore[arg-type]
     assert row.input_ids.count(tokenizer.eos_id) == 3  # two turns and the completion
     # After a special token SentencePiece's own rule and llama.cpp put a space; the text has none.
@@ -293,22 +297,9 @@ def test_a_tokenizer_without_bos_makes_rows_without_one(tokenizers: dict[str, An
     hf = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(core), eos_token="</s>", pad_token="<unk>"
     )
-    row = PromptTokenizer(hf).encode_row("k", RenderedExample("a prompt", "1. join()"))
+    row = encode_row(PromptTokenizer(hf), "k", RenderedExample("a prompt", "1. join()"))
     assert PromptTokenizer(hf).bos_id is None
     assert hf.convert_tokens_to_ids("<s>") not in row.input_ids
-
-
-@given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=5))
-def test_the_common_prefix_is_the_longest_that_all_rows_share(rows: list[list[int]]) -> None:
-    length = common_prefix_tokens(rows)
-    assume(rows)
-    assert all(row[:length] == rows[0][:length] for row in rows)
-    longer = [tuple(row[: length + 1]) for row in rows]
-    assert len(set(longer)) > 1 or min(map(len, rows)) == length
-
-
-def test_no_rows_have_no_common_prefix() -> None:
-    assert common_prefix_tokens([]) == 0
 
 
 def test_real_rows_are_proved_and_begin_alike(real_data: Path) -> None:
@@ -327,4 +318,4 @@ def test_real_rows_are_proved_and_begin_alike(real_data: Path) -> None:
     rows = tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
     plans = [r.input_ids for r, e in zip(rows, examples, strict=True) if e.kind == "plan"]
     assert len(plans) == 100
-    assert common_prefix_tokens(plans) > 1000
+    assert all(ids[:1000] == plans[0][:1000] for ids in plans)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
@@ -36,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.models.bases import base_tokenizer
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
-    from tinyagent_fast.prompts.tokens import PromptTokenizer, common_prefix_tokens
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
     from tinyagent_fast.training.inputs import load_run_examples
 
     console = Console(highlight=False)
@@ -45,19 +46,19 @@ def run(arguments: Sequence[str]) -> int:
     if hf is None:
         hf = load_tokenizer(resolve_tokenizer_folder(config.model.base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)
-    chat = tokenizer.chat if config.model.prompt_format == "chat" else None
     chosen = [examples.train[i] for i in range(min(known.rows, len(examples.train)))]
     rows = tokenizer.encode_rows(
-        [(e.key, render(e, config.model.prompt_format, chat)) for e in chosen]
+        [(e.key, render(e, config.model.prompt_format, tokenizer.chat)) for e in chosen]
     )
     for row in rows:
         _show(console, tokenizer, row)
     supervised = sum(row.supervised_tokens for row in rows)
     tokens = sum(len(row.input_ids) for row in rows)
+    columns = zip(*(row.input_ids for row in rows), strict=False)
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
     console.print(
         f"{len(rows)} rows: {tokens} tokens, {supervised} supervised "
-        f"({100 * supervised / max(1, tokens):.1f} %), shared prefix "
-        f"{common_prefix_tokens([row.input_ids for row in rows])} tokens",
+        f"({100 * supervised / max(1, tokens):.1f} %), shared prefix {shared} tokens",
         markup=False,
     )
     return 0

@@ -82,15 +82,13 @@ def encode_examples(
     """
     from datasets import List, Value
 
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
-
     def fill(write: Callable[[Any], None]) -> dict[str, Any]:
         lengths: list[int] = []
         supervised_tokens = 0
         dropped: list[tuple[str, int]] = []
         for start in range(0, len(examples), CHUNK_ROWS):
             chunk = [examples[i] for i in range(start, min(start + CHUNK_ROWS, len(examples)))]
-            texts = [(e.key, render(e, tokenizer.prompt_format, chat)) for e in chunk]
+            texts = [(e.key, render(e, tokenizer.prompt_format, tokenizer.chat)) for e in chunk]
             for row in tokenizer.encode_rows(texts):
                 length = len(row.input_ids)
                 if length > max_length_tokens:

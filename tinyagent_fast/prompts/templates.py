@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tinyagent_fast.data.schema import Example
+from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.plans.grammar import END_OF_PLAN, END_OF_RESPONSE
 
 PromptFormat = Literal["alpaca", "flat", "chat"]
@@ -37,7 +38,7 @@ def prompt_messages(system: str | None, user: str) -> list[dict[str, str]]:
     """Give a prompt as a client sends it to a chat endpoint.
 
     Args:
-        system: System text, or none.
+        system: System text, or None.
         user: User text.
 
     Returns:
@@ -53,14 +54,17 @@ def render_prompt(
     """Render a prompt that ends where the completion begins.
 
     Args:
-        system: System text; none for prompts of a single message, such as the joiner's.
+        system: System text; None for prompts of a single message, such as the joiner's.
         user: User text.
         prompt_format: `alpaca` is the base model's own template, `flat` puts both texts behind
             one another as the published GGUF's template does, `chat` asks the tokenizer.
-        chat: The tokenizer's chat template; needed for `chat` only.
+        chat: The tokenizer's chat template; used for `chat` only.
 
     Returns:
         The prompt's text without BOS.
+
+    Raises:
+        ConfigError: The format is `chat` and there is no chat template.
 
     Source: the chat template of Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct (alpaca) and the
         template embedded in the published TinyAgent-1.1B GGUF (flat).
@@ -68,7 +72,12 @@ def render_prompt(
     if prompt_format == "flat":
         return f"{system or ''}{user}"
     if prompt_format == "chat":
-        assert chat is not None, "the chat format needs a chat template"
+        if chat is None:
+            raise ConfigError(
+                "prompt format chat",
+                "there is no tokenizer with a chat template",
+                "use --model.prompt-format alpaca, or a base model with a chat template",
+            )
         return chat(prompt_messages(system, user))
     if system is None:
         return f"\n### Instruction:\n{user}\n\n### Response:\n"
@@ -78,15 +87,9 @@ def render_prompt(
 def render(
     example: Example, prompt_format: PromptFormat, chat: ChatRenderer | None = None
 ) -> RenderedExample:
-    """Render an example for training: its prompt, and its output with the stop string.
+    """Render an example for training: its prompt, and its output with the stop string of its kind.
 
-    Args:
-        example: One point of the data.
-        prompt_format: See `render_prompt`.
-        chat: See `render_prompt`.
-
-    Returns:
-        Prompt and completion; the completion ends in the stop string of its kind.
+    Args and Raises as in `render_prompt`.
     """
     stop = STOP_STRINGS[example.kind]
     completion = example.output if example.output.endswith(stop) else example.output + stop
@@ -95,15 +98,7 @@ def render(
 
 
 def template_hash(prompt_format: PromptFormat, chat: ChatRenderer | None = None) -> str:
-    """Name the template by what it renders, so that two runs can be told apart.
-
-    Args:
-        prompt_format: See `render_prompt`.
-        chat: See `render_prompt`.
-
-    Returns:
-        The first 16 hex digits of the sha256 of two rendered prompts.
-    """
+    """Name a template by 16 hex digits of the sha256 of what it renders, to tell runs apart."""
     probe = render_prompt("S", "U", prompt_format, chat) + "\0"
     probe += render_prompt(None, "U", prompt_format, chat)
     return hashlib.sha256(probe.encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ it is; a tokenizer.model alone is turned into an equal fast tokenizer; `check_to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special
 
 
 def resolve_tokenizer_folder(base: str, revision: str | None = None) -> Path:
-    """Find the folder with a model's tokenizer files, downloading them from the hub if needed.
-
-    Args:
-        base: A local folder, or a model's name on the hub.
-        revision: Revision on the hub.
-
-    Returns:
-        A local folder.
-
-    Raises:
-        ModelError: There is no such folder and the hub does not give the files.
-    """
+    """Find the folder with a model's tokenizer files, as `hub_folder` finds files."""
     return hub_folder("tokenizer of", base, revision, [*_FILES, "chat_template.jinja"])
 
 
@@ -87,16 +76,19 @@ def hub_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = list(patterns)
+    def fetch(local_only: bool) -> Path:
+        wanted = list(patterns)
+        return Path(
+            snapshot_download(
+                base, revision=revision, allow_patterns=wanted, local_files_only=local_only
+            )
+        )
+
     try:
         if cached_first:
             with suppress(LocalEntryNotFoundError):
-                return Path(
-                    snapshot_download(
-                        base, revision=revision, allow_patterns=wanted, local_files_only=True
-                    )
-                )
-        return Path(snapshot_download(base, revision=revision, allow_patterns=wanted))
+                return fetch(local_only=True)
+        return fetch(local_only=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"{what} {base!r}",
@@ -154,18 +146,26 @@ def tokenizer_from_sentencepiece(path: Path) -> Any:
     Raises:
         ModelError: The file is no SentencePiece BPE model without text normalisation.
     """
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    proto = _read_sentencepiece(path)
-    pieces = [piece.piece for piece in proto.pieces]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    if absent := [token for token in _SPECIAL_TOKENS if token not in vocab]:
+    proto = protobuf.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError differs between its implementations
         raise ModelError(
-            f"{path}",
-            f"it has no {', '.join(absent)}, which Llama's models begin, end or pad with",
-            "use a base model with a Llama tokenizer or with tokenizer.json",
-        )
+            f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
+        ) from error
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    fault = None
+    if proto.trainer_spec.model_type != 2 or proto.normalizer_spec.name != "identity":
+        fault = "it is no BPE model, or it normalises text, so its ids cannot be reproduced"
+    elif absent := [token for token in _SPECIAL_TOKENS if token not in vocab]:
+        fault = f"it has no {', '.join(absent)}, which Llama's models begin, end or pad with"
+    if fault:
+        fix = "use a base model with a Llama tokenizer or with tokenizer.json"
+        raise ModelError(f"{path}", fault, fix)
     merges = _merges([(p.piece, p.score) for p in proto.pieces if p.type == 1], vocab)
     core = Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -192,28 +192,11 @@ def tokenizer_from_sentencepiece(path: Path) -> Any:
     )
 
 
-def _read_sentencepiece(path: Path) -> Any:
-    """Parse a tokenizer.model that is a BPE model without text normalisation."""
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
-
-    proto = protobuf.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError differs between its implementations
-        raise ModelError(
-            f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
-        ) from error
-    if proto.trainer_spec.model_type != 2 or proto.normalizer_spec.name != "identity":
-        raise ModelError(
-            f"{path}",
-            "it is no BPE model, or it normalises text, so its ids cannot be reproduced",
-            "use a base model with a Llama tokenizer or with tokenizer.json",
-        )
-    return proto
-
-
 def _merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """List every split of a piece into two pieces, best score first, as SentencePiece merges."""
+    """List every split of a piece into two pieces, best score first, as SentencePiece merges.
+
+    transformers' `generate_merges` puts pieces of equal score in another order.
+    """
     scored = []
     for piece, score in pieces:
         splits = [
@@ -241,27 +224,27 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     from tokenizers import Tokenizer
 
+    encode: Callable[[str], list[int]]
     if (folder / "tokenizer.model").exists():
         from sentencepiece import SentencePieceProcessor
 
-        witness = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        expected = {text: list(witness.encode(text)) for text in HARD_STRINGS}
         source = "tokenizer.model"
+        encode = SentencePieceProcessor(model_file=str(folder / source)).encode
     else:
-        core = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        expected = {t: list(core.encode(t, add_special_tokens=False).ids) for t in HARD_STRINGS}
         source = "tokenizer.json"
-    different = [
-        text
-        for text, ids in expected.items()
-        if list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) != ids
-    ]
+        encode = _encoder(Tokenizer.from_file(str(folder / source)))
+    loaded = _encoder(tokenizer.backend_tokenizer)
+    different = [text for text in HARD_STRINGS if loaded(text) != list(encode(text))]
     if different:
         raise ModelError(
             f"tokenizer in {folder}",
-            f"as loaded it gives other ids than {source} on {len(different)} of {len(expected)} "
-            f"test strings, the first {different[0]!r}: a model trained so would be served with "
-            "other ids by llama.cpp",
+            f"as loaded it gives other ids than {source} on {len(different)} of "
+            f"{len(HARD_STRINGS)} test strings, the first {different[0]!r}: a model trained so "
+            "would be served with other ids by llama.cpp",
             "use the transformers version of the requirements file, or remove the damaged "
             "tokenizer.json so that it is rebuilt from tokenizer.model",
         )
+
+
+def _encoder(core: Any) -> Callable[[str], list[int]]:
+    return lambda text: list(core.encode(text, add_special_tokens=False).ids)

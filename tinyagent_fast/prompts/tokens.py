@@ -2,12 +2,12 @@
 
 A row is `BOS prompt completion EOS`. The prompt is encoded alone, as it is when the model is
 served, and the completion is encoded as its continuation, so the prompt's ids are an exact prefix
-of the row; `encode_row` proves that on every row, and that the labels decode to the completion.
+of the row; `encode_rows` proves that on every row, and that the labels decode to the completion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class PromptTokenizer:
         """Wrap a loaded tokenizer.
 
         Args:
-            tokenizer: A transformers fast tokenizer (see `prompts.loading`).
+            tokenizer: A transformers fast tokenizer (see `prompts.tokenizers`).
             prompt_format: Decides whether special tokens are read from prompt text.
         """
         from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ class PromptTokenizer:
 
     @property
     def chat(self) -> ChatRenderer | None:
-        """The tokenizer's chat template as a function, or none if it has none."""
+        """The tokenizer's chat template as a function, or None if it has none."""
         if self.hf.chat_template is None:
             return None
 
@@ -78,44 +78,20 @@ class PromptTokenizer:
         return render_chat
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode text as it stands at the start of a sequence, without BOS or EOS.
-
-        Args:
-            text: Any text.
-
-        Returns:
-            Token ids.
-        """
+        """Encode text as it stands at the start of a sequence, without BOS or EOS."""
         return list(self._core.encode(text, add_special_tokens=False).ids)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode many texts at once, as `encode_text` does each.
-
-        Args:
-            texts: Any texts.
-
-        Returns:
-            Token ids of each.
-        """
+        """Encode many texts at once, as `encode_text` does each."""
         encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
         return [list(e.ids) for e in encoded]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Encode a prompt for training and for generation alike.
-
-        Args:
-            prompt: Text of `templates.render_prompt`.
-
-        Returns:
-            Token ids, beginning with BOS if the tokenizer has one.
-
-        Raises:
-            DataError: The chat template writes a second BOS.
-        """
+        """Encode one prompt as `encode_prompts` does."""
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Encode many prompts at once, which uses all cores.
+        """Encode prompts for training and for generation alike, on all cores.
 
         Args:
             prompts: Texts of `templates.render_prompt`.
@@ -166,14 +142,7 @@ class PromptTokenizer:
         return ids[len(line_break) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids with special tokens shown.
-
-        Args:
-            ids: Token ids.
-
-        Returns:
-            Their text.
-        """
+        """Decode ids with special tokens shown."""
         text: str = self._core.decode(list(ids), skip_special_tokens=False)
         return text
 
@@ -193,21 +162,6 @@ class PromptTokenizer:
             anchor = self._letter
         return self.decode(anchor + list(ids))[len(self.decode(anchor)) :]
 
-    def encode_row(self, key: str, example: RenderedExample) -> EncodedRow:
-        """Encode one row and prove it.
-
-        Args:
-            key: Names the row in messages.
-            example: Prompt and completion.
-
-        Returns:
-            The row.
-
-        Raises:
-            DataError: No token would be supervised, or the labels do not decode to the completion.
-        """
-        return self.encode_rows([(key, example)])[0]
-
     def encode_rows(self, examples: Sequence[tuple[str, RenderedExample]]) -> list[EncodedRow]:
         """Encode many rows and prove each.
 
@@ -218,7 +172,7 @@ class PromptTokenizer:
             The rows in order.
 
         Raises:
-            DataError: As in `encode_row`.
+            DataError: No token would be supervised, or the labels do not decode to the completion.
         """
         prompts = self.encode_prompts([example.prompt for _, example in examples])
         return [
@@ -270,23 +224,3 @@ class PromptTokenizer:
                 f"{wrong}, so the model would be taught something else",
                 "remove characters that the tokenizer cannot give back, or use another tokenizer",
             )
-
-
-def common_prefix_tokens(rows: Iterable[Sequence[int]]) -> int:
-    """Measure the token prefix that all rows share.
-
-    Args:
-        rows: Token ids of each row.
-
-    Returns:
-        Its length in tokens; 0 for no rows.
-    """
-    prefix: list[int] | None = None
-    for row in rows:
-        if prefix is None:
-            prefix = list(row)
-        length = min(len(prefix), len(row))
-        while length and prefix[:length] != list(row[:length]):
-            length -= 1
-        prefix = prefix[:length]
-    return len(prefix or ())

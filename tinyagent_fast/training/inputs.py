@@ -273,14 +273,13 @@ def encode_run_rows(
         DataError: Rows are over-long or cannot be proved.
     """
     model, data = config.model, config.data
-    chat = tokenizer.chat if model.prompt_format == "chat" else None
     vocabulary = hashlib.sha256(tokenizer.hf.backend_tokenizer.to_str().encode()).hexdigest()
     key_parts = [
         examples.summary["train_file"]["sha256"],
         examples.summary["test_file"],
         vocabulary,
         model.prompt_format,
-        template_hash(model.prompt_format, chat),
+        template_hash(model.prompt_format, tokenizer.chat),
         model.max_length_tokens,
         asdict(data, dict_factory=lambda items: {k: str(v) for k, v in items}),
         config.eval.sample,
