@@ -47,15 +47,28 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 QUANTS = ("q8_0", "q4_k_m")
 
 
-def make_tokenizer(path: Path, pieces: int = 32000) -> None:
-    """Write a SentencePiece model of Llama's kind whose pieces mean nothing.
+def make_model(folder: Path, shape: str) -> dict[str, Any]:
+    """Write a Llama of random bf16 weights, with a SentencePiece tokenizer of words like `abc`.
 
     Args:
-        path: Target.
-        pieces: Size of the vocabulary.
-    """
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
+        folder: Target folder.
+        shape: A name in `SHAPES`.
 
+    Returns:
+        Size of the weights.
+    """
+    import torch
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(str(folder))
     proto = protobuf.ModelProto()
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = True
@@ -68,83 +81,25 @@ def make_tokenizer(path: Path, pieces: int = 32000) -> None:
     for byte in range(256):
         proto.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=kinds.BYTE)
     letters = [*"abcdefghijklmnopqrstuvwxyz\u2581"]
-    words = itertools.chain.from_iterable(
-        itertools.product(letters, repeat=n) for n in (1, 2, 3, 4)
-    )
-    for rank, word in enumerate(itertools.islice(words, pieces - len(proto.pieces))):
+    words = (word for n in (1, 2, 3, 4) for word in itertools.product(letters, repeat=n))
+    for rank, word in enumerate(itertools.islice(words, config.vocab_size - len(proto.pieces))):
         proto.pieces.add(piece="".join(word), score=-float(rank), type=kinds.NORMAL)
-    path.write_bytes(proto.SerializeToString())
-
-
-def make_model(folder: Path, shape: str) -> dict[str, Any]:
-    """Write a Llama of random bf16 weights.
-
-    Args:
-        folder: Target folder.
-        shape: A name in `SHAPES`.
-
-    Returns:
-        Size of the weights.
-    """
-    import numpy as np
-
-    from tinyagent_fast.export.checkpoints import SafetensorsWriter
-    from tinyagent_fast.models.families import LLAMA, ModelShape
-
-    config: dict[str, Any] = {
-        **SHAPES[shape],
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    make_tokenizer(folder / "tokenizer.model", config["vocab_size"])
-    tensors = list(LLAMA.tensors(ModelShape.from_config(config)))
-    random = np.random.default_rng(0)
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
     weights = folder / "model.safetensors"
-    with SafetensorsWriter(weights, [(t.source, "BF16", t.shape) for t in tensors], {}) as writer:
-        for tensor in tensors:
-            rows = tensor.shape[0]
-            for start in range(0, rows, 512):
-                part = (min(512, rows - start), *tensor.shape[1:])
-                writer.write_rows(random.standard_normal(part, np.float32) * np.float32(0.02))
     return {"size_mb": round(weights.stat().st_size / 1e6, 1)}
 
 
-def convert(model: Path, target: Path) -> dict[str, Any]:
-    """Convert a model folder to an f16 GGUF.
+def convert(model: Path, target: Path, quant: str, threads: int) -> dict[str, Any]:
+    """Convert a model folder to a GGUF file.
 
     Args:
         model: The folder.
         target: The file.
+        quant: Kind of file.
+        threads: Threads of the quantisation.
 
     Returns:
-        Size and notes.
-    """
-    from tinyagent_fast.export.conversion import convert_to_gguf
-
-    report = convert_to_gguf(
-        model, target, quant="f16", name="export-speed", chat_template=None, extra={}
-    )
-    return {"size_mb": round(report.size_bytes / 1e6, 1), "notes": list(report.notes)}
-
-
-def quantise_model(model: Path, target: Path, quant: str, threads: int) -> dict[str, Any]:
-    """Convert a model folder to a quantised GGUF.
-
-    Args:
-        model: The folder.
-        target: The file to write.
-        quant: Name of the quantisation.
-        threads: Threads to use.
-
-    Returns:
-        Size and bits per weight.
+        Size, notes and bits per weight.
     """
     from tinyagent_fast.export.conversion import convert_to_gguf
 
@@ -159,6 +114,7 @@ def quantise_model(model: Path, target: Path, quant: str, threads: int) -> dict[
     )
     return {
         "size_mb": round(report.size_bytes / 1e6, 1),
+        "notes": list(report.notes),
         "bits_per_weight": round(report.bits_per_weight, 3),
         "threads": threads,
     }
@@ -242,14 +198,8 @@ def _run_child(arguments: list[str]) -> None:
     step, *rest = arguments
     steps: Mapping[str, Callable[[], dict[str, Any]]] = {
         "make": lambda: make_model(Path(rest[0]), rest[1]),
-        "convert": lambda: convert(Path(rest[0]), Path(rest[1])),
+        "convert": lambda: convert(Path(rest[0]), Path(rest[1]), rest[2], int(rest[3])),
         "compare": lambda: compare_tensors(Path(rest[0]), Path(rest[1])),
-        **{
-            quant: lambda quant=quant: quantise_model(  # type: ignore[misc]
-                Path(rest[0]), Path(rest[1]), quant, int(rest[2])
-            )
-            for quant in QUANTS
-        },
     }
     started = time.perf_counter()
     result = steps[step]()
@@ -279,7 +229,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model, f16 = Path(name) / "model", Path(name) / "f16.gguf"
         steps["make"] = run_step("make", model, given.shape)
-        steps["convert_f16"] = run_step("convert", model, f16)
+        steps["convert_f16"] = run_step("convert", model, f16, "f16", given.threads)
         if given.official:
             theirs = Path(name) / "official.gguf"
             steps["official_f16"] = run_official(given.official, model, theirs)
@@ -287,7 +237,7 @@ def main() -> None:
             theirs.unlink()
         for quant in QUANTS:
             target = Path(name) / f"{quant}.gguf"
-            steps[quant] = run_step(quant, model, target, given.threads)
+            steps[quant] = run_step("convert", model, target, quant, given.threads)
             target.unlink()
     write_json(given.out, record)
     print(f"written: {given.out}")

@@ -15,15 +15,6 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench  # noqa: E402
-import bench_data  # noqa: E402
-import bench_evaluation  # noqa: E402
-import bench_inputs  # noqa: E402
-import bench_rounds  # noqa: E402
-import bench_scaling  # noqa: E402
-import bench_sizes  # noqa: E402
-import bench_table  # noqa: E402
-
-TABLE_COLUMNS = 5
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +33,24 @@ def quick(tmp_path_factory):
     return done, json.loads(out.read_text(encoding="utf-8"))["parts"], out
 
 
-def ratios(value):
-    """Find every spread under a key that speaks of ratios."""
-    if isinstance(value, dict):
-        for key, below in value.items():
-            if key in ("ratio", "cpu_ratio"):
-                yield below
-            elif key in ("ratios", "over_static"):
-                yield from below.values()
-            else:
-                yield from ratios(below)
-    elif isinstance(value, list):
-        for below in value:
-            yield from ratios(below)
+def spreads(value):
+    """Find every figure that was measured in each round."""
+    if isinstance(value, dict) and "rounds" in value and "median" in value:
+        yield value
+    elif isinstance(value, dict):
+        for below in value.values():
+            yield from spreads(below)
 
 
 @pytest.mark.parametrize("part", bench.PARTS)
-def test_every_part_has_ratios_of_every_round_and_all_are_finite(quick, part):
+def test_every_part_has_figures_of_every_round_and_all_are_finite(quick, part):
     _, parts, _ = quick
-    found = list(ratios(parts[part]))
+    found = list(spreads(parts[part]["figures"]))
     assert found
-    for spread in found:
-        assert len(spread["rounds"]) == bench_sizes.QUICK.rounds
-        assert all(math.isfinite(v) and v > 0 for v in spread["rounds"])
-        assert spread["min"] <= spread["median"] <= spread["max"]
+    for figure in found:
+        assert len(figure["rounds"]) == bench.QUICK.rounds
+        assert all(math.isfinite(v) and v > 0 for v in figure["rounds"])
+        assert figure["min"] <= figure["median"] <= figure["max"]
 
 
 def test_the_table_has_no_empty_cell(quick):
@@ -73,43 +58,41 @@ def test_the_table_has_no_empty_cell(quick):
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(rows) > 12
-    assert {len(row) for row in rows} == {TABLE_COLUMNS}
+    assert len({len(row) for row in rows}) == 1
     assert all(cell for row in rows for cell in row)
-    assert bench_table.table(parts) in done.stdout
-    assert "quick: sizes that show that everything runs" in done.stdout
-    assert "one layer of 1 (training), 1 (scaling), of 22 in TinyLlama-1.1B" in done.stdout
+    assert bench.table(parts) in done.stdout
+    assert "quick sizes" in done.stdout
 
 
 def test_the_ways_of_a_training_step_give_the_same_loss_and_gradients(quick):
     _, parts, _ = quick
-    compared = parts["training"]["differences_from_padded"]
-    assert set(compared) == {"TRL packed", "TRL padding-free", "ours, nothing shared", "ours"}
+    figures = parts["training"]["figures"]
+    compared = figures["differences_from_padded"]
+    assert set(compared) == {bench.PACKED, bench.PADDING_FREE, bench.UNSHARED, bench.SHARED}
     for found in compared.values():
         assert found["loss"] < 1e-5 and found["largest_gradient"] < 1e-4
-    assert parts["training"]["baseline"].startswith("TRL")
-    computed = parts["training"]["computed_tokens"]
-    assert computed["ours"] < computed["ours, nothing shared"] <= parts["training"]["padded_tokens"]
-    for points in (parts["scaling"][axis] for axis in bench_scaling.AXES):
-        assert all(point["training"]["loss_difference"] < 1e-5 for point in points)
+    assert figures["baseline"].startswith("TRL")
+    computed = figures["computed_tokens"]
+    assert computed[bench.SHARED] < computed[bench.UNSHARED] <= figures["padded_tokens"]
 
 
 def test_the_ways_of_an_evaluation_write_the_same_texts(quick):
     _, parts, _ = quick
-    prompts, singles = bench_sizes.QUICK.eval_batch, bench_sizes.QUICK.singles
-    for figures in parts["evaluation"]["prompts"].values():
-        equal = figures["equal_outputs"]
-        assert set(equal["to_one_at_a_time"].values()) == {f"{singles} of {singles}"}
-        assert equal["to_static"]["ours"] == f"{prompts} of {prompts}"
-        assert figures["output_passes"]["ours"] == bench_sizes.QUICK.new_tokens
-    shares = {k: v["shared_share"] for k, v in parts["evaluation"]["prompts"].items()}
-    assert shares["training-shaped"] > 0.3 > 0.1 > shares["test-shaped"]
+    prompts, singles = bench.QUICK.eval_batch, bench.QUICK.single_prompts
+    kinds = parts["evaluation"]["figures"]
+    for figures in kinds.values():
+        for equal in figures["equal_outputs"].values():
+            assert equal["to_one_at_a_time"] == f"{singles} of {singles}"
+            assert equal["to_static"] == f"{prompts} of {prompts}"
+    assert kinds["training-shaped"]["shared_share"] > 0.3
+    assert kinds["test-shaped"]["shared_share"] < 0.1
 
 
 def test_every_part_says_under_which_conditions_it_was_measured(quick):
     _, parts, out = quick
     assert list(parts) == list(bench.PARTS)
-    for figures in parts.values():
-        run = figures["run"]
+    for part in parts.values():
+        run = part["run"]
         assert run["quick"] and run["threads"] == 1 and run["rows"] == "generated"
         assert len(run["load_average"]) == 2
         assert run["environment"]["versions"]["torch"]
@@ -119,27 +102,26 @@ def test_every_part_says_under_which_conditions_it_was_measured(quick):
 
 def test_an_earlier_result_keeps_its_other_parts_unless_it_was_quick(quick, tmp_path, capsys):
     _, parts, out = quick
-    assert bench._earlier(out, True) == parts
-    assert bench._earlier(out, False) == {}
-    assert "the earlier part data is left out" in capsys.readouterr().err
+    assert bench.earlier_parts(out, True) == parts
+    assert bench.earlier_parts(out, False) == {}
+    assert "data" in capsys.readouterr().err
     broken = tmp_path / "broken.json"
     broken.write_text("{", encoding="utf-8")
-    assert bench._earlier(broken, True) == {}
-    assert bench._earlier(tmp_path / "absent.json", True) == {}
+    assert bench.earlier_parts(broken, True) == {}
+    assert bench.earlier_parts(tmp_path / "absent.json", True) == {}
 
 
 def test_the_command_is_repeatable_and_names_no_folder():
     given = ["--quick", "--real", "/somewhere/data", "--out=/elsewhere/x.json", "--rounds", "2"]
     wanted = "python benchmarks/bench.py --quick --real REAL --out=OUT --rounds 2"
-    assert bench._command(given) == wanted
-    assert bench._command([]) == "python benchmarks/bench.py"
+    assert bench.repeatable_command(given) == wanted
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--parts", "data,speed"], "speed"),
-        (["--parts", ""], "--parts is empty"),
+        (["--parts", ""], "parts are"),
         (["--rounds", "0"], "--rounds 0"),
         (["--hidden", "100"], "a multiple of 64"),
         (["--real", "no/such/folder"], "training_data.json"),
@@ -147,27 +129,20 @@ def test_the_command_is_repeatable_and_names_no_folder():
 )
 def test_flags_that_cannot_be_used_are_refused_with_the_reason(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench._flags(arguments)
+        bench.parse_flags(arguments)
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
 
 
 def test_flags_change_the_sizes_and_quick_has_a_result_file_of_its_own(monkeypatch):
     monkeypatch.delenv(bench.REAL_DATA, raising=False)
-    flags = bench._flags(["--hidden", "512", "--layers", "2", "--batch", "4", "--rounds", "5"])
-    sizes = bench._sizes(flags)
-    assert sizes.shape == bench_sizes.Shape.of(512, 2)
-    assert (sizes.batch, sizes.rounds, sizes.new_tokens) == (4, 5, 88)
+    flags = bench.parse_flags(["--hidden", "512", "--layers", "2", "--batch", "4"])
+    sizes = bench.resolve_sizes(flags)
+    assert (sizes.hidden, sizes.layers, sizes.batch, sizes.new_tokens) == (512, 2, 4, 88)
     assert flags.out == BENCHMARKS / "results" / "bench.json"
-    flags = bench._flags(["--quick"])
-    assert bench._sizes(flags) == bench_sizes.QUICK
+    flags = bench.parse_flags(["--quick"])
+    assert bench.resolve_sizes(flags) == bench.QUICK
     assert ROOT not in flags.out.parents
-
-
-def test_the_default_model_has_the_sizes_that_are_published():
-    shape = bench_sizes.FULL.shape
-    sizes = (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.ffn, shape.vocab)
-    assert sizes == (1024, 6, 16, 4, 2816, 32000)
 
 
 def test_ways_run_in_turns_and_ratios_are_made_within_a_round():
@@ -181,68 +156,41 @@ def test_ways_run_in_turns_and_ratios_are_made_within_a_round():
 
         return run
 
-    timed = bench_rounds.in_turns({"slow": way("slow", 0.04), "fast": way("fast", 0.01)}, 2)
+    timed = bench.in_turns({"slow": way("slow", 0.04), "fast": way("fast", 0.01)}, 2)
     assert ran == ["slow", "fast", "slow", "fast"]
     assert timed.results == {"slow": "slow", "fast": "fast"}
     seconds = {"slow": [4.0, 40.0, 8.0], "fast": [2.0, 10.0, 2.0]}
     cpu = {"slow": [2.0, 2.0, 2.0], "fast": [1.0, 1.0, 1.0]}
-    timed = bench_rounds.Timed(seconds, cpu, {})
-    found = bench_rounds.summary(timed, {"slow": 2, "fast": 4}, "slow")
+    found = bench.Timed(seconds, cpu, {}).ways({"slow": 2, "fast": 4}, "slow")
     assert found["fast"]["cpu_ratio"]["rounds"] == [4.0, 4.0, 4.0]
-    assert found["fast"]["ratio"] == {
-        "median": 8.0,
-        "min": 4.0,
-        "max": 8.0,
-        "rounds": [4.0, 8.0, 8.0],
-    }
+    assert found["fast"]["ratio"]["rounds"] == [4.0, 8.0, 8.0]
+    assert found["fast"]["ratio"]["median"] == 8.0
     assert found["slow"]["samples_per_s"]["median"] == 0.25
-    assert found["slow"]["ratio"]["rounds"] == [1.0, 1.0, 1.0]
 
 
 def test_generated_rows_have_the_lengths_that_are_asked_for():
-    plans = bench_sizes.PLANS
-    rows = bench_inputs.generated_rows(plans, 200, 32000)
+    plans = bench.FULL.training_rows
+    rows = bench.generated_rows(plans, 200, 32000)
     lengths = [len(row["input_ids"]) for row in rows]
-    assert abs(sum(lengths) / len(rows) - 3490) < 60
-    assert max(lengths) <= plans.longest() and len(set(lengths)) > 100
+    assert abs(sum(lengths) / len(rows) - 3490) < 60 and len(set(lengths)) > 100
     assert len({tuple(row["input_ids"][: plans.shared]) for row in rows}) == 1
     for row in rows:
         assert len(row["labels"]) == len(row["input_ids"])
         assert sum(label != -100 for label in row["labels"]) == 88
         assert row["labels"][-88:] == row["input_ids"][-88:]
-    # Between two rows of a micro-batch, the prefix is what they share and nothing more.
     ids = [row["input_ids"] for row in rows[:8]]
-    assert bench_inputs.shared_share(ids) == pytest.approx(
-        7 * plans.shared / sum(map(len, ids)), abs=1e-3
-    )
+    shared = 7 * plans.shared / sum(map(len, ids))
+    assert bench.shared_share(ids) == pytest.approx(shared, abs=1e-3)
 
 
-def test_tokens_per_pass_counts_the_guesses_that_hold():
-    prompt = [1, 10, 11, 12, 13, 14, 15, 16]
-    copied = bench_inputs.Prompts(ids=[prompt], plans=[[10, 11, 12, 13, 14, 15]])
-    # The first token comes with the prompt, then one pass writes four guesses and one more.
-    assert bench_evaluation.tokens_per_pass(copied) == 3.0
-    new = bench_inputs.Prompts(ids=[prompt], plans=[[20, 21, 22, 23]])
-    assert bench_evaluation.tokens_per_pass(new) == 1.0
-    assert bench_evaluation.tokens_per_pass(bench_inputs.Prompts(ids=[prompt], plans=None)) is None
-
-
-def test_half_of_the_scored_pairs_are_right_by_construction():
-    pairs = bench_data._pairs(["a", "b", "c", "d", "e"], 10)
-    assert len(pairs) == 10
-    assert all(label == found for label, found in pairs[1::2])
-
-
-def test_real_rows_have_the_published_lengths():
+def test_real_prompts_share_what_the_published_ones_share():
     folder = os.environ.get(bench.REAL_DATA)
     if not folder:
         pytest.skip(f"{bench.REAL_DATA} names no folder with the published data")
-    tokenizer = bench_inputs.real_tokenizer(Path(folder))
-    kinds = bench_inputs.prompts_by_kind(Path(folder), tokenizer, bench_sizes.FULL)
-    found = {
-        kind: (len(prompts.ids), bench_inputs.shared_share(prompts.ids))
-        for kind, prompts in kinds.items()
-    }
-    assert {count for count, _ in found.values()} == {bench_sizes.FULL.eval_batch}
-    assert found["training-shaped"][1] > 0.4 > 0.1 > found["test-shaped"][1]
-    assert bench_evaluation.tokens_per_pass(kinds["training-shaped"]) > 1
+    from tinyagent_fast.inference.torch_engine import encode_prompts
+
+    tokenizer = bench.tokenizer_for(Path(folder), 32000)
+    kinds = bench.prompts_by_kind(Path(folder), bench.FULL)
+    shares = {k: bench.shared_share(encode_prompts(tokenizer, p)) for k, p in kinds.items()}
+    assert {len(prompts) for prompts in kinds.values()} == {bench.FULL.eval_batch}
+    assert shares["training-shaped"] > 0.4 > 0.1 > shares["test-shaped"]
