@@ -406,7 +406,7 @@ class Bench:
         """Open the encoded rows."""
         from datasets import Dataset
 
-        return Dataset.load_from_disk(str(self.work / "rows"))
+        return Dataset.from_file(str(self.work / "rows" / "rows.arrow"))
 
     def release(self) -> None:
         """Give back memory that nothing refers to any more, and start the peak counters anew."""
