@@ -448,7 +448,7 @@ def trl_loss(
 def measure_training(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[str], None]) -> Any:
     """Time one micro-batch through TRL's best way and through ours, and compare gradients."""
     from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
-    from tinyagent_fast.shared_prefix.layout import pack
+    from tinyagent_fast.shared_prefix.packing import pack
 
     tokenizer = tokenizer_for(flags.real, sizes.vocab)
     rows = training_rows(flags.real, tokenizer, sizes)

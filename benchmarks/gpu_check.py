@@ -541,7 +541,11 @@ def _timed_training(
     """Build the trainer and let it run; with this function's end nothing holds it any more."""
     from transformers import TrainerCallback
 
-    from tinyagent_fast.training.sharing import decide_sharing, share_prefixes
+    from tinyagent_fast.shared_prefix.training import (
+        PackingCollator,
+        decide_shared_prefix,
+        prefix_order,
+    )
     from tinyagent_fast.training.trainer import build_trainer
 
     trainer = build_trainer(
@@ -552,8 +556,10 @@ def _timed_training(
         output_dir=bench.work / "checkpoints",
         save_every_steps=10**6,
     )
-    sharing = decide_sharing(loaded, recipe, rows, None)
-    share_prefixes(trainer, sharing, loaded, rows, recipe)
+    if decide_shared_prefix(loaded, recipe, rows, None).on:
+        trainer.layer_checkpointing = loaded.model.get_base_model().is_gradient_checkpointing
+        trainer.data_collator = PackingCollator(trainer.data_collator)
+        trainer.order = prefix_order(rows, recipe)
     seconds: list[float] = []
     tokens: list[int] = []
 
@@ -626,8 +632,8 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     """
     import torch
 
-    from tinyagent_fast.shared_prefix.forward import shared_prefix_loss, supported
-    from tinyagent_fast.shared_prefix.layout import pack
+    from tinyagent_fast.shared_prefix.forward import shared_prefix_loss, unsupported
+    from tinyagent_fast.shared_prefix.packing import pack
     from tinyagent_fast.training.trainer import collate
 
     loaded, rows = bench.loaded(item), bench.rows()
@@ -645,8 +651,7 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {
         "whole rows": lambda: loaded.model(**inputs, use_cache=False).loss
     }
-    reason = supported(loaded.model)
-    if reason is None and loaded.backend == "transformers":
+    if loaded.backend == "transformers" and unsupported(loaded.model, "training") is None:
         ways["shared prefix"] = lambda: shared_prefix_loss(loaded.model, packed)
     bench.release()
     found: dict[str, dict[str, Any]] = {}
