@@ -212,10 +212,9 @@ def tokenizer_for(real: Path | None, vocab: int) -> PromptTokenizer:
 def plan_examples(path: Path, count: int, seed: int = 0) -> list[Any]:
     """Read plans of a file in the published schema, chosen at random among its first entries."""
     from tinyagent_fast.data.reading import read_entries
-    from tinyagent_fast.data.schema import entry_examples
 
     entries = islice(read_entries(path, on_bad_entry="skip"), max(400, count))
-    found = [e for entry in entries for e in entry_examples(entry) if e.kind == "plan"]
+    found = [e for entry in entries for e in entry.examples if e.kind == "plan"]
     return random.Random(f"bench/{seed}").sample(found, min(count, len(found)))
 
 

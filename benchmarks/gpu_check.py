@@ -277,13 +277,13 @@ def generated_examples(count: int, scale: Scale, part: str) -> list[Any]:
     """Generate plans with the project's own generator; other parts have other queries."""
     from tinyagent_fast.data.generation.catalogue import load_catalogue
     from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
-    from tinyagent_fast.data.schema import Entry, entry_examples, entry_from_json
+    from tinyagent_fast.data.schema import Entry, entry_from_json
 
     spec = GenerationSpec(prompt_style="full" if scale.prompt_style == "full" else "short")
     rng = random.Random(f"gpu_check/{part}")
     entries = generate_entries(load_catalogue(), spec, count, rng, set())
     read = (entry_from_json(key, raw) for key, raw in entries)
-    return [entry_examples(entry)[0] for entry in read if isinstance(entry, Entry)]
+    return [entry.examples[0] for entry in read if isinstance(entry, Entry)]
 
 
 def row_examples(tokenizer: Any, scale: Scale) -> list[Any]:
