@@ -22,22 +22,36 @@ def logprobs(seed: int, noise: float = 0.0) -> np.ndarray:
 
 
 def test_equal_answers_pass_and_say_their_figures() -> None:
-    gate = gates.same_answers("a = b", "F32", (1.0, 1.00001), ([PLAN, OTHER], [PLAN, OTHER]))
+    gate = gates.same_answers("a = b", "F32", (1.0, 1.00001), 2, [], 0.0)
     assert gate.passed
     assert "same plans 2 of 2" in gate.sentence()
 
 
 def test_spelling_of_a_plan_does_not_count_but_its_calls_do() -> None:
     spelled = PLAN.replace('"', "'")
-    assert gates.same_answers("x", "F32", (1, 1), ([PLAN], [spelled])).passed
-    assert not gates.same_answers("x", "F32", (1, 1), ([PLAN], [OTHER])).passed
+    assert gates.different_plans([PLAN, PLAN], [spelled, OTHER]) == [1]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_a_plan_that_parts_at_a_near_tie_is_reported_and_any_other_fails(dtype: str) -> None:
+    near = gates.same_answers("x", dtype, (1, 1), 2, [0.019], noise=0.01)
+    assert near.passed
+    assert near.figures["near-ties"] == 1
+    assert near.figures["same plans"] == "1 of 2"
+    assert not gates.same_answers("x", dtype, (1, 1), 2, [0.021], noise=0.01).passed
+    assert not gates.same_answers("x", dtype, (1, 1), 2, [float("inf")], noise=0.01).passed
+
+
+def test_half_precision_allows_few_plans_that_part_clearly() -> None:
+    assert gates.same_answers("x", "F16", (1, 1), 20, [1.0, 1.0], noise=0.01).passed
+    assert not gates.same_answers("x", "F16", (1, 1), 20, [1.0] * 3, noise=0.01).passed
+    assert not gates.same_answers("x", "F32", (1, 1), 20, [1.0], noise=0.01).passed
 
 
 @pytest.mark.parametrize(("dtype", "difference"), [("F32", 3e-4), ("F16", 5e-3), ("BF16", 2e-2)])
 def test_another_loss_fails_by_what_the_dtype_allows(dtype: str, difference: float) -> None:
-    plans = ([PLAN], [PLAN])
-    assert not gates.same_answers("x", dtype, (1.0, 1.0 + difference), plans).passed
-    assert gates.same_answers("x", dtype, (1.0, 1.0 + difference / 10), plans).passed
+    assert not gates.same_answers("x", dtype, (1.0, 1.0 + difference), 1, [], 0.0).passed
+    assert gates.same_answers("x", dtype, (1.0, 1.0 + difference / 10), 1, [], 0.0).passed
 
 
 def test_one_different_id_fails_and_the_text_is_named() -> None:

@@ -17,7 +17,8 @@ from tinyagent_fast.export import pipeline, proof
 from tinyagent_fast.export.checkpoints import open_checkpoint
 from tinyagent_fast.export.pipeline import run_export
 from tinyagent_fast.export.preparation import Export, prepare_export, resolve_model_folder
-from tinyagent_fast.export.settings import ExportSettings
+from tinyagent_fast.export.record import ExportRecord
+from tinyagent_fast.export.settings import ExportSettings, QuantSpec
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training.display import TrainingDisplay
 
@@ -100,11 +101,9 @@ def test_an_export_makes_and_proves_every_file(exported: Export) -> None:
 def test_the_adapter_matters_so_the_gates_compare_something(exported: Export) -> None:
     content = exported.record.content
     adapter = next(gate for gate in content["gates"] if "adapter on its base" in gate["name"])
-    from tinyagent_fast.export.reference import answers, encode, reference_model
-
-    rows = encode(exported.tokenizer, list(exported.validation[:2]))
-    with reference_model(exported.config, str(exported.base), None) as bare:
-        loss = answers(bare, rows, batch=2, max_new_tokens=4).loss
+    rows = proof.encode(exported.tokenizer, list(exported.validation[:2]))
+    with proof.reference_model(exported.config, str(exported.base), None) as bare:
+        loss = proof.mean_loss(bare, rows)
     assert abs(loss - adapter["figures"]["loss"][0]) > 0.05 * loss
 
 
@@ -182,26 +181,23 @@ MISTAKES = {f.__name__: f for f in (swap_rows, corrupt_weight, shift_rope, loose
 
 @pytest.fixture(scope="module")
 def witness(exported: Export) -> Any:
-    from tinyagent_fast.export.reference import encode
-
-    examples = list(exported.validation[:2])
-    return proof._merged_gates(exported, examples, encode(exported.tokenizer, examples))[1]
+    return proof.merged_gates(exported)[1]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_of_the_conversion_fails_the_gate(
     exported: Export, witness: Any, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = proof.convert_to_gguf
+    right = pipeline.convert_to_gguf
 
     def convert_wrongly(source: Path, *rest: Any, **named: Any) -> Any:
         shutil.copytree(source, tmp_path / "wrong")
         MISTAKES[mistake](tmp_path / "wrong")
         return right(tmp_path / "wrong", *rest, **named)
 
-    monkeypatch.setattr(proof, "convert_to_gguf", convert_wrongly)
-    proof._convert_f32(exported, tmp_path / "f32.gguf")
-    (gate,) = proof._f32_gates(exported, tmp_path / "f32.gguf", witness)
+    monkeypatch.setattr(pipeline, "convert_to_gguf", convert_wrongly)
+    pipeline.convert(exported, tmp_path / "f32.gguf", QuantSpec("f32", "f32", False))
+    (gate,) = proof.f32_gates(exported, tmp_path / "f32.gguf", witness)
     assert not gate.passed
     assert gate.figures["max_abs"] > 1e-3
 
@@ -229,12 +225,23 @@ def test_a_file_with_another_template_or_tokenizer_fails_its_gate(
         chat_template=template.replace("{{- bos_token -}}\n", ""),
         extra={},
     ).path
-    failed = [g.name for g in proof._file_gates(exported, model, witness) if not g.passed]
+    failed = [g.name for g in proof.file_gates(exported, model, witness) if not g.passed]
     expected = {
         "other template": ["prompt template in the file"],
         "other tokenizer": ["ids of hard strings", "ids of prompts"],
     }
     assert failed == expected[mistake]
+
+
+def test_plans_that_part_from_the_merged_models_without_a_tie_fail_the_gate(
+    exported: Export, witness: Any, tmp_path: Path
+) -> None:
+    f16 = exported.folder / "gguf" / "tiny-f16.gguf"
+    alone = replace(exported, record=ExportRecord(tmp_path), specs=[])
+    wrong = replace(witness, plans=['1. get_email_address("Zoe")\n2. join()'] * 2)
+    (gate,) = proof.quant_gates(alone, f16, wrong)
+    assert not gate.passed
+    assert min(gate.figures["gaps"]) > 2 * gate.figures["noise"] > 0
 
 
 def test_a_failed_gate_is_exit_code_one_and_stays_on_record(

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from tinyagent_fast.export.importance import (
 )
 from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 from tinyagent_fast.export.preparation import MERGED, Export
+from tinyagent_fast.export.proof import encode, prove, reference_model
 from tinyagent_fast.export.record import (
     Artefact,
     key_of,
     sha256_of,
 )
-from tinyagent_fast.export.reference import encode, reference_model
 from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
@@ -55,8 +56,6 @@ def run_export(export: Export) -> Path:
     Raises:
         GateError: A gate failed; the files stay, and export.json says which.
     """
-    from tinyagent_fast.export.proof import prove
-
     started = time.perf_counter()
     record, settings = export.record, export.settings
     identity = _identity(export)
@@ -68,7 +67,11 @@ def run_export(export: Export) -> Path:
     merged = _make_merged(export, identity)
     with tempfile.TemporaryDirectory(prefix=".work-", dir=export.folder) as work:
         f16 = _make_files(export, merged, Path(work))
-        gates = prove(export, Path(work), f16) if settings.gates == "on" else []
+        gates = (
+            prove(export, Path(work), f16, partial(convert, export))
+            if settings.gates == "on"
+            else []
+        )
     _finish(export, gates, time.perf_counter() - started)
     failed = [gate for gate in gates if not gate.passed]
     if failed:
@@ -143,7 +146,7 @@ def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
         if spec.quant == "f16":
             f16 = export.folder / artefact.path
     if not f16.exists():
-        convert(export, f16, QuantSpec("f16", "f16", False), None)
+        convert(export, f16, QuantSpec("f16", "f16", False))
     return f16
 
 
@@ -187,7 +190,7 @@ def _make_gguf(
 
 
 def convert(
-    export: Export, path: Path, spec: QuantSpec, importance: Importance | None
+    export: Export, path: Path, spec: QuantSpec, importance: Importance | None = None
 ) -> ConversionReport:
     """Convert the merged folder to one GGUF file.
 

@@ -1,41 +1,39 @@
 """Gather what the gates compare: the trained model's answers, and those of every file made.
 
 Adapter -> merged folder -> f32 file (temporary) -> f16 file -> quantised files: each is held
-against the one before it, and each through the very program that will run it.
+against the one before it, and each through the very program that will run it. The models answer
+through transformers in fp32.
 """
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tinyagent_fast.config import EvalConfig
+from tinyagent_fast.config import Config, EvalConfig, Weights
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.comparison import compare_predictions
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.export import gates
-from tinyagent_fast.export.chat_template import chat_template
-from tinyagent_fast.export.conversion import convert_to_gguf
-from tinyagent_fast.export.gates import Gate
-from tinyagent_fast.export.reference import (
-    Answers,
-    answers,
-    encode,
-    next_logprobs,
-    reference_model,
-    spread_positions,
-)
+from tinyagent_fast.export.gates import DistributionDifference, Gate
+from tinyagent_fast.export.settings import QuantSpec
 from tinyagent_fast.inference.engines import LlamaCppEngine
 from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer, llama_server
-from tinyagent_fast.prompts.templates import prompt_messages, render_prompt
+from tinyagent_fast.inference.torch_engine import TorchEngine, generating
+from tinyagent_fast.models.loading import LoadedModel, load_for_generation
+from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.prompts.templates import prompt_messages, render, render_prompt
 from tinyagent_fast.prompts.tokenizers import HARD_STRINGS
-from tinyagent_fast.prompts.tokens import EncodedRow
+from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
 
 if TYPE_CHECKING:
     from tinyagent_fast.export.preparation import Export
@@ -44,57 +42,65 @@ _LOGIT_ROWS = 4
 _LOGIT_POSITIONS = 64
 _SLOTS = 4
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Witness:
-    """What the merged model says, by transformers in fp32."""
-
-    examples: Sequence[Example]
-    rows: Sequence[EncodedRow]
-    merged: Answers
-    positions: Sequence[tuple[int, int]]
-    logprobs_PV: Any
+NextLogprobs = Callable[[Sequence[int]], NDArray[np.float32]]
+"""Gives the log-probabilities of all tokens after some ids."""
 
 
-def prove(export: Export, work: Path, f16: Path | None) -> list[Gate]:
+def prove(
+    export: Export, work: Path, f16: Path | None, convert: Callable[[Path, QuantSpec], object]
+) -> list[Gate]:
     """Run all gates, in the order in which mistakes can arise.
 
     Args:
         export: The export, with its files made.
         work: Folder for the temporary f32 file.
-        f16: The f16 file; none if no GGUF was asked for.
+        f16: The f16 file; None if no GGUF was asked for.
+        convert: Converts the merged folder to a file.
 
     Returns:
         Every gate, passed or not.
     """
-    examples = list(export.validation[: export.settings.gate_prompts])
-    rows = encode(export.tokenizer, examples)
-    gates_made, witness = _merged_gates(export, examples, rows)
-    _announce(export, gates_made)
+    made, witness = merged_gates(export)
     if f16 is not None:
         f32 = work / "f32.gguf"
-        _convert_f32(export, f32)
-        for step in (_f32_gates, _file_gates):
-            made = step(export, f32 if step is _f32_gates else f16, witness)
-            _announce(export, made)
-            gates_made += made
+        convert(f32, QuantSpec("f32", "f32", False))
+        made += f32_gates(export, f32, witness)
         f32.unlink()
-        made = _quant_gates(export, f16, witness)
-        gates_made += made
-    return gates_made
+        made += file_gates(export, f16, witness)
+        made += quant_gates(export, f16, witness)
+    return made
 
 
-def _announce(export: Export, made: Sequence[Gate]) -> None:
-    for gate in made:
-        export.display.say(gate.sentence())
+# What the merged model says.
 
 
-def _merged_gates(
-    export: Export, examples: Sequence[Example], rows: Sequence[EncodedRow]
-) -> tuple[list[Gate], _Witness]:
-    merged = next(a for a in export.record.artefacts if a.kind == "merged")
-    details = merged.details
-    found = [
+@dataclass(frozen=True, kw_only=True)
+class Witness:
+    """What the merged model says."""
+
+    examples: Sequence[Example]
+    rows: Sequence[EncodedRow]
+    loss: float
+    """Nats per supervised token."""
+    plans: Sequence[str]
+    positions: Sequence[tuple[int, int]]
+    """Pairs of row and position, at which distributions are compared."""
+    logprobs_PV: NDArray[np.float32]
+
+
+def merged_gates(export: Export) -> tuple[list[Gate], Witness]:
+    """Compare the merged folder with the adapter on its base.
+
+    Args:
+        export: The export, merged.
+
+    Returns:
+        The gates, and what the merged model says.
+    """
+    examples = list(export.validation[: export.settings.gate_prompts])
+    rows = encode(export.tokenizer, examples)
+    details = next(a for a in export.record.artefacts if a.kind == "merged").details
+    made = [
         Gate(
             name="merged weights = base + update",
             passed=True,  # merge_adapter stops the export otherwise
@@ -107,77 +113,242 @@ def _merged_gates(
             },
         )
     ]
-    positions = spread_positions(rows[:_LOGIT_ROWS], _LOGIT_POSITIONS)
-    base = str(export.base)
-    with reference_model(export.config, base, export.adapter) as loaded:
-        adapter = _answers(export, loaded, rows, "plans of the adapter")
+    with reference_model(export.config, str(export.base), export.adapter) as loaded:
+        adapter = _ask(export, loaded, examples, rows, "plans of the adapter")
     with reference_model(export.config, str(export.merged), None) as loaded:
-        answer = _answers(export, loaded, rows, "plans of the merged model")
-        logprobs_PV = next_logprobs(loaded, rows[:_LOGIT_ROWS], positions)
-    dtype = _coarsest(details["dtype"])
-    found.append(
+        merged = _ask(export, loaded, examples, rows, "plans of the merged model")
+        noise = gates.distribution_difference(adapter.logprobs_PV, merged.logprobs_PV).max_abs
+        different = gates.different_plans(adapter.plans, merged.plans)
+
+        def after(ids: Sequence[int]) -> NDArray[np.float32]:
+            last: NDArray[np.float32] = next_logprobs(loaded, ids, [len(ids) - 1])[0]
+            return last
+
+        gaps = _gaps(export.tokenizer, adapter, merged.plans, different, after)
+    made.append(
         gates.same_answers(
             "merged model = adapter on its base",
-            dtype,
-            (adapter.loss, answer.loss),
-            (adapter.plans, answer.plans),
+            _coarsest(details["dtype"]),
+            (adapter.loss, merged.loss),
+            len(rows),
+            gaps,
+            noise,
         )
     )
     if export.config.model.weights == "nf4":
-        found.append(_four_bit_figures(export, rows, answer))
-    witness = _Witness(
+        made.append(_four_bit_figures(export, merged))
+    _announce(export, made)
+    return made, merged
+
+
+def _announce(export: Export, made: Sequence[Gate]) -> None:
+    for gate in made:
+        export.display.say(gate.sentence())
+
+
+def encode(tokenizer: PromptTokenizer, examples: Sequence[Example]) -> list[EncodedRow]:
+    """Encode examples as training does.
+
+    Args:
+        tokenizer: Of the run.
+        examples: Plans.
+
+    Returns:
+        Their rows.
+    """
+    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    return tokenizer.encode_rows(
+        [(e.key, render(e, tokenizer.prompt_format, chat)) for e in examples]
+    )
+
+
+@contextmanager
+def reference_model(
+    config: Config, base: str, adapter: Path | None, *, weights: Weights = "fp32"
+) -> Iterator[LoadedModel]:
+    """Load a model for comparison and free it afterwards.
+
+    Args:
+        config: The run's config.
+        base: Folder of the base or of the merged model.
+        adapter: Put on it, or None.
+        weights: `fp32`, or what the run was trained on.
+
+    Yields:
+        The model, by plain transformers.
+    """
+    import torch
+
+    model = replace(config.model, backend="transformers", weights=weights, base=base)
+    loaded = load_for_generation(replace(config, model=model), base, adapter)
+    try:
+        yield loaded
+    finally:
+        del loaded
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _ask(
+    export: Export,
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    rows: Sequence[EncodedRow],
+    label: str,
+) -> Witness:
+    """Measure a model's loss and distributions, and let it complete the prompts greedily."""
+    settings = export.config.eval
+    positions = spread_positions(rows[:_LOGIT_ROWS], _LOGIT_POSITIONS)
+    measured = []
+    for index, row in enumerate(rows[:_LOGIT_ROWS]):
+        spots = [spot for at, spot in positions if at == index]
+        measured.append(next_logprobs(loaded, row.input_ids, spots))
+    plans = [""] * len(rows)
+    completions = TorchEngine(loaded).complete_tokens(
+        [row.input_ids[: row.prompt_tokens] for row in rows],
+        stop=END_OF_PLAN,
+        max_new_tokens=settings.max_new_tokens,
+        batch=min(settings.batch, len(rows)),
+    )
+    with export.display.bar(label, "plans") as update:
+        for done, (index, completion) in enumerate(completions, start=1):
+            plans[index] = completion.text
+            update(done, len(rows))
+    return Witness(
         examples=examples,
         rows=rows,
-        merged=answer,
+        loss=mean_loss(loaded, rows),
+        plans=plans,
         positions=positions,
-        logprobs_PV=logprobs_PV,
+        logprobs_PV=np.concatenate(measured),
     )
-    return found, witness
 
 
-def _answers(export: Export, loaded: Any, rows: Sequence[EncodedRow], label: str) -> Answers:
-    settings = export.config.eval
-    with export.display.bar(label, "plans") as update:
-        return answers(
-            loaded,
-            rows,
-            batch=min(settings.batch, len(rows)),
-            max_new_tokens=settings.max_new_tokens,
-            on_progress=update,
+def mean_loss(loaded: LoadedModel, rows: Sequence[EncodedRow]) -> float:
+    """Measure the loss of rows.
+
+    Args:
+        loaded: The model.
+        rows: With labels.
+
+    Returns:
+        Nats per supervised token.
+    """
+    total, tokens = 0.0, 0
+    for row in rows:
+        spots = [at for at, label in enumerate(row.labels[1:]) if label != IGNORED]
+        logprobs_NV = next_logprobs(loaded, row.input_ids, spots)
+        total -= sum(float(logprobs_NV[n, row.labels[at + 1]]) for n, at in enumerate(spots))
+        tokens += len(spots)
+    return total / tokens
+
+
+def next_logprobs(
+    loaded: LoadedModel, ids: Sequence[int], positions: Sequence[int]
+) -> NDArray[np.float32]:
+    """Give the distributions of the next token at positions of a row.
+
+    Args:
+        loaded: The model.
+        ids: Token ids.
+        positions: Each position's token is the last one that is read.
+
+    Returns:
+        Natural log-probabilities, positions x vocabulary.
+    """
+    import torch
+
+    with generating(loaded):
+        ids_1T = torch.tensor([ids[: max(positions) + 1]], device=loaded.device)
+        # The logits of all positions would not fit into memory.
+        keep_N = torch.tensor(positions, device=loaded.device)
+        output = loaded.model(input_ids=ids_1T, use_cache=False, logits_to_keep=keep_N)
+        logprobs_NV = torch.log_softmax(output.logits[0].float(), dim=-1)
+    found: NDArray[np.float32] = logprobs_NV.cpu().numpy()
+    return found
+
+
+def spread_positions(rows: Sequence[EncodedRow], count: int) -> list[tuple[int, int]]:
+    """Choose positions at which distributions are compared: all over the rows, ends included.
+
+    Args:
+        rows: Encoded rows; mistakes of RoPE show only far from their beginnings.
+        count: How many positions in all.
+
+    Returns:
+        Pairs of row and position; the position's token is the last one read.
+    """
+    each = max(2, count // len(rows))
+    chosen = []
+    for index, row in enumerate(rows):
+        last = len(row.input_ids) - 2
+        # Half of them in the completion, which is what the model was trained to write.
+        first = row.prompt_tokens - 1
+        spots = {round(first * k / (each - each // 2)) for k in range(each - each // 2)}
+        spots |= {first + round((last - first) * k / (each // 2)) for k in range(each // 2)}
+        chosen += [(index, spot) for spot in sorted(spots)]
+    return chosen
+
+
+def _gaps(
+    tokenizer: PromptTokenizer,
+    witness: Witness,
+    plans: Sequence[str],
+    different: Sequence[int],
+    next_logprobs: NextLogprobs,
+) -> list[float]:
+    """Measure how near the two tokens are at which a plan parts from the witness's.
+
+    Args:
+        tokenizer: Of the run.
+        witness: What one model says.
+        plans: The other model's plans.
+        different: Indices of the plans that differ.
+        next_logprobs: Asks the other model.
+
+    Returns:
+        A gap in log-probability for each plan that differs.
+    """
+    gaps = []
+    for at in different:
+        row = witness.rows[at]
+        one, other = (
+            tokenizer.encode_continuation(text + END_OF_PLAN)
+            for text in (witness.plans[at], plans[at])
         )
+        parts = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+        if parts is None:
+            gaps.append(float("inf"))
+            continue
+        logprobs_V = next_logprobs([*row.input_ids[: row.prompt_tokens], *one[:parts]])
+        gaps.append(abs(float(logprobs_V[one[parts]] - logprobs_V[other[parts]])))
+    return gaps
 
 
 def _coarsest(dtypes: str) -> str:
     return next(name for name in ("BF16", "F16", "F32") if name.lower() in dtypes.split(", "))
 
 
-def _four_bit_figures(export: Export, rows: Sequence[EncodedRow], merged: Answers) -> Gate:
+def _four_bit_figures(export: Export, merged: Witness) -> Gate:
     """Say how far the 4-bit base, on which the adapter was trained, is from the merged model."""
     with reference_model(export.config, str(export.base), export.adapter, weights="nf4") as loaded:
-        trained = _answers(export, loaded, rows, "plans on the 4-bit base")
+        trained = _ask(export, loaded, merged.examples, merged.rows, "plans on the 4-bit base")
+    different = gates.different_plans(trained.plans, merged.plans)
     measured = gates.same_answers(
         "merged model beside the 4-bit base it was trained on",
         "F32",
         (trained.loss, merged.loss),
-        (trained.plans, merged.plans),
+        len(merged.rows),
+        [float("inf")] * len(different),
+        0.0,
     )
-    return replace(measured, passed=True, rule="none: the two differ by design; for your eyes")
+    figures = {k: v for k, v in measured.figures.items() if k in ("loss", "same plans")}
+    rule = "none: the two differ by design; for your eyes"
+    return replace(measured, passed=True, rule=rule, figures=figures)
 
 
-def _convert_f32(export: Export, path: Path) -> None:
-    tokenizer = export.tokenizer
-    with export.display.bar("converting to f32 for comparison", "bytes") as update:
-        convert_to_gguf(
-            export.merged,
-            path,
-            quant="f32",
-            name=export.stem,
-            chat_template=chat_template(
-                tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False
-            ),
-            extra={},
-            on_progress=update,
-        )
+# What the files say, in llama.cpp.
 
 
 def _server_settings(export: Export, model: Path, **changes: Any) -> LlamaCppSettings:
@@ -191,16 +362,9 @@ def _server_settings(export: Export, model: Path, **changes: Any) -> LlamaCppSet
     return replace(plain, **changes)
 
 
-def _f32_gates(export: Export, f32: Path, witness: _Witness) -> list[Gate]:
-    """Compare the f32 file with an f32 KV cache, which hides no mistake of the conversion."""
-    with llama_server(_server_settings(export, f32, slots=1, cache_type="f32")) as server:
-        found = _distributions(export, server, witness, "distributions of the f32 file")
-    return [gates.same_logits("f32 GGUF = merged model, every logit", found)]
-
-
 def _distributions(
-    export: Export, server: LlamaServer, witness: _Witness, label: str
-) -> gates.DistributionDifference:
+    export: Export, server: LlamaServer, witness: Witness, label: str
+) -> DistributionDifference:
     got = []
     with export.display.bar(label, "positions") as update:
         for done, (index, spot) in enumerate(witness.positions, start=1):
@@ -209,14 +373,41 @@ def _distributions(
     return gates.distribution_difference(witness.logprobs_PV, np.stack(got))
 
 
-def _file_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
-    """Compare the f16 file as it ships: tokenizer, template, distributions."""
+def f32_gates(export: Export, f32: Path, witness: Witness) -> list[Gate]:
+    """Compare the f32 file with an f32 KV cache, which hides no mistake of the conversion.
+
+    Args:
+        export: The export.
+        f32: The file.
+        witness: What the merged model says.
+
+    Returns:
+        The gate.
+    """
+    with llama_server(_server_settings(export, f32, slots=1, cache_type="f32")) as server:
+        found = _distributions(export, server, witness, "distributions of the f32 file")
+    made = [gates.same_logits("f32 GGUF = merged model, every logit", found)]
+    _announce(export, made)
+    return made
+
+
+def file_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
+    """Compare the f16 file as it ships: tokenizer, template, distributions.
+
+    Args:
+        export: The export.
+        f16: The file.
+        witness: What the merged model says.
+
+    Returns:
+        The gates.
+    """
     tokenizer = export.tokenizer
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    special = tokenizer.prompt_format == "chat"
+    chat = tokenizer.chat if special else None
     prompts = [
         render_prompt(e.system, e.user, tokenizer.prompt_format, chat) for e in witness.examples
     ]
-    special = tokenizer.prompt_format == "chat"
     with llama_server(_server_settings(export, f16, slots=1)) as server:
         hard = [(t, tokenizer.encode_text(t), server.tokenize(t)) for t in HARD_STRINGS]
         ids = [
@@ -227,12 +418,14 @@ def _file_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
             server.apply_template(prompt_messages(e.system, e.user)) for e in witness.examples
         ]
         found = _distributions(export, server, witness, "distributions of the f16 file")
-    return [
+    made = [
         gates.same_ids("ids of hard strings", hard, None),
         gates.same_ids("ids of prompts", ids, tokenizer.bos_id),
         gates.same_texts("prompt template in the file", list(zip(prompts, rendered, strict=True))),
         gates.near_logits("f16 GGUF, distributions", found),
     ]
+    _announce(export, made)
+    return made
 
 
 @dataclass(frozen=True)
@@ -240,8 +433,10 @@ class _Measured:
     """What one GGUF file does on validation prompts."""
 
     result: EvaluationResult
-    difference: gates.DistributionDifference
+    difference: DistributionDifference
     """From the merged model's distributions."""
+    gaps: Sequence[float]
+    """Of the plans that differ from the witness's, as `same_answers` judges them."""
 
     def figures(self) -> Mapping[str, Any]:
         """Give plain values for export.json and the report."""
@@ -255,17 +450,27 @@ class _Measured:
         }
 
 
-def _quant_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
-    """Measure plan success of every file on the same prompts, f16 being the reference."""
+def quant_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
+    """Measure plan success of every file on the same prompts, f16 being the reference.
+
+    Args:
+        export: The export.
+        f16: The f16 file.
+        witness: What the merged model says.
+
+    Returns:
+        The gates; the record gets the figures.
+    """
     examples = list(export.validation[: export.settings.quant_prompts])
     reference = _measure(export, f16, examples, witness, "f16")
-    texts = {p.key: p.prediction for p in reference.result.predictions}
     made = [
         gates.same_answers(
             "greedy plans of the f16 GGUF = merged model",
             "F16",
-            (witness.merged.loss, witness.merged.loss),
-            (witness.merged.plans, tuple(texts[e.key] for e in witness.examples)),
+            (witness.loss, witness.loss),
+            len(witness.rows),
+            reference.gaps,
+            reference.difference.max_abs,
         )
     ]
     _announce(export, made)
@@ -279,17 +484,15 @@ def _quant_gates(export: Export, f16: Path, witness: _Witness) -> list[Gate]:
         paired = compare_predictions(
             reference.result.predictions, file.result.predictions, export.tools
         )
-        gate = gates.no_great_loss(
-            gates.success_gate(spec.name), paired, export.settings.max_loss_points
-        )
-        _announce(export, [gate])
-        made.append(gate)
+        name = gates.success_gate(spec.name)
+        made.append(gates.no_great_loss(name, paired, export.settings.max_loss_points))
+        _announce(export, made[-1:])
     export.record.update(success_on_validation=measured)
     return made
 
 
 def _measure(
-    export: Export, model: Path, examples: Sequence[Example], witness: _Witness, name: str
+    export: Export, model: Path, examples: Sequence[Example], witness: Witness, name: str
 ) -> _Measured:
     settings: EvalConfig = replace(export.config.eval, batch=_SLOTS, parity_prompts=0)
     digest = next(
@@ -311,4 +514,10 @@ def _measure(
                 title=f"{name} on validation prompts",
                 on_progress=update,
             )
-    return _Measured(result, difference)
+        texts = {p.key: p.prediction for p in result.predictions}
+        plans = [texts[e.key] for e in witness.examples]
+        different = gates.different_plans(witness.plans, plans)
+        # Of quantised files it is the success that counts.
+        wanted = different if name == "f16" else []
+        gaps = _gaps(export.tokenizer, witness, plans, wanted, server.next_logprobs)
+    return _Measured(result, difference, gaps)
