@@ -33,6 +33,7 @@ Mark = Literal["same", "missing", "extra"]
 MAX_CALLS = 30
 """A plan that repeats itself without end is drawn so far; the remaining calls are counted."""
 
+_NO_CALL = "no call that can be read"
 _UNFINISHED = ("no_join", "empty")  # no problems while the plan is being written
 _SIGN = {"same": "", "missing": "\u2212 ", "extra": "+ "}
 _REFERENCE = re.compile(r"\$(?:(\d{1,9})|\{(\d{1,9})\})")
@@ -105,11 +106,7 @@ class PlanDrawing:
         return asdict(self) | {"edges": [list(edge) for edge in self.edges]}
 
     def to_text(self, width: int = 80) -> str:
-        """Draw the plan for a terminal, without colours; `console.print(drawing)` has colours.
-
-        Args:
-            width: Of the terminal, in characters.
-        """
+        """Draw the plan as text of so many columns; `console.print(drawing)` has colours too."""
         from rich.console import Console
 
         text = StringIO()
@@ -117,11 +114,27 @@ class PlanDrawing:
         return text.getvalue()
 
     def __rich__(self) -> RenderableType:
-        """Give what rich prints: a row of boxes a layer, between rows the references, problems."""
-        return _terminal(self)
+        """Give what rich prints: boxes layer below layer, the references between, the problems."""
+        from rich.columns import Columns
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = []
+        for index, layer in enumerate(self.layers):
+            if index:
+                parts.append(_arrows(self, index))
+            parts.append(Columns([_panel(step) for step in layer], padding=(0, 1)))
+        if self.left_out:
+            parts.append(Text(self._left_out_note(), style="dim"))
+        if self.joined:
+            join = "join() waits for all calls" if self.steps else "join()"
+            parts.append(Text(join, style="dim"))
+        for problem in self.problems:
+            parts.append(Text(f"problem: {printable(problem)}", style=_PROBLEM))
+        return Group(*parts)
 
     def to_svg(self, name: str = "Plan") -> str:
-        """Draw the plan as one SVG element for a page or a file.
+        """Draw the plan as one SVG element for a page or a file, layers from left to right.
 
         Colours are `currentColor` until a page's CSS sets them by class: `plan-graph` with
         `layers-N`; `step` with `faulty`, `missing`, `extra` and a colour `c0` to `c6` by step
@@ -135,7 +148,38 @@ class PlanDrawing:
             The element, safe to put into HTML: every text of the plan is escaped. Without any
             call it says so.
         """
-        return _svg(self, name)
+        boxes, routes, width, height = _geometry(self)
+        note = self._left_out_note() if self.left_out else ""
+        if not boxes:
+            width, height, note = _BOX_WIDTH, _LINE_HEIGHT, _NO_CALL
+        height += 2 * _LINE_HEIGHT * bool(note)
+        root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "role": "img"})
+        _set(root, class_=f"plan-graph layers-{len(self.layers)}", width=width, height=height)
+        _set(root, viewBox=f"0 0 {width:g} {height:g}", fill="none", stroke="currentColor")
+        _set(root, font_family="ui-monospace, Menlo, Consolas, monospace")
+        ET.SubElement(root, "title").text = printable(f"{name}: {self._spoken()}")
+        for (start, end), mark in self.edges.items():
+            classes = f"{mark} {_colour_class(self.steps[start].number)}"
+            route, edge = routes[start, end], f"{start}-{end}"
+            line = _set(ET.SubElement(root, "path"), class_=f"edge {classes}", data_edge=edge)
+            _set(line, d=_curve(route), **_STROKE[mark])
+            head = _set(ET.SubElement(root, "path"), class_=f"head {classes}", data_edge=edge)
+            _set(head, d="M{:g} {:.1f}l-7 -3.5v7z".format(*route[-1]), fill="currentColor")
+            _set(head, stroke="none")
+        for step, box in zip(self.steps, boxes, strict=True):
+            _add_box(root, step, box)
+        if note:
+            _add_line(root, "note", note, x=_MARGIN, y=height - _LINE_HEIGHT / 2)
+        return ET.tostring(root, encoding="unicode")
+
+    def _left_out_note(self) -> str:
+        return f"{self.left_out} more calls are not drawn"
+
+    def _spoken(self) -> str:
+        named = [f"{step.number} {step.tool}" for step in self.steps]
+        links = [f"{named[start]} to {named[end]}" for start, end in self.edges]
+        counts = f"{len(named)} calls, {len(links)} references"
+        return f"{counts}: {'; '.join(links or named)}" if named else _NO_CALL
 
 
 def draw_plan(
@@ -275,11 +319,16 @@ def _columns(layers: Sequence[int], edges: set[Edge]) -> list[list[_Slot]]:
     return columns
 
 
-# SVG: layers from left to right.
+# SVG
 
 _BOX_WIDTH, _COLUMN_GAP, _ROW_GAP, _MARGIN, _SLOT_HEIGHT = 190.0, 34.0, 14.0, 4.0, 14.0
-_LINE_HEIGHT, _LINE_CHARS, _MOST_LINES, _TITLE_CHARS, _ARROW = 15.0, 27, 3, 600, 7.0
+_LINE_HEIGHT, _LINE_CHARS, _TOOL_CHARS, _MOST_LINES, _TITLE_CHARS = 15.0, 27, 25, 3, 600
 _COLOURS = 7
+_STROKE: dict[Mark, dict[str, object]] = {
+    "same": {"stroke_width": 1.3},
+    "missing": {"stroke_width": 2.2, "stroke_dasharray": "5 3"},
+    "extra": {"stroke_width": 2.2},
+}
 _Point = tuple[float, float]
 
 
@@ -295,101 +344,71 @@ class _Box:
         return 16 + _LINE_HEIGHT * len(self.lines)
 
 
-def _svg(drawing: PlanDrawing, name: str) -> str:
-    boxes, routes, width, height = _geometry(drawing)
-    if not boxes:
-        width, height = _BOX_WIDTH, 3 * _LINE_HEIGHT
-    more = f"{drawing.left_out} more calls are not drawn" if drawing.left_out else ""
-    note = more if boxes else "no call that can be read"
-    height += 2 * _LINE_HEIGHT * bool(more)
-    root = ET.Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "class": f"plan-graph layers-{len(drawing.layers)}",
-            "viewBox": f"0 0 {width:g} {height:g}",
-            "width": f"{width:g}",
-            "height": f"{height:g}",
-            "role": "img",
-            "fill": "none",
-            "stroke": "currentColor",
-            "font-family": "ui-monospace, Menlo, Consolas, monospace",
-        },
-    )
-    ET.SubElement(root, "title").text = printable(f"{name}: {_spoken(drawing)}")
-    for (start, end), mark in drawing.edges.items():
-        route = routes[start, end]
-        classes = f"{mark} c{(drawing.steps[start].number - 1) % _COLOURS}"
-        shown = {"data-edge": f"{start}-{end}", "class": f"edge {classes}", "d": _curve(route)}
-        if mark == "missing":
-            shown["stroke-dasharray"] = "5 3"
-        ET.SubElement(root, "path", shown | {"stroke-width": "1.5" if mark == "same" else "2.2"})
-        x, y = route[-1]
-        head = {"data-edge": f"{start}-{end}", "class": f"head {classes}", "fill": "currentColor"}
-        ET.SubElement(root, "path", head | {"stroke": "none", "d": f"M{x:g} {y:.1f}l-7 -3.5v7z"})
-    for step, box in zip(drawing.steps, boxes, strict=True):
-        root.append(_drawn_box(step, box))
-    if note:
-        _line(root, "note", note, _MARGIN, height - _LINE_HEIGHT / 2)
-    return ET.tostring(root, encoding="unicode")
+def _set(element: ET.Element, **attributes: object) -> ET.Element:
+    """Set attributes; `class_` and `stroke_width` become `class` and `stroke-width`."""
+    for key, value in attributes.items():
+        written = f"{value:g}" if isinstance(value, float) else str(value)
+        element.set(key.rstrip("_").replace("_", "-"), written)
+    return element
 
 
-def _drawn_box(step: DrawnStep, box: _Box) -> ET.Element:
-    colour = f"c{(step.number - 1) % _COLOURS}"
-    classes = f"step {step.mark} {colour}{' faulty' if step.problems else ''}"
-    group = ET.Element("g", {"class": classes, "data-step": str(step.number)})
-    whole = f"{step.number}. {step.tool}({step.arguments})"
-    whole = whole if len(whole) <= _TITLE_CHARS else f"{whole[: _TITLE_CHARS - 1]}\u2026"
+def _colour_class(number: int) -> str:
+    return f"c{(number - 1) % _COLOURS}"
+
+
+def _add_box(root: ET.Element, step: DrawnStep, box: _Box) -> None:
+    group = _set(ET.SubElement(root, "g"), data_step=step.number)
+    faulty = " faulty" if step.problems else ""
+    _set(group, class_=f"step {step.mark} {_colour_class(step.number)}{faulty}")
+    whole = _cut(f"{step.number}. {step.tool}({step.arguments})", _TITLE_CHARS)
     ET.SubElement(group, "title").text = printable("\n".join([whole, *step.problems]))
-    size = {"x": f"{box.x:g}", "y": f"{box.y:g}", "height": f"{box.height:g}"}
-    frame = {"width": f"{_BOX_WIDTH:g}", "rx": "6"}
-    frame["stroke-width"] = "1.2" if step.mark == "same" else "2.2"
-    if step.mark == "missing":
-        frame["stroke-dasharray"] = "5 3"
-    ET.SubElement(group, "rect", size | frame)
+    frame = _set(ET.SubElement(group, "rect"), x=box.x, y=box.y, height=box.height)
+    _set(frame, width=_BOX_WIDTH, rx=6, **_STROKE[step.mark])
     # An inner svg clips letters that are wider than expected.
-    inner = ET.SubElement(group, "svg", size | {"width": f"{_BOX_WIDTH - 3:g}"})
+    inner = _set(ET.SubElement(group, "svg"), x=box.x, y=box.y, height=box.height)
+    _set(inner, width=_BOX_WIDTH - 3)
     for index, (kind, text) in enumerate(box.lines):
-        _line(inner, kind, text, 9, 19 + _LINE_HEIGHT * index)
-    return group
+        _add_line(inner, kind, text, x=9, y=19 + _LINE_HEIGHT * index)
 
 
-def _line(parent: ET.Element, kind: str, text: str, x: float, y: float) -> None:
+def _add_line(parent: ET.Element, kind: str, text: str, x: float, y: float) -> None:
     """Write one line; references within arguments get the colour of the step they refer to."""
-    shown = {"class": kind, "x": f"{x:g}", "y": f"{y:g}", "fill": "currentColor", "stroke": "none"}
-    shown["font-size"] = "10.5"
-    if kind == "tool":
-        shown |= {"font-weight": "bold", "font-size": "11"}
-    line = ET.SubElement(parent, "text", shown)
-    line.text, end = "", 0
-    last: ET.Element | None = None
-    for match in _REFERENCE.finditer(text) if kind == "argument" else ():
-        between = text[end : match.start()]
-        if last is None:
-            line.text = between
-        else:
-            last.tail = between
-        colour = (int(match.group(1) or match.group(2)) - 1) % _COLOURS
-        last = ET.SubElement(line, "tspan", {"class": f"reference c{colour}"})
-        last.set("font-weight", "bold")
-        last.text, end = match.group(), match.end()
-    if last is None:
+    line = _set(ET.SubElement(parent, "text"), class_=kind, x=x, y=y)
+    _set(line, fill="currentColor", stroke="none", font_size=10.5)
+    if kind != "argument":
         line.text = text
-    else:
-        last.tail = text[end:]
+        if kind == "tool":
+            _set(line, font_weight="bold", font_size=11)
+        return
+    end = 0
+    for match in (*_REFERENCE.finditer(text), None):
+        plain = ET.SubElement(line, "tspan")
+        plain.text = text[end : match.start() if match else None]
+        if match:
+            reference = _set(ET.SubElement(line, "tspan"), font_weight="bold")
+            _set(reference, class_=f"reference {_colour_class(_referred(match))}")
+            reference.text, end = match.group(), match.end()
+
+
+def _referred(match: re.Match[str]) -> int:
+    return int(match.group(1) or match.group(2))
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 def _box_lines(step: DrawnStep) -> tuple[tuple[str, str], ...]:
-    title = f"{_SIGN[step.mark]}{step.number} {step.tool}"
-    lines = [("tool", title if len(title) <= 25 else f"{title[:24]}\u2026")]
-    for kind, text in (("argument", step.arguments), *(("problem", p) for p in step.problems)):
-        lines += [
-            (kind, line)
-            for line in textwrap.wrap(
-                printable(text), _LINE_CHARS, max_lines=_MOST_LINES, placeholder="\u2026"
-            )
-        ]
-    return tuple(lines)
+    title = _cut(f"{_SIGN[step.mark]}{step.number} {step.tool}", _TOOL_CHARS)
+    texts = [("argument", step.arguments), *(("problem", problem) for problem in step.problems)]
+    wrapped = (
+        (kind, line)
+        for kind, text in texts
+        for line in textwrap.wrap(
+            printable(text), _LINE_CHARS, max_lines=_MOST_LINES, placeholder="\u2026"
+        )
+    )
+    return (("tool", title), *wrapped)
 
 
 def _geometry(
@@ -444,80 +463,41 @@ def _ends(
 def _curve(route: Sequence[_Point]) -> str:
     """Go from layer to layer in S-shaped curves, and straight past a layer."""
     *before, (end_x, end_y) = route
-    points = [*before, (end_x - _ARROW + 1, end_y)]
+    points = [*before, (end_x - 6, end_y)]  # the arrow's head covers the rest
     path = f"M{points[0][0]:g} {points[0][1]:.1f}"
     for index, ((x, y), (next_x, next_y)) in enumerate(pairwise(points)):
         half = (x + next_x) / 2
-        path += (
-            f"L{next_x:g} {next_y:.1f}"
-            if index % 2
-            else (f"C{half:g} {y:.1f} {half:g} {next_y:.1f} {next_x:g} {next_y:.1f}")
-        )
+        bend = f"C{half:g} {y:.1f} {half:g} {next_y:.1f}" if index % 2 == 0 else "L"
+        path += f"{bend} {next_x:g} {next_y:.1f}"
     return path
 
 
-def _spoken(drawing: PlanDrawing) -> str:
-    named = [f"{step.number} {step.tool}" for step in drawing.steps]
-    links = [f"{named[start]} to {named[end]}" for start, end in drawing.edges]
-    told = f"{len(named)} calls, {len(links)} references"
-    return f"{told}: {'; '.join(links or named)}" if named else "no call that can be read"
+# Terminal
 
-
-# Terminal: layers from top to bottom.
-
-_TERMINAL_COLOURS = (
-    "cyan",
-    "green",
-    "magenta",
-    "blue",
-    "yellow",
-    "bright_cyan",
-    "bright_green",
-)
+_TERMINAL_COLOURS = ["cyan", "green", "magenta", "blue", "yellow", "bright_cyan", "bright_green"]
 _PROBLEM = "red"
-_BOX_COLUMNS, _ARGUMENT_LINES = 42, 6
+_PANEL_COLUMNS, _ARGUMENT_LINES = 42, 6
 
 
-def _terminal(drawing: PlanDrawing) -> RenderableType:
-    from rich.columns import Columns
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[RenderableType] = []
-    for index, layer in enumerate(drawing.layers):
-        if index:
-            parts.append(_arrows(drawing, index))
-        parts.append(Columns([_terminal_box(step) for step in layer], padding=(0, 1)))
-    if drawing.left_out:
-        parts.append(Text(f"{drawing.left_out} more calls are not drawn", style="dim"))
-    if drawing.joined:
-        parts.append(Text("join() waits for all calls" if drawing.steps else "join()", style="dim"))
-    for problem in drawing.problems:
-        parts.append(Text(f"problem: {printable(problem)}", style=_PROBLEM))
-    return Group(*parts)
-
-
-def _terminal_box(step: DrawnStep) -> RenderableType:
+def _panel(step: DrawnStep) -> RenderableType:
     from rich.panel import Panel
     from rich.text import Text
 
-    room = _BOX_COLUMNS * _ARGUMENT_LINES
-    raw = step.arguments
-    shown = printable(raw if len(raw) <= room else f"{raw[: room - 3]}...")
+    shown = printable(_cut(step.arguments, _PANEL_COLUMNS * _ARGUMENT_LINES))
     body = Text(shown or "(no arguments)", style="" if shown else "dim", overflow="fold")
     for match in _REFERENCE.finditer(shown):
-        body.stylize(f"bold {_colour(int(match.group(1) or match.group(2)))}", *match.span())
+        body.stylize(_bold_colour(_referred(match)), *match.span())
     for problem in step.problems:
         body.append(f"\nproblem: {printable(problem)}", style=_PROBLEM)
-    title = Text(f"{_SIGN[step.mark]}{step.number}", style=f"bold {_colour(step.number)}")
+    title = Text(f"{_SIGN[step.mark]}{step.number}", style=_bold_colour(step.number))
     title.append(f" {printable(step.tool)}", style="not bold")
-    widest = max(len(line) for line in (*body.plain.split("\n"), f"{title.plain}  "))
+    widest = max(map(len, (*body.plain.split("\n"), f"{title.plain}  ")))
     return Panel(
         body,
         title=title,
         title_align="left",
-        border_style=_PROBLEM if step.problems else _colour(step.number),
-        width=min(_BOX_COLUMNS, widest + 4),
+        border_style=_PROBLEM if step.problems else _bold_colour(step.number).split()[1],
+        width=min(_PANEL_COLUMNS, widest + 4),
     )
 
 
@@ -529,13 +509,13 @@ def _arrows(drawing: PlanDrawing, layer: int) -> Text:
     for start, end in drawing.edges:
         if drawing.steps[end].layer == layer:
             number = drawing.steps[start].number
-            text.append(f"${number}", style=f"bold {_colour(number)}")
+            text.append(f"${number}", style=_bold_colour(number))
             text.append(f" -> {drawing.steps[end].number}   ")
     return text
 
 
-def _colour(number: int) -> str:
-    return _TERMINAL_COLOURS[(number - 1) % len(_TERMINAL_COLOURS)]
+def _bold_colour(number: int) -> str:
+    return f"bold {_TERMINAL_COLOURS[(number - 1) % _COLOURS]}"
 
 
 # Two plans side by side.
@@ -557,10 +537,8 @@ def mark_differences(
         return label, prediction
     pairs = _matched_steps(label, prediction)
     back = {there: here for here, there in pairs.items()}
-    return (
-        _marked(label, prediction, pairs, "missing"),
-        _marked(prediction, label, back, "extra"),
-    )
+    missing = _marked(label, prediction, pairs, "missing")
+    return missing, _marked(prediction, label, back, "extra")
 
 
 def _dag(drawing: PlanDrawing) -> Dag:
