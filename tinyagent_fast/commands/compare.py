@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 if TYPE_CHECKING:
-    from tinyagent_fast.reports.flips import FlipCount, FlippedPlans
+    from tinyagent_fast.reports.flips import FlippedPlans
 
 _SHOWN_QUERIES = 10
 _SHOWN_TOOLS = 12
@@ -43,9 +43,6 @@ class CompareFlags:
 def run(arguments: Sequence[str]) -> int:
     """Compare.
 
-    Args:
-        arguments: Flags of the command.
-
     Returns:
         0 whatever the outcome is.
     """
@@ -72,30 +69,28 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _text(compared: FlippedPlans) -> list[str]:
-    lines = compared.lines()
-    lines += _counts("flips by number of calls", compared.by_calls)
-    lines += _counts("flips by tool", compared.by_tool)
+def _text(compared: FlippedPlans) -> Iterator[str]:
+    yield from compared.lines()
+    for title, counts in (
+        ("flips by number of calls", compared.by_calls),
+        ("flips by tool", compared.by_tool),
+    ):
+        if counts:
+            width = max(len(title) - 2, *(len(count.group) for count in counts))
+            yield from ("", f"{title:<{width + 2}}  queries  A only  B only")
+            for count in counts[:_SHOWN_TOOLS]:
+                figures = f"{count.queries:>7}  {count.only_a:>6}  {count.only_b:>6}"
+                yield f"  {count.group:<{width}}  {figures}"
+            yield from _more(len(counts) - _SHOWN_TOOLS)
     for side in ("A", "B"):
         flips = [flip for flip in compared.flips if flip.winner == side]
         if flips:
-            lines += ["", f"right in {side} only:"]
-            lines += [f"  {' '.join(f.query.split())}  [{f.cause}]" for f in flips[:_SHOWN_QUERIES]]
-        if len(flips) > _SHOWN_QUERIES:
-            lines.append(f"  and {len(flips) - _SHOWN_QUERIES} more; --html lists all")
-    return lines
+            yield from ("", f"right in {side} only:")
+            for flip in flips[:_SHOWN_QUERIES]:
+                yield f"  {' '.join(flip.query.split())}  [{flip.cause}]"
+            yield from _more(len(flips) - _SHOWN_QUERIES)
 
 
-def _counts(title: str, counts: Sequence[FlipCount]) -> list[str]:
-    if not counts:
-        return []
-    width = max(len(count.group) for count in counts)
-    lines = ["", f"{title:<{width + 2}}  queries  A only  B only"]
-    width = len(lines[1]) - len("  queries  A only  B only")
-    lines += [
-        f"  {count.group:<{width - 2}}  {count.queries:>7}  {count.only_a:>6}  {count.only_b:>6}"
-        for count in counts[:_SHOWN_TOOLS]
-    ]
-    if len(counts) > _SHOWN_TOOLS:
-        lines.append(f"  and {len(counts) - _SHOWN_TOOLS} more; --html lists all")
-    return lines
+def _more(count: int) -> Iterator[str]:
+    if count > 0:
+        yield f"  and {count} more; --html lists all"

@@ -24,10 +24,7 @@ class ReportFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the report.
-
-    Args:
-        arguments: Flags of the command; a run may come first without a flag.
+    """Write the report; a run may come first without a flag.
 
     Returns:
         0 when both files are written.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,7 @@ class ScoreFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Score.
-
-    Args:
-        arguments: Flags of the command; a predictions file may come first without a flag.
+    """Score; a predictions file may come first without a flag.
 
     Returns:
         0 when everything was scored.
@@ -42,61 +38,46 @@ def run(arguments: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--predictions")
     flags = tyro.cli(ScoreFlags, args=words, prog="tinyagent-fast score")
-    if flags.pairs is not None and flags.predictions is not None:
+    from tinyagent_fast.reports.reading import catalogue_of_run, tools_of
+
+    if flags.pairs is None:
+        path = flags.predictions or Path("runs/latest")
+        tools = tools_of(flags.catalogue or catalogue_of_run(path.absolute()))
+        _score_predictions(path, tools, as_json=flags.json)
+    elif flags.predictions is None:
+        _score_pairs(flags.pairs, tools_of(flags.catalogue), as_json=flags.json)
+    else:
         raise ConfigError(
             f"score {flags.predictions} --pairs {flags.pairs}",
             "one call scores one file",
             "leave one of them out",
         )
-    if flags.pairs is not None:
-        return _score_pairs(flags.pairs, _tools(flags.catalogue), as_json=flags.json)
-    file = _predictions_file(flags.predictions or Path("runs/latest"))
-    tools = _tools(flags.catalogue or _catalogue_of_run(file))
-    return _score_predictions(file, tools, as_json=flags.json)
-
-
-def _tools(catalogue: Path | None) -> Mapping[str, Tool] | None:
-    if catalogue is None:
-        return None
-    from tinyagent_fast.data.generation.catalogue import load_catalogue
-
-    return {tool.name: tool.plan_tool() for tool in load_catalogue(catalogue).tools}
-
-
-def _catalogue_of_run(file: Path) -> Path | None:
-    """Find the catalogue that a run's plans were made for, so that no flag has to repeat it."""
-    from tinyagent_fast.runs import Run
-
-    runs = [Run(folder) for folder in file.absolute().parents[:3]]
-    return next((run.config().data.catalogue for run in runs if run.config_path.exists()), None)
-
-
-def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:
-    from tinyagent_fast.api import score_pairs
-    from tinyagent_fast.evaluation.report import percent
-    from tinyagent_fast.evaluation.scoring import score_pair
-
-    pairs = list(_read_pairs(path))
-    if not as_json:
-        if not pairs:
-            raise DataError(f"pairs file {path}", "the list is empty", "write at least one pair")
-        metrics = score_pairs(pairs, tools)
-        print(f"success      {percent(metrics.success)}  n = {metrics.n}")
-        print(f"success_dag  {percent(metrics.success_dag)}")
-        print(f"tool recall  {percent(metrics.tool_recall)}")
-        for code, count in metrics.failures.items():
-            print(f"  {code}: {count}")
-        return 0
-    for label, prediction in pairs:
-        score = score_pair(label, prediction, tools)
-        line = {
-            "success": float(score.success),
-            "success_dag": float(score.success_dag),
-            "tool_recall": score.tool_recall,
-            "failure": score.failure,
-        }
-        sys.stdout.write(json.dumps(line) + "\n")
     return 0
+
+
+def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> None:
+    from tinyagent_fast.evaluation.report import percent
+    from tinyagent_fast.evaluation.scoring import score_pair, summarise
+
+    scores = [score_pair(label, prediction, tools) for label, prediction in _read_pairs(path)]
+    if as_json:
+        for score in scores:
+            line = {
+                "success": float(score.success),
+                "success_dag": float(score.success_dag),
+                "tool_recall": score.tool_recall,
+                "failure": score.failure,
+            }
+            print(json.dumps(line))
+        return
+    if not scores:
+        raise DataError(f"pairs file {path}", "the list is empty", "write at least one pair")
+    metrics = summarise(scores)
+    print(f"success      {percent(metrics.success)}  n = {metrics.n}")
+    print(f"success_dag  {percent(metrics.success_dag)}")
+    print(f"tool recall  {percent(metrics.tool_recall)}")
+    for code, count in metrics.failures.items():
+        print(f"  {code}: {count}")
 
 
 def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
@@ -123,33 +104,23 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
         yield label, prediction
 
 
-def _predictions_file(path: Path) -> Path:
-    """Find the predictions of a run or an evaluation; `eval` writes later than `train`."""
-    if path.is_file():
-        return path
-    folders = (path, path / "eval", path / "test" / "after")
-    files = [folder / "predictions.jsonl" for folder in folders]
-    for file in files:
-        if file.exists():
-            return file
-    raise DataError(
-        f"predictions in {path}",
-        f"none of {', '.join(map(str, files))} is there",
-        "generate them with `tinyagent-fast eval`, or name a folder or file that has them",
-    )
-
-
-def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> int:
-    from tinyagent_fast.evaluation.predictions import PredictionFile
+def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> None:
+    from tinyagent_fast.evaluation.predictions import find_predictions
     from tinyagent_fast.evaluation.report import markdown_report
     from tinyagent_fast.evaluation.scoring import score_predictions
 
-    predictions = PredictionFile(path.parent, path.name).read()
+    file = next(iter(find_predictions(path).values()), None)
+    if file is None:
+        raise DataError(
+            f"predictions in {path}",
+            "it holds no predictions.jsonl, eval/ or test/after/",
+            "generate them with `tinyagent-fast eval`, or name a folder or file that has them",
+        )
+    predictions = file.read()
     if not predictions:
         raise DataError(f"predictions {path}", "there is none", "let `tinyagent-fast eval` finish")
     metrics = score_predictions(predictions, tools)
     if as_json:
         print(json.dumps(metrics.to_json(), indent=2))
     else:
-        print(markdown_report(str(path.parent), metrics, predictions, tools))
-    return 0
+        print(markdown_report(str(file.folder), metrics, predictions, tools))

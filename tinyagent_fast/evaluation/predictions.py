@@ -11,6 +11,9 @@ from typing import Any
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import Prediction
 
+MAIN_EVALUATIONS = ("eval", "test/after")
+"""Folders of a run whose predictions stand for it: `eval` writes later than `train`'s own test."""
+
 
 @dataclass(frozen=True)
 class PredictionFile:
@@ -30,14 +33,7 @@ class PredictionFile:
         return self.folder / "made_with.json"
 
     def part(self, rank: int) -> PredictionFile:
-        """Give the file that one of several processes appends to.
-
-        Args:
-            rank: The process's number.
-
-        Returns:
-            A file beside this one, until `gather_parts` empties it into this one.
-        """
+        """Give the file beside this one that a process appends to, until `gather_parts`."""
         return PredictionFile(self.folder, f"predictions-rank{rank}.jsonl")
 
     def gather_parts(self) -> None:
@@ -82,11 +78,7 @@ class PredictionFile:
         self.made_with_path.unlink(missing_ok=True)
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Add predictions at the end.
-
-        Args:
-            predictions: Those of one batch.
-        """
+        """Add predictions at the end."""
         with self.path.open("a", encoding="utf-8") as stream:
             for prediction in predictions:
                 stream.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
@@ -117,6 +109,19 @@ class PredictionFile:
         # Not splitlines: a query may hold a separator that JSON leaves as it is, such as U+2028.
         lines = content.split(b"\n")
         return [_parse(self.path, n, line) for n, line in enumerate(lines, 1) if line]
+
+
+def find_predictions(path: Path) -> dict[str, PredictionFile]:
+    """Find the predictions in a run, or in a folder or file of predictions.
+
+    Returns:
+        Files by the folder in the run, "" where `path` itself has or is the file, the first choice
+        first; empty if there is none.
+    """
+    if path.is_file():
+        return {"": PredictionFile(path.parent, path.name)}
+    files = {folder: PredictionFile(path / folder) for folder in ("", *MAIN_EVALUATIONS)}
+    return {folder: file for folder, file in files.items() if file.path.exists()}
 
 
 def _parse(path: Path, number: int, line: bytes) -> Prediction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from tinyagent_fast.evaluation.scoring import (
     FAILURE_CODES,
@@ -20,28 +21,14 @@ _SHOWN_FAILURES = 10
 
 
 def percent(value: Proportion | Mean) -> str:
-    """Write a share with its interval, as `61.5 % (58.1 - 64.8)`.
-
-    Args:
-        value: A proportion, or a mean of shares.
-
-    Returns:
-        Per cent with a 95 % interval.
-    """
+    """Write a share with its 95 % interval, as `61.5 % (58.1 - 64.8)`."""
     share = value.mean if isinstance(value, Mean) else value.share
     low, high = value.interval
     return f"{100 * share:.1f} % ({100 * low:.1f} - {100 * high:.1f})"
 
 
 def headline(metrics: Metrics) -> str:
-    """Say the result in one line.
-
-    Args:
-        metrics: The figures.
-
-    Returns:
-        Success with interval and count.
-    """
+    """Say the result in one line: success with interval and count."""
     return f"plan success {percent(metrics.success)}, n = {metrics.n}"
 
 
@@ -51,16 +38,13 @@ def markdown_report(
     predictions: Sequence[Prediction],
     tools: Mapping[str, Tool] | None,
 ) -> str:
-    """Write the report.
+    """Write the figures and the first failing plans as Markdown.
 
     Args:
         title: Heading.
         metrics: The figures.
-        predictions: What they were computed from; the first failing ones are shown.
-        tools: Tools by name; none stands for TinyAgent's own.
-
-    Returns:
-        Markdown.
+        predictions: What they were computed from.
+        tools: Tools by name; None stands for TinyAgent's own.
     """
     lines = [f"# {title}", "", f"**{headline(metrics)}** (95 % Wilson interval)", ""]
     lines += ["| figure | value |", "|---|---|"]
@@ -77,14 +61,11 @@ def markdown_report(
     for steps, share in sorted(metrics.success_by_steps.items()):
         lines.append(f"| {steps} | {percent(share)} | {share.total} |")
     lines += ["", f"## The first {_SHOWN_FAILURES} failing plans", ""]
-    shown = 0
-    for row in predictions:
-        score = score_prediction(row, tools)
-        if score.success or shown == _SHOWN_FAILURES:
-            continue
-        shown += 1
+    scored = ((row, score_prediction(row, tools)) for row in predictions)
+    failing = ((row, score.failure) for row, score in scored if not score.success)
+    for row, code in islice(failing, _SHOWN_FAILURES):
         why = explain_failure(row.label, row.prediction, tools)
-        lines += [f"**{row.query}**", "", f"{score.failure}: {why}", ""]
+        lines += [f"**{row.query}**", "", f"{code}: {why}", ""]
         lines += ["```text", row.label, "--- predicted", row.prediction, "```", ""]
     return "\n".join(lines) + "\n"
 

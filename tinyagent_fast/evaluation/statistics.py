@@ -1,6 +1,6 @@
 """How sure a measured share is, and whether two planners differ.
 
-Used by scoring for every share in a report and by comparisons of two runs on the same examples.
+Few lines, so that scoring needs no scipy.
 """
 
 from __future__ import annotations
@@ -78,11 +78,7 @@ class Proportion:
     total: int
 
     def __post_init__(self) -> None:
-        """Refuse counts that are no part of the total.
-
-        Raises:
-            ValueError: If not 0 <= count <= total.
-        """
+        """Raise ValueError unless 0 <= count <= total."""
         if not 0 <= self.count <= self.total:
             raise ValueError(f"{self.count} of {self.total} is no proportion")
 
@@ -97,11 +93,7 @@ class Proportion:
         return wilson_interval(self.count, self.total)
 
     def to_json(self) -> dict[str, object]:
-        """Write the figures for a report file.
-
-        Returns:
-            Count, total, share (null without cases) and the bounds of the interval.
-        """
+        """Give plain values; the share is null without cases."""
         return {
             "count": self.count,
             "total": self.total,
@@ -124,14 +116,7 @@ class Mean:
 
     @classmethod
     def of(cls, scores: Iterable[float]) -> Mean:
-        """Average some scores.
-
-        Args:
-            scores: Scores between 0 and 1.
-
-        Returns:
-            Their mean.
-        """
+        """Average scores between 0 and 1."""
         values = list(scores)
         return cls(math.fsum(values), len(values))
 
@@ -146,11 +131,7 @@ class Mean:
         return wilson_interval(self.sum, self.n)
 
     def to_json(self) -> dict[str, object]:
-        """Write the figures for a report file.
-
-        Returns:
-            n, mean (null without scores) and the bounds of the interval.
-        """
+        """Give plain values; the mean is null without scores."""
         return {
             "n": self.n,
             "mean": self.mean if self.n else None,

@@ -13,19 +13,18 @@ from pathlib import Path
 
 from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.evaluation.comparison import PairedComparison, compare_scored
-from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.predictions import find_predictions
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.reports.reading import MAIN_EVALUATIONS, tools_of
+from tinyagent_fast.reports.reading import catalogue_of_run, tools_of
 from tinyagent_fast.reports.tables import count_calls
-from tinyagent_fast.runs import Run
 
 SIGNIFICANT_P = 0.05
 """Two-sided level below which a difference is called one."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Planner:
     """One side of a comparison."""
 
@@ -122,35 +121,28 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[Planner, Planner]:
     Raises:
         UserError: Nothing is there, or it cannot be read.
     """
-    found_a, found_b = _files(a, runs), _files(b, runs)
-    kind = next((kind for kind in found_a if kind in found_b), None)
-    kinds = (kind or next(iter(found_a)), kind or next(iter(found_b)))
-    return _planner(a, kinds[0], found_a), _planner(b, kinds[1], found_b)
-
-
-def _files(name: str, runs: Path) -> dict[str, PredictionFile]:
-    """List predictions by kind: the file itself, or the evaluations of a run."""
-    for path in (runs / name, Path(name)):
-        if path.is_file():
-            return {"": PredictionFile(path.parent, path.name)}
-        files = {kind: PredictionFile(path / kind) for kind in ("", *MAIN_EVALUATIONS)}
-        there = {kind: file for kind, file in files.items() if file.path.exists()}
-        if there:
-            return there
-    raise ConfigError(
-        f"compare {name}",
-        f"neither {runs / name} nor {name} holds predictions.jsonl, eval/ or test/after/",
-        f"make them with `tinyagent-fast eval --run {name}`, or name a folder that has them",
-    )
-
-
-def _planner(name: str, kind: str, files: Mapping[str, PredictionFile]) -> Planner:
-    file = files[kind]
-    predictions = tuple(file.read())
-    if not predictions:
-        raise DataError(f"{file.path}", "it holds no prediction", "let the evaluation finish")
-    shown = name.rstrip("/") + (f"/{kind}" if kind else "")
-    return Planner(name=shown, folder=file.folder, predictions=predictions)
+    found = []
+    for name in (a, b):
+        files = find_predictions(runs / name) or find_predictions(Path(name))
+        if not files:
+            raise ConfigError(
+                f"compare {name}",
+                f"neither {runs / name} nor {name} holds predictions.jsonl, eval/ or test/after/",
+                f"make them with `tinyagent-fast eval --run {name}`, or name a folder with them",
+            )
+        found.append(files)
+    common = next((kind for kind in found[0] if kind in found[1]), None)
+    planners = []
+    for name, files in zip((a, b), found, strict=True):
+        kind = next(iter(files)) if common is None else common
+        predictions = tuple(files[kind].read())
+        if not predictions:
+            raise DataError(
+                f"{files[kind].path}", "it holds no prediction", "let the evaluation finish"
+            )
+        shown = name.rstrip("/") + (f"/{kind}" if kind else "")
+        planners.append(Planner(shown, files[kind].folder, predictions))
+    return planners[0], planners[1]
 
 
 def tools_of_both(a: Planner, b: Planner, catalogue: Path | None) -> Mapping[str, Tool] | None:
@@ -177,13 +169,6 @@ def tools_of_both(a: Planner, b: Planner, catalogue: Path | None) -> Mapping[str
             "name the tools to score both with by --catalogue",
         )
     return tools_a
-
-
-def catalogue_of_run(folder: Path) -> Path | None:
-    """Find the catalogue that the plans in a folder of a run, or in a run, were made for."""
-    inside = folder.resolve()
-    runs = [Run(path) for path in (inside, *list(inside.parents)[:3])]
-    return next((run.config().data.catalogue for run in runs if run.config_path.exists()), None)
 
 
 def flipped_plans(

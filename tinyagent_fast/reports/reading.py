@@ -16,15 +16,13 @@ from typing import TypeVar
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.predictions import MAIN_EVALUATIONS, PredictionFile
 from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import sha256_of
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run
 
-MAIN_EVALUATIONS = ("eval", "test/after")
-"""Where a run's headline comes from: `eval` is written later than `train`'s own test."""
 _MEMORY_KEYS = ("memory_gib", "peak_gib", "peak_reserved_gib")
 
 
@@ -172,6 +170,13 @@ def tools_of(catalogue: Path | None) -> Mapping[str, Tool] | None:
     if catalogue is None:
         return None
     return {tool.name: tool.plan_tool() for tool in load_catalogue(catalogue).tools}
+
+
+def catalogue_of_run(folder: Path) -> Path | None:
+    """Find the catalogue that the plans in a run, or in a folder within it, were made for."""
+    inside = folder.resolve()
+    runs = [Run(path) for path in (inside, *list(inside.parents)[:3])]
+    return next((run.config().data.catalogue for run in runs if run.config_path.exists()), None)
 
 
 def number(record: Mapping[str, object], key: str) -> float | None:
