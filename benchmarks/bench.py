@@ -534,8 +534,9 @@ def stock_texts(
 
 def measure_evaluation(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[str], None]) -> Any:
     """Time all ways on one batch of each kind of prompt; one at a time, only some of them."""
-    from tinyagent_fast.inference.torch_engine import TorchEngine, encode_prompts
+    from tinyagent_fast.inference.torch_engine import TorchEngine
     from tinyagent_fast.models.loading import LoadedModel
+    from tinyagent_fast.prompts.builder import encode_prompts
 
     tokenizer = tokenizer_for(flags.real, sizes.vocab)
     kinds = prompts_by_kind(flags.real, sizes)

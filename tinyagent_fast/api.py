@@ -79,11 +79,11 @@ def export_run(
     prepare_libraries(replace(config.model, backend="transformers"))
     from rich.console import Console
 
+    from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.export.pipeline import run_export
     from tinyagent_fast.export.preparation import prepare_export, resolve_model_folder
     from tinyagent_fast.export.publishing import publish
     from tinyagent_fast.training.display import TrainingDisplay
-    from tinyagent_fast.training.session import scoring_tools
 
     display = TrainingDisplay(console or Console(highlight=False))
     display.say(f"run {found.path.name}, adapter {adapter}")
@@ -93,7 +93,7 @@ def export_run(
         settings,
         base=resolve_model_folder(found.base_of(config), config.model.revision),
         adapter=adapter,
-        tools=scoring_tools(config),
+        tools=plan_tools(config.data.catalogue),
         display=display,
     )
     folder = run_export(export)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -82,19 +82,34 @@ class Run:
                 "name a folder under runs/, or train one",
             )
         text = self.config_path.read_text(encoding="utf-8")
-        return parse_config(text, source=str(self.config_path))
+        config = parse_config(text, source=str(self.config_path))
+        data = config.data
+        train, test, catalogue = (
+            None if path is None else self.locate(path)
+            for path in (data.train, data.test, data.catalogue)
+        )
+        return replace(config, data=replace(data, train=train, test=test, catalogue=catalogue))
 
-    def locate(self, recorded: str) -> Path:
+    def locate(self, recorded: str | Path) -> Path:
         """Find a path that the run recorded, also when the program runs in another folder now.
 
         Args:
-            recorded: The path, as seen from the folder that holds `runs/`.
+            recorded: The path as the run's command was given it.
 
         Returns:
-            The path as it is, or as seen from beside the folder of all runs if it is only there.
+            The path as it is if it is there. Else the one in the folder that holds `runs/`, or in
+            the folder where the run was started, if it is there; else the path as it is.
         """
-        beside = self.path.resolve().parents[1] / recorded
-        return beside if beside.exists() and not Path(recorded).exists() else Path(recorded)
+        if not Path(recorded).exists():
+            for folder in (self.path.resolve().parents[1], self._started_in()):
+                if (folder / recorded).exists():
+                    return folder / recorded
+        return Path(recorded)
+
+    def _started_in(self) -> Path:
+        record = self.path / "environment.json"
+        known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        return Path(known.get("folder", ""))
 
     def base_of(self, config: Config) -> str:
         """Find the base model: the folder that `nano` or `random` became, or the config's own.
@@ -102,10 +117,25 @@ class Run:
         Returns:
             A folder or hub name.
         """
-        record = self.path / "data.json"
-        if not record.exists():
-            return config.model.base
-        return str(self.locate(json.loads(record.read_text(encoding="utf-8"))["base"]))
+        return str(self.locate(self._data_record().get("base", config.model.base)))
+
+    def test_file(self) -> Path | None:
+        """Find the test file of this run, also one that was generated for it.
+
+        Returns:
+            Its path, where nothing may lie any more; None if the run has none.
+        """
+        recorded = self._data_record().get("test_file")
+        named = recorded["path"] if recorded else self.config().data.test
+        return None if named is None else self.locate(named)
+
+    def _data_record(self) -> dict[str, Any]:
+        """Read data.json; empty if the run ended before it was written."""
+        path = self.path / "data.json"
+        record: dict[str, Any] = {}
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+        return record
 
     def find_adapter(self, wanted: str = "best") -> Path:
         """Find an adapter to use.
@@ -287,6 +317,7 @@ def environment() -> dict[str, Any]:
         "gpu": _gpu(),
         "git": _git(),
         "command": sys.argv,
+        "folder": str(Path.cwd()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -8,17 +8,16 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stand_ins import ScriptedWriter, planner_with
 
-from tinyagent_fast.chat import planners
 from tinyagent_fast.cli import main
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.inference import planner
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ['1. open_note("a", "")\n', '2. open_note("$1", "")\n', "3. join()"]
@@ -28,17 +27,15 @@ import signal, sys
 sys.path.insert(0, sys.argv[1])
 # Background processes of a shell ignore Ctrl-C, and so do their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from contextlib import contextmanager
 from stand_ins import ScriptedWriter, planner_with
-from tinyagent_fast.chat import planners
 from tinyagent_fast.cli import main
+from tinyagent_fast.inference import planner
 
-@contextmanager
-def scripted(choice):
-    yield planner_with(ScriptedWriter(["1. join()"]))
-    print("closed", flush=True)
+class Closing(ScriptedWriter):
+    def close(self):
+        print("closed", flush=True)
 
-planners.open_planner = scripted
+planner.load = lambda *_, **__: planner_with(Closing(["1. join()"]))
 sys.exit(main(["serve", "--port", "0"]))
 """
 
@@ -48,11 +45,7 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> ScriptedWriter:
     """Return what stands in for the model of every planner that is opened."""
     scripted = ScriptedWriter(PLAN)
 
-    @contextmanager
-    def opened(_: Any) -> Iterator[planners.Planner]:
-        yield planner_with(scripted)
-
-    monkeypatch.setattr(planners, "open_planner", opened)
+    monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(scripted))
     return scripted
 
 
@@ -148,7 +141,7 @@ def test_mistakes_are_messages(
 
 def test_serve_listens_until_ctrl_c_and_closes_what_it_opened() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(Path(__file__).parent)],
+        [sys.executable, "-c", SERVE, str(ROOT / "tests")],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,

@@ -14,7 +14,6 @@ import pytest
 from stand_ins import WAIT_S, ScriptedWriter, planner_with, serving, wait_until
 
 from tinyagent_fast.chat import web
-from tinyagent_fast.chat.planners import Planner
 from tinyagent_fast.chat.web import (
     MAX_REQUEST_CHARS,
     PlannerServer,
@@ -23,6 +22,7 @@ from tinyagent_fast.chat.web import (
     listen,
 )
 from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.inference.planner import Planner
 
 PLAN = ['1. open_note("a', '", "")\n', '2. open_note("$1", "")\n', "3. join()"]
 JSON = {"Content-Type": "application/json"}
@@ -264,14 +264,14 @@ def test_a_reader_who_leaves_frees_the_model(server: PlannerServer, writer: Scri
 
 
 def test_a_closing_server_breaks_a_plan_off_and_says_so(planner: Planner) -> None:
-    writer = planner.writer
+    writer = planner.engine
     assert isinstance(writer, ScriptedWriter)
     writer.gate = threading.Semaphore(0)
     with serving(planner) as server:
         response = ask(server, "POST", "/plan", {"request": "go"})
         wait_until(lambda: writer.asked, "the request at the model")
         server.stop()
-        writer.gate.release()
+        writer.gate.release(len(PLAN))
         assert events(response)[-1] == ("failed", {"message": "the server is closing"})
     assert writer.closed == 1
 

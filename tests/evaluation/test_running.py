@@ -15,11 +15,9 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.evaluation.scoring import score_predictions
-from tinyagent_fast.inference import engines
-from tinyagent_fast.inference.decoding import Completion
-from tinyagent_fast.inference.engines import TransformersEngine, encode_prompts
+from tinyagent_fast.inference.engine import Completion
+from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
-from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
@@ -58,25 +56,25 @@ def loaded(tiny_base: Path) -> LoadedModel:
 
 
 @pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the prompts that go through the sweep, in the order of its batches."""
-    counts: list[int] = []
-    original = engines.complete
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Record every call of the engine: its batch and the plans that were taken from it."""
+    calls: list[list[int]] = []
+    original = TorchEngine.generate
 
-    def counting(*arguments: Any, **keywords: Any) -> Iterator[list[tuple[int, Completion]]]:
-        for pairs in original(*arguments, **keywords):
-            counts.append(len(pairs))
-            yield pairs
+    def recording(self: TorchEngine, prompts: Any, *, batch: int = 1, **how: Any) -> Any:
+        call = [batch, 0]
+        calls.append(call)
+        for pair in original(self, prompts, batch=batch, **how):
+            call[1] += 1
+            yield pair
 
-    monkeypatch.setattr(engines, "complete", counting)
-    return counts
+    monkeypatch.setattr(TorchEngine, "generate", recording)
+    return calls
 
 
 def evaluate(loaded: LoadedModel, count: int, folder: Path, **changes: Any) -> EvaluationResult:
     arguments: dict[str, Any] = {"settings": SETTINGS, "made_with": MADE_WITH, **changes}
-    return evaluate_examples(
-        TransformersEngine(loaded), make_examples(count), folder=folder, **arguments
-    )
+    return evaluate_examples(TorchEngine(loaded), make_examples(count), folder=folder, **arguments)
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -89,12 +87,12 @@ def texts_of(result: EvaluationResult) -> list[tuple[str, str, str, int]]:
 
 
 def test_every_query_gets_one_prediction_with_its_label_in_the_order_of_the_examples(
-    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+    loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:
     result = evaluate(loaded, 7, tmp_path)
     assert [p.key for p in result.predictions] == [e.key for e in make_examples(7)]
     assert {p.label for p in result.predictions} == {LABEL}
-    assert generated == [3, 3, 1]
+    assert generated[-1] == [3, 7]
     assert result.metrics.n == 7
     assert (tmp_path / "report.md").read_text(encoding="utf-8").startswith("# evaluation")
     assert all(p.seconds is not None and p.seconds >= 0 for p in result.predictions)
@@ -128,13 +126,13 @@ class Stop(BaseException):
     """Stands for a kill."""
 
 
-def stop_after(batches: int) -> Any:
+def stop_after(plans: int) -> Any:
     calls = 0
 
     def on_progress(_done: int, _total: int) -> None:
         nonlocal calls
         calls += 1
-        if calls == batches:
+        if calls == plans:
             raise Stop
 
     return on_progress
@@ -142,13 +140,13 @@ def stop_after(batches: int) -> Any:
 
 @pytest.mark.parametrize("torn", [False, True], ids=["between lines", "inside a line"])
 def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_as_if_never_stopped(
-    torn: bool, loaded: LoadedModel, tmp_path: Path, generated: list[int]
+    torn: bool, loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:
     whole = evaluate(loaded, 8, tmp_path / "whole")
     generated.clear()
     folder = tmp_path / "stopped"
     with pytest.raises(Stop):
-        evaluate(loaded, 8, folder, on_progress=stop_after(2))
+        evaluate(loaded, 8, folder, on_progress=stop_after(4))
     file = PredictionFile(folder)
     if torn:
         file.path.write_bytes(file.path.read_bytes()[:-10])
@@ -161,8 +159,8 @@ def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_as_if_never_stopped(
         say=lines.append,
         on_progress=lambda done, total: progress.append((done, total)),
     )
-    assert generated == ([3, 3, 3] if torn else [3, 3, 2])
-    assert result.reused == (5 if torn else 6)
+    assert generated[-1] == [3, 5 if torn else 4]
+    assert result.reused == (3 if torn else 4)
     assert progress[-1] == (8, 8)
     assert f"{result.reused} predictions are there" in lines[0]
     assert texts_of(result) == texts_of(whole)
@@ -184,7 +182,7 @@ def test_the_model_is_left_in_its_mode_when_an_evaluation_is_stopped(
 
 
 def test_a_finished_evaluation_generates_nothing_again(
-    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+    loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:
     first = evaluate(loaded, 4, tmp_path)
     generated.clear()
@@ -205,18 +203,18 @@ def test_a_finished_evaluation_generates_nothing_again(
     ids=["adapter", "length limit"],
 )
 def test_predictions_of_another_adapter_or_limit_are_never_mixed_in(
-    changes: dict[str, Any], loaded: LoadedModel, tmp_path: Path, generated: list[int]
+    changes: dict[str, Any], loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:
     evaluate(loaded, 4, tmp_path)
     generated.clear()
     result = evaluate(loaded, 4, tmp_path, **changes)
-    assert sum(generated) == 4
+    assert generated[-1] == [3, 4]
     assert result.reused == 0
     assert len(PredictionFile(tmp_path).read()) == 4
 
 
 def test_another_batch_size_is_no_other_evaluation(
-    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+    loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:
     evaluate(loaded, 4, tmp_path)
     generated.clear()
@@ -225,12 +223,12 @@ def test_another_batch_size_is_no_other_evaluation(
 
 
 def test_more_queries_add_to_what_is_there_and_fewer_are_counted_alone(
-    loaded: LoadedModel, tmp_path: Path, generated: list[int]
+    loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:
     evaluate(loaded, 2, tmp_path)
     generated.clear()
     assert evaluate(loaded, 5, tmp_path).reused == 2
-    assert sum(generated) == 3
+    assert generated[-1] == [3, 3]
     lines: list[str] = []
     fewer = evaluate(loaded, 3, tmp_path, say=lines.append)
     assert (fewer.metrics.n, fewer.reused) == (3, 3)
@@ -238,48 +236,35 @@ def test_more_queries_add_to_what_is_there_and_fewer_are_counted_alone(
 
 
 def test_a_batch_that_gives_other_plans_is_said_and_not_used(
-    loaded: LoadedModel, tmp_path: Path, generated: list[int], monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, tmp_path: Path, generated: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = evaluate(loaded, 5, tmp_path / "alone", settings=replace(SETTINGS, batch=1))
     generated.clear()
-    original = loaded.model.generate
+    original = TorchEngine.generate
 
-    def generate(**arguments: Any) -> Any:
-        output = original(**arguments)
-        if len(output) > 1:
-            output[:, arguments["input_ids"].shape[1] :] = 40
-        return output
+    def spoiled(self: TorchEngine, prompts: Any, *, batch: int, **how: Any) -> Any:
+        for index, completion in original(self, prompts, batch=batch, **how):
+            yield index, completion if batch == 1 else replace(completion, text="other")
 
-    monkeypatch.setattr(loaded.model, "generate", generate)
+    monkeypatch.setattr(TorchEngine, "generate", spoiled)
     lines: list[str] = []
     result = evaluate(loaded, 5, tmp_path / "batched", say=lines.append)
-    assert generated == [1, 1, 1, 1, 1]
+    assert generated[-1] == [1, 5]
     assert "falling back to batch 1" in lines[1]
     assert result.parity is not None
     assert not result.parity.agrees
     assert texts_of(result) == texts_of(alone)
 
 
-def test_prompts_are_encoded_just_as_training_rows_begin(loaded: LoadedModel) -> None:
-    examples = make_examples(4)
-    rows = loaded.tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
-    assert encode_prompts(loaded.tokenizer, examples) == [
-        r.input_ids[: r.prompt_tokens] for r in rows
-    ]
-
-
 def test_a_right_plan_counts_as_success_and_a_wrong_one_does_not(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def complete(
-        _model: Any, _tokenizer: Any, prompts: Any, **_: Any
-    ) -> Iterator[list[tuple[int, Completion]]]:
-        yield [
-            (at, Completion(LABEL if at % 2 else "1. join()", "stop", 9))
-            for at in range(len(prompts))
-        ]
+    def generate(_: Any, prompts: Any, **how: Any) -> Iterator[tuple[int, Completion]]:
+        for at in range(len(prompts)):
+            text = LABEL if at % 2 else "1. join()"
+            yield at, Completion(text=text, stop_reason="stop", new_tokens=9, prompt_tokens=9)
 
-    monkeypatch.setattr(engines, "complete", complete)
+    monkeypatch.setattr(TorchEngine, "generate", generate)
     settings = replace(SETTINGS, parity_prompts=0)
     result = evaluate(loaded, 4, tmp_path, settings=settings)
     assert (result.metrics.success.count, result.metrics.n) == (2, 4)

@@ -168,7 +168,7 @@ def served(
     """Serve a tiny GGUF with the template of a format in it."""
     pytest.importorskip("xllamacpp", reason="rendering in llama.cpp needs the package xllamacpp")
     from tinyagent_fast.export.conversion import convert_to_gguf
-    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
 
     file = tmp_path_factory.mktemp("served") / "tiny.gguf"
     convert_to_gguf(
@@ -179,7 +179,7 @@ def served(
         chat_template=chat_template(request.param, None, bos=False),
         extra={},
     )
-    with llama_server(
+    with LlamaServer(
         LlamaCppSettings(model=file, slots=1, context_tokens_per_slot=2048, threads=1)
     ) as server:
         yield request.param, server

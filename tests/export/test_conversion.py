@@ -67,7 +67,7 @@ def largest_difference(folder: Path, gguf: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = model.config.vocab_size
@@ -77,7 +77,7 @@ def largest_difference(folder: Path, gguf: Path) -> float:
     settings = LlamaCppSettings(
         model=gguf, slots=1, context_tokens_per_slot=512, threads=1, cache_type="f32"
     )
-    with llama_server(settings) as server:
+    with LlamaServer(settings) as server:
         return max(
             float(np.abs(server.next_logprobs(ids[:length]) - expected[length - 1]).max())
             for length in (1, 2, 40, 299, 300)

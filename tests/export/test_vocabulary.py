@@ -61,11 +61,11 @@ def strings(count: int) -> list[str]:
 def different(folder: Path, gguf: Path, texts: Iterable[str]) -> list[str]:
     """Return the texts whose ids, BOS included, llama.cpp gives otherwise than training does."""
     pytest.importorskip("xllamacpp")
-    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
 
     tokenizer = PromptTokenizer(load_tokenizer(folder))
     settings = LlamaCppSettings(model=gguf, slots=1, context_tokens_per_slot=64, threads=1)
-    with llama_server(settings) as server:
+    with LlamaServer(settings) as server:
         return [t for t in texts if server.tokenize(t, bos=True) != tokenizer.encode_prompt(t)]
 
 

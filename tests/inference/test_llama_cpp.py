@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,7 +20,7 @@ from urllib.parse import urlparse
 import pytest
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer, llama_server
+from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
 
 pytest.importorskip("xllamacpp", reason="these tests run llama.cpp: pip install xllamacpp")
 
@@ -44,7 +45,7 @@ def settings_for(model: Path, **changes: Any) -> LlamaCppSettings:
 
 @pytest.fixture(scope="module")
 def server(tiny_gguf: dict[str, Path]) -> Iterator[LlamaServer]:
-    with llama_server(settings_for(tiny_gguf["f32"])) as running:
+    with LlamaServer(settings_for(tiny_gguf["f32"])) as running:
         yield running
 
 
@@ -122,10 +123,38 @@ def test_special_tokens_are_read_from_text_only_where_that_is_asked_for(
 def test_chat_gives_what_the_ids_of_its_rendered_prompt_give(server: LlamaServer) -> None:
     answer = server.chat(MESSAGES, max_new_tokens=12, stop=None)
     ids = server.tokenize(server.apply_template(MESSAGES), special=True, bos=True)
-    assert answer.completion == server.complete_ids(ids, max_new_tokens=12)
+    again = server.complete_ids(ids, max_new_tokens=12)
+    assert answer == replace(again, cached_tokens=answer.cached_tokens)
     assert answer.prompt_tokens == len(ids)
-    assert answer.completion.stop_reason == "length"
-    assert answer.completion.new_tokens == 12
+    assert answer.stop_reason == "length"
+    assert answer.new_tokens == 12
+
+
+def test_a_completion_can_be_watched_and_broken_off(server: LlamaServer) -> None:
+    ids = server.tokenize("1. open_note(" * 120, bos=True)
+    pieces: list[str] = []
+    whole = server.complete_ids(ids, max_new_tokens=12, on_text=pieces.append)
+    assert "".join(pieces) == whole.text
+    assert len([piece for piece in pieces if piece]) > 6
+    unwatched = server.complete_ids(ids, max_new_tokens=12)
+    # Half a character at the limit is shown by one way only.
+    assert unwatched.text.rstrip("\ufffd") == whole.text
+    assert unwatched.cached_tokens == len(ids) - 1
+
+    class Stop(Exception):
+        pass
+
+    def leave(_: str) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        server.complete_ids(ids, max_new_tokens=900, grammar=ENDLESS, on_text=leave)
+    assert server.complete_ids(ids, max_new_tokens=12).text == unwatched.text
+
+
+def test_a_watched_completion_that_does_not_fit_is_refused(server: LlamaServer) -> None:
+    with pytest.raises(ModelError, match="exceeds the available context size"):
+        server.complete_ids([5] * (CONTEXT_TOKENS + 1), max_new_tokens=1, on_text=print)
 
 
 def test_generation_is_greedy(server: LlamaServer) -> None:
@@ -141,11 +170,9 @@ def test_generation_is_greedy(server: LlamaServer) -> None:
 def test_a_stop_string_ends_the_text_before_itself_and_eos_is_told_from_it(
     server: LlamaServer,
 ) -> None:
-    stopped = server.chat(
-        MESSAGES, max_new_tokens=30, stop="<END_OF_PLAN>", grammar=PLAN_GRAMMAR
-    ).completion
+    stopped = server.chat(MESSAGES, max_new_tokens=30, stop="<END_OF_PLAN>", grammar=PLAN_GRAMMAR)
     assert (stopped.text, stopped.stop_reason) == ("1. join()", "stop")
-    ended = server.chat(MESSAGES, max_new_tokens=30, stop=None, grammar=PLAN_GRAMMAR).completion
+    ended = server.chat(MESSAGES, max_new_tokens=30, stop=None, grammar=PLAN_GRAMMAR)
     assert (ended.text, ended.stop_reason) == ("1. join()<END_OF_PLAN>", "eos")
     # The same tokens wrote both; EOS is no part of a text.
     assert ended.new_tokens == stopped.new_tokens
@@ -153,9 +180,7 @@ def test_a_stop_string_ends_the_text_before_itself_and_eos_is_told_from_it(
 
 def test_white_space_around_an_answer_is_kept(server: LlamaServer) -> None:
     grammar = 'root ::= "  a \\n"'
-    assert server.chat(MESSAGES, max_new_tokens=9, stop=None, grammar=grammar).completion.text == (
-        "  a \n"
-    )
+    assert server.chat(MESSAGES, max_new_tokens=9, stop=None, grammar=grammar).text == "  a \n"
 
 
 def test_probabilities_are_those_of_transformers_for_every_token(
@@ -211,7 +236,7 @@ def test_the_server_is_gone_after_the_block_also_after_an_exception(
     tiny_gguf: dict[str, Path],
 ) -> None:
     urls = []
-    with pytest.raises(KeyboardInterrupt), llama_server(settings_for(tiny_gguf["f16"])) as running:
+    with pytest.raises(KeyboardInterrupt), LlamaServer(settings_for(tiny_gguf["f16"])) as running:
         urls.append(running.url)
         assert is_listening(running.url)
         raise KeyboardInterrupt
@@ -229,7 +254,7 @@ def test_the_server_is_gone_at_once_also_while_a_request_is_under_way(
         except ModelError as error:
             failures.append(error)
 
-    with llama_server(settings_for(tiny_gguf["f16"], context_tokens_per_slot=8192)) as running:
+    with LlamaServer(settings_for(tiny_gguf["f16"], context_tokens_per_slot=8192)) as running:
         thread = threading.Thread(target=ask, args=(running,))
         thread.start()
         time.sleep(0.3)
@@ -241,21 +266,20 @@ def test_the_server_is_gone_at_once_also_while_a_request_is_under_way(
     assert "gave no answer" in str(failures[0])
 
 
-def test_a_request_that_outlives_the_log_still_says_what_happened(
-    tiny_gguf: dict[str, Path],
-) -> None:
-    with llama_server(settings_for(tiny_gguf["f16"])) as running:
-        child = running.child
-    assert child is not None
-    assert "its process ended with code" in child.last_words()
+def test_a_request_after_the_end_says_what_happened(tiny_gguf: dict[str, Path]) -> None:
+    with LlamaServer(settings_for(tiny_gguf["f16"])) as running:
+        pass
+    running.close()
+    with pytest.raises(ModelError, match="its process ended with code"):
+        running.tokenize("a")
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
+from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
 settings = LlamaCppSettings(model=Path(sys.argv[1]), slots=1, threads=1)
-with llama_server(settings) as server:
+with LlamaServer(settings) as server:
     print(server.url, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -274,9 +298,8 @@ def test_not_even_a_killed_program_leaves_its_server_behind(tiny_gguf: dict[str,
 
 
 def test_a_server_that_dies_is_an_error_that_says_so(tiny_gguf: dict[str, Path]) -> None:
-    with llama_server(settings_for(tiny_gguf["f16"])) as running:
-        assert running.child is not None
-        os.kill(running.child.pid, signal.SIGKILL)
+    with LlamaServer(settings_for(tiny_gguf["f16"])) as running:
+        os.kill(running.pid, signal.SIGKILL)
         with pytest.raises(ModelError, match="its process ended with code -9"):
             for _ in range(100):
                 running.tokenize("a")
@@ -299,7 +322,7 @@ def test_a_file_that_cannot_be_run_is_named_with_llama_cpps_own_reason(
         cut(tmp_path, tiny_gguf["f16"]): "corrupted or incomplete",
     }
     for path, reason in cases.items():
-        with pytest.raises(ModelError) as caught, llama_server(settings_for(path)):
+        with pytest.raises(ModelError) as caught, LlamaServer(settings_for(path)):
             pass
         assert reason in str(caught.value)
         assert path.name in str(caught.value)
@@ -310,7 +333,7 @@ def test_without_the_package_the_error_says_how_to_install_it(
 ) -> None:
     (tmp_path / "xllamacpp.py").write_text("raise ImportError('libgomp.so.1: cannot open it')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ModelError) as caught, llama_server(settings_for(tiny_gguf["f16"])):
+    with pytest.raises(ModelError) as caught, LlamaServer(settings_for(tiny_gguf["f16"])):
         pass
     assert "libgomp.so.1: cannot open it" in str(caught.value)
     assert "pip install xllamacpp" in str(caught.value)

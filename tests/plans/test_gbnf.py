@@ -330,9 +330,9 @@ def faults(plan: Plan, tools: Mapping[str, Tool] | None) -> list[str]:
 def server(tiny_gguf: dict[str, Path]) -> Iterator[Any]:
     """Serve a model with random weights, which writes whatever the grammar lets it."""
     pytest.importorskip("xllamacpp", reason="sampling needs the package xllamacpp")
-    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, llama_server
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
 
-    with llama_server(
+    with LlamaServer(
         LlamaCppSettings(model=tiny_gguf["f16"], slots=1, context_tokens_per_slot=8192, threads=1)
     ) as running:
         yield running

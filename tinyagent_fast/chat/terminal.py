@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tinyagent_fast.chat.planners import PlanStream
+from tinyagent_fast.inference.planner import PlanStream
 from tinyagent_fast.plans.drawing import printable
 
 
@@ -42,6 +42,6 @@ def show_stream(console: Console, stream: PlanStream) -> None:
                 status.stop()
                 console.out(printable(piece), end="", highlight=False)
     console.out("")
-    console.print(stream.view())
-    if stream.ending is not None:
-        console.print(Text(stream.ending.sentence(), style="dim"))
+    console.print(stream.drawing)
+    if stream.result is not None:
+        console.print(Text(stream.result.cost(), style="dim"))

@@ -15,7 +15,6 @@ import socket
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from http import HTTPStatus
 from importlib.resources import files
@@ -33,8 +32,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tinyagent_fast.chat.planners import Planner, PlanStream
 from tinyagent_fast.errors import ConfigError, UserError
+from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.plans.drawing import PlanDrawing
 
 MAX_REQUEST_CHARS = 20_000
@@ -221,8 +220,8 @@ class PlannerServer:
         def say(name: str, value: Mapping[str, Any]) -> None:
             anyio.from_thread.run(_tell, send, name, value)
 
-        say("begun", {"system_text": stream.prompt.source})
-        shown = stream.view()
+        say("begun", {"system_text": stream.built.source})
+        shown = stream.drawing
         try:
             with closing(iter(stream)) as pieces:
                 for piece in pieces:
@@ -231,7 +230,7 @@ class PlannerServer:
                         say("failed", {"message": "the server is closing"})
                         return
                     say("piece", {"text": piece})
-                    if "\n" in piece and (view := stream.view()) != shown:
+                    if "\n" in piece and (view := stream.drawing) != shown:
                         shown = view
                         say("drawing", _shown(view))
         except UserError as error:
@@ -241,10 +240,11 @@ class PlannerServer:
             traceback.print_exc()
             say("failed", {"message": "this is a bug; the terminal has the details"})
             return
-        assert stream.ending is not None
-        say("drawing", _shown(stream.view()))
-        ending = {**asdict(stream.ending), "sentence": stream.ending.sentence()}
-        say("done", {"plan": stream.text, **ending})
+        if stream.result is None:
+            say("failed", {"message": "the server is closing"})
+            return
+        say("drawing", _shown(stream.drawing))
+        say("done", {**stream.result.to_json(), "sentence": stream.result.cost()})
 
 
 class _Events:

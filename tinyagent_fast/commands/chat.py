@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.chat.sources import PlannerChoice
+from tinyagent_fast.commands.planner_flags import PlannerFlags
 from tinyagent_fast.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinyagent_fast.chat.planners import Planner
+    from tinyagent_fast.inference.planner import Planner
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatFlags(PlannerChoice):
+class ChatFlags(PlannerFlags):
     """Flags of `chat`."""
 
     once: str | None = None
@@ -45,13 +45,12 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError("--once", "the request is empty", "write what should be done")
     from rich.console import Console
 
-    from tinyagent_fast.chat.planners import open_planner
     from tinyagent_fast.chat.terminal import show_header, show_stream
 
     console = Console(highlight=False)
-    with open_planner(flags) as planner:
+    with flags.load() as planner:
         if flags.once is not None and flags.json:
-            print(json.dumps(_answer(planner, flags.once), ensure_ascii=False))
+            print(json.dumps(planner.plan(flags.once).to_json(), ensure_ascii=False))
             return 0
         show_header(console, "tinyagent-fast chat", planner.facts)
         if flags.once is not None:
@@ -59,20 +58,6 @@ def run(arguments: Sequence[str]) -> int:
             return 0
         _converse(console, planner)
     return 0
-
-
-def _answer(planner: Planner, request: str) -> dict[str, object]:
-    stream = planner.stream(request)
-    for _ in stream:
-        pass
-    assert stream.ending is not None
-    return {
-        "request": request,
-        "system_text": stream.prompt.source,
-        "plan": stream.text,
-        "view": stream.view().to_json(),
-        **asdict(stream.ending),
-    }
 
 
 def _converse(console: Console, planner: Planner) -> None:
@@ -97,8 +82,8 @@ def _converse(console: Console, planner: Planner) -> None:
         if not request:
             continue
         stream = planner.stream(request)
-        if planner.prompts.nearest is not None:
-            console.print(Text(f"system text: {printable(stream.prompt.source)}", style="dim"))
+        if planner.prompts.retrieve is not None:
+            console.print(Text(f"system text: {printable(stream.built.source)}", style="dim"))
         try:
             show_stream(console, stream)
         except KeyboardInterrupt:

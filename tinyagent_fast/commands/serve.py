@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyagent_fast.chat.sources import PlannerChoice
+from tinyagent_fast.commands.planner_flags import PlannerFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags(PlannerChoice):
+class ServeFlags(PlannerFlags):
     """Flags of `serve`."""
 
     host: str = "127.0.0.1"
@@ -34,12 +34,11 @@ def run(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from tinyagent_fast.chat.planners import open_planner
     from tinyagent_fast.chat.terminal import show_header
     from tinyagent_fast.chat.web import PlannerServer, is_loopback, listen
 
     console = Console(highlight=False)
-    with listen(flags.host, flags.port) as listener, open_planner(flags) as planner:
+    with listen(flags.host, flags.port) as listener, flags.load() as planner:
         server = PlannerServer(planner, listener, flags.host)
         show_header(console, "tinyagent-fast serve", planner.facts)
         if not is_loopback(flags.host):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from tinyagent_fast.distributed import Processes
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import markdown_report
 from tinyagent_fast.evaluation.scoring import Metrics, Prediction, score_predictions
-from tinyagent_fast.inference.engines import Engine
-from tinyagent_fast.inference.parity import ParityReport
+from tinyagent_fast.inference.engine import Engine, Prompt
+from tinyagent_fast.inference.parity import ParityReport, compare_batches
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import write_json, write_text
@@ -87,7 +86,8 @@ def evaluate_examples(
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
     _say_kept(kept, len(there) - kept, say)
-    parity, notes = None, engine.notes(missing) if missing else []
+    prompts = [Prompt(system=example.system, user=example.user) for example in missing]
+    parity, notes = None, engine.notes(prompts) if missing else []
     for note in notes:
         say(note)
     if missing:
@@ -128,31 +128,28 @@ def _generate(
     say: Callable[[str], None],
     processes: Processes,
 ) -> ParityReport:
-    """Compare batches, then sweep; each batch is appended as soon as it is finished."""
-    kept, total = done, done + len(examples)
+    """Compare batches, then sweep; each plan is appended as soon as it is there."""
+
+    def prompts(of: Sequence[Example]) -> list[Prompt]:
+        return [Prompt(system=example.system, user=example.user) for example in of]
+
+    limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
     parity = processes.on_main_process(
-        lambda: engine.compare_batches(
-            examples,
+        lambda: compare_batches(
+            engine,
+            prompts(examples),
             batch=settings.batch,
-            max_new_tokens=settings.max_new_tokens,
-            stop=END_OF_PLAN,
             sample=settings.parity_prompts,
+            **limits,
         )
     )
     say(parity.sentence())
     mine = processes.shard(examples)
     part = file.part(processes.rank) if processes.count > 1 else file
-    batch_started = time.perf_counter()
-    batches = engine.complete(
-        mine,
-        batch=parity.safe_batch,
-        max_new_tokens=settings.max_new_tokens,
-        stop=END_OF_PLAN,
-    )
-    with closing(batches):
-        for pairs in batches:
-            seconds = (time.perf_counter() - batch_started) / len(pairs)
-            part.append(
+    completions = engine.generate(prompts(mine), batch=parity.safe_batch, **limits)
+    for here, (index, completion) in enumerate(completions, start=1):
+        part.append(
+            [
                 Prediction(
                     key=mine[index].key,
                     query=mine[index].query,
@@ -160,14 +157,12 @@ def _generate(
                     prediction=completion.text,
                     stop_reason=completion.stop_reason,
                     new_tokens=completion.new_tokens,
-                    seconds=round(seconds, 4),
+                    seconds=round(completion.seconds, 4),
                 )
-                for index, completion in pairs
-            )
-            done += len(pairs)
-            # The others are about as far.
-            on_progress(min(total, kept + (done - kept) * processes.count), total)
-            batch_started = time.perf_counter()
+            ]
+        )
+        # The other processes are about as far.
+        on_progress(min(done + len(examples), done + here * processes.count), done + len(examples))
     processes.wait()
     processes.on_main_process(file.gather_parts)
     return parity

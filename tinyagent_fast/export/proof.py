@@ -26,8 +26,7 @@ from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_example
 from tinyagent_fast.export import gates
 from tinyagent_fast.export.gates import DistributionDifference, Gate
 from tinyagent_fast.export.settings import QuantSpec
-from tinyagent_fast.inference.engines import LlamaCppEngine
-from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer, llama_server
+from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.loading import LoadedModel, load_for_generation
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -384,7 +383,7 @@ def f32_gates(export: Export, f32: Path, witness: Witness) -> list[Gate]:
     Returns:
         The gate.
     """
-    with llama_server(_server_settings(export, f32, slots=1, cache_type="f32")) as server:
+    with LlamaServer(_server_settings(export, f32, slots=1, cache_type="f32")) as server:
         found = _distributions(export, server, witness, "distributions of the f32 file")
     made = [gates.same_logits("f32 GGUF = merged model, every logit", found)]
     _announce(export, made)
@@ -408,7 +407,7 @@ def file_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
     prompts = [
         render_prompt(e.system, e.user, tokenizer.prompt_format, chat) for e in witness.examples
     ]
-    with llama_server(_server_settings(export, f16, slots=1)) as server:
+    with LlamaServer(_server_settings(export, f16, slots=1)) as server:
         hard = [(t, tokenizer.encode_text(t), server.tokenize(t)) for t in HARD_STRINGS]
         ids = [
             (text, wanted, server.tokenize(text, special=special, bos=True))
@@ -498,7 +497,7 @@ def _measure(
     digest = next(
         (a.sha256 for a in export.record.artefacts if export.folder / a.path == model), None
     )
-    with llama_server(_server_settings(export, model)) as server:
+    with LlamaServer(_server_settings(export, model)) as server:
         difference = _distributions(export, server, witness, f"distributions of {name}")
         with export.display.bar(f"plans of {name}", "plans") as update:
             result = evaluate_examples(

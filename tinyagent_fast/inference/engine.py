@@ -46,6 +46,11 @@ class Engine(Protocol):
         """What reports call it."""
         ...
 
+    @property
+    def compute_dtype(self) -> str:
+        """What it computes in, such as `float32`; in 16 bits near-ties can fall either way."""
+        ...
+
     def identity(self) -> Mapping[str, Any]:
         """Name what completions depend on, as plain values."""
         ...

@@ -1,32 +1,39 @@
 """Run a GGUF file through llama.cpp's own server, so that what is measured is what is served.
 
-Export gates and evaluation start a server here; `generation.engines` writes plans with it. The
-server runs in a child process (`generation.llama_child`).
+`LlamaServer` starts it in a child process (`llama_child`) and is its only client: export gates ask
+it for ids and probabilities, and `LlamaCppEngine` writes plans with it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.decoding import Completion
-from tinyagent_fast.inference.engine import StopReason
-from tinyagent_fast.inference.llama_child import Child, LlamaCppSettings
+from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
+from tinyagent_fast.prompts.builder import encode_prompts
+from tinyagent_fast.prompts.templates import prompt_messages
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ChatAnswer", "LlamaCppSettings", "LlamaServer", "llama_server"]
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 _STOP_REASONS: Mapping[str, StopReason] = {"word": "stop", "eos": "eos", "limit": "length"}
 _REQUEST_S = 3600.0
+_INSTALL = "pip install xllamacpp (on Linux it needs the system package libgomp1 too)"
 _GREEDY: Mapping[str, Any] = {
     "temperature": 0,
     "top_k": 1,
@@ -37,16 +44,25 @@ _GREEDY: Mapping[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class ChatAnswer:
-    """A completion, and how many tokens the prompt had after the file's template and BOS."""
+@dataclass(frozen=True, kw_only=True)
+class LlamaCppSettings:
+    """How a GGUF file is served.
 
-    completion: Completion
-    prompt_tokens: int
+    `slots` prompts are answered at once, each with room for `context_tokens_per_slot` tokens of
+    prompt and answer; a slot keeps its last prompt's cache and evaluates only what differs. An f32
+    cache (and no flash attention) is for comparisons with an f32 model: an f16 cache alone moves
+    logits by 0.02. `threads` of None lets llama.cpp use all cores.
+    """
+
+    model: Path
+    slots: int = 8
+    context_tokens_per_slot: int = 8192
+    threads: int | None = None
+    cache_type: Literal["f16", "f32"] = "f16"
 
 
 class LlamaServer:
-    """A running server; all methods may be called from several threads.
+    """A running server, gone when it is closed; all methods may be called from several threads.
 
     Text of users can write special tokens: llama.cpp parses them in every prompt that it gets as
     text, and neither a setting nor a request turns that off. `</s>` in a query ends up as EOS
@@ -54,28 +70,94 @@ class LlamaServer:
     `tokenize` (which does not) and `complete_ids`.
     """
 
-    def __init__(self, url: str, settings: LlamaCppSettings, child: Child | None = None) -> None:
-        """Connect to a server; `llama_server` does this.
+    def __init__(self, settings: LlamaCppSettings) -> None:
+        """Serve a GGUF file on a free port of this machine.
 
         Args:
-            url: Its address on this machine, `http://127.0.0.1:PORT`.
-            settings: What it was started with.
-            child: Its process, asked when a request fails.
+            settings: The file and how it is served.
+
+        Raises:
+            ModelError: The file is missing or is no GGUF, llama.cpp cannot load it, or xllamacpp
+                is not installed.
         """
-        self.url = url
+        import httpx
+
+        _check_file(settings.model)
         self.settings = settings
-        self.child = child
-        self._host, _, port = url.removeprefix("http://").partition(":")
-        self._port = int(port)
-        models = self.request("GET", "/v1/models")
-        self.vocab_size = int(models["data"][0]["meta"]["n_vocab"])
-        """Tokens of the vocabulary, unused ones included."""
-        properties = self.request("GET", "/props")
-        self.chat_template = str(properties["chat_template"])
-        """The template in the file, or llama.cpp's default where it has none."""
-        self.context_tokens = int(properties["default_generation_settings"]["n_ctx"])
-        """Room of one slot; llama.cpp allows no more than the model was made for."""
-        self._letter_id = self.tokenize("a")[-1]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
+        self._process = _start(settings, self._log)
+        # No proxy of the environment is asked for an address on this machine.
+        self._http = httpx.Client(timeout=_REQUEST_S, trust_env=False)
+        try:
+            self.url = self._wait_for_url()
+            models = self.request("GET", "/v1/models")
+            self.vocab_size = int(models["data"][0]["meta"]["n_vocab"])
+            """Tokens of the vocabulary, unused ones included."""
+            properties = self.request("GET", "/props")
+            self.chat_template = str(properties["chat_template"])
+            """The template in the file, or llama.cpp's default where it has none."""
+            self.context_tokens = int(properties["default_generation_settings"]["n_ctx"])
+            """Room of one slot; llama.cpp allows no more than the model was made for."""
+            self._letter_id = self.tokenize("a")[-1]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The id of the server's process."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """End the server; requests under way fail, and a second call does nothing."""
+        # The end of its input is the child's sign to go.
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._http.close()
+        self._log.close()
+
+    def __enter__(self) -> LlamaServer:
+        """Give the server."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the server, also after an exception."""
+        self.close()
+
+    def _wait_for_url(self) -> str:
+        """Wait until the model is loaded; the child then says its address."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {}
+        if "url" in answer:
+            return str(answer["url"])
+        if "missing" in answer:
+            raise ModelError("llama.cpp", f"it cannot be used: {answer['missing']}", _INSTALL)
+        raise ModelError(
+            f"model {self.settings.model}",
+            f"llama.cpp cannot load it: {answer.get('error', 'the process ended')}"
+            + self._last_words(),
+            "export the file anew; it may be cut, or made for another llama.cpp",
+        )
+
+    def _last_words(self) -> str:
+        """Quote the end of what llama.cpp has said, and the exit code if the process is gone."""
+        words = ""
+        with suppress(subprocess.TimeoutExpired):
+            words = f"; its process ended with code {self._process.wait(timeout=1)}"
+        try:
+            self._log.seek(0)
+            said = self._log.read()[-600:].decode(errors="replace").strip()
+        except ValueError:  # the server was closed by another thread, and its log with it
+            said = ""
+        return words + (f"; it said: {said}" if said else "")
 
     def request(self, method: Literal["GET", "POST"], path: str, body: Any = None) -> Any:
         """Ask the server.
@@ -93,24 +175,15 @@ class LlamaServer:
 
         Source: README of tools/server in github.com/ggml-org/llama.cpp.
         """
-        connection = HTTPConnection(self._host, self._port, timeout=_REQUEST_S)
+        import httpx
+
         try:
-            payload = None if body is None else json.dumps(body)
-            connection.request(method, path, payload, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            status, content = response.status, response.read()
-        except (OSError, HTTPException) as error:
-            reason = self.child.last_words() if self.child else ""
-            raise ModelError(
-                f"llama.cpp's server gave no answer to {path}",
-                f"{error}{reason}",
-                "run the command again; with less memory at hand, take fewer slots",
-            ) from error
-        finally:
-            connection.close()
-        if status != 200:
-            raise _refused(path, content, self.settings)
-        return json.loads(content)
+            response = self._http.request(method, self.url + path, json=body)
+        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed by another thread
+            raise self._gone(path, error) from error
+        if response.status_code != 200:
+            raise self._refused(path, response.text)
+        return response.json()
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         """Encode text with the vocabulary in the file.
@@ -157,7 +230,7 @@ class LlamaServer:
         max_new_tokens: int,
         stop: str | None,
         grammar: str | None = None,
-    ) -> ChatAnswer:
+    ) -> Completion:
         """Answer messages greedily through POST /v1/chat/completions, as any client would.
 
         Args:
@@ -177,7 +250,7 @@ class LlamaServer:
         body = {"messages": [dict(message) for message in messages], "verbose": True}
         body |= self._sampling(max_new_tokens, stop, grammar)
         raw = self.request("POST", "/v1/chat/completions", body)["__verbose"]
-        return ChatAnswer(self._completion(raw, max_new_tokens), int(raw["tokens_evaluated"]))
+        return self._completion(raw, str(raw["content"]), max_new_tokens)
 
     def complete_ids(
         self,
@@ -186,6 +259,7 @@ class LlamaServer:
         max_new_tokens: int,
         stop: str | None = None,
         grammar: str | None = None,
+        on_text: Callable[[str], None] | None = None,
     ) -> Completion:
         """Complete token ids greedily; no template, no BOS, no special tokens from text.
 
@@ -194,6 +268,8 @@ class LlamaServer:
             max_new_tokens: Where the completion is broken off.
             stop: Text that ends it.
             grammar: GBNF that it has to follow.
+            on_text: Called with each piece of text as it is written, and with empty text while the
+                prompt is read. Whatever it raises ends the completion and is raised here.
 
         Returns:
             The completion.
@@ -202,7 +278,17 @@ class LlamaServer:
             ModelError: The prompt does not fit, or the completion ran out of room.
         """
         body = {"prompt": list(ids), **self._sampling(max_new_tokens, stop, grammar)}
-        return self._completion(self.request("POST", "/completion", body), max_new_tokens)
+        if on_text is None:
+            raw = self.request("POST", "/completion", body)
+            return self._completion(raw, str(raw["content"]), max_new_tokens)
+        text = ""
+        for message in self._events("/completion", body):
+            piece = str(message.get("content", ""))
+            text += piece
+            on_text(piece)
+            if message.get("stop"):
+                return self._completion(message, text, max_new_tokens)
+        raise self._gone("/completion", "the stream ended before the answer did")
 
     def next_logprobs(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Measure how probable each token of the vocabulary is after some ids.
@@ -241,55 +327,213 @@ class LlamaServer:
         body = {**_GREEDY, "n_predict": max_new_tokens, "stop": [stop] if stop else []}
         return body | ({"grammar": grammar} if grammar else {})
 
-    def _completion(self, raw: Mapping[str, Any], max_new_tokens: int) -> Completion:
+    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Send a request and read its events as they come; each is one line `data: {...}`."""
+        import httpx
+
+        body = {**body, "stream": True, "return_progress": True}
+        try:
+            with self._http.stream("POST", self.url + path, json=body) as response:
+                if response.status_code != 200:
+                    raise self._refused(path, response.read().decode(errors="replace"))
+                for line in response.iter_lines():
+                    field, _, value = line.partition(": ")
+                    if field == "error":
+                        raise self._refused(path, value)
+                    if field == "data":
+                        yield json.loads(value)
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise self._gone(path, error) from error
+
+    def _completion(self, raw: Mapping[str, Any], text: str, max_new_tokens: int) -> Completion:
         reason = _STOP_REASONS[raw["stop_type"]]
-        new_tokens = int(raw["tokens_predicted"])
+        new_tokens, prompt_tokens = int(raw["tokens_predicted"]), int(raw["tokens_evaluated"])
         if reason == "length" and new_tokens < max_new_tokens:
             raise ModelError(
                 f"an answer broken off after {new_tokens} of {max_new_tokens} tokens",
-                f"with its prompt of {raw['tokens_evaluated']} tokens it fills the context of "
+                f"with its prompt of {prompt_tokens} tokens it fills the context of "
                 f"{self.context_tokens} tokens",
-                "give each slot more context, up to what the model was made for",
+                "shorten the prompt, or give each slot more context, up to what the model was "
+                "made for",
             )
-        # EOS is sampled and counted by llama.cpp, but is no part of the text.
-        return Completion(str(raw["content"]), reason, new_tokens - (reason == "eos"))
-
-
-def _refused(path: str, content: bytes, settings: LlamaCppSettings) -> ModelError:
-    """Turn an error of the server into one that says what to do."""
-    message, kind = content.decode(errors="replace"), ""
-    with suppress(ValueError, KeyError, TypeError):
-        error = json.loads(content)["error"]
-        message, kind = str(error["message"]), str(error["type"])
-    fix = "correct what is sent"
-    if kind == "exceed_context_size_error":
-        fix = (
-            "shorten the prompt, or give each slot more context, up to what the model was made for"
+        return Completion(
+            text=text,
+            stop_reason=reason,
+            # EOS is sampled and counted by llama.cpp, but is no part of the text.
+            new_tokens=new_tokens - (reason == "eos"),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=prompt_tokens - int(raw["timings"]["prompt_n"]),
         )
-    return ModelError(f"{settings.model.name}: llama.cpp refuses a request to {path}", message, fix)
+
+    def _gone(self, path: str, why: object) -> ModelError:
+        return ModelError(
+            f"llama.cpp's server gave no answer to {path}",
+            f"{why}{self._last_words()}",
+            "run the command again; with less memory at hand, take fewer slots",
+        )
+
+    def _refused(self, path: str, said: str) -> ModelError:
+        """Turn an error of the server into one that says what to do."""
+        message, kind = said, ""
+        with suppress(ValueError, KeyError, TypeError):
+            error = json.loads(said)["error"]
+            message, kind = str(error["message"]), str(error["type"])
+        fix = "correct what is sent"
+        if kind == "exceed_context_size_error":
+            fix = (
+                "shorten the prompt, or give each slot more context, up to what the model was "
+                "made for"
+            )
+        name = self.settings.model.name
+        return ModelError(f"{name}: llama.cpp refuses a request to {path}", message, fix)
 
 
-@contextmanager
-def llama_server(settings: LlamaCppSettings) -> Iterator[LlamaServer]:
-    """Serve a GGUF file on a free port of this machine for as long as the block runs.
+class LlamaCppEngine:
+    """A GGUF file, asked with its own chat template, as when it is served."""
 
-    Args:
-        settings: The file and how it is served.
+    name = "llama.cpp"
 
-    Yields:
-        The server; it is gone after the block, also after an exception.
+    def __init__(self, server: LlamaServer, tokenizer: PromptTokenizer | None = None) -> None:
+        """Use a running server.
 
-    Raises:
-        ModelError: The file is missing or is no GGUF, llama.cpp cannot load it, or xllamacpp is
-            not installed.
-    """
-    _check_file(settings.model)
-    with tempfile.TemporaryFile() as log:
-        child = Child(settings, log)
+        Args:
+            server: It serves the file.
+            tokenizer: The run's; if given, prompts are compared with those of training.
+        """
+        self.server = server
+        self.tokenizer = tokenizer
+
+    @property
+    def compute_dtype(self) -> str:
+        """What keys and values are kept in; weights may have fewer bits."""
+        return {"f16": "float16", "f32": "float32"}[self.server.settings.cache_type]
+
+    def identity(self) -> Mapping[str, Any]:
+        """Name the file by its content, and the llama.cpp that runs it.
+
+        Returns:
+            Plain values.
+        """
+        settings = self.server.settings
+        digest = hashlib.sha256()
+        with settings.model.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return {
+            "engine": self.name,
+            "xllamacpp": version("xllamacpp"),
+            "model_sha256": digest.hexdigest(),
+            "cache_type": settings.cache_type,
+        }
+
+    def notes(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Count prompts that the file's template and vocabulary turn into other ids than training.
+
+        Args:
+            prompts: What will be completed.
+
+        Returns:
+            One line; none without a tokenizer to compare with.
+        """
+        if self.tokenizer is None:
+            return []
+        trained = encode_prompts(self.tokenizer, prompts)
+        different = [
+            prompt
+            for prompt, ids in zip(prompts, trained, strict=True)
+            if self._prompt_ids(prompt) != ids
+        ]
+        if not different:
+            return [f"all {len(prompts)} prompts have the token ids of training"]
+        return [
+            f"{len(different)} of {len(prompts)} prompts have other token ids than in training, "
+            f"such as {different[0].user[-60:]!r}; a query with special tokens in it can be the "
+            "reason, and so can a wrong template or vocabulary in the file"
+        ]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Encode a prompt as the chat endpoint does."""
+        text = self.server.apply_template(prompt_messages(prompt.system, prompt.user))
+        return self.server.tokenize(text, special=True, bos=True)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        stop: str,
+        max_new_tokens: int,
+        batch: int = 1,
+        on_token: OnToken | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete prompts on the server's slots, those with the same beginning after one another.
+
+        Args:
+            prompts: What to answer.
+            stop: Text that ends a completion.
+            max_new_tokens: Where a completion is broken off.
+            batch: Prompts answered at once; there are no more than the server has slots.
+            on_token: Called while text is being written, from the thread of each slot.
+
+        Yields:
+            Each prompt's index and completion, as soon as it is there.
+
+        Raises:
+            ModelError: A prompt does not fit into its slot, or the server is gone.
+        """
+
+        def answer(index: int) -> Completion:
+            prompt = prompts[index]
+            if on_token is None:
+                messages = prompt_messages(prompt.system, prompt.user)
+                return self.server.chat(messages, max_new_tokens=max_new_tokens, stop=stop)
+            # The chat endpoint streams text that it has trimmed, so ids are completed here.
+            return self.server.complete_ids(
+                self._prompt_ids(prompt),
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                on_text=lambda text: on_token(index, text),
+            )
+
+        # A slot evaluates only what differs from its last prompt: equal beginnings are neighbours.
+        order = sorted(
+            range(len(prompts)), key=lambda i: (prompts[i].system or "", prompts[i].user)
+        )
+        pool = ThreadPoolExecutor(min(batch, self.server.settings.slots))
+        last = time.perf_counter()
         try:
-            yield LlamaServer(child.wait_for_url(), settings, child)
+            indices = {pool.submit(answer, index): index for index in order}
+            for future in as_completed(indices):
+                now = time.perf_counter()
+                yield indices[future], replace(future.result(), seconds=now - last)
+                last = now
         finally:
-            child.stop()
+            # Requests under way are not waited for: they end with the server.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """End the server."""
+        self.server.close()
+
+
+def _start(settings: LlamaCppSettings, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start the child; what llama.cpp has to say goes into the log."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyagent_fast.inference.llama_child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        # Threads that wait for others must not spin: next to one busy program, two spinning
+        # threads are 27 times slower than one.
+        env={**os.environ, "GOMP_SPINCOUNT": "0"},
+        cwd=Path(__file__).parents[2],  # else a folder of our name there would be imported
+        start_new_session=True,  # Ctrl-C is for the parent, which ends the child in order
+    )
+    assert process.stdin is not None
+    wanted = {**asdict(settings), "model": str(settings.model.resolve())}
+    with suppress(BrokenPipeError):  # then it has gone already, and has said why
+        process.stdin.write(json.dumps(wanted).encode() + b"\n")
+        process.stdin.flush()
+    return process
 
 
 def _check_file(path: Path) -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tinyagent_fast.inference.decoding import complete
+from tinyagent_fast.inference.engine import Engine, Prompt
 from tinyagent_fast.plans.grammar import PlanError, parse_plan, render_plan
-from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+_SIXTEEN_BITS = ("bfloat16", "float16")
+_NEAR_TIE_SHARE = 0.25
+"""Most plans that may differ in 16 bits. There the sums of a batch are rounded otherwise than those
+of one prompt, which decides near-ties; a fault, such as wrong padding, changes most plans."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """What the comparison found, and the batch that is safe to use."""
+    """What the comparison found, and the batch to use."""
 
     prompts: int
     asked_batch: int
     safe_batch: int
     tried: tuple[tuple[int, int], ...]
     """Each batch size tried and how many plans differed from those at batch 1."""
+    near_ties: int = 0
+    """Plans that differ at the batch to use, taken for near-ties of 16-bit arithmetic."""
+    compute_dtype: str = "float32"
 
     @property
     def agrees(self) -> bool:
@@ -34,10 +41,17 @@ class ParityReport:
         """
         if not self.prompts:
             return f"batch {self.asked_batch}: not compared with batch 1"
+        kept = f"batch {self.safe_batch}"
+        ties = (
+            f": {self.near_ties} of {self.prompts} plans differ from batch 1, as near-ties in "
+            f"{self.compute_dtype} can fall either way; {kept} is kept"
+        )
         if self.agrees:
-            return f"batch {self.asked_batch} = batch 1 on {self.prompts} prompts"
+            return kept + (ties if self.near_ties else f" = batch 1 on {self.prompts} prompts")
         seen = ", ".join(f"{wrong} of {self.prompts} at batch {size}" for size, wrong in self.tried)
-        return f"plans differ from batch 1 ({seen}); falling back to batch {self.safe_batch}"
+        return f"plans differ from batch 1 ({seen}); falling back to {kept}" + (
+            ties if self.near_ties else ""
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for a JSON report."""
@@ -45,20 +59,18 @@ class ParityReport:
 
 
 def compare_batches(
-    model: Any,
-    tokenizer: PromptTokenizer,
-    prompts: Sequence[list[int]],
+    engine: Engine,
+    prompts: Sequence[Prompt],
     *,
     batch: int,
     max_new_tokens: int,
     stop: str,
     sample: int = 8,
 ) -> ParityReport:
-    """Generate a few prompts singly and together and find the largest batch that agrees.
+    """Generate a few prompts singly and together, and halve the batch until the plans agree.
 
     Args:
-        model: The model, inside `generating`.
-        tokenizer: Encoded the prompts.
+        engine: What will complete the prompts.
         prompts: All prompts; a sample spread over their lengths is compared.
         batch: The batch asked for.
         max_new_tokens: As in the sweep.
@@ -66,51 +78,46 @@ def compare_batches(
         sample: How many prompts to compare; 0 skips.
 
     Returns:
-        The report; `safe_batch` is `batch` when all plans agree.
+        The report. An engine that computes in 16 bits may differ in few plans; see
+        `ParityReport.near_ties`.
     """
+    dtype = engine.compute_dtype
     if not sample or batch == 1 or not prompts:
-        return ParityReport(0, batch, batch, ())
-    by_length = sorted(prompts, key=len)
+        return ParityReport(
+            prompts=0, asked_batch=batch, safe_batch=batch, tried=(), compute_dtype=dtype
+        )
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.system or "") + len(prompt.user))
     count = min(sample, len(prompts))
     chosen = [by_length[i * (len(by_length) - 1) // max(1, count - 1)] for i in range(count)]
+    allowed = int(_NEAR_TIE_SHARE * count) if dtype in _SIXTEEN_BITS else 0
 
     def plans(size: int) -> list[set[str]]:
         """Give each prompt's plans; prompts are repeated until they fill a batch."""
         rows = [chosen[i % count] for i in range(max(size, count))]
         found: list[set[str]] = [set() for _ in range(count)]
-        for pairs in complete(
-            model, tokenizer, rows, batch=size, max_new_tokens=max_new_tokens, stop=stop
+        for index, completion in engine.generate(
+            rows, batch=size, max_new_tokens=max_new_tokens, stop=stop
         ):
-            for index, completion in pairs:
-                found[index % count].add(_canonical(completion.text))
+            found[index % count].add(_canonical(completion.text))
         return found
 
-    return find_safe_batch(plans, batch, count)
-
-
-def find_safe_batch(
-    answers: Callable[[int], Sequence[object]], batch: int, prompts: int
-) -> ParityReport:
-    """Halve a batch until its answers are those of one prompt at a time.
-
-    Args:
-        answers: Gives the answers to the sample at a batch size, in the same order every time.
-        batch: The batch asked for.
-        prompts: Prompts of the sample.
-
-    Returns:
-        The report; `safe_batch` is 1 if no batch agrees.
-    """
-    single = answers(1)
+    single = plans(1)
     tried: list[tuple[int, int]] = []
-    size = batch
+    size, differing = batch, 0
     while size > 1:
-        differing = sum(a != b for a, b in zip(single, answers(size), strict=True))
+        differing = sum(a != b for a, b in zip(single, plans(size), strict=True))
         tried.append((size, differing))
-        if not differing:
+        if differing <= allowed:
             break
         size //= 2
-    return ParityReport(prompts, batch, size, tuple(tried))
+    return ParityReport(
+        prompts=count,
+        asked_batch=batch,
+        safe_batch=size,
+        tried=tuple(tried),
+        near_ties=differing if size > 1 else 0,
+        compute_dtype=dtype,
+    )
 
 
 def _canonical(text: str) -> str:

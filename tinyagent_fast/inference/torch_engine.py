@@ -20,7 +20,7 @@ from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopRea
 from tinyagent_fast.inference.grouping import common_tokens, group_prompts
 from tinyagent_fast.inference.lookup import PromptLookup, agreeing_tokens
 from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix, RowBatch, compute_prefix
-from tinyagent_fast.prompts.templates import render_prompt
+from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
 
 if TYPE_CHECKING:
@@ -78,22 +78,6 @@ def _autocast(loaded: LoadedModel) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def encode_prompts(tokenizer: PromptTokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Encode prompts exactly as training rows begin.
-
-    Args:
-        tokenizer: It holds the prompt format.
-        prompts: What to answer.
-
-    Returns:
-        Token ids of each prompt.
-    """
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
-    return tokenizer.encode_prompts(
-        [render_prompt(p.system, p.user, tokenizer.prompt_format, chat) for p in prompts]
-    )
-
-
 class TorchEngine:
     """A model in torch, left in its mode whenever the caller has control."""
 
@@ -125,6 +109,11 @@ class TorchEngine:
     def name(self) -> str:
         """The backend that built the model."""
         return self.loaded.backend
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the model computes in."""
+        return self.loaded.compute_dtype
 
     def identity(self) -> Mapping[str, Any]:
         """Name the backend; weights and settings are known to who loaded the model.

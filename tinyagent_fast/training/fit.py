@@ -17,10 +17,10 @@ from tinyagent_fast.distributed import init_processes
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
-from tinyagent_fast.inference.decoding import generating
-from tinyagent_fast.inference.engines import TransformersEngine, encode_prompts
+from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.models.threads import fastest_threads
+from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.runs import Run, refuse_taken_name, write_json
 from tinyagent_fast.shared_prefix.training import (
     PackingCollator,
@@ -236,12 +236,12 @@ def _plan_success(
 
     def measure(step: int) -> Evaluation:
         started = time.perf_counter()
-        with generating(loaded.model, loaded.backend):
+        with generating(loaded):
             loss = validation_loss(
                 trainer, rows, loaded.tokenizer.pad_id, config.train.rows_per_batch, lambda: None
             )
         result = evaluate_examples(
-            TransformersEngine(loaded, config.eval.lookup_tokens),
+            TorchEngine(loaded, lookup_tokens=config.eval.lookup_tokens),
             session.examples.validation,
             settings,
             run.path / "samples" / f"step-{step:06d}",
@@ -283,7 +283,7 @@ def _test(session: Session, name: str) -> EvaluationResult:
     """Measure the test entries with the model as it stands."""
     with session.display.bar(f"test queries, {name} training", "plans") as update:
         return evaluate_examples(
-            TransformersEngine(session.loaded, session.config.eval.lookup_tokens),
+            TorchEngine(session.loaded, lookup_tokens=session.config.eval.lookup_tokens),
             session.examples.test,
             session.config.eval,
             session.run.path / "test" / name,

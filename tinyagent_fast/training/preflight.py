@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.inference.decoding import complete, generating
+from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.training.memory import GIB, MemoryEstimator
@@ -230,16 +230,10 @@ def _evaluation_batch(
         return None
     longest = sorted(prompts, key=len)[-batch:]
     started = time.perf_counter()
-    with generating(loaded.model, loaded.backend):
-        for _ in complete(
-            loaded.model,
-            loaded.tokenizer,
-            longest,
-            batch=batch,
-            max_new_tokens=_EVALUATION_TOKENS,
-            stop=END_OF_PLAN,
-        ):
-            pass
+    for _ in TorchEngine(loaded).complete_tokens(
+        longest, batch=batch, max_new_tokens=_EVALUATION_TOKENS, stop=END_OF_PLAN
+    ):
+        pass
     return time.perf_counter() - started
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.bases import resolve_base
@@ -57,20 +57,6 @@ class Session:
     """Those that train together; the first one writes."""
 
 
-def scoring_tools(config: Config) -> Mapping[str, Tool] | None:
-    """Give the tools that plans of a config may call.
-
-    Args:
-        config: Names a catalogue, or none.
-
-    Returns:
-        The catalogue's tools by name; none stands for TinyAgent's own.
-    """
-    if config.data.catalogue is None:
-        return None
-    return {t.name: t.plan_tool() for t in load_catalogue(config.data.catalogue).tools}
-
-
 def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None) -> Session:
     """Do all that comes before the trainer: read, build the base, encode, load, make the folder.
 
@@ -110,7 +96,7 @@ def prepare_session(config: Config, display: TrainingDisplay, resume: Run | None
         examples=examples,
         rows=rows,
         loaded=loaded,
-        tools=scoring_tools(config),
+        tools=plan_tools(config.data.catalogue),
         display=display,
         estimator=estimator,
         processes=processes,

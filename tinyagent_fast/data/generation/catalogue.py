@@ -147,6 +147,23 @@ def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
     return catalogue
 
 
+def plan_tools(path: Path | None) -> Mapping[str, Tool] | None:
+    """Give the tools that plans may call.
+
+    Args:
+        path: A catalogue, or None.
+
+    Returns:
+        The catalogue's tools by name; None stands for TinyAgent's own.
+
+    Raises:
+        DataError: The catalogue cannot be used.
+    """
+    if path is None:
+        return None
+    return {tool.name: tool.plan_tool() for tool in load_catalogue(path).tools}
+
+
 def _read_document(document: Any, path: Path, problems: list[str]) -> Catalogue:
     tools = document.get("tools") if isinstance(document, dict) else None
     if not isinstance(tools, list) or not tools:

@@ -10,29 +10,18 @@ from typing import Any
 
 import pytest
 
-from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.engines import encode_prompts
-from tinyagent_fast.inference.vllm_engine import VllmEngine
+from tinyagent_fast.inference.engine import Engine, Prompt
+from tinyagent_fast.inference.vllm import VllmEngine
+from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 STOP = "<END_OF_PLAN>"
 
 
-def examples(count: int) -> list[Example]:
-    return [
-        Example(
-            key=f"k{at}/0",
-            entry_key=f"k{at}",
-            kind="plan",
-            query=f"open {at}",
-            system="tools",
-            user=f"Question: open {at}",
-            output="1. join()",
-        )
-        for at in range(count)
-    ]
+def make_prompts(count: int) -> list[Prompt]:
+    return [Prompt(system="tools", user=f"Question: open {at}") for at in range(count)]
 
 
 class StandIn(ModuleType):
@@ -49,12 +38,15 @@ class StandIn(ModuleType):
         class LLM:
             def __init__(self, **settings: Any) -> None:
                 module.settings = settings
+                dtype = SimpleNamespace(dtype="torch.bfloat16")
+                self.llm_engine = SimpleNamespace(model_config=dtype)
 
             def generate(self, requests: Any, sampling: Any, use_tqdm: bool) -> Any:
                 module.calls.append(len(requests))
                 ends = [("stop", STOP), ("stop", 2), ("length", None)]
                 return [
                     SimpleNamespace(
+                        num_cached_tokens=None,
                         outputs=[
                             SimpleNamespace(
                                 text=str(len(request["prompt_token_ids"])),
@@ -62,7 +54,7 @@ class StandIn(ModuleType):
                                 stop_reason=ends[at % 3][1],
                                 token_ids=[1, 2],
                             )
-                        ]
+                        ],
                     )
                     for at, request in enumerate(requests)
                 ]
@@ -89,18 +81,19 @@ def tokenizer(tiny_base: Path) -> PromptTokenizer:
 def test_prompts_go_in_as_the_ids_of_training_and_plans_come_out_greedy(
     vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path
 ) -> None:
-    engine = VllmEngine(tmp_path, tokenizer, context_tokens=900)
-    given = examples(40)
-    pairs = [
-        pair
-        for pairs in engine.complete(given, batch=1, max_new_tokens=7, stop=STOP)
-        for pair in pairs
-    ]
-    assert [index for index, _ in pairs] == list(range(40))
+    engine: Engine = VllmEngine(tmp_path, tokenizer, context_tokens=900)
+    given = make_prompts(260)
+    pieces: dict[int, str] = {}
+    done = list(
+        engine.generate(given, batch=1, max_new_tokens=7, stop=STOP, on_token=pieces.__setitem__)
+    )
+    assert [index for index, _ in done] == list(range(260))
     ids = encode_prompts(tokenizer, given)
-    assert [completion.text for _, completion in pairs] == [str(len(row)) for row in ids]
-    assert [completion.stop_reason for _, completion in pairs[:3]] == ["stop", "eos", "length"]
-    assert vllm.calls == [16, 16, 8]
+    assert [completion.text for _, completion in done] == [str(len(row)) for row in ids]
+    assert [completion.prompt_tokens for _, completion in done] == [len(row) for row in ids]
+    assert [completion.stop_reason for _, completion in done[:3]] == ["stop", "eos", "length"]
+    assert pieces == {index: completion.text for index, completion in done}
+    assert vllm.calls == [256, 4]
     assert vllm.settings["enable_prefix_caching"] is True
     assert vllm.settings["max_model_len"] == 900
     assert vllm.sampling["temperature"] == 0.0
@@ -108,13 +101,13 @@ def test_prompts_go_in_as_the_ids_of_training_and_plans_come_out_greedy(
     assert vllm.sampling["stop"] == [STOP]
 
 
-def test_nothing_is_said_to_be_compared(
-    vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path
-) -> None:
+def test_it_says_what_it_is(vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path) -> None:
     engine = VllmEngine(tmp_path, tokenizer, context_tokens=900)
-    report = engine.compare_batches(examples(2), batch=8, max_new_tokens=4, stop=STOP, sample=2)
-    assert "not compared" in report.sentence()
     assert engine.identity() == {"engine": "vllm", "vllm": "0.0"}
+    assert engine.compute_dtype == "bfloat16"
+    assert "batches as it sees fit" in engine.notes(make_prompts(1))[0]
+    engine.close()
+    engine.close()
 
 
 def test_without_vllm_the_message_says_what_to_do(

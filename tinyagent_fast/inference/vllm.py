@@ -5,17 +5,18 @@ It runs a merged folder, so what it measures is what a vLLM server of that folde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.decoding import Completion
-from tinyagent_fast.inference.engine import StopReason
-from tinyagent_fast.inference.engines import Completions, encode_prompts
-from tinyagent_fast.inference.parity import ParityReport
+from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
+from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+_HANDED_OVER = 256
+"""Prompts given to vLLM in one call, so that progress shows."""
 
 
 class VllmEngine:
@@ -48,7 +49,7 @@ class VllmEngine:
             ) from error
         self.folder, self.tokenizer = folder, tokenizer
         try:
-            self._model = LLM(
+            self._model: Any = LLM(
                 model=str(folder),
                 tokenizer=str(folder),
                 max_model_len=context_tokens,
@@ -62,6 +63,12 @@ class VllmEngine:
                 "make it with `tinyagent-fast export --to merged`, on a machine with CUDA",
             ) from error
 
+    @property
+    def compute_dtype(self) -> str:
+        """What vLLM computes in, which it chooses by the folder's config.json."""
+        dtype = self._model.llm_engine.model_config.dtype
+        return str(dtype).removeprefix("torch.")
+
     def identity(self) -> Mapping[str, Any]:
         """Name vLLM's version; the folder's hash is known to who exported it.
 
@@ -72,53 +79,37 @@ class VllmEngine:
 
         return {"engine": self.name, "vllm": version("vllm")}
 
-    def notes(self, examples: Sequence[Example]) -> list[str]:
+    def notes(self, prompts: Sequence[Prompt]) -> list[str]:
         """Say that batches are vLLM's own.
 
         Args:
-            examples: What will be completed.
+            prompts: What will be completed.
 
         Returns:
             One line.
         """
         return ["decoding: vLLM with automatic prefix caching; it batches as it sees fit"]
 
-    def compare_batches(
+    def generate(
         self,
-        examples: Sequence[Example],
+        prompts: Sequence[Prompt],
         *,
-        batch: int,
-        max_new_tokens: int,
         stop: str,
-        sample: int,
-    ) -> ParityReport:
-        """Skip the comparison: vLLM puts batches together by itself, whatever is asked for.
+        max_new_tokens: int,
+        batch: int = 1,
+        on_token: OnToken | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete prompts greedily.
 
         Args:
-            examples: All that will be completed.
-            batch: Taken as it is.
-            max_new_tokens: Not used.
-            stop: Not used.
-            sample: Not used.
-
-        Returns:
-            A report that says nothing was compared.
-        """
-        return ParityReport(0, batch, batch, ())
-
-    def complete(
-        self, examples: Sequence[Example], *, batch: int, max_new_tokens: int, stop: str
-    ) -> Completions:
-        """Complete prompts greedily, many at a time.
-
-        Args:
-            examples: What to answer.
-            batch: Prompts handed over at once, times 16, so that progress shows.
-            max_new_tokens: Where a completion is broken off.
+            prompts: What to answer.
             stop: Text that ends a completion.
+            max_new_tokens: Where a completion is broken off.
+            batch: Not used: vLLM decides how many it decodes together.
+            on_token: Called once a prompt, with its whole text.
 
         Yields:
-            Examples' indices and completions.
+            Each prompt's index and completion.
         """
         from vllm import SamplingParams
 
@@ -129,19 +120,34 @@ class VllmEngine:
             stop_token_ids=[self.tokenizer.eos_id],
             skip_special_tokens=False,
         )
-        prompts = encode_prompts(self.tokenizer, examples)
-        for start in range(0, len(prompts), 16 * batch):
-            part = prompts[start : start + 16 * batch]
+        rows = encode_prompts(self.tokenizer, prompts)
+        for start in range(0, len(rows), _HANDED_OVER):
+            started = time.perf_counter()
+            part = rows[start : start + _HANDED_OVER]
             requests = [{"prompt_token_ids": ids} for ids in part]
             answers = self._model.generate(requests, sampling, use_tqdm=False)
-            yield [
-                (start + at, _completion(answer.outputs[0], stop))
-                for at, answer in enumerate(answers)
-            ]
+            seconds = (time.perf_counter() - started) / len(part)
+            for at, (ids, answer) in enumerate(zip(part, answers, strict=True), start):
+                completion = _completion(answer, stop, len(ids), seconds)
+                if on_token is not None:
+                    on_token(at, completion.text)
+                yield at, completion
+
+    def close(self) -> None:
+        """Let the model go; vLLM frees its memory with it."""
+        self._model = None
 
 
-def _completion(output: Any, stop: str) -> Completion:
+def _completion(answer: Any, stop: str, prompt_tokens: int, seconds: float) -> Completion:
+    output = answer.outputs[0]
     reason: StopReason = "length"
     if output.finish_reason == "stop":
         reason = "stop" if output.stop_reason == stop else "eos"
-    return Completion(output.text.split(stop)[0], reason, len(output.token_ids))
+    return Completion(
+        text=output.text.split(stop)[0],
+        stop_reason=reason,
+        new_tokens=len(output.token_ids),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=answer.num_cached_tokens or 0,
+        seconds=seconds,
+    )

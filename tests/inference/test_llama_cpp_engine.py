@@ -1,4 +1,4 @@
-"""Engines: the same plans from torch and from llama.cpp, and prompts that differ are told."""
+"""llama.cpp writes the plans of torch, and prompts that differ are told."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.running import evaluate_examples
-from tinyagent_fast.inference.decoding import Completion, complete, generating
-from tinyagent_fast.inference.engines import (
-    Engine,
-    LlamaCppEngine,
-    TransformersEngine,
-    encode_prompts,
-)
-from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer, llama_server
+from tinyagent_fast.inference.engine import Engine, Prompt
+from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
+from tinyagent_fast.inference.parity import compare_batches
+from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
@@ -49,12 +45,16 @@ def make_examples(count: int, query: str = "open note") -> list[Example]:
     ]
 
 
-def by_index(engine: Engine, examples: Sequence[Example], batch: int) -> dict[int, Completion]:
-    found: dict[int, Completion] = {}
-    for pairs in engine.complete(examples, batch=batch, **ASKED):
-        for index, completion in pairs:
-            assert index not in found, "answered twice"
-            found[index] = completion
+def make_prompts(count: int) -> list[Prompt]:
+    return [Prompt(system=e.system, user=e.user) for e in make_examples(count)]
+
+
+def by_index(engine: Engine, prompts: Sequence[Prompt], batch: int) -> dict[int, Any]:
+    """Give what was written, and why it ended, by the prompts' indices."""
+    found: dict[int, Any] = {}
+    for index, done in engine.generate(prompts, batch=batch, **ASKED):
+        assert index not in found, "answered twice"
+        found[index] = (done.text, done.stop_reason, done.new_tokens, done.prompt_tokens)
     return found
 
 
@@ -85,7 +85,7 @@ def server(tiny_merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     settings = LlamaCppSettings(
         model=path, slots=4, context_tokens_per_slot=512, threads=1, cache_type="f32"
     )
-    with llama_server(settings) as running:
+    with LlamaServer(settings) as running:
         yield running
 
 
@@ -95,57 +95,63 @@ def engine(server: LlamaServer, loaded: LoadedModel) -> LlamaCppEngine:
 
 
 def test_both_engines_write_the_same_plans(engine: LlamaCppEngine, loaded: LoadedModel) -> None:
-    examples = make_examples(6)
-    torch_engine = TransformersEngine(loaded)
-    wanted = by_index(torch_engine, examples, 3)
-    assert by_index(engine, examples, 4) == wanted
-    assert len({completion.text for completion in wanted.values()}) > 1
+    prompts = make_prompts(6)
+    torch_engine = TorchEngine(loaded)
+    wanted = by_index(torch_engine, prompts, 3)
+    assert by_index(engine, prompts, 4) == wanted
+    assert len({text for text, *_ in wanted.values()}) > 1
     assert {engine.name, torch_engine.name} == {"llama.cpp", "transformers"}
+    assert engine.compute_dtype == "float32"
 
 
-def test_the_torch_engine_is_complete_on_the_prompts_of_training(loaded: LoadedModel) -> None:
-    examples = make_examples(4)
-    prompts = encode_prompts(loaded.tokenizer, examples)
-    with generating(loaded.model):
-        pairs = [
-            pair
-            for batch in complete(loaded.model, loaded.tokenizer, prompts, batch=2, **ASKED)
-            for pair in batch
-        ]
-    assert by_index(TransformersEngine(loaded), examples, 2) == dict(pairs)
+def test_what_is_watched_is_what_is_written_unwatched(engine: LlamaCppEngine) -> None:
+    prompts, pieces = make_prompts(4), dict.fromkeys(range(4), "")
+
+    def add(index: int, piece: str) -> None:
+        pieces[index] += piece
+
+    watched = {i: c.text for i, c in engine.generate(prompts, batch=2, on_token=add, **ASKED)}
+    assert watched == pieces
+    # Half a character at the limit is shown by one way only.
+    plain = {i: text.rstrip("\ufffd") for i, (text, *_) in by_index(engine, prompts, 2).items()}
+    assert watched == plain
 
 
-def test_the_torch_model_is_left_in_its_mode_when_a_sweep_is_closed_early(
-    loaded: LoadedModel,
-) -> None:
-    import torch
+def test_what_two_prompts_share_is_computed_once(engine: LlamaCppEngine) -> None:
+    system = "Plan with: open_note, send_sms" + ", create_note" * 30
+    prompts = [Prompt(system=system, user=user) for user in ("open it", "send it")]
+    done = [completion for _, completion in engine.generate(prompts, **ASKED)]
+    assert done[1].cached_tokens > 100
 
-    loaded.model.train()
-    batches = TransformersEngine(loaded).complete(make_examples(4), batch=1, **ASKED)
-    next(batches)
-    assert not loaded.model.training
-    batches.close()
-    assert loaded.model.training
-    assert torch.is_grad_enabled()
-    loaded.model.eval()
+
+def test_whatever_a_watcher_raises_ends_the_generation(engine: LlamaCppEngine) -> None:
+    class Stop(Exception):
+        pass
+
+    def leave(_: int, __: str) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        list(engine.generate(make_prompts(1), on_token=leave, **ASKED))
+    assert len(by_index(engine, make_prompts(2), 2)) == 2
 
 
 @pytest.mark.parametrize("batch", [1, 3, 50])
 def test_every_example_is_answered_once_whatever_the_batch(
     batch: int, engine: LlamaCppEngine
 ) -> None:
-    found = by_index(engine, make_examples(7), batch)
+    found = by_index(engine, make_prompts(7), batch)
     assert sorted(found) == list(range(7))
-    assert found == by_index(engine, make_examples(7), 1)
+    assert found == by_index(engine, make_prompts(7), 1)
 
 
 def test_a_prompt_too_long_for_its_slot_ends_the_sweep_with_an_error(
     engine: LlamaCppEngine,
 ) -> None:
-    examples = make_examples(3)
-    examples[1] = replace(examples[1], user="many words " * 600)
+    prompts = make_prompts(3)
+    prompts[1] = replace(prompts[1], user="many words " * 600)
     with pytest.raises(ModelError, match="exceeds the available context size"):
-        by_index(engine, examples, 2)
+        by_index(engine, prompts, 2)
 
 
 def test_a_sweep_closed_early_sends_no_more_requests(
@@ -160,69 +166,49 @@ def test_a_sweep_closed_early_sends_no_more_requests(
         return chat(*arguments, **keywords)
 
     monkeypatch.setattr(engine.server, "chat", counting)
-    batches = engine.complete(make_examples(40), batch=2, **ASKED)
-    next(batches)
-    batches.close()
+    completions = engine.generate(make_prompts(40), batch=2, **ASKED)
+    next(completions)
+    completions.close()  # type: ignore[attr-defined]
     assert len(sent) < 20
-    assert len(by_index(engine, make_examples(2), 2)) == 2
+    assert len(by_index(engine, make_prompts(2), 2)) == 2
 
 
 def test_prompts_with_the_ids_of_training_are_said_to_have_them(engine: LlamaCppEngine) -> None:
-    assert engine.notes(make_examples(3)) == ["all 3 prompts have the token ids of training"]
+    assert engine.notes(make_prompts(3)) == ["all 3 prompts have the token ids of training"]
 
 
 def test_a_query_that_spells_a_special_token_is_counted_and_named(engine: LlamaCppEngine) -> None:
-    examples = make_examples(4)
-    examples[2] = replace(examples[2], user="Question: what does </s> mean?")
-    (note,) = engine.notes(examples)
-    assert note.startswith("1 of 4 prompts have other token ids than in training, such as k2/0")
+    prompts = make_prompts(4)
+    prompts[2] = replace(prompts[2], user="Question: what does </s> mean?")
+    (note,) = engine.notes(prompts)
+    assert note.startswith("1 of 4 prompts have other token ids than in training, such as")
+    assert "what does </s> mean?" in note
 
 
 def test_a_file_with_another_template_is_found_out(
     engine: LlamaCppEngine, tiny_gguf: dict[str, Path]
 ) -> None:
     settings = replace(engine.server.settings, model=tiny_gguf["f32"])
-    with llama_server(settings) as other:
-        (note,) = LlamaCppEngine(other, engine.tokenizer).notes(make_examples(3))
+    with LlamaServer(settings) as other:
+        (note,) = LlamaCppEngine(other, engine.tokenizer).notes(make_prompts(3))
     assert note.startswith("3 of 3 prompts have other token ids")
 
 
 def test_without_the_runs_tokenizer_nothing_is_claimed(engine: LlamaCppEngine) -> None:
-    assert LlamaCppEngine(engine.server).notes(make_examples(2)) == []
+    assert LlamaCppEngine(engine.server).notes(make_prompts(2)) == []
 
 
-def test_slots_that_agree_are_used_and_never_more_than_there_are(engine: LlamaCppEngine) -> None:
-    report = engine.compare_batches(make_examples(6), batch=16, sample=5, **ASKED)
-    assert (report.asked_batch, report.safe_batch, report.prompts) == (4, 4, 5)
-    assert report.tried == ((4, 0),)
-    skipped = engine.compare_batches(make_examples(6), batch=16, sample=0, **ASKED)
-    assert (skipped.prompts, skipped.safe_batch) == (0, 4)
-
-
-@pytest.mark.parametrize(("good", "tried"), [(2, ((4, 4), (2, 0))), (1, ((4, 4), (2, 4)))])
-def test_fewer_slots_are_used_when_more_change_the_plans(
-    good: int,
-    tried: tuple[tuple[int, int], ...],
-    engine: LlamaCppEngine,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def answers(examples: Sequence[Example], *, batch: int, **_: Any) -> Iterator[Any]:
-        text = "good" if batch <= good else "bad"
-        yield [(index, Completion(text, "stop", 1)) for index in range(len(examples))]
-
-    monkeypatch.setattr(engine, "complete", answers)
-    report = engine.compare_batches(make_examples(9), batch=4, sample=3, **ASKED)
-    assert (report.safe_batch, report.tried) == (good, tried)
-    assert not report.agrees
+def test_slots_that_agree_are_used(engine: LlamaCppEngine) -> None:
+    report = compare_batches(engine, make_prompts(6), batch=4, sample=5, **ASKED)
+    assert (report.prompts, report.tried, report.safe_batch) == (5, ((4, 0),), 4)
 
 
 def test_completions_depend_on_the_files_content_and_not_on_its_name(
     engine: LlamaCppEngine, tmp_path: Path
 ) -> None:
     def identity_of(path: Path) -> dict[str, Any]:
-        server = engine.server
-        other = LlamaServer(server.url, replace(server.settings, model=path))
-        return dict(LlamaCppEngine(other).identity())
+        with LlamaServer(replace(engine.server.settings, model=path, slots=1)) as other:
+            return dict(LlamaCppEngine(other).identity())
 
     original = engine.server.settings.model
     copy = tmp_path / "renamed.gguf"
@@ -242,7 +228,7 @@ def test_an_evaluation_of_a_file_is_resumed_scored_and_says_what_it_saw(
     assert (result.reused, result.metrics.n) == (2, 5)
     assert [p.key for p in result.predictions] == [e.key for e in examples]
     assert "all 3 prompts have the token ids of training" in lines
-    assert any(line.startswith("batch 3 = batch 1 on 3") for line in lines)
+    assert any(line.startswith("batch 3 = batch 1 on 2") for line in lines)
     written = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert written["generation"]["notes"] == ["all 3 prompts have the token ids of training"]
     made_with = json.loads((tmp_path / "made_with.json").read_text(encoding="utf-8"))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stand_ins import ScriptedWriter, planner_with, wait_until
 
-from tinyagent_fast.chat.planners import open_planner
-from tinyagent_fast.chat.sources import PlannerChoice, find_source, loading_plan
 from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.inference.planner import Planner, find_source, load, model_in_torch
+from tinyagent_fast.prompts.builder import PromptBuilder, SystemText
 from tinyagent_fast.runs import Run
 
 PLAN = ['1. open_note("a", "")\n', '2. open_note("$1", "")\n', "3. join()"]
@@ -43,22 +46,24 @@ def run(
     return made
 
 
-def test_without_flags_it_is_the_adapter_of_the_latest_run(run: Run) -> None:
-    source = find_source(PlannerChoice())
+def test_without_a_name_it_is_the_adapter_of_the_latest_run(run: Run) -> None:
+    source = find_source()
     assert (source.kind, source.path, source.run) == ("adapter", run.adapter, run)
 
 
 def test_a_run_that_was_broken_off_is_tried_with_its_best_adapter(run: Run) -> None:
     (run.adapter / "adapter_model.safetensors").unlink()
-    assert find_source(PlannerChoice(run="one")).path == run.best
+    assert find_source(run="one").path == run.best
     (run.best / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="--resume one"):
-        find_source(PlannerChoice())
+        find_source()
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
+        ("one", "adapter"),
+        ("latest", "adapter"),
         ("runs/one", "adapter"),
         ("runs/latest", "adapter"),
         ("runs/one/best", "adapter"),
@@ -67,21 +72,21 @@ def test_a_run_that_was_broken_off_is_tried_with_its_best_adapter(run: Run) -> N
     ],
 )
 def test_a_model_within_a_run_comes_with_that_run(run: Run, name: str, kind: str) -> None:
-    source = find_source(PlannerChoice(model=Path(name)))
+    source = find_source(name)
     assert (source.kind, source.run) == (kind, run)
 
 
 def test_a_model_outside_any_run_takes_the_run_that_is_named(run: Run, tmp_path: Path) -> None:
     model = tmp_path / "x.gguf"
-    assert find_source(PlannerChoice(model=model)).run is None
-    assert find_source(PlannerChoice(model=model, run="one")).run == run
+    assert find_source(model).run is None
+    assert find_source(model, run="one").run == run
 
 
 def test_an_adapter_outside_any_run_needs_one_for_its_base(run: Run, tmp_path: Path) -> None:
     run.adapter.rename(tmp_path / "mine")
     with pytest.raises(ConfigError, match="--run"):
-        find_source(PlannerChoice(model=tmp_path / "mine"))
-    assert find_source(PlannerChoice(model=tmp_path / "mine", run="one")).run == run
+        find_source(tmp_path / "mine")
+    assert find_source(tmp_path / "mine", run="one").run == run
 
 
 def test_the_prompts_of_another_run_are_not_taken_in_silence(run: Run, tmp_path: Path) -> None:
@@ -89,54 +94,56 @@ def test_the_prompts_of_another_run_are_not_taken_in_silence(run: Run, tmp_path:
     other.mkdir()
     (other / "config.yaml").write_text(run.config_path.read_text(), encoding="utf-8")
     with pytest.raises(ConfigError, match="lies in run one"):
-        find_source(PlannerChoice(model=run.adapter, run="two"))
+        find_source(run.adapter, run="two")
 
 
 @pytest.mark.parametrize(
-    ("choice", "said"),
+    ("arguments", "said"),
     [
-        (PlannerChoice(run="absent"), "there: one"),
-        (PlannerChoice(model=Path("nothing")), "config.json"),
-        (PlannerChoice(max_new_tokens=0), "--max-new-tokens 0"),
-        (PlannerChoice(threads=-1), "--threads -1"),
+        ({"run": "absent"}, "there: one"),
+        ({"source": "nothing"}, "config.json"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"threads": -1}, "--threads -1"),
+        ({"engine": "vllm"}, "run by torch"),
+        ({"engine": "torch", "source": "x.gguf"}, "run by gguf"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(run: Run, choice: PlannerChoice, said: str) -> None:
+def test_what_cannot_be_meant_is_refused(run: Run, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        find_source(choice)
+        load(**arguments)
 
 
 def test_an_adapter_is_loaded_on_its_runs_base_by_plain_transformers(
     run: Run, tiny_base: Path
 ) -> None:
     config = run.config()
-    plan = loading_plan(find_source(PlannerChoice()), config)
-    assert (plan.base, plan.adapter) == (str(tiny_base), run.adapter)
-    assert plan.config.model.backend == "transformers"
-    assert plan.config.model.prompt_format == config.model.prompt_format
+    model, base, adapter = model_in_torch(find_source(), config)
+    assert (base, adapter) == (str(tiny_base), run.adapter)
+    assert model.backend == "transformers"
+    assert model.prompt_format == config.model.prompt_format
 
 
 def test_a_merged_folder_tells_its_precision_and_its_export_the_prompt_format(run: Run) -> None:
-    source = find_source(PlannerChoice(model=run.path / "export" / "merged"))
-    assert loading_plan(source, run.config()).config.model.prompt_format == "alpaca"
+    source = find_source(run.path / "export" / "merged")
+    assert model_in_torch(source, run.config())[0].prompt_format == "alpaca"
     (run.path / "export" / "export.json").write_text('{"prompt_format": "flat"}', encoding="utf-8")
-    model = loading_plan(source, run.config()).config.model
+    model = model_in_torch(source, run.config())[0]
     assert (model.weights, model.prompt_format) == ("fp32", "flat")
 
 
 def test_a_merged_folder_from_elsewhere_is_asked_with_its_own_template(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"torch_dtype": "bfloat16"}', encoding="utf-8")
-    source = find_source(PlannerChoice(model=tmp_path))
-    assert loading_plan(source, Config()).config.model.prompt_format == "alpaca"
+    source = find_source(tmp_path)
+    assert model_in_torch(source, Config())[0].prompt_format == "alpaca"
     (tmp_path / "chat_template.jinja").write_text("", encoding="utf-8")
-    model = loading_plan(source, Config()).config.model
+    model = model_in_torch(source, Config())[0]
     assert (model.weights, model.prompt_format) == ("bf16", "chat")
 
 
 def test_a_merged_folder_with_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[", encoding="utf-8")
     with pytest.raises(ModelError, match=r"config\.json"):
-        loading_plan(find_source(PlannerChoice(model=tmp_path)), Config())
+        model_in_torch(find_source(tmp_path), Config())
 
 
 def test_an_adapter_answers_with_a_plan_stream_and_says_what_it_is(
@@ -145,53 +152,92 @@ def test_an_adapter_answers_with_a_plan_stream_and_says_what_it_is(
     from tinyagent_fast.models.loading import load_for_training
 
     load_for_training(config_in(tmp_path), str(tiny_base)).model.save_pretrained(str(run.adapter))
-    with open_planner(PlannerChoice(threads=1, system="first")) as planner:
+    with load(threads=1, system="first") as planner:
         stream = planner.stream("open the note")
         pieces = list(stream)
-    assert "".join(pieces) == stream.text
-    assert stream.ending is not None
-    assert stream.ending.new_tokens == 6  # the config's limit
-    assert stream.ending.stop_reason == "length"
-    assert "--max-new-tokens" in stream.ending.sentence()
+        again = planner.plan("open the note")
+        both = planner.plan_batch(["open the note", "call Ada"])
+    assert stream.result is not None
+    assert "".join(pieces) == stream.text == stream.result.text == again.text
+    assert [planned.request for planned in both] == ["open the note", "call Ada"]
+    assert both[0].text == again.text
+    assert stream.result.completion.new_tokens == 6  # the config's limit
+    assert stream.result.completion.stop_reason == "length"
+    assert "--max-new-tokens" in stream.result.cost()
     assert planner.facts["model"] == "runs/one/adapter"
     assert planner.facts["engine"] == "transformers on cpu, float32"
     assert "first test query" in planner.facts["system text"]
     assert "tool" in planner.facts["it names"]
 
 
+def test_an_adapter_finds_its_base_and_system_texts_from_any_folder(
+    run: Run,
+    config_in: Callable[..., Config],
+    tmp_path: Path,
+    tiny_base: Path,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tinyagent_fast.models.loading import load_for_training
+
+    load_for_training(config_in(tmp_path), str(tiny_base)).model.save_pretrained(str(run.adapter))
+    shutil.copytree(tiny_base, tmp_path / "runs" / "bases" / "nano")
+    shutil.copyfile(tiny_data / "testing_data.json", tmp_path / "test.json")
+    record = {"base": "runs/bases/nano", "test_file": {"path": "test.json"}}
+    (run.path / "data.json").write_text(json.dumps(record), encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with load(run.path, threads=1, system="first") as planner:
+        assert planner.plan("open the note").completion.new_tokens == 6
+        assert planner.prompts.system.text
+
+
 def test_a_gguf_answers_too(tiny_gguf: dict[str, Path]) -> None:
     pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
-    choice = PlannerChoice(model=tiny_gguf["f16"], threads=1, max_new_tokens=5)
-    with open_planner(choice) as planner:
+    with load(tiny_gguf["f16"], threads=1, max_new_tokens=5, batch=2) as planner:
         stream = planner.stream("open the note", system="tools")
         assert "".join(stream) == stream.text
-    assert stream.ending is not None
-    assert stream.ending.new_tokens == 5
+        assert len(planner.plan_batch(["a", "b", "c"])) == 3
+    assert stream.result is not None
+    assert stream.result.completion.new_tokens == 5
     assert "llama.cpp" in planner.facts["engine"]
 
 
-def test_a_catalogue_of_the_run_says_which_tools_there_are(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tinyagent_fast.chat.planners import _tools
-    from tinyagent_fast.config import DataConfig
-    from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
+def test_a_planned_request_has_steps_a_graph_and_every_problem() -> None:
+    planned = planner_with(ScriptedWriter(PLAN)).plan("go")
+    assert planned.prompt == Prompt(system="tools", user="Q: go")
+    assert planned.plan is not None
+    assert [step.tool for step in planned.plan.steps] == ["open_note", "open_note", "join"]
+    assert planned.problems == ()
+    value = json.loads(json.dumps(planned.to_json()))
+    assert (value["plan"], value["system_text"]) == ("".join(PLAN), "a test")
+    assert value["view"]["edges"] == [[0, 1]]
+    bad = planner_with(ScriptedWriter(["1. fly()"])).plan("go")
+    assert bad.plan is None
+    assert any("fly" in problem for problem in bad.problems)
 
-    tools = _tools(Config(data=DataConfig(catalogue=BUILT_IN_CATALOGUE)))
-    assert tools is not None
-    assert "send_sms" in tools
-    assert _tools(Config()) is None
+
+def test_a_plan_ends_at_the_stop_string_that_the_planner_was_given() -> None:
+    class Asked(ScriptedWriter):
+        def generate(self, prompts: Any, **how: Any) -> Any:
+            self.how = how
+            return super().generate(prompts, **how)
+
+    writer = Asked(PLAN)
+    prompts = PromptBuilder(system=SystemText(None, "a test"))
+    Planner(writer, prompts, stop="<END_OF_RESPONSE>", max_new_tokens=7).plan("go")
+    assert (writer.how["stop"], writer.how["max_new_tokens"]) == ("<END_OF_RESPONSE>", 7)
 
 
 def test_a_stream_tells_its_plan_at_every_moment() -> None:
     stream = planner_with(ScriptedWriter(PLAN)).stream("go")
     seen = []
     for _ in stream:
-        seen.append((len(stream.view().steps), stream.ending))
+        seen.append((len(stream.drawing.steps), stream.result))
     assert seen == [(1, None), (2, None), (2, None)]
-    assert stream.view().joined
-    assert not stream.view().has_problems
-    assert stream.ending is not None
+    assert stream.drawing.joined
+    assert not stream.drawing.has_problems
+    assert stream.result is not None
 
 
 def test_two_plans_are_never_written_at_once() -> None:
@@ -220,9 +266,9 @@ def test_closing_a_planner_ends_a_plan_in_another_thread() -> None:
     closing = threading.Thread(target=planner.close)
     closing.start()
     wait_until(lambda: planner.closed, "closing to begin")
-    writer.gate.release()
+    writer.gate.release(2)
     thread.join(timeout=10)
     closing.join(timeout=10)
     assert not thread.is_alive()
-    assert stream.ending is None
+    assert stream.result is None
     assert writer.closed == 1

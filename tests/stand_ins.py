@@ -1,0 +1,106 @@
+"""Stand-ins for models, and a planner served in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tinyagent_fast.chat.web import PlannerServer, listen
+from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
+from tinyagent_fast.inference.planner import Planner
+from tinyagent_fast.prompts.builder import PromptBuilder, SystemText
+
+WAIT_S = 20.0
+
+
+class ScriptedWriter:
+    """An engine that writes what a test has put down for a request.
+
+    `gate`, if given, lets each piece through.
+    """
+
+    name = "scripted"
+    compute_dtype = "float32"
+
+    def __init__(self, answers: Mapping[str, Sequence[str]] | Sequence[str]) -> None:
+        self.answers = answers
+        self.gate: threading.Semaphore | None = None
+        self.asked: list[tuple[str | None, str]] = []
+        self.closed = 0
+        """Plans that have ended, in whatever way."""
+        self.error: BaseException | None = None
+
+    def identity(self) -> Mapping[str, Any]:
+        return {}
+
+    def notes(self, prompts: Sequence[Prompt]) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        stop: str,
+        max_new_tokens: int,
+        batch: int = 1,
+        on_token: OnToken | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        for index, prompt in enumerate(prompts):
+            self.asked.append((prompt.system, prompt.user))
+            answers = self.answers
+            pieces = answers[prompt.user] if isinstance(answers, Mapping) else answers
+            try:
+                for piece in pieces:
+                    if self.gate is not None:
+                        assert self.gate.acquire(timeout=WAIT_S), "the test let nothing through"
+                    if on_token is not None:
+                        on_token(index, piece)
+                if self.error is not None:
+                    raise self.error
+            finally:
+                self.closed += 1
+            yield (
+                index,
+                Completion(
+                    text="".join(pieces),
+                    stop_reason="stop",
+                    new_tokens=len(pieces),
+                    prompt_tokens=9,
+                    cached_tokens=4,
+                    seconds=0.25,
+                ),
+            )
+
+
+def planner_with(writer: ScriptedWriter) -> Planner:
+    prompts = PromptBuilder(system=SystemText("tools", "a test"), question=("Q: ", ""))
+    return Planner(writer, prompts, facts={"model": "scripted"})
+
+
+@contextmanager
+def serving(planner: Planner, host: str = "127.0.0.1") -> Iterator[PlannerServer]:
+    """Serve a planner in a thread, on a free port."""
+    server = PlannerServer(planner, listen(host, 0), host)
+    thread = threading.Thread(target=server.serve, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(WAIT_S)
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for a condition, and give what it gave."""
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {WAIT_S:.0f} s in vain for: {what}")

@@ -1,0 +1,53 @@
+"""Flags that `chat` and `serve` share: which model plans, and with which system text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinyagent_fast.inference.planner import Planner
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerFlags:
+    """Flags that say which model plans, and with which system text."""
+
+    run: str | None = None
+    """Run to try: its name, its folder, or `latest`, which is meant where neither this nor
+    `--model` is given. For a `--model` outside any run it gives system text and tools."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    model: Path | None = None
+    """A .gguf file, a merged folder or an adapter instead of the run's own adapter."""
+    system: str = "auto"
+    """`nearest` takes for each request the system text of the run's most similar test query,
+    `first` that of the first one for all requests, `auto` the nearest where the test file is
+    there, and none elsewhere; anything else is a text file."""
+    max_new_tokens: int | None = None
+    """Tokens after which a plan is broken off; None takes the run's, or 300."""
+    threads: int | None = None
+    """CPU threads; None leaves it to torch or llama.cpp."""
+
+    def load(self) -> Planner:
+        """Open the planner that is meant.
+
+        Returns:
+            The planner.
+
+        Raises:
+            ConfigError: There is no such run, model or system text.
+            ModelError: The model cannot be loaded.
+        """
+        from tinyagent_fast.inference import planner
+
+        return planner.load(
+            self.model,
+            run=self.run,
+            runs=self.runs,
+            system=self.system,
+            max_new_tokens=self.max_new_tokens,
+            threads=self.threads,
+            batch=1,
+        )

@@ -1,0 +1,492 @@
+"""Evaluate a run on its test file: one way for its adapter, its GGUF files and its merged folder.
+
+Each of them is a subject; all are evaluated alike, and GGUF files are compared in a table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tinyagent_fast.config import Backend, Config, EvalConfig, check_config
+from tinyagent_fast.distributed import init_processes, launch_environment
+from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.evaluation.comparison import ComparedRow, compare_predictions, comparison_table
+from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.report import headline
+from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
+from tinyagent_fast.evaluation.scoring import Prediction, score_predictions
+from tinyagent_fast.export.record import ExportRecord, sha256_of
+from tinyagent_fast.runs import Run, find_run, write_json, write_text
+
+if TYPE_CHECKING:
+    from tinyagent_fast.data.schema import Example
+    from tinyagent_fast.inference.engine import Engine
+    from tinyagent_fast.plans.tools import Tool
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+    from tinyagent_fast.training.display import TrainingDisplay
+
+EngineName = Literal["torch", "gguf", "vllm"]
+
+_SLOTS = 8
+_SPARE_TOKENS = 64
+"""For prompts that a file encodes with more tokens than the run's tokenizer does."""
+_ADAPTER = "adapter"
+_MERGED = "the adapter is merged into what it runs"
+
+NOT_HONOURED: Mapping[EngineName, Mapping[str, str]] = {
+    "torch": {
+        "model": "torch evaluates the run's adapter on its base; --adapter names another",
+    },
+    "gguf": {
+        "adapter": _MERGED,
+        "backend": _MERGED,
+        "eval.lookup-tokens": "llama.cpp's server makes no guesses from the prompt",
+    },
+    "vllm": {
+        "adapter": _MERGED,
+        "backend": _MERGED,
+        "threads": "vLLM runs on the GPU",
+        "eval.batch": "vLLM decides how many prompts it decodes together",
+        "eval.parity-prompts": "vLLM decides how many prompts it decodes together",
+        "eval.lookup-tokens": "vLLM makes no guesses from the prompt unless it is set up to",
+    },
+}
+"""Flags that an engine cannot honour, each with the reason; it honours all others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalChanges:
+    """Settings to use instead of those of the run's config; None leaves the run's."""
+
+    batch: int | None = None
+    """Prompts generated together; llama.cpp takes 8 at most where this is not given."""
+    max_new_tokens: int | None = None
+    """Tokens after which a plan counts as truncated."""
+    parity_prompts: int | None = None
+    """Prompts generated at batch 1 and at batch N before the sweep; 0 skips the comparison."""
+    lookup_tokens: int | None = None
+    """Guesses from the prompt that a decoding step checks at once; plans stay the same."""
+    limit: int | None = None
+    """Evaluate only the first so many entries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to evaluate and how; what is not given comes from the run's config."""
+
+    run: str = "latest"
+    """Run to evaluate: its name, its folder, or `latest`."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    engine: Literal["auto", "torch", "gguf", "vllm", "transformers", "unsloth"] = "auto"
+    """`torch` runs the adapter on its base, `gguf` the exported files in llama.cpp, `vllm` the
+    merged folder on CUDA; `auto` takes what `--model` is, and the adapter without it.
+    `transformers` is torch by its old name, `unsloth` is torch with that backend."""
+    model: Path | None = None
+    """A .gguf file, or for vllm a merged folder; without it those that the run has exported."""
+    adapter: str | None = None
+    """`best` for the run's adapter, which is the default, `none` for the bare base model, or a
+    folder."""
+    test: Path | None = None
+    """Another test file in the published schema."""
+    eval: EvalChanges = field(default_factory=EvalChanges)
+    backend: Backend | None = None
+    """Another backend than the run's."""
+    threads: int | None = None
+    """CPU threads; None leaves it to torch, and gives llama.cpp one per core."""
+    out: Path | None = None
+    """Folder for predictions and report; by default `eval/` in the run's folder. With
+    `--engine gguf` each file gets a folder `eval-gguf-NAME/` in it, and in the run's by default."""
+    fresh: bool = False
+    """Generate everything anew, even where equal predictions are there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """One model to evaluate."""
+
+    name: str
+    title: str
+    """Heading of its report."""
+    folder: Path
+    made_with: Mapping[str, object]
+    """What its predictions depend on besides engine, test file and settings."""
+    settings: EvalConfig
+    open: Callable[[], Engine]
+    path: Path | None = None
+    """Its GGUF file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What every subject is given to do."""
+
+    run: Run
+    config: Config
+    options: EvalOptions
+    examples: Sequence[Example]
+    test_sha256: str
+    tools: Mapping[str, Tool] | None
+    display: TrainingDisplay
+
+
+def chosen_engine(options: EvalOptions) -> EngineName:
+    """Say which engine is meant.
+
+    Args:
+        options: What to evaluate.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ConfigError: `auto` cannot tell by the model.
+    """
+    if options.engine in ("gguf", "vllm"):
+        return options.engine
+    if options.engine != "auto" or options.model is None:
+        return "torch"
+    if options.model.suffix == ".gguf":
+        return "gguf"
+    raise ConfigError(
+        f"--model {options.model}",
+        "it is no .gguf file, so the engine is not known",
+        "name a .gguf file, or add --engine vllm for a merged folder",
+    )
+
+
+def check_options(options: EvalOptions) -> None:
+    """Refuse what the engine would have to ignore; needs no torch.
+
+    Args:
+        options: What to evaluate.
+
+    Raises:
+        ConfigError: An option is given that the engine cannot honour, or one contradicts another.
+    """
+    engine = chosen_engine(options)
+    given = {
+        "model": options.model,
+        "adapter": options.adapter,
+        "backend": options.backend,
+        "threads": options.threads,
+        **{f"eval.{k.replace('_', '-')}": value for k, value in asdict(options.eval).items()},
+    }
+    for name, reason in NOT_HONOURED[engine].items():
+        if given[name] is not None:
+            raise ConfigError(f"--{name} with --engine {engine}", reason, f"leave --{name} out")
+    if options.engine == "unsloth" and options.backend not in (None, "unsloth"):
+        raise ConfigError(
+            f"--engine unsloth --backend {options.backend}",
+            "the engine names another backend",
+            "leave --backend out",
+        )
+    if engine == "gguf" and options.model is not None and options.model.suffix != ".gguf":
+        raise ConfigError(
+            f"--model {options.model}", "llama.cpp runs GGUF files", "name a .gguf file"
+        )
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads {options.threads}", "it must be at least 1", "leave it out")
+    count = launch_environment().count
+    if engine != "torch" and count > 1:
+        raise ConfigError(
+            f"--engine {engine} in {count} processes",
+            "it answers several queries at once in a single process",
+            "start it without torchrun",
+        )
+
+
+def evaluate(options: EvalOptions, display: TrainingDisplay) -> dict[str, EvaluationResult]:
+    """Evaluate a run, and write predictions, metrics and reports.
+
+    Args:
+        options: What to evaluate and how.
+        display: Where progress is shown.
+
+    Returns:
+        What was measured by name: `adapter`, `base`, `merged`, or the names of GGUF files.
+
+    Raises:
+        ConfigError: There is no such run or model, or the engine cannot honour an option.
+        ModelError: A model cannot be loaded, or a prompt does not fit.
+        DataError: The test file is faulty.
+    """
+    check_options(options)
+    engine = chosen_engine(options)
+    run = find_run(options.run, options.runs)
+    config = _config(run, options)
+    task = _prepare(run, config, options, engine, display)
+    subjects = {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](task)
+    names = ", ".join(subject.name for subject in subjects)
+    display.say(f"run {run.path.name}: {len(task.examples)} test queries, {names}")
+    results = {subject.name: _evaluate(task, subject) for subject in subjects}
+    if engine == "gguf":
+        _compare_files(task, subjects, results)
+    return results
+
+
+def _config(run: Run, options: EvalOptions) -> Config:
+    """Take the run's config with what the options change."""
+    config = run.config()
+    changes = {name: value for name, value in asdict(options.eval).items() if value is not None}
+    data, model = config.data, config.model
+    if options.test is not None:
+        data = replace(data, test=options.test)
+    elif (test := run.test_file()) is not None and test.exists():
+        data = replace(data, test=test)  # also one that was generated
+    backend = "unsloth" if options.engine == "unsloth" else options.backend
+    if backend is not None:
+        model = replace(model, backend=backend)
+    config = replace(config, data=data, model=model, eval=replace(config.eval, **changes))
+    check_config(config)
+    return config
+
+
+def _prepare(
+    run: Run, config: Config, options: EvalOptions, engine: EngineName, display: TrainingDisplay
+) -> _Task:
+    from tinyagent_fast.models.libraries import prepare_libraries
+
+    others = replace(config.model, backend="transformers")
+    prepare_libraries(config.model if engine == "torch" else others)
+    from tinyagent_fast.data.generation.catalogue import plan_tools
+    from tinyagent_fast.training.inputs import load_test_examples
+
+    examples, test_sha256 = init_processes().main_process_first(lambda: load_test_examples(config))
+    return _Task(
+        run=run,
+        config=config,
+        options=options,
+        examples=examples,
+        test_sha256=test_sha256,
+        tools=plan_tools(config.data.catalogue),
+        display=display,
+    )
+
+
+def _evaluate(task: _Task, subject: _Subject) -> EvaluationResult:
+    processes, display, folder = init_processes(), task.display, subject.folder
+    if task.options.fresh and processes.is_main_process:
+        PredictionFile(folder).forget()
+    with closing(subject.open()) as engine, display.bar(subject.name, "plans") as update:
+        result = evaluate_examples(
+            engine,
+            task.examples,
+            subject.settings,
+            folder,
+            made_with={**subject.made_with, "test_sha256": task.test_sha256},
+            tools=task.tools,
+            title=subject.title,
+            on_progress=update,
+            say=display.say,
+            processes=processes,
+        )
+    if processes.is_main_process:
+        report = (folder / "report.md").read_text(encoding="utf-8")
+        display.say(report.split("\n## The first")[0])
+        display.say(f"{subject.name}: {headline(result.metrics)}")
+        display.say(f"written: {folder}/metrics.json, predictions.jsonl, report.md")
+    return result
+
+
+def _adapter(task: _Task) -> list[_Subject]:
+    """The run's adapter, another one, or the bare base, in torch."""
+    run, config = task.run, task.config
+    wanted = task.options.adapter or "best"
+    adapter = None if wanted == "none" else run.find_adapter(wanted)
+    base = run.base_of(config)
+    weights = adapter / "adapter_model.safetensors" if adapter else None
+
+    def open_engine() -> Engine:
+        from tinyagent_fast.inference.torch_engine import TorchEngine
+        from tinyagent_fast.models.loading import load_for_generation
+
+        loaded = load_for_generation(config, base, adapter)
+        for note in loaded.notes:
+            task.display.say(f"note: {note}")
+        return TorchEngine(
+            loaded, lookup_tokens=config.eval.lookup_tokens, threads=task.options.threads
+        )
+
+    return [
+        _Subject(
+            name=_ADAPTER if adapter else "base",
+            title=f"Run {run.path.name}",
+            folder=task.options.out or run.path / ("eval" if adapter else "eval-base"),
+            made_with={
+                "base": base,
+                "adapter_sha256": sha256_of(weights) if weights else None,
+                "prompt_format": config.model.prompt_format,
+                "weights": config.model.weights,
+            },
+            settings=config.eval,
+            open=open_engine,
+        )
+    ]
+
+
+def _merged_folder(task: _Task) -> list[_Subject]:
+    """The folder that was named, or that of the run's export, in vLLM."""
+    run, config = task.run, task.config
+    export = run.path / "export"
+    recorded = [a.path for a in ExportRecord(export).artefacts if a.kind == "merged"]
+    folder = task.options.model or export / (recorded[0] if recorded else "merged")
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"merged folder {folder}",
+            "it holds no config.json, and vLLM runs merged folders",
+            f"tinyagent-fast export --run {run.path.name} --to merged, or name one with --model",
+        )
+
+    def open_engine() -> Engine:
+        from tinyagent_fast.inference.vllm import VllmEngine
+
+        room = config.model.max_length_tokens + config.eval.max_new_tokens
+        return VllmEngine(folder, _tokenizer(task), context_tokens=room)
+
+    return [
+        _Subject(
+            name="merged",
+            title=f"Run {run.path.name}, vLLM",
+            folder=task.options.out or run.path / "eval-vllm",
+            made_with={"merged_sha256": sha256_of(folder)},
+            settings=replace(config.eval, parity_prompts=0),
+            open=open_engine,
+        )
+    ]
+
+
+def _gguf_files(task: _Task) -> list[_Subject]:
+    """The file that was named, or all that the run has exported, in llama.cpp."""
+    from tinyagent_fast.prompts.builder import encode_prompts
+
+    config = task.config
+    paths = [task.options.model] if task.options.model else _exported_files(task)
+    tokenizer = _tokenizer(task)
+    longest_tokens = max(map(len, encode_prompts(tokenizer, task.examples)), default=0)
+    slots = task.options.eval.batch or min(_SLOTS, config.eval.batch)
+
+    def opener(path: Path) -> Callable[[], Engine]:
+        def open_engine() -> Engine:
+            from tinyagent_fast.inference.llama_cpp import (
+                LlamaCppEngine,
+                LlamaCppSettings,
+                LlamaServer,
+            )
+
+            settings = LlamaCppSettings(
+                model=path,
+                slots=slots,
+                context_tokens_per_slot=longest_tokens + config.eval.max_new_tokens + _SPARE_TOKENS,
+                threads=task.options.threads,
+            )
+            return LlamaCppEngine(LlamaServer(settings), tokenizer)
+
+        return open_engine
+
+    return [
+        _Subject(
+            name=path.name,
+            title=path.name,
+            folder=(task.options.out or task.run.path) / f"eval-gguf-{path.stem}",
+            made_with={},
+            settings=replace(config.eval, batch=slots),
+            open=opener(path),
+            path=path,
+        )
+        for path in paths
+    ]
+
+
+def _tokenizer(task: _Task) -> PromptTokenizer:
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+    model = task.config.model
+    folder = resolve_tokenizer_folder(task.run.base_of(task.config), model.revision)
+    return PromptTokenizer(load_tokenizer(folder), model.prompt_format)
+
+
+def _exported_files(task: _Task) -> list[Path]:
+    """List the GGUF files of the run's export, and say what speaks against them."""
+    name, say = task.run.path.name, task.display.say
+    record = ExportRecord(task.run.path / "export")
+    listed = [artefact for artefact in record.artefacts if artefact.kind == "gguf"]
+    if not listed:
+        there = sorted((record.folder / "gguf").glob("*.gguf"))
+        if not there:
+            raise ConfigError(
+                f"run {name}",
+                f"it has no GGUF file in {record.folder}",
+                f"make export RUN={name}, or name a file with --model",
+            )
+        return there
+    if record.content["passed"] is False:
+        say(f"note: the export did not pass its own gates; see {record.path}")
+    for artefact in listed:
+        path = record.folder / artefact.path
+        if not path.exists() or sha256_of(path) != artefact.sha256:
+            say(f"note: {path.name} is not the file that {record.path} tells of")
+    return [record.folder / artefact.path for artefact in listed]
+
+
+def _compare_files(
+    task: _Task, subjects: Sequence[_Subject], results: Mapping[str, EvaluationResult]
+) -> None:
+    """Write the table that compares GGUF files with the adapter, or with the f16 file."""
+    measured = {subject.name: results[subject.name].predictions for subject in subjects}
+    adapter = _adapter_predictions(task)
+    reference = next((name for name in measured if Path(name).stem.endswith("f16")), None)
+    if adapter is not None:
+        reference, measured = _ADAPTER, {_ADAPTER: adapter, **measured}
+    paths = {subject.name: subject.path for subject in subjects}
+    rows = []
+    for name, predictions in measured.items():
+        path, compared = paths.get(name), None
+        if reference is not None and name != reference:
+            compared = compare_predictions(measured[reference], predictions, task.tools)
+        rows.append(
+            ComparedRow(
+                name=name,
+                size_bytes=path.stat().st_size if path else None,
+                success=score_predictions(predictions, task.tools).success,
+                seconds=sum(p.seconds or 0.0 for p in predictions),
+                comparison=compared,
+            )
+        )
+    folder = task.options.out or task.run.path
+    table = comparison_table(rows, reference)
+    write_text(folder / "eval-gguf.md", f"# GGUF files of {task.run.path.name}\n\n{table}")
+    facts = {"test_sha256": task.test_sha256, "queries": len(task.examples), "reference": reference}
+    write_json(folder / "eval-gguf.json", {**facts, "rows": [row.to_json() for row in rows]})
+    task.display.say(table)
+    task.display.say(f"written: {folder}/eval-gguf.md, eval-gguf.json")
+
+
+def _adapter_predictions(task: _Task) -> list[Prediction] | None:
+    """Take the adapter's predictions as the reference if they are there for the same task."""
+    file, say = PredictionFile(task.run.evaluation), task.display.say
+    remedy = f"`make eval RUN={task.run.path.name}` adds the adapter to the table"
+    if not file.path.exists() or not file.made_with_path.exists():
+        say(f"note: {remedy}")
+        return None
+    made_with = json.loads(file.made_with_path.read_text(encoding="utf-8"))
+    weights = task.run.adapter / "adapter_model.safetensors"
+    wanted = {
+        "test_sha256": task.test_sha256,
+        "max_new_tokens": task.config.eval.max_new_tokens,
+        "adapter_sha256": sha256_of(weights) if weights.exists() else None,
+    }
+    by_key = {row.key: row for row in file.read()}
+    other = [name for name, value in wanted.items() if made_with.get(name) != value]
+    if missing := [e.key for e in task.examples if e.key not in by_key]:
+        other.append(f"{len(missing)} queries missing")
+    if other:
+        say(f"note: {file.path} is for something else ({', '.join(other)}); {remedy}")
+        return None
+    return [by_key[example.key] for example in task.examples]

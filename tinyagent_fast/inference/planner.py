@@ -1,0 +1,528 @@
+"""Open a planner by the name of a run, a folder or a GGUF file, and ask it for plans.
+
+Chat, the local page, the notebook and the Python API stand on it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+from tinyagent_fast.config import Config, ModelConfig, PromptFormat, Weights
+from tinyagent_fast.data.generation.catalogue import plan_tools
+from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.inference.engine import Completion, Engine, Prompt
+from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
+from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_plan
+from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.prompts.builder import BuiltPrompt, PromptBuilder, prompt_builder
+from tinyagent_fast.runs import Run, find_run
+
+EngineName = Literal["auto", "torch", "gguf", "vllm"]
+
+_WEIGHTS: Mapping[str, Weights] = {"float32": "fp32", "float16": "fp16"}
+_CONTEXT_TOKENS = 8192
+_MAX_NEW_TOKENS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRequest:
+    """A request with its plan."""
+
+    request: str
+    built: BuiltPrompt
+    """What the model was asked, and where its system text comes from."""
+    completion: Completion
+    tools: Mapping[str, Tool] | None
+    """Tools that plans may call; None stands for TinyAgent's own."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What the model was asked."""
+        return self.built.prompt
+
+    @property
+    def text(self) -> str:
+        """The plan as the model wrote it."""
+        return self.completion.text
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The plan's steps; None if the text is no plan."""
+        try:
+            return parse_plan(self.text)
+        except PlanError:
+            return None
+
+    @cached_property
+    def drawing(self) -> PlanDrawing:
+        """The plan's graph, also of a text that is no plan, with what is wrong at each call."""
+        return draw_plan(self.text, self.tools)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that is wrong with the plan, in words."""
+        calls = (f"step {step.number}: {p}" for step in self.drawing.steps for p in step.problems)
+        return (*self.drawing.problems, *calls)
+
+    def cost(self) -> str:
+        """Say in one line what it cost.
+
+        Returns:
+            For example `44 tokens in 0.9 s, prompt of 61 tokens (52 kept)`.
+        """
+        done = self.completion
+        cut = "; broken off by the limit, see --max-new-tokens"
+        return (
+            f"{done.new_tokens} tokens in {done.seconds:.1f} s, prompt of {done.prompt_tokens} "
+            f"tokens ({done.cached_tokens} kept){cut if done.stop_reason == 'length' else ''}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for a script or a page.
+
+        Returns:
+            What `json` can write.
+        """
+        done = self.completion
+        return {
+            "request": self.request,
+            "system_text": self.built.source,
+            "plan": self.text,
+            "view": self.drawing.to_json(),
+            "stop_reason": done.stop_reason,
+            "new_tokens": done.new_tokens,
+            "prompt_tokens": done.prompt_tokens,
+            "kept_tokens": done.cached_tokens,
+            "seconds": round(done.seconds, 3),
+        }
+
+
+class _BrokenOff(Exception):
+    """Raised inside an engine to end a plan that nobody reads any more."""
+
+
+class PlanStream:
+    """One plan being written: iterate over its pieces once, then ask for the result."""
+
+    def __init__(self, planner: Planner, request: str, built: BuiltPrompt) -> None:
+        """Prepare; the model starts when the first piece is asked for.
+
+        Args:
+            planner: Writes it.
+            request: What the user typed.
+            built: What the model is asked.
+        """
+        self.request = request
+        self.built = built
+        self.text = ""
+        """What has been written so far."""
+        self.result: PlannedRequest | None = None
+        """None until the last piece has been taken."""
+        self._planner = planner
+
+    def __iter__(self) -> Generator[str, None, None]:
+        """Write: pieces of text in order, and empty ones while the prompt is being read.
+
+        Close the generator when stopping early: other plans wait for that.
+        """
+        planner = self._planner
+        arrived: SimpleQueue[str | Completion | BaseException] = SimpleQueue()
+        left = threading.Event()
+
+        def on_token(_: int, piece: str) -> None:
+            if left.is_set():
+                raise _BrokenOff
+            arrived.put(piece)
+
+        def write() -> None:
+            try:
+                for _, completion in planner.engine.generate(
+                    [self.built.prompt],
+                    stop=planner.stop,
+                    max_new_tokens=planner.max_new_tokens,
+                    on_token=on_token,
+                ):
+                    arrived.put(completion)
+            except _BrokenOff:
+                pass
+            except BaseException as error:  # raised again where the pieces are read
+                arrived.put(error)
+
+        # Two plans at once would share one cache.
+        with planner.turn:
+            if planner.closed:
+                return
+            writing = planner.worker.submit(write)
+            try:
+                while not planner.closed:
+                    item = arrived.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    if isinstance(item, Completion):
+                        self.text = item.text
+                        self.result = PlannedRequest(
+                            request=self.request,
+                            built=self.built,
+                            completion=item,
+                            tools=planner.tools,
+                        )
+                        return
+                    self.text += item
+                    yield item
+            finally:
+                left.set()
+                writing.result()
+
+    @property
+    def drawing(self) -> PlanDrawing:
+        """The graph of what has been written so far."""
+        if self.result is not None:
+            return self.result.drawing
+        return draw_plan(self.text, self._planner.tools, finished=False)
+
+
+class Planner:
+    """A model with all it needs to answer requests with plans; `load` opens one."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: PromptBuilder,
+        *,
+        stop: str = END_OF_PLAN,
+        max_new_tokens: int = _MAX_NEW_TOKENS,
+        batch: int = 1,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Put it together.
+
+        Args:
+            engine: Writes the plans; it is closed with the planner.
+            prompts: Makes prompts of requests, and knows the tools.
+            stop: Text that ends a plan.
+            max_new_tokens: Where a plan is broken off.
+            batch: Requests that `plan_batch` answers together.
+            facts: What a user should know, by short names.
+        """
+        self.engine = engine
+        self.prompts = prompts
+        self.stop = stop
+        self.max_new_tokens = max_new_tokens
+        self.batch = batch
+        self.facts = dict(facts or {})
+        self.turn = threading.Lock()
+        """Held while plans are being written; requests of other threads wait for it."""
+        self.worker = ThreadPoolExecutor(1, "planner")
+        """Writes what is streamed."""
+        self.closed = False
+
+    @property
+    def tools(self) -> Mapping[str, Tool] | None:
+        """Tools that plans may call; None stands for TinyAgent's own."""
+        return self.prompts.tools
+
+    def plan(self, request: str, system: str | None = None) -> PlannedRequest:
+        """Answer one request.
+
+        Args:
+            request: What should be done.
+            system: A system text for this request alone; None leaves the choice to `prompts`.
+
+        Returns:
+            The request with its plan.
+
+        Raises:
+            ModelError: The prompt does not fit into the model's context.
+        """
+        return self._plan_all([(request, self.prompts.build(request, system))])[0]
+
+    def plan_batch(self, requests: Sequence[str]) -> list[PlannedRequest]:
+        """Answer many requests, several of them together.
+
+        Args:
+            requests: What should be done.
+
+        Returns:
+            The requests in their order, each with its plan.
+
+        Raises:
+            ModelError: A prompt does not fit into the model's context.
+        """
+        return self._plan_all([(request, self.prompts.build(request)) for request in requests])
+
+    def stream(self, request: str, system: str | None = None) -> PlanStream:
+        """Begin a plan whose text is taken piece by piece.
+
+        Args:
+            request: What should be done.
+            system: A system text for this request alone; None leaves the choice to `prompts`.
+
+        Returns:
+            The plan; nothing is computed before it is iterated over.
+        """
+        return PlanStream(self, request, self.prompts.build(request, system))
+
+    def close(self) -> None:
+        """Free the model; a plan under way, perhaps in another thread, ends with its next piece."""
+        self.closed = True
+        if self.turn.acquire(timeout=5):
+            self.turn.release()
+        self.worker.shutdown(wait=False)
+        self.engine.close()
+
+    def __enter__(self) -> Planner:
+        """Give the planner."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def _plan_all(self, asked: Sequence[tuple[str, BuiltPrompt]]) -> list[PlannedRequest]:
+        prompts = [built.prompt for _, built in asked]
+        with self.turn:
+            done = dict(
+                self.engine.generate(
+                    prompts, stop=self.stop, max_new_tokens=self.max_new_tokens, batch=self.batch
+                )
+            )
+        return [
+            PlannedRequest(request=request, built=built, completion=done[index], tools=self.tools)
+            for index, (request, built) in enumerate(asked)
+        ]
+
+
+@dataclass(frozen=True)
+class PlannerSource:
+    """The model that a user means, and the run that it belongs to."""
+
+    kind: Literal["adapter", "folder", "gguf"]
+    path: Path
+    run: Run | None
+
+
+_ENGINES: Mapping[str, tuple[EngineName, ...]] = {
+    "adapter": ("torch",),
+    "folder": ("torch", "vllm"),
+    "gguf": ("gguf",),
+}
+"""Engines that run each kind of model, that of `auto` first."""
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    engine: EngineName = "auto",
+    run: str | None = None,
+    runs: Path = Path("runs"),
+    system: str = "auto",
+    max_new_tokens: int | None = None,
+    threads: int | None = None,
+    batch: int = 8,
+) -> Planner:
+    """Open a planner.
+
+    Args:
+        source: A run (its name, its folder or `latest`), an adapter's folder, a merged folder or a
+            .gguf file; None is `run`, or the latest run.
+        engine: `auto` takes torch for adapters and folders, and llama.cpp for a .gguf file; `vllm`
+            runs a merged folder.
+        run: Run whose system texts and tools are used, for a model outside any run.
+        runs: Folder of all runs.
+        system: `nearest` takes for each request the system text of the run's most similar test
+            query, `first` that of the first one for all requests, `auto` the nearest where the test
+            file is there, and none elsewhere; anything else is a text file.
+        max_new_tokens: Tokens after which a plan is broken off; None takes the run's, or 300.
+        threads: CPU threads; None leaves it to torch or llama.cpp.
+        batch: Requests that `plan_batch` answers together; llama.cpp reserves memory for each.
+
+    Returns:
+        The planner; close it, or use it in a `with` statement.
+
+    Raises:
+        ConfigError: There is no such run, model or system text.
+        ModelError: The model cannot be loaded.
+    """
+    for name, value in (("max-new-tokens", max_new_tokens), ("threads", threads), ("batch", batch)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
+    found = find_source(source, run=run, runs=runs)
+    engines = _ENGINES[found.kind]
+    if engine != "auto" and engine not in engines:
+        raise ConfigError(
+            f"--engine {engine} with {found.path}",
+            f"this {found.kind} is run by {' or '.join(engines)}",
+            "leave --engine out",
+        )
+    config = found.run.config() if found.run else Config()
+    prompts = prompt_builder(system, found.run, plan_tools(config.data.catalogue))
+    facts = {"model": _shown(found.path), "system text": prompts.system.source}
+    if (named := prompts.describe_tools()) is not None:
+        facts["it names"] = f"{named}; for others: --system nearest or FILE"
+    chosen = engines[0] if engine == "auto" else engine
+    opened, facts["engine"] = _open_engine(chosen, found, config, threads, batch)
+    limit = max_new_tokens or (config.eval.max_new_tokens if found.run else _MAX_NEW_TOKENS)
+    return Planner(opened, prompts, max_new_tokens=limit, batch=batch, facts=facts)
+
+
+def find_source(
+    source: str | Path | None = None, *, run: str | None = None, runs: Path = Path("runs")
+) -> PlannerSource:
+    """Find the model that is meant; arguments as in `load`.
+
+    Args:
+        source: Names it.
+        run: Run for a model outside any run.
+        runs: Folder of all runs.
+
+    Returns:
+        The model and the run that it belongs to.
+
+    Raises:
+        ConfigError: There is no such run or model, or the arguments contradict each other.
+    """
+    named = None if run is None else find_run(run, runs)
+    if source is None:
+        meant = named or find_run("latest", runs)
+        return PlannerSource("adapter", meant.find_adapter("best"), meant)
+    path = Path(source)
+    if isinstance(source, str) and (runs / source / "config.yaml").exists():
+        path = runs / source
+    own = Run(path.resolve()) if (path / "config.yaml").exists() else _run_around(path)
+    if named and own and named.path != own.path:
+        raise ConfigError(
+            f"model {path} with run {run}",
+            f"the model lies in run {own.path.name}, and comes with that one's prompts",
+            "leave --run out, or name another text with --system FILE",
+        )
+    run_or_none = own or named
+    if path.suffix == ".gguf":
+        return PlannerSource("gguf", path, run_or_none)
+    if own and own.path == path.resolve():
+        return PlannerSource("adapter", own.find_adapter("best"), own)
+    if (path / "adapter_config.json").exists():
+        if run_or_none is None:
+            raise ConfigError(
+                f"model {path}",
+                "it is an adapter outside a run's folder, so its base and prompts are not known",
+                "name its run with --run",
+            )
+        return PlannerSource("adapter", path, run_or_none)
+    if (path / "config.json").exists():
+        return PlannerSource("folder", path, run_or_none)
+    raise ConfigError(
+        f"model {path}",
+        f"it is no run under {runs}/, no .gguf file, and no folder with config.yaml (a run), "
+        "adapter_config.json (an adapter) or config.json (a merged model)",
+        "name one of these",
+    )
+
+
+def _run_around(path: Path) -> Run | None:
+    """Find the run whose folder a file or folder lies in."""
+    parents = path.resolve().parents[:4]
+    return next((Run(folder) for folder in parents if (folder / "config.yaml").exists()), None)
+
+
+def _shown(path: Path) -> str:
+    """Name a path from here where it lies here."""
+    here = Path.cwd()
+    whole = path.resolve()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
+
+
+def _open_engine(
+    name: EngineName, source: PlannerSource, config: Config, threads: int | None, batch: int
+) -> tuple[Engine, str]:
+    """Load the model; the second value says what runs it."""
+    if name == "gguf":
+        from tinyagent_fast.inference.llama_cpp import (
+            LlamaCppEngine,
+            LlamaCppSettings,
+            LlamaServer,
+        )
+
+        settings = LlamaCppSettings(
+            model=source.path,
+            slots=batch,
+            context_tokens_per_slot=_CONTEXT_TOKENS,
+            threads=threads,
+        )
+        server = LlamaServer(settings)
+        said = f"llama.cpp, context of {server.context_tokens} tokens"
+        return LlamaCppEngine(server), said
+    model, base, adapter = model_in_torch(source, config)
+    from tinyagent_fast.models.libraries import prepare_libraries
+
+    prepare_libraries(model)
+    if name == "vllm":
+        from tinyagent_fast.inference.vllm import VllmEngine
+        from tinyagent_fast.prompts.tokenizers import load_tokenizer
+        from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+        tokenizer = PromptTokenizer(load_tokenizer(source.path), model.prompt_format)
+        return VllmEngine(source.path, tokenizer, context_tokens=_CONTEXT_TOKENS), "vLLM"
+    from transformers.utils.logging import disable_progress_bar
+
+    from tinyagent_fast.inference.torch_engine import TorchEngine
+    from tinyagent_fast.models.loading import load_for_generation
+
+    disable_progress_bar()
+    loaded = load_for_generation(replace(config, model=model), base, adapter)
+    notes = "".join(f"; {note}" for note in loaded.notes)
+    said = f"{loaded.backend} on {loaded.device}, {loaded.compute_dtype}{notes}"
+    return TorchEngine(loaded, threads=threads), said
+
+
+def model_in_torch(source: PlannerSource, config: Config) -> tuple[ModelConfig, str, Path | None]:
+    """Say how an adapter or a merged folder is loaded.
+
+    Args:
+        source: The adapter or folder.
+        config: Its run's config, or a plain one.
+
+    Returns:
+        The model's config, the base's folder or hub name, and the adapter put on it. The backend is
+        plain transformers, which keeps keys and values from request to request.
+    """
+    if source.kind == "folder":
+        return _merged_model(source), str(source.path), None
+    assert source.run is not None
+    base = source.run.base_of(config)
+    return replace(config.model, backend="transformers"), base, source.path
+
+
+def _merged_model(source: PlannerSource) -> ModelConfig:
+    """Tell a merged folder's precision and prompt format from what lies in and beside it."""
+    try:
+        content = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        dtype = str(content.get("dtype") or content.get("torch_dtype"))
+    except (ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{source.path}/config.json", f"it is no JSON object: {error}", "copy the folder again"
+        ) from error
+    return ModelConfig(
+        base=str(source.path),
+        backend="transformers",
+        weights=_WEIGHTS.get(dtype, "bf16"),
+        prompt_format=_prompt_format(source),
+    )
+
+
+def _prompt_format(source: PlannerSource) -> PromptFormat:
+    record = source.path.resolve().parent / "export.json"
+    if record.exists():
+        known: PromptFormat = json.loads(record.read_text(encoding="utf-8"))["prompt_format"]
+        return known
+    if source.run is not None:
+        return source.run.config().model.prompt_format
+    has_template = (source.path / "chat_template.jinja").exists()
+    return "chat" if has_template else "alpaca"

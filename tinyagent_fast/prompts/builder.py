@@ -1,0 +1,254 @@
+"""A request becomes the prompt that a planner is asked, and a prompt is read back into its parts.
+
+Published data carries tools and examples in its system texts, so a planner is only tried fairly
+with one of those: a file, or texts of the run's own test queries. Whatever else chooses tools for a
+request, such as a retriever, is one more `Retriever`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.plans.tools import TINYAGENT, Tool
+from tinyagent_fast.prompts.templates import render_prompt
+from tinyagent_fast.runs import Run
+
+if TYPE_CHECKING:
+    from tinyagent_fast.data.schema import Example
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+_WORD = re.compile(r"\w+")
+_LISTED_TOOLS = 6
+_DEFAULT_QUESTION = ("Question: ", "")
+
+
+@dataclass(frozen=True)
+class SystemText:
+    """A system text, or None for prompts without one, and where it comes from in words."""
+
+    text: str | None
+    source: str
+
+
+Retriever = Callable[[str], SystemText]
+"""Chooses the system text, and with it the tools that it names, by the request."""
+
+
+@dataclass(frozen=True)
+class BuiltPrompt:
+    """A prompt, and where its system text comes from."""
+
+    prompt: Prompt
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptParts:
+    """What a prompt says."""
+
+    system: str | None
+    request: str
+    """The user text without what stands around every request of the run's data."""
+    tools: tuple[str, ...]
+    """Names of the tools that the system text has, in the order of the catalogue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBuilder:
+    """Makes prompts of requests, and reads them."""
+
+    system: SystemText
+    """For every request; with `retrieve` only its source counts, which says how that chooses."""
+    retrieve: Retriever | None = None
+    """Chooses the system text by the request."""
+    question: tuple[str, str] = _DEFAULT_QUESTION
+    """What stands before and after a request in the user text, as in the run's data."""
+    tools: Mapping[str, Tool] | None = None
+    """All tools by name; None stands for TinyAgent's own."""
+
+    def build(self, request: str, system: str | None = None) -> BuiltPrompt:
+        """Make the prompt of a request.
+
+        Args:
+            request: What the user typed.
+            system: A system text for this request alone; None leaves the choice to the builder.
+
+        Returns:
+            The prompt.
+        """
+        before, after = self.question
+        if system is not None:
+            chosen = SystemText(system, "a text given with the request")
+        else:
+            chosen = self.system if self.retrieve is None else self.retrieve(request)
+        prompt = Prompt(system=chosen.text, user=f"{before}{request}{after}")
+        return BuiltPrompt(prompt, chosen.source)
+
+    def read(self, prompt: Prompt) -> PromptParts:
+        """Take a prompt apart: one that was built here, or that of an example of the run's data.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            Its parts; a user text of another form is the request as it is.
+        """
+        before, after = self.question
+        request = prompt.user
+        if request.startswith(before) and request.endswith(after):
+            request = request.removeprefix(before).removesuffix(after)
+        return PromptParts(
+            system=prompt.system, request=request, tools=self._tools_named(prompt.system)
+        )
+
+    def describe_tools(self) -> str | None:
+        """Say which tools the system text of every request names, as plans should call no others.
+
+        Returns:
+            For example `3 tools (get_phone_number, reply_to_email, create_note)`; None if the text
+            differs from request to request, or there is none.
+        """
+        if self.system.text is None:
+            return None
+        found = self._tools_named(self.system.text)
+        if not found:
+            return "no tool of the catalogue"
+        shown = ", ".join(found[:_LISTED_TOOLS]) + ", ..." * (len(found) > _LISTED_TOOLS)
+        return f"{len(found)} tool{'s' * (len(found) != 1)} ({shown})"
+
+    def _tools_named(self, system: str | None) -> tuple[str, ...]:
+        named = set(_WORD.findall(system or ""))
+        return tuple(n for n in (TINYAGENT if self.tools is None else self.tools) if n in named)
+
+
+class NearestQuery:
+    """Retrieves the system text of the test query most like a request.
+
+    Alike are queries with words in common, rare ones counting more.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        """Index queries.
+
+        Args:
+            examples: At least one.
+        """
+        self.examples = examples
+        self._words = [_words(example.query) for example in examples]
+        counts: dict[str, int] = {}
+        for words in self._words:
+            for word in words:
+                counts[word] = counts.get(word, 0) + 1
+        self._weights = {
+            word: math.log(1 + len(examples) / count) ** 2 for word, count in counts.items()
+        }
+
+    def __call__(self, request: str) -> SystemText:
+        """Give the text of the nearest query, the first of several that are equally near."""
+        words = _words(request)
+        scores = [self._likeness(words, other) for other in self._words]
+        example = self.examples[scores.index(max(scores))]
+        return SystemText(example.system, f"that of the test query {example.query!r}")
+
+    def _likeness(self, words: set[str], other: set[str]) -> float:
+        """Compare two sets of words by the cosine of their weights."""
+        sizes = self._weight(words) * self._weight(other)
+        return self._weight(words & other) / math.sqrt(sizes) if sizes else 0.0
+
+    def _weight(self, words: set[str]) -> float:
+        return sum(self._weights.get(word, 0.0) for word in words)
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.lower()))
+
+
+def prompt_builder(
+    system: str = "auto", run: Run | None = None, tools: Mapping[str, Tool] | None = None
+) -> PromptBuilder:
+    """Make the builder that a user asked for.
+
+    Args:
+        system: `nearest`, `first`, a text file, or `auto`: nearest where there is a test file.
+        run: The run whose test file has the texts; None if the model lies in no run.
+        tools: All tools by name; None stands for TinyAgent's own.
+
+    Returns:
+        The builder.
+
+    Raises:
+        ConfigError: The file cannot be read, or `nearest` has no test file to search.
+    """
+    file, examples = (None, ()) if run is None else _test_examples(run)
+    question = _question(examples[0]) if examples else _DEFAULT_QUESTION
+    retrieve: Retriever | None = None
+    if system not in ("auto", "first", "nearest"):
+        text = SystemText(_read(Path(system)), f"file {system}")
+    elif examples and system == "first":
+        text = SystemText(examples[0].system, f"that of the first test query of {file}")
+    elif examples:
+        source = f"that of the most similar test query of {file}, for each request"
+        text, retrieve = SystemText(None, source), NearestQuery(examples)
+    else:
+        missing = f"the run's test file {file} is not here" if file else "no test file is known"
+        if system == "nearest":
+            fix = "name a run with --run, or a --system FILE"
+            raise ConfigError("--system nearest", missing, fix)
+        advice = "name a --system FILE for a planner that was trained with one"
+        text = SystemText(None, f"none: {missing}; {advice}")
+    return PromptBuilder(system=text, retrieve=retrieve, question=question, tools=tools)
+
+
+def encode_prompts(
+    tokenizer: PromptTokenizer, prompts: Iterable[Prompt | Example]
+) -> list[list[int]]:
+    """Encode prompts, exactly as training rows begin.
+
+    Args:
+        tokenizer: It holds the prompt format.
+        prompts: What will be completed.
+
+    Returns:
+        Token ids of each prompt.
+    """
+    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    return tokenizer.encode_prompts(
+        [render_prompt(p.system, p.user, tokenizer.prompt_format, chat) for p in prompts]
+    )
+
+
+def _test_examples(run: Run) -> tuple[Path | None, Sequence[Example]]:
+    """Read the plans of a run's test file, if it is there; none is generated for this."""
+    from tinyagent_fast.data.cache import cache_folder, load_examples
+
+    config = run.config()
+    path = run.test_file()
+    if path is None or not path.exists():
+        return path, ()
+    table = load_examples(
+        path, on_bad_entry=config.data.on_bad_entry, cache_dir=cache_folder(), points="plan"
+    )
+    return path, table
+
+
+def _question(example: Example) -> tuple[str, str]:
+    before, found, after = example.user.partition(example.query)
+    return (before, after) if found else _DEFAULT_QUESTION
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--system {path}",
+            f"it cannot be read as text: {error}",
+            "name a UTF-8 text file, or `auto`, `nearest` or `first`",
+        ) from error
