@@ -29,7 +29,10 @@ from tinyagent_fast.runs import create_run
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *DOCS]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")),
+    *DOCS,
+]
 PLAN = '1. get_email_address("Sid")\n2. join()'
 GPU_PRESETS = ("t4", "l4", "a100", "paper", "seed")
 CHEAP = ("data generate", "data check", "memory", "score", "compare", "report")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "trl", "peft", "numpy")
@@ -248,3 +249,14 @@ def test_project_files_are_the_sources_and_not_the_products() -> None:
     assert "tinyagent_fast/data/generation/tinyagent.yaml" in names
     products = ("runs/", ".venv/", "data/generated/", ".git/", ".cache/")
     assert not [name for name in names if name.startswith(products) or "__pycache__" in name]
+
+
+def test_the_pre_commit_hooks_are_the_checks_of_make_lint() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (local,) = hooks["repos"]
+    assert local["repo"] == "local"  # needs no network
+    words = ["make", "--dry-run", "lint", "VENV=.venv"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = done.stdout.strip().splitlines()[-1].split(" && ")
+    assert [hook["entry"] for hook in local["hooks"]] == commands
+    assert all(hook["pass_filenames"] is False for hook in local["hooks"])
