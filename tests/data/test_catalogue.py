@@ -185,8 +185,7 @@ def test_a_full_prompt_shows_signature_and_description_of_every_tool(
     write: Callable[[object], Path],
 ) -> None:
     catalogue = load_catalogue(write(OWN))
-    names = [tool.name for tool in catalogue.tools]
-    prompt = full_planner_prompt(catalogue, names, [], random.Random(0))
+    prompt = full_planner_prompt(catalogue, [], random.Random(0))
     for line in (
         "1. find_bed(plant: str) -> str\n - Gives the bed in which a plant grows.\n",
         "3. water(taps: list[str], litres: int, slowly: bool, remark: str) -> str\n"

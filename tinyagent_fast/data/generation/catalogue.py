@@ -1,27 +1,34 @@
-"""Tool catalogues: a YAML file that says which tools exist and how people ask for them."""
+"""Tool catalogues: a YAML file that says which tools exist and how people ask for them.
+
+A catalogue is checked whole when it is loaded, so that generation cannot fail half-way or write a
+plan that says something wrong.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.data.generation.rules import SLOT, catalogue_problems
+from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.plans.tools import PARAMETER_TYPES, Parameter, Tool, signature
+from tinyagent_fast.plans.grammar import references
+from tinyagent_fast.plans.tools import JOIN, PARAMETER_TYPES, Parameter, Tool, accepts, signature
 from tinyagent_fast.strict_yaml import load_yaml
 
 BUILT_IN_CATALOGUE = Path(__file__).with_name("tinyagent.yaml")
 REQUIRED = object()
 """Marks a parameter without a default."""
 
-_DOCUMENT_KEYS = ("name", "tools", "values")
-_TOOL_KEYS = ("name", "parameters", "returns", "mention", "phrases", "description", "weight")
-_PARAMETER_KEYS = ("name", "type", "value", "follows", "from", "as", "default", "nullable")
+_NAME = re.compile(r"[^\W\d]\w*")
+_SLOT = re.compile(r"\{(\w+)(:literal)?\}")
+_OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +72,7 @@ class CatalogueTool:
         return signature(self.plan_tool())
 
     def plan_tool(self) -> Tool:
-        """Give the tool as the scorer knows it: name, parameters and their types.
-
-        Returns:
-            The tool without phrases.
-        """
+        """Give the tool as the scorer knows it: name, parameters and their types."""
         parameters = tuple(Parameter(p.name, p.type, nullable=p.nullable) for p in self.parameters)
         return Tool(self.name, parameters, description=self.description)
 
@@ -96,7 +99,7 @@ class Catalogue:
         for _ in lengths:
             for tool in self.tools:
                 if tool.mention is not None:
-                    named = {match[1] for match in SLOT.finditer(tool.mention)}
+                    named = {match[1] for match in _SLOT.finditer(tool.mention)}
                     slots = [p for p in tool.parameters if p.name in named]
                     lengths[tool.name] = max((self._calls(p, lengths) for p in slots), default=0)
         return lengths
@@ -109,15 +112,15 @@ class Catalogue:
         if parameter.value is not None:
             return 0
         providers = [tool for kind in parameter.sources for tool in self.providers(kind)]
-        # Without any provider the rules report the slot, and it is no part of a circle.
+        # Without any provider the checks report the slot, and it is no part of a circle.
         return min((1 + lengths[tool.name] for tool in providers), default=0)
 
 
-def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
-    """Read a catalogue and check it whole, so that generation cannot fail half-way.
+def load_catalogue(path: Path | None = None) -> Catalogue:
+    """Read a catalogue and check it whole.
 
     Args:
-        path: A YAML file as described in data/README.md.
+        path: A YAML file as described in data/README.md; None takes TinyAgent's own tools.
 
     Returns:
         The checked catalogue.
@@ -125,6 +128,7 @@ def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
     Raises:
         DataError: The file is missing, no YAML, or breaks a rule; all problems are listed.
     """
+    path = path or BUILT_IN_CATALOGUE
     try:
         document = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -137,7 +141,7 @@ def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
         ) from error
     problems: list[str] = []
     catalogue = _read_document(document, path, problems)
-    problems += catalogue_problems(catalogue)
+    problems += _catalogue_problems(catalogue)
     if problems:
         raise DataError(
             f"tool catalogue {path} has {len(problems)} problem(s)",
@@ -148,13 +152,10 @@ def load_catalogue(path: Path = BUILT_IN_CATALOGUE) -> Catalogue:
 
 
 def plan_tools(path: Path | None) -> Mapping[str, Tool] | None:
-    """Give the tools that plans may call.
+    """Give the tools that plans may call, by name.
 
     Args:
-        path: A catalogue, or None.
-
-    Returns:
-        The catalogue's tools by name; None stands for TinyAgent's own.
+        path: A catalogue; None stands for TinyAgent's own tools, which are None here too.
 
     Raises:
         DataError: The catalogue cannot be used.
@@ -164,18 +165,75 @@ def plan_tools(path: Path | None) -> Mapping[str, Tool] | None:
     return {tool.name: tool.plan_tool() for tool in load_catalogue(path).tools}
 
 
+# --- from YAML to the dataclasses: every key has a right type
+
+
+class _Mapping:
+    """One mapping of the file; what is wrong with a key becomes a problem with its place."""
+
+    def __init__(
+        self, raw: Mapping[str, Any], where: str, known: Sequence[str], problems: list[str]
+    ) -> None:
+        self.raw, self.where, self.problems = raw, where, problems
+        for key in raw:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+                problems.append(f"{where}: unknown key `{key}`{hint}")
+
+    def wrong(self, key: str, wanted: str) -> None:
+        self.problems.append(f"{self.where}.{key}: must be {wanted}")
+
+    def line(self, key: str) -> str | None:
+        """Return one line of text, or None where the key is absent."""
+        value = self.raw.get(key)
+        if value is None or (isinstance(value, str) and value.strip() and "\n" not in value):
+            return value
+        self.wrong(key, f"one line of text, got {value!r}")
+        return None
+
+    def texts(
+        self, key: str, wanted: str, *, default: tuple[str, ...] | None = None, holds: str = ""
+    ) -> tuple[str, ...]:
+        """Return a list of texts that all hold something; the key must be there without default."""
+        value = self.raw.get(key)
+        if key not in self.raw and default is not None:
+            return default
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(text, str) and text.strip() and holds in text for text in value)
+        ):
+            return tuple(value)
+        self.wrong(key, wanted)
+        return default or ()
+
+    def text_or_texts(self, key: str, wanted: str) -> tuple[str, ...]:
+        """Return a list of texts that may be written as one text, or be absent."""
+        value = self.raw.get(key)
+        if isinstance(value, str) and value.strip():
+            return (value,)
+        return self.texts(key, wanted, default=())
+
+
+def _named(raw: Any) -> bool:
+    return isinstance(raw, dict) and isinstance(raw.get("name"), str)
+
+
 def _read_document(document: Any, path: Path, problems: list[str]) -> Catalogue:
     tools = document.get("tools") if isinstance(document, dict) else None
     if not isinstance(tools, list) or not tools:
         problems.append("the top level must be a mapping with a list `tools` that is not empty")
         return Catalogue(path.stem, ())
-    _unknown_keys(document, _DOCUMENT_KEYS, "the top level", problems)
-    read = [_read_tool(raw, index, problems) for index, raw in enumerate(tools)]
-    return Catalogue(
-        str(document.get("name", path.stem)),
-        tuple(tool for tool in read if tool is not None),
-        _read_words(document.get("values"), problems),
-    )
+    _Mapping(document, "the top level", ("name", "tools", "values"), problems)
+    read = []
+    for index, raw in enumerate(tools):
+        if _named(raw):
+            read.append(_read_tool(raw, problems))
+        else:
+            problems.append(f"tools[{index}]: must be a mapping with a `name`")
+    words = _read_words(document.get("values"), problems)
+    return Catalogue(str(document.get("name", path.stem)), tuple(read), words)
 
 
 def _read_words(raw: Any, problems: list[str]) -> dict[str, tuple[str | int, ...]]:
@@ -200,91 +258,188 @@ def _read_words(raw: Any, problems: list[str]) -> dict[str, tuple[str | int, ...
     return words
 
 
-def _read_tool(raw: Any, index: int, problems: list[str]) -> CatalogueTool | None:
-    if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
-        problems.append(f"tools[{index}]: must be a mapping with a `name`")
-        return None
-    where = raw["name"]
-    _unknown_keys(raw, _TOOL_KEYS, where, problems)
-    if not _is_list_of_texts(raw.get("phrases")):
-        problems.append(f"{where}.phrases: must be a list of sentences that is not empty")
-    parameters = [] if raw.get("parameters") is None else raw["parameters"]
+def _read_tool(raw: dict[str, Any], problems: list[str]) -> CatalogueTool:
+    known = [f.name for f in fields(CatalogueTool)]
+    tool = _Mapping(raw, raw["name"], known, problems)
+    parameters = raw.get("parameters") or []
     if not isinstance(parameters, list):
-        problems.append(f"{where}.parameters: must be a list")
+        tool.wrong("parameters", "a list")
         parameters = []
-    description = raw.get("description", [])
-    description = [description] if isinstance(description, str) else description
-    if description and not _is_list_of_texts(description):
-        problems.append(f"{where}.description: must be a text or a list of texts")
+    if not all(map(_named, parameters)):
+        problems.append(f"{tool.where}.parameters: each must be a mapping with a `name`")
     weight = raw.get("weight", 1)
     if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-        problems.append(f"{where}.weight: must be a number of 0 or more, got {weight!r}")
+        tool.wrong("weight", f"a number of 0 or more, got {weight!r}")
         weight = 1
-    mention = _text(raw, "mention", where, problems)
-    read = [_read_parameter(p, where, problems) for p in parameters]
     return CatalogueTool(
-        name=where,
-        parameters=tuple(p for p in read if p is not None),
-        returns=_text(raw, "returns", where, problems) or "",
-        mention=mention,
-        phrases=tuple(raw["phrases"]) if _is_list_of_texts(raw.get("phrases")) else (),
-        description=tuple(description) if _is_list_of_texts(description) else (),
+        name=tool.where,
+        phrases=tool.texts("phrases", "a list of sentences that is not empty"),
+        description=tool.text_or_texts("description", "a text or a list of texts"),
+        mention=tool.line("mention"),
+        returns=tool.line("returns") or "",
+        parameters=tuple(_read_parameter(p, tool.where, problems) for p in parameters if _named(p)),
         weight=float(weight),
     )
 
 
-def _read_parameter(raw: Any, tool: str, problems: list[str]) -> SlotParameter | None:
-    if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
-        problems.append(f"{tool}.parameters: each must be a mapping with a `name`")
-        return None
-    where = f"{tool}.{raw['name']}"
-    _unknown_keys(raw, _PARAMETER_KEYS, where, problems)
+def _read_parameter(raw: dict[str, Any], tool: str, problems: list[str]) -> SlotParameter:
+    known = ("name", "type", "value", "follows", "from", "as", "default", "nullable")
+    parameter = _Mapping(raw, f"{tool}.{raw['name']}", known, problems)
     type_name = raw.get("type")
     if type_name not in PARAMETER_TYPES:
-        problems.append(f"{where}.type: must be one of {', '.join(PARAMETER_TYPES)}")
+        parameter.wrong("type", f"one of {', '.join(PARAMETER_TYPES)}")
         type_name = "str"
-    sources = raw.get("from", [])
-    sources = [sources] if isinstance(sources, str) else sources
-    if "from" in raw and not _is_list_of_texts(sources):
-        problems.append(f"{where}.from: must be a kind of result, or a list of them")
-        sources = []
-    embed = raw.get("as", ["{}"])
-    if not _is_list_of_texts(embed) or any("{}" not in text for text in embed):
-        problems.append(f"{where}.as: must be a list of texts that contain {{}}")
-        embed = ["{}"]
-    if not isinstance(raw.get("nullable", False), bool):
-        problems.append(f"{where}.nullable: must be true or false")
+    nullable = raw.get("nullable", False)
+    if not isinstance(nullable, bool):
+        parameter.wrong("nullable", "true or false")
     return SlotParameter(
         name=raw["name"],
         type=type_name,
-        value=_text(raw, "value", where, problems),
-        follows=_text(raw, "follows", where, problems),
-        sources=tuple(sources),
-        embed=tuple(embed),
+        value=parameter.line("value"),
+        follows=parameter.line("follows"),
+        sources=parameter.text_or_texts("from", "a kind of result, or a list of them"),
+        embed=parameter.texts("as", "a list of texts that contain {}", default=("{}",), holds="{}"),
         default=raw.get("default", REQUIRED),
-        nullable=raw.get("nullable") is True,
+        nullable=nullable is True,
     )
 
 
-def _is_list_of_texts(raw: Any) -> bool:
-    return (
-        isinstance(raw, list) and bool(raw) and all(isinstance(t, str) and t.strip() for t in raw)
-    )
+# --- what holds between tools, parameters, phrases and values
 
 
-def _text(raw: Mapping[str, Any], key: str, where: str, problems: list[str]) -> str | None:
-    value = raw.get(key)
-    if value is None or (isinstance(value, str) and value.strip() and "\n" not in value):
-        return value
-    problems.append(f"{where}.{key}: must be one line of text, got {value!r}")
+def _catalogue_problems(catalogue: Catalogue) -> list[str]:
+    """Check all that holds between the parts; parts that could not be read are left out of it."""
+    problems = []
+    if catalogue.tools and not any(tool.weight > 0 for tool in catalogue.tools):
+        problems.append("every tool has weight 0, so none would ever be asked for")
+    problems += [f"{name}: defined twice" for name in _repeated(t.name for t in catalogue.tools)]
+    if "end" in catalogue.words:
+        problems.append("values.end: the name stands for the end of an event; take another one")
+    problems += [
+        f"values.{kind}: {word!r} would be read as the result of a call; write no $ and digits"
+        for kind, words in catalogue.words.items()
+        for word in words
+        if references([word])
+    ]
+    for tool in catalogue.tools:
+        if not _NAME.fullmatch(tool.name) or tool.name == JOIN:
+            problems.append(
+                f"{tool.name}: a name is a word of letters, digits and _, and not `{JOIN}`"
+            )
+        twice = _repeated(p.name for p in tool.parameters)
+        problems += [f"{tool.name}.{name}: defined twice" for name in twice]
+        for parameter in tool.parameters:
+            where = f"{tool.name}.{parameter.name}"
+            found = _parameter_problems(catalogue, tool, parameter)
+            problems += [f"{where}{problem}" for problem in found]
+        for phrase in (*tool.phrases, *([tool.mention] if tool.mention else [])):
+            problems += [
+                f"{tool.name}: phrase {phrase!r} {problem}"
+                for problem in _phrase_problems(tool, phrase)
+            ]
+    return problems
+
+
+def _parameter_problems(
+    catalogue: Catalogue, tool: CatalogueTool, parameter: SlotParameter
+) -> list[str]:
+    problems = []
+    if not _NAME.fullmatch(parameter.name):
+        problems.append(": a name is a word of letters, digits and _")
+    problem = _value_problem(catalogue, tool, parameter)
+    if problem:
+        problems.append(problem)
+    for kind in parameter.sources:
+        if not catalogue.providers(kind):
+            kinds = {t.returns for t in catalogue.tools if t.mention is not None}
+            problems.append(f".from: no tool with a `mention` returns {kind!r}{_hint(kind, kinds)}")
+    if parameter.sources and catalogue.calls_before(parameter) == math.inf:
+        problems.append(
+            ".from: its providers need one another in a circle, so no plan can begin; "
+            "give a parameter of the circle a `value`"
+        )
+    if parameter.embed != ("{}",) and (parameter.type != "str" or not parameter.sources):
+        problems.append(".as: only for parameters of type str that have `from`")
+    if references(text.replace("{}", "") for text in parameter.embed):
+        problems.append(".as: has a $ and digits, which name the result of a call")
+    if parameter.default is not REQUIRED and parameter.value != "end":
+        known = Parameter("p", parameter.type, nullable=parameter.nullable)
+        if not accepts(known, parameter.default) or references([parameter.default]):
+            wanted = f"of type {parameter.type}" + ("" if parameter.nullable else " and not null")
+            problems.append(f".default: must be {wanted}, got {parameter.default!r}")
+    return problems
+
+
+def _value_problem(
+    catalogue: Catalogue, tool: CatalogueTool, parameter: SlotParameter
+) -> str | None:
+    value, known = parameter.value, {*catalogue.words, *BUILT_IN_VALUES, "end"}
+    if value == "end":
+        start = next((p for p in tool.parameters if p.name == parameter.follows), None)
+        if start is None:
+            return ".follows: must name the parameter that holds the start"
+        if (
+            (start.value, start.type, start.sources, parameter.type) != ("start", "str", (), "str")
+            or start.may_be_left_out
+            or "start" in catalogue.words
+        ):
+            return (
+                f".follows: both must be of type str, and {start.name!r} must have the "
+                "built-in value `start`, no `from` and no default"
+            )
+        return None
+    if parameter.follows is not None:
+        return ".follows: only goes with `value: end`"
+    if value is None:
+        return None
+    if value not in known:
+        near = _hint(value, known)
+        return f".value: unknown kind {value!r}{near}; known: {', '.join(sorted(known))}"
+    words = catalogue.words.get(value)
+    is_number = isinstance(words[0], int) if words else value in INTEGER_KINDS
+    if is_number != (parameter.type == "int") or parameter.type == "bool":
+        made = "numbers" if is_number else "texts"
+        return f".value: {value!r} gives {made}, which are no {parameter.type}"
     return None
 
 
-def _unknown_keys(
-    raw: Mapping[str, Any], known: tuple[str, ...], where: str, problems: list[str]
-) -> None:
-    for key in raw:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
-            problems.append(f"{where}: unknown key `{key}`{hint}")
+def _phrase_problems(tool: CatalogueTool, phrase: str) -> list[str]:
+    problems = []
+    always_text = _OPTIONAL.sub("", phrase)
+    if re.search(r"[\[\]]", always_text):
+        problems.append("has unbalanced or nested brackets")
+    if re.search(r"[{}]", _SLOT.sub("", phrase)):
+        problems.append("has a brace that is no {slot} and no {slot:literal}")
+    if not always_text.strip():
+        problems.append("has nothing outside its optional parts")
+    names = [p.name for p in tool.parameters]
+    slots = [match[1] for match in _SLOT.finditer(phrase)]
+    literal = [match[1] for match in _SLOT.finditer(phrase) if match[2]]
+    always = [match[1] for match in _SLOT.finditer(always_text)]
+    problems += [f"names {{{slot}}} twice" for slot in _repeated(slots)]
+    problems += [
+        f"names no parameter {slot!r}{_hint(slot, names)}"
+        for slot in sorted(set(slots) - set(names))
+    ]
+    for parameter in tool.parameters:
+        slot = f"{{{parameter.name}}}"
+        if not parameter.may_be_left_out and parameter.name not in always:
+            problems.append(f"leaves out {slot}, which has no default")
+        if parameter.name not in slots:
+            continue
+        if parameter.value == "end":
+            problems.append(f"names {slot}, which follows from another parameter")
+        elif parameter.value is None and not parameter.sources:
+            problems.append(f"names {slot}, which has neither `value` nor `from`")
+        elif parameter.value is None and parameter.name in literal:
+            problems.append(f"wants a literal {slot}, which has no `value`")
+    return problems
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

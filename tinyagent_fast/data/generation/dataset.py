@@ -6,7 +6,7 @@ import json
 import os
 import random
 import uuid
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from tinyagent_fast.data.generation.prompts import (
     joiner_prompt,
     short_planner_prompt,
 )
-from tinyagent_fast.data.generation.queries import SINGLE_CALLS, Call, Mix, Request, write_request
+from tinyagent_fast.data.generation.queries import SINGLE_CALLS, Mix, Request, write_request
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.grammar import render_call
@@ -132,29 +132,13 @@ def generate_entries(
     Raises:
         DataError: No new query came out of many attempts.
     """
+    writer = _EntryWriter(catalogue, spec, rng, frozenset(taken))
     mix = SINGLE_CALLS if spec.single_calls else Mix(max_calls=spec.max_calls)
-    held_out = frozenset(taken)
     for done in range(count):
         asked = f"{count} queries asked for, {done} different ones found"
-        request = _new_request(catalogue, mix, rng, taken.__contains__, asked)
-        query = normalise_query(request.query)
-        taken.add(query)
-        yield _key(rng), _entry(catalogue, spec, request, held_out, rng)
-
-
-def _new_request(
-    catalogue: Catalogue, mix: Mix, rng: random.Random, is_taken: Callable[[str], bool], asked: str
-) -> Request:
-    """Write a request whose query is new by the measure of splits and leak reports."""
-    for _ in range(_MAX_REPEATS):
-        request = write_request(catalogue, mix, rng)
-        if not is_taken(normalise_query(request.query)):
-            return request
-    raise DataError(
-        asked,
-        f"catalogue {catalogue.name!r} has too few phrases and values for more",
-        "ask for fewer entries, or add phrases and values to the catalogue",
-    )
+        request = writer.new_request(mix, taken.__contains__, asked)
+        taken.add(normalise_query(request.query))
+        yield writer.uuid().hex, writer.entry(request)
 
 
 def _write_object(
@@ -169,122 +153,103 @@ def _write_object(
     write("\n}\n")
 
 
-def _key(rng: random.Random) -> str:
-    return uuid.UUID(int=rng.getrandbits(128), version=4).hex
+@dataclass(frozen=True)
+class _EntryWriter:
+    """Writes entries; the order in which it draws from `rng` is part of what a seed stands for."""
 
+    catalogue: Catalogue
+    spec: GenerationSpec
+    rng: random.Random
+    held_out: frozenset[str]
 
-def _entry(
-    catalogue: Catalogue,
-    spec: GenerationSpec,
-    request: Request,
-    held_out: Set[str],
-    rng: random.Random,
-) -> dict[str, Any]:
-    tool_names = _retrieved_tools(catalogue, request, rng)
-    if spec.prompt_style == "short":
-        system = short_planner_prompt(tool_names)
-    else:
-        examples = [
-            _example(catalogue, request, held_out, rng) for _ in range(_EXAMPLES_PER_PROMPT)
+    def uuid(self) -> uuid.UUID:
+        return uuid.UUID(int=self.rng.getrandbits(128), version=4)
+
+    def new_request(self, mix: Mix, is_taken: Callable[[str], bool], asked: str) -> Request:
+        """Write a request whose query is new by the measure of splits and leak reports."""
+        for _ in range(_MAX_REPEATS):
+            request = write_request(self.catalogue, mix, self.rng)
+            if not is_taken(normalise_query(request.query)):
+                return request
+        raise DataError(
+            asked,
+            f"catalogue {self.catalogue.name!r} has too few phrases and values for more",
+            "ask for fewer entries, or add phrases and values to the catalogue",
+        )
+
+    def entry(self, request: Request) -> dict[str, Any]:
+        tool_names = self.retrieved_tools(request)
+        if self.spec.prompt_style == "short":
+            system = short_planner_prompt(tool_names)
+        else:
+            examples = [self.example(request) for _ in range(_EXAMPLES_PER_PROMPT)]
+            system = full_planner_prompt(self.catalogue, examples, self.rng)
+        messages = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": f"Question: {request.query}"},
         ]
-        all_names = [tool.name for tool in catalogue.tools]
-        system = full_planner_prompt(catalogue, all_names, examples, rng)
-    messages = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": f"Question: {request.query}"},
-    ]
-    steps = [*_parsed_steps(request), {"tool_name": JOIN, "tool_args": []}]
-    plan = _point("plan", repr(messages), render_request(request), steps, 0, rng)
-    return {
-        "input": request.query,
-        "output": [plan, _join_point(catalogue, spec, request, rng)],
-        "closest_5_queries": [],
-    }
+        steps = [{"tool_name": c.tool, "tool_args": list(c.arguments)} for c in request.calls]
+        steps.append({"tool_name": JOIN, "tool_args": []})
+        plan = self.point("plan", messages, _render(request), steps, 0)
+        return {
+            "input": request.query,
+            "output": [plan, self.join_point(request)],
+            "closest_5_queries": [],
+        }
+
+    def retrieved_tools(self, request: Request) -> list[str]:
+        """Name the needed tools and up to two that are not, as a retriever would."""
+        needed = {call.tool for call in request.calls}
+        names = [tool.name for tool in self.catalogue.tools]
+        others = [name for name in names if name not in needed]
+        needed |= set(self.rng.sample(others, k=min(len(others), self.rng.choice((0, 1, 1, 2)))))
+        return [name for name in names if name in needed]
+
+    def example(self, asked_for: Request) -> str:
+        """Solve another request than the one that is asked for, and none of the test file's."""
+        forbidden = self.held_out | {normalise_query(asked_for.query)}
+        asked = f"{_EXAMPLES_PER_PROMPT} examples asked for in each full prompt"
+        request = self.new_request(Mix(), forbidden.__contains__, asked)
+        return f"Question: {request.query}\n{_render(request)}"
+
+    def join_point(self, request: Request) -> dict[str, Any]:
+        rng, calls = self.rng, request.calls
+        fails = rng.random() < self.spec.failure_share
+        failing = rng.randrange(len(calls)) if fails else -1
+        returns = {tool.name: tool.returns for tool in self.catalogue.tools}
+        observations = [
+            f"Error: {call.tool} found nothing that fits."
+            if number == failing
+            else f"<{returns[call.tool] or 'done'} {rng.randrange(1000):03d}>"
+            for number, call in enumerate(calls)
+        ]
+        if fails:
+            thought, action, message = "One call failed, so the plan must change.", "Replan", ""
+        elif request.query.endswith("?") and not request.query.startswith("Can you"):
+            thought, action = "The user asked a question that the last result answers.", "Finish"
+            message = observations[-1]
+        else:
+            thought, action, message = "All calls succeeded.", "Finish", "Task completed!"
+        shown = [render_call(call.tool, call.arguments) for call in calls]
+        messages = [{"role": "user", "content": joiner_prompt(request.query, shown, observations)}]
+        answer = action if fails else f"{action}({message})"
+        parsed = {"thought": thought, "action": action, "message": message}
+        return self.point("join", messages, f"Thought: {thought}\nAction: {answer}", parsed, 1)
+
+    def point(
+        self, kind: str, messages: list[dict[str, str]], output: str, parsed: object, index: int
+    ) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "raw_input": repr(messages),
+            "raw_output": output,
+            "parsed_output": parsed,
+            "id": str(self.uuid()),
+            "index": index,
+        }
 
 
-def _retrieved_tools(catalogue: Catalogue, request: Request, rng: random.Random) -> list[str]:
-    """Name the needed tools and up to two that are not, as a retriever would."""
-    needed = {call.tool for call in request.calls}
-    others = [tool.name for tool in catalogue.tools if tool.name not in needed]
-    needed |= set(rng.sample(others, k=min(len(others), rng.choice((0, 1, 1, 2)))))
-    return [tool.name for tool in catalogue.tools if tool.name in needed]
-
-
-def _example(
-    catalogue: Catalogue, asked_for: Request, held_out: Set[str], rng: random.Random
-) -> str:
-    """Solve another request than the one that is asked for, and none of the test file's."""
-    own = normalise_query(asked_for.query)
-    asked = f"{_EXAMPLES_PER_PROMPT} examples asked for in each full prompt"
-    request = _new_request(
-        catalogue, Mix(), rng, lambda query: query == own or query in held_out, asked
-    )
-    return f"Question: {request.query}\n{render_request(request)}"
-
-
-def render_request(request: Request) -> str:
-    """Render a request's plan as the published data does: from `1. ` to `N. join()`.
-
-    Args:
-        request: A request and its calls.
-
-    Returns:
-        The plan's text, without `<END_OF_PLAN>`.
-    """
-    lines = [f"{n}. {_render(call)}" for n, call in enumerate(request.calls, start=1)]
-    return "\n".join([*lines, f"{len(lines) + 1}. {JOIN}()"])
-
-
-def _render(call: Call) -> str:
-    return render_call(call.tool, tuple(_thaw(a) for a in call.arguments))
-
-
-def _thaw(argument: object) -> object:
-    return list(argument) if isinstance(argument, tuple) else argument
-
-
-def _parsed_steps(request: Request) -> list[dict[str, Any]]:
-    return [
-        {"tool_name": call.tool, "tool_args": [_thaw(a) for a in call.arguments]}
-        for call in request.calls
-    ]
-
-
-def _point(
-    kind: str, raw_input: str, raw_output: str, parsed: object, index: int, rng: random.Random
-) -> dict[str, Any]:
-    return {
-        "type": kind,
-        "raw_input": raw_input,
-        "raw_output": raw_output,
-        "parsed_output": parsed,
-        "id": str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-        "index": index,
-    }
-
-
-def _join_point(
-    catalogue: Catalogue, spec: GenerationSpec, request: Request, rng: random.Random
-) -> dict[str, Any]:
-    fails = rng.random() < spec.failure_share
-    failing = rng.randrange(len(request.calls)) if fails else -1
-    returns = {tool.name: tool.returns for tool in catalogue.tools}
-    observations = [
-        f"Error: {call.tool} found nothing that fits."
-        if number == failing
-        else f"<{returns[call.tool] or 'done'} {rng.randrange(1000):03d}>"
-        for number, call in enumerate(request.calls)
-    ]
-    if fails:
-        thought, action, message = "One call failed, so the plan must change.", "Replan", ""
-    elif request.query.endswith("?") and not request.query.startswith("Can you"):
-        thought, action = "The user asked a question that the last result answers.", "Finish"
-        message = observations[-1]
-    else:
-        thought, action, message = "All calls succeeded.", "Finish", "Task completed!"
-    answer = action if fails else f"{action}({message})"
-    prompt = joiner_prompt(request.query, [_render(c) for c in request.calls], observations)
-    messages = [{"role": "user", "content": prompt}]
-    parsed = {"thought": thought, "action": action, "message": message}
-    output = f"Thought: {thought}\nAction: {answer}"
-    return _point("join", repr(messages), output, parsed, 1, rng)
+def _render(request: Request) -> str:
+    """Render a request's plan as the published data does, without `<END_OF_PLAN>`."""
+    calls = [render_call(call.tool, call.arguments) for call in request.calls]
+    return "\n".join(f"{n}. {call}" for n, call in enumerate([*calls, f"{JOIN}()"], start=1))

@@ -13,35 +13,22 @@ PromptStyle = Literal["short", "full"]
 
 
 def short_planner_prompt(tool_names: Sequence[str]) -> str:
-    """Write a system prompt that only names the retrieved tools, for small models.
-
-    Args:
-        tool_names: Tools in catalogue order.
-
-    Returns:
-        One line of text.
-    """
+    """Write a one-line system prompt that only names the retrieved tools, for small models."""
     return f"Plan with: {', '.join(tool_names)}"
 
 
-def full_planner_prompt(
-    catalogue: Catalogue,
-    tool_names: Sequence[str],
-    examples: Sequence[str],
-    rng: random.Random,
-) -> str:
+def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], rng: random.Random) -> str:
     """Write a system prompt of the published data's build and length: tools, rules, examples.
 
     Args:
-        catalogue: Where signatures and descriptions come from.
-        tool_names: Tools to list.
+        catalogue: The tools to list.
         examples: Solved requests, each `Question: ...` and its plan.
         rng: For the date, which differs from prompt to prompt.
 
     Returns:
         The text; everything before the date is the same for the same tools.
     """
-    tools = [catalogue.tools[i] for i, t in enumerate(catalogue.tools) if t.name in tool_names]
+    tools = catalogue.tools
     lines = [
         "You turn a request into a plan: a numbered list of function calls that may run side by "
         f"side wherever they can. You may call these {len(tools) + 1} functions:",
@@ -73,15 +60,12 @@ def full_planner_prompt(
 
 
 def joiner_prompt(query: str, calls: Sequence[str], observations: Sequence[str]) -> str:
-    """Write the prompt that asks for a verdict on a plan's results.
+    """Write the one user message that asks for a verdict on a plan's results.
 
     Args:
         query: The user's request.
         calls: Rendered calls without join.
         observations: What each call gave back.
-
-    Returns:
-        One text, used as the only user message.
     """
     steps = "\n".join(
         f"{call}\nObservation: {seen}" for call, seen in zip(calls, observations, strict=True)

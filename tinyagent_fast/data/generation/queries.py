@@ -160,13 +160,8 @@ def _expand(draft: _Draft, tool: CatalogueTool, phrase: str, depth: int) -> tupl
             arguments[parameter.name] = one_hour_after(arguments[parameter.follows])
         else:
             assert parameter.default is not REQUIRED, "catalogues are checked when loaded"
-            default = parameter.default
-            arguments[parameter.name] = list(default) if isinstance(default, list) else default
-    return text, Call(tool.name, tuple(_freeze(arguments[p.name]) for p in tool.parameters))
-
-
-def _freeze(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+            arguments[parameter.name] = parameter.default
+    return text, Call(tool.name, tuple(arguments[p.name] for p in tool.parameters))
 
 
 def _fill_slot(

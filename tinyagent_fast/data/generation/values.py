@@ -19,61 +19,54 @@ class Value:
 
 
 @cache
-def _words(kind: str) -> list[str]:
-    """Read one of the lists of words.yaml, which lies beside this module."""
+def _word_lists() -> dict[str, list[str]]:
+    """Read words.yaml, which lies beside this module."""
     import yaml
 
     path = Path(__file__).with_name("words.yaml")
     lists: dict[str, list[str]] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return lists[kind]
+    return lists
 
 
-def _event_name(rng: random.Random) -> str:
-    return f"{rng.choice(_words('subjects'))} {rng.choice(_words('events'))}"
+def _word(kind: str, rng: random.Random) -> str:
+    return rng.choice(_word_lists()[kind])
 
 
-def _person(rng: random.Random) -> Value:
-    name = rng.choice(_words("first_names"))
-    if rng.random() < 0.15:
-        name = f"{name} {rng.choice(_words('last_names'))}"
-    return Value(name, name)
+def _event(rng: random.Random) -> str:
+    return f"{_word('subjects', rng)} {_word('events', rng)}"
 
 
-def _email(rng: random.Random) -> Value:
-    address = f"{rng.choice(_words('first_names')).lower()}@{rng.choice(_words('domains'))}"
-    return Value(address, address)
+def _person(rng: random.Random) -> str:
+    name = _word("first_names", rng)
+    return f"{name} {_word('last_names', rng)}" if rng.random() < 0.15 else name
 
 
-def _phone(rng: random.Random) -> Value:
-    number = f"555-{rng.randrange(10_000):04d}"
-    return Value(number, number)
+def _email(rng: random.Random) -> str:
+    return f"{_word('first_names', rng).lower()}@{_word('domains', rng)}"
 
 
-def _plain(make: Callable[[random.Random], str]) -> Callable[[random.Random], Value]:
-    def build(rng: random.Random) -> Value:
-        text = make(rng)
-        return Value(text, text)
-
-    return build
+def _file(rng: random.Random) -> str:
+    return f"{_word('subjects', rng)} {_word('file_nouns', rng)}.pdf"
 
 
-def _path(rng: random.Random) -> Value:
-    path = f"/docs/{rng.choice(_words('subjects'))}{rng.choice(_words('file_nouns'))}.pdf"
-    return Value(path, path)
+def _path(rng: random.Random) -> str:
+    return f"/docs/{_word('subjects', rng)}{_word('file_nouns', rng)}.pdf"
+
+
+def _note(rng: random.Random) -> str:
+    return f"{_word('subjects', rng)} {_word('note_nouns', rng)}"
+
+
+def _place(rng: random.Random) -> str:
+    if rng.random() < 0.7:
+        return _word("places", rng)
+    street, city = _word("streets", rng), _word("cities", rng)
+    return f"{rng.randrange(1, 100)} {street}, {city}"
 
 
 def _remark(rng: random.Random) -> Value:
-    remark = rng.choice(_words("remarks"))
+    remark = _word("remarks", rng)
     return Value(f'"{remark}"', remark)
-
-
-def _place(rng: random.Random) -> Value:
-    if rng.random() < 0.7:
-        place = rng.choice(_words("places"))
-    else:
-        street, city = rng.choice(_words("streets")), rng.choice(_words("cities"))
-        place = f"{rng.randrange(1, 100)} {street}, {city}"
-    return Value(place, place)
 
 
 def _start(rng: random.Random) -> Value:
@@ -86,45 +79,34 @@ def _minutes(rng: random.Random) -> Value:
     return Value(f"{minutes}-minute", minutes)
 
 
-def _transport(rng: random.Random) -> Value:
-    return rng.choice(
-        (Value("by car", "d"), Value("on foot", "w"), Value("by public transport", "r"))
-    )
-
-
-def _priority(rng: random.Random) -> Value:
-    return rng.choice((Value("high-priority", 1), Value("urgent", 1)))
-
-
 def _number(rng: random.Random) -> Value:
     number = rng.randrange(1, 100)
     return Value(str(number), number)
 
 
-BUILT_IN_VALUES: Mapping[str, Callable[[random.Random], Value]] = {
+_TRANSPORTS = (Value("by car", "d"), Value("on foot", "w"), Value("by public transport", "r"))
+_PRIORITIES = (Value("high-priority", 1), Value("urgent", 1))
+
+BUILT_IN_VALUES: Mapping[str, Callable[[random.Random], str | Value]] = {
     "person": _person,
     "email": _email,
-    "phone": _phone,
-    "event": _plain(_event_name),
-    "subject": _plain(lambda rng: f"the {_event_name(rng).lower()}"),
-    "file": _plain(
-        lambda rng: f"{rng.choice(_words('subjects'))} {rng.choice(_words('file_nouns'))}.pdf"
-    ),
+    "phone": lambda rng: f"555-{rng.randrange(10_000):04d}",
+    "event": _event,
+    "subject": lambda rng: f"the {_event(rng).lower()}",
+    "file": _file,
     "path": _path,
-    "note": _plain(
-        lambda rng: f"{rng.choice(_words('subjects'))} {rng.choice(_words('note_nouns'))}"
-    ),
-    "folder": _plain(lambda rng: rng.choice(_words("folders"))),
+    "note": _note,
+    "folder": lambda rng: _word("folders", rng),
     "place": _place,
-    "chore": _plain(lambda rng: rng.choice(_words("chores"))),
+    "chore": lambda rng: _word("chores", rng),
     "remark": _remark,
     "start": _start,
     "minutes": _minutes,
-    "transport": _transport,
-    "priority": _priority,
+    "transport": lambda rng: rng.choice(_TRANSPORTS),
+    "priority": lambda rng: rng.choice(_PRIORITIES),
     "number": _number,
 }
-"""Kinds of value that every catalogue can name; a catalogue adds its own word lists to them."""
+"""Kinds of value that every catalogue can name; a text is worded and passed in the same way."""
 
 INTEGER_KINDS = frozenset({"minutes", "priority", "number"})
 """Kinds whose argument is a whole number; all others give texts."""
@@ -134,30 +116,15 @@ REUSABLE_KINDS = frozenset({"person", "file", "note"})
 
 
 def draw(kind: str, own_words: Mapping[str, Sequence[str | int]], rng: random.Random) -> Value:
-    """Draw one value of a kind, so that a query says one thing and the plan passes it.
-
-    Args:
-        kind: A name in `own_words` or in `BUILT_IN_VALUES`.
-        own_words: The catalogue's own word lists.
-        rng: Source of randomness.
-
-    Returns:
-        The value's wording and its argument.
-    """
+    """Draw one value of a kind: a word of the catalogue's own list, or a built-in value."""
     if kind in own_words:
         word = rng.choice(own_words[kind])
         return Value(str(word), word)
-    return BUILT_IN_VALUES[kind](rng)
+    value = BUILT_IN_VALUES[kind](rng)
+    return value if isinstance(value, Value) else Value(value, value)
 
 
 def one_hour_after(argument: object) -> str:
-    """Give the default end of an event that starts at `argument`.
-
-    Args:
-        argument: 'YYYY-MM-DD HH:MM:SS'.
-
-    Returns:
-        The time one hour later in the same form.
-    """
+    """Give the time one hour after 'YYYY-MM-DD HH:MM:SS' in the same form."""
     start = datetime.strptime(str(argument), "%Y-%m-%d %H:%M:%S")
     return f"{start + timedelta(hours=1):%Y-%m-%d %H:%M:%S}"
