@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from selenium.webdriver import Chrome
 
 from tinyagent_fast.cli import main
+from tinyagent_fast.evaluation.report import fenced, plain
 from tinyagent_fast.evaluation.scoring import Prediction
 from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.reports.flips import Planner, flipped_plans
-from tinyagent_fast.reports.pages import compare_page, fenced, plain, run_markdown, run_page
+from tinyagent_fast.reports.pages import compare_page, run_markdown, run_page
 from tinyagent_fast.reports.reading import read_run
 from tinyagent_fast.runs import Run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
@@ -13,11 +14,14 @@ from tinyagent_fast.evaluation.scoring import (
     score_prediction,
 )
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
+from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.plans.grammar import PLAN_ERRORS, PlanError, parse_plan
 from tinyagent_fast.plans.graph import DAG_ERRORS, DagError, plan_dag, same_dag, why_different
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool
 
 _SHOWN_FAILURES = 10
+_MARKDOWN_MARKS = re.compile(r"([\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w))")
+_BACKTICKS = re.compile(r"`{3,}")
 
 
 def percent(value: Proportion | Mean) -> str:
@@ -46,7 +50,7 @@ def markdown_report(
         predictions: What they were computed from.
         tools: Tools by name; None stands for TinyAgent's own.
     """
-    lines = [f"# {title}", "", f"**{headline(metrics)}** (95 % Wilson interval)", ""]
+    lines = [f"# {plain(title)}", "", f"**{headline(metrics)}** (95 % Wilson interval)", ""]
     lines += ["| figure | value |", "|---|---|"]
     lines.append(f"| success (the published metric) | {percent(metrics.success)} |")
     lines.append(f"| success_dag (pure graph isomorphism) | {percent(metrics.success_dag)} |")
@@ -65,9 +69,21 @@ def markdown_report(
     failing = ((row, score.failure) for row, score in scored if not score.success)
     for row, code in islice(failing, _SHOWN_FAILURES):
         why = explain_failure(row.label, row.prediction, tools)
-        lines += [f"**{row.query}**", "", f"{code}: {why}", ""]
-        lines += ["```text", row.label, "--- predicted", row.prediction, "```", ""]
+        lines += [f"**{plain(row.query)}**", "", f"{code}: {plain(why)}", ""]
+        lines += [fenced(f"{row.label}\n--- predicted\n{row.prediction}"), ""]
     return "\n".join(lines) + "\n"
+
+
+def plain(value: str) -> str:
+    """Write a text so that Markdown shows it as it is, on one line."""
+    return _MARKDOWN_MARKS.sub(r"\\\1", " ".join(printable(value).split()))
+
+
+def fenced(value: str) -> str:
+    """Write a text as a block that no text can end early."""
+    longest = max((len(found) for found in _BACKTICKS.findall(value)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}text\n{printable(value)}\n{fence}"
 
 
 def explain_failure(label: str, prediction: str, tools: Mapping[str, Tool] | None) -> str:

@@ -439,25 +439,27 @@ def _geometry(
                 middle = y + _SLOT_HEIGHT / 2
                 passing[slot[:2]] += [(x, middle), (x + _BOX_WIDTH, middle)]
             y += height_of(slot) + _ROW_GAP
-    leaving, entering = _ends(boxes, drawing.edges)
-    routes = {e: [leaving[e], *passing[e], entering[e]] for e in drawing.edges}
+    routes: dict[Edge, list[_Point]] = {}
+    for start, end in drawing.edges:
+        leaves = (boxes[start].x + _BOX_WIDTH, boxes[start].y + boxes[start].height / 2)
+        enters = (boxes[end].x, boxes[end].y + boxes[end].height / 2)
+        routes[start, end] = [leaves, *passing[start, end], enters]
     width = 2 * _MARGIN + len(columns) * (_BOX_WIDTH + _COLUMN_GAP) - _COLUMN_GAP
-    return [boxes[at] for at in range(len(boxes))], routes, width, 2 * _MARGIN + tallest
+    placed = [boxes[at] for at in range(len(boxes))]
+    return placed, _spread(placed, routes), width, 2 * _MARGIN + tallest
 
 
-def _ends(
-    boxes: Mapping[int, _Box], edges: Mapping[Edge, Mark]
-) -> tuple[dict[Edge, _Point], dict[Edge, _Point]]:
-    """Spread the edges that leave or enter a box over its right or left side."""
-    leaving: dict[Edge, _Point] = {}
-    entering: dict[Edge, _Point] = {}
-    for step, box in boxes.items():
-        out = sorted((e for e in edges if e[0] == step), key=lambda e: boxes[e[1]].y)
-        into = sorted((e for e in edges if e[1] == step), key=lambda e: boxes[e[0]].y)
-        for side, those, x in ((leaving, out, box.x + _BOX_WIDTH), (entering, into, box.x)):
-            for index, edge in enumerate(those, start=1):
-                side[edge] = (x, box.y + box.height * index / (len(those) + 1))
-    return leaving, entering
+def _spread(boxes: Sequence[_Box], routes: Mapping[Edge, list[_Point]]) -> dict[Edge, list[_Point]]:
+    """Spread the edges that leave or enter a box over its side, in the order of where they go."""
+    spread = {edge: list(route) for edge, route in routes.items()}
+    for step, box in enumerate(boxes):
+        for side, end, beside in ((0, 0, 1), (1, -1, -2)):
+            edges = [edge for edge in routes if edge[side] == step]
+            edges.sort(key=lambda edge: routes[edge][beside][1])
+            for index, edge in enumerate(edges, start=1):
+                y = box.y + box.height * index / (len(edges) + 1)
+                spread[edge][end] = (routes[edge][end][0], y)
+    return spread
 
 
 def _curve(route: Sequence[_Point]) -> str:

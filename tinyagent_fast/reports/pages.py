@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from tinyagent_fast import __version__
 from tinyagent_fast.config import dump_config
-from tinyagent_fast.evaluation.report import explain_failure, headline
+from tinyagent_fast.evaluation.report import explain_failure, fenced, headline, plain
 from tinyagent_fast.plans.drawing import draw_plan, mark_differences, printable
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.reports.charts import run_charts
@@ -35,8 +35,6 @@ from tinyagent_fast.reports.tables import (
 )
 
 _MARKDOWN_PLANS = 10
-_MARKDOWN_MARKS = re.compile(r"([\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w))")
-_BACKTICKS = re.compile(r"`{3,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,15 +194,3 @@ def _templates() -> Environment:
         "fenced": fenced,
     }
     return templates
-
-
-def plain(value: str) -> str:
-    """Write a text so that Markdown shows it as it is, on one line."""
-    return _MARKDOWN_MARKS.sub(r"\\\1", " ".join(printable(value).split()))
-
-
-def fenced(value: str) -> str:
-    """Write a text as a block that no text can end early."""
-    longest = max((len(found) for found in _BACKTICKS.findall(value)), default=2)
-    fence = "`" * (longest + 1)
-    return f"{fence}text\n{value}\n{fence}"
