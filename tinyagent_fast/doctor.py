@@ -94,6 +94,8 @@ def quick_checks(config: Config, machine: Machine, *, automatic: bool) -> list[F
         All findings, in the order in which they are shown.
     """
     found = [check_packages(machine), check_gpu(config, machine, automatic=automatic)]
+    if found[0].status == "failure":
+        return found  # the other checks would stumble over what is missing
     if machine.usable_gpu is not None:
         found += [check_bf16(config, machine.usable_gpu), check_gpu_memory(config, machine)]
     else:
@@ -116,8 +118,11 @@ def all_checks(
     Returns:
         All findings, in the order in which they are shown.
     """
-    found = [*quick_checks(config, machine, automatic=automatic), check_export(machine)]
-    return found + check_hub(config) if online else found
+    found = quick_checks(config, machine, automatic=automatic)
+    if found[0].status != "failure":
+        found.append(check_export(machine))
+        found += check_hub(config) if online else []
+    return found
 
 
 # --- the machine
@@ -626,17 +631,19 @@ def _existing(folder: Path) -> Path:
 
 
 def _hub_cache() -> Path:
-    if find_spec("huggingface_hub") is None:
-        return Path.home()
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.is_offline_mode())
+
+
 def _is_cached(repo: str, name: str, kind: str, revision: str | None = None) -> bool:
     """Say whether the hub's cache has a file."""
-    if find_spec("huggingface_hub") is None:
-        return False
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, name, repo_type=kind, revision=revision)
@@ -655,14 +662,6 @@ def _base_is_here(config: Config) -> bool:
         return True
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     return any(_is_cached(base, name, "model", revision) for name in names)
-
-
-def _offline() -> bool:
-    if find_spec("huggingface_hub") is None:
-        return False
-    from huggingface_hub import constants
-
-    return bool(constants.is_offline_mode())
 
 
 def check_base(config: Config) -> Finding:
