@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import tyro
 
+import tinyagent_fast
 from tinyagent_fast import cli
 from tinyagent_fast.config import Config, check_config
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
@@ -243,6 +246,37 @@ def test_every_cheap_command_line_works_as_written(
         generate_dataset(GenerationSpec(train_entries=40, test_entries=5), folder)
     assert cli.main(words) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
+
+
+def python_of(path: Path) -> str:
+    """Give the Python blocks of a document as one program."""
+    return "\n".join(
+        re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.S)
+    )
+
+
+PROGRAMS = [path for path in DOCUMENTS if python_of(path)]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_the_python_of_a_document_runs(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", python_of(path)],
+        cwd=tmp_path,
+        env={**os.environ, "TINYAGENT_FAST_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_readme_and_the_document_of_the_api_have_programs() -> None:
+    assert {"README.md", "python.md"} <= {path.name for path in PROGRAMS}
+    offered = set(tinyagent_fast.__all__) - {"__version__"}
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert {name for name in offered if name not in text} <= {"DataConfig"}
 
 
 def test_every_link_leads_to_a_file_and_heading_that_are_there() -> None:

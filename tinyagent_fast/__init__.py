@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tinyagent_fast.version import __version__
 
 if TYPE_CHECKING:
-    from tinyagent_fast.api import export_run, score_pairs, train
+    from tinyagent_fast.api import evaluate_run, export_run, score_pairs, train
     from tinyagent_fast.config import (
         Config,
         DataConfig,
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         dump_config,
     )
     from tinyagent_fast.errors import GateError, UserError
+    from tinyagent_fast.evaluation.evaluate import EvalOptions
     from tinyagent_fast.export.settings import ExportSettings
+    from tinyagent_fast.inference.planner import PlannedRequest, Planner, load
     from tinyagent_fast.plans.drawing import draw_plan
     from tinyagent_fast.presets import load_config, preset_config
     from tinyagent_fast.runs import Run, find_run
@@ -32,18 +34,23 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "EvalOptions",
     "ExportSettings",
     "GateError",
     "LoraConfig",
     "ModelConfig",
+    "PlannedRequest",
+    "Planner",
     "Run",
     "TrainConfig",
     "UserError",
     "__version__",
     "draw_plan",
     "dump_config",
+    "evaluate_run",
     "export_run",
     "find_run",
+    "load",
     "load_config",
     "preset_config",
     "score_pairs",
@@ -51,7 +58,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("export_run", "score_pairs", "train"),
+    "api": ("evaluate_run", "export_run", "score_pairs", "train"),
     "config": (
         "Config",
         "DataConfig",
@@ -62,7 +69,9 @@ _MODULES = {
         "dump_config",
     ),
     "errors": ("GateError", "UserError"),
+    "evaluation.evaluate": ("EvalOptions",),
     "export.settings": ("ExportSettings",),
+    "inference.planner": ("PlannedRequest", "Planner", "load"),
     "plans.drawing": ("draw_plan",),
     "presets": ("load_config", "preset_config"),
     "runs": ("Run", "find_run"),

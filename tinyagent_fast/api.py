@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyagent_fast.config import Config
+from tinyagent_fast.evaluation.evaluate import EvalOptions
 from tinyagent_fast.export.settings import ExportSettings, check_settings, quant_specs
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run
@@ -18,6 +19,7 @@ from tinyagent_fast.runs import Run, find_run
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tinyagent_fast.evaluation.running import EvaluationResult
     from tinyagent_fast.evaluation.scoring import Metrics
 
 
@@ -43,6 +45,38 @@ def train(config: Config, *, resume: Run | None = None, console: Console | None 
     from tinyagent_fast.training.fit import train as fit
 
     return fit(config, console or Console(highlight=False), resume=resume)
+
+
+def evaluate_run(
+    run: Run | str = "latest",
+    options: EvalOptions | None = None,
+    *,
+    console: Console | None = None,
+) -> dict[str, EvaluationResult]:
+    """Write a plan for every test query and score it.
+
+    Args:
+        run: A run, or its name or folder.
+        options: Engine, files and settings; None takes the run's. Its `run` is not used.
+        console: Where progress is printed; None takes the standard output.
+
+    Returns:
+        What was measured, by name: `adapter`, `base`, `merged`, or the names of GGUF files.
+
+    Raises:
+        UserError: Anything that a user can repair.
+    """
+    named = str(run.path) if isinstance(run, Run) else run
+    options = replace(options or EvalOptions(), run=named)
+    from tinyagent_fast.models.libraries import quieten
+
+    quieten()  # before the first import that reaches bitsandbytes
+    from rich.console import Console
+
+    from tinyagent_fast.evaluation.evaluate import evaluate
+    from tinyagent_fast.training.display import TrainingDisplay
+
+    return evaluate(options, TrainingDisplay(console or Console(highlight=False)))
 
 
 def export_run(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
+from typing import TYPE_CHECKING
 
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.evaluation.evaluate import EvalOptions, check_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SHORT = {
     f"--{name}": f"--eval.{name}"
@@ -33,7 +38,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     with launch_environment().main_process_reports():
         check_options(flags)
-        _evaluate(flags)
+        from tinyagent_fast.api import evaluate_run
+
+        evaluate_run(flags.run, flags, console=_console())
     init_processes().leave()
     return 0
 
@@ -43,18 +50,10 @@ def _long(word: str) -> str:
     return _SHORT.get(name.replace("_", "-"), name) + equals + value
 
 
-def _evaluate(options: EvalOptions) -> None:
-    from io import StringIO
-
-    from tinyagent_fast.evaluation.evaluate import evaluate
-    from tinyagent_fast.models.libraries import quieten
-
-    quieten()  # before the first import that reaches bitsandbytes
+def _console() -> Console:
+    """Let one process of a launch speak for all."""
     from rich.console import Console
 
-    from tinyagent_fast.training.display import TrainingDisplay
-
-    console = Console(highlight=False)
-    if not launch_environment().is_main_process:
-        console = Console(file=StringIO(), quiet=True)
-    evaluate(options, TrainingDisplay(console))
+    if launch_environment().is_main_process:
+        return Console(highlight=False)
+    return Console(file=StringIO(), quiet=True)

@@ -318,7 +318,7 @@ _ENGINES: Mapping[str, tuple[EngineName, ...]] = {
 
 
 def load(
-    source: str | Path | None = None,
+    source: Run | str | Path | None = None,
     *,
     engine: EngineName = "auto",
     run: str | None = None,
@@ -354,7 +354,8 @@ def load(
     for name, value in (("max-new-tokens", max_new_tokens), ("threads", threads), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
-    found = find_source(source, run=run, runs=runs)
+    path = source.path if isinstance(source, Run) else source
+    found = find_source(path, run=run, runs=runs)
     engines = _ENGINES[found.kind]
     if engine != "auto" and engine not in engines:
         raise ConfigError(
