@@ -50,6 +50,11 @@ def write_file(path: Path, count: int, *, bad: int = 0) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def cache_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     return write_file(tmp_path / "data.json", 30)
@@ -59,7 +64,6 @@ def load(path: Path, points: Points = "all", on_bad_entry: str = "error") -> Exa
     return load_examples(
         path,
         on_bad_entry=on_bad_entry,  # type: ignore[arg-type]
-        cache_dir=path.parent / "cache",
         points=points,
     )
 
@@ -101,9 +105,8 @@ def test_the_table_has_the_rows_of_the_file(data_file: Path) -> None:
 def test_many_batches_hold_the_same_rows(data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(load(data_file))
     monkeypatch.setattr(cache, "_BATCH_ROWS", 7)
-    other = load_examples(
-        data_file, on_bad_entry="error", cache_dir=data_file.parent / "other", points="all"
-    )
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(data_file.parent / "other"))
+    other = load(data_file)
     assert list(other) == whole
     assert other.column("entry_key") == [example.entry_key for example in whole]
 
@@ -241,11 +244,14 @@ def test_a_missing_data_file_is_refused_clearly(tmp_path: Path) -> None:
         load(tmp_path / "none.json")
 
 
-def test_a_cache_folder_that_cannot_be_written_is_refused_clearly(data_file: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_refused_clearly(
+    data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocked = data_file.parent / "blocked"
     blocked.write_text("a file")
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(blocked))
     with pytest.raises(DataError, match="the cache cannot be written"):
-        load_examples(data_file, on_bad_entry="error", cache_dir=blocked)
+        load(data_file)
 
 
 def test_a_kind_of_point_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
@@ -256,24 +262,15 @@ def test_a_kind_of_point_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
         load(path, "join")
 
 
-def test_the_cache_folder_can_be_set_by_the_environment(
-    data_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = data_file.parent / "elsewhere"
-    monkeypatch.setenv(cache.CACHE_VARIABLE, str(folder))
-    load_examples(data_file, on_bad_entry="error")
-    assert only(folder, "*/rows.arrow").stat().st_size > 0
-
-
 def test_two_processes_at_once_both_get_the_whole_table(data_file: Path) -> None:
     code = (
         "import sys\n"
         "from tinyagent_fast.data.cache import load_examples\n"
-        "table = load_examples(sys.argv[1], on_bad_entry='error', cache_dir=sys.argv[2])\n"
+        "table = load_examples(sys.argv[1], on_bad_entry='error')\n"
         "print(len(list(table)))"
     )
     write_file(data_file, 300)
-    command = [sys.executable, "-c", code, str(data_file), str(data_file.parent / "cache")]
+    command = [sys.executable, "-c", code, str(data_file)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in running] == ["300", "300"]
     assert len(list((data_file.parent / "cache").glob("*/rows.arrow"))) == 1
@@ -302,13 +299,13 @@ def test_nothing_is_asked_of_the_network_and_nothing_is_left_at_home(
         "def refuse(*_, **__): raise AssertionError('a connection was made')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "from tinyagent_fast.data.cache import load_examples\n"
-        "load_examples(sys.argv[1], on_bad_entry='error', cache_dir=sys.argv[2]).select([3, 1])"
+        "load_examples(sys.argv[1], on_bad_entry='error').select([3, 1])"
     )
     home = tmp_path / "home"
     home.mkdir()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(data_file), str(tmp_path / "cache")],
+        [sys.executable, "-c", code, str(data_file)],
         env={**kept, "HOME": str(home)},
         capture_output=True,
         text=True,

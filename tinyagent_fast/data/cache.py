@@ -20,19 +20,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from tinyagent_fast.data.reading import (
-    OnBadEntry,
-    Progress,
-    ReadReport,
-    check_head,
-    read_entries,
-)
+from tinyagent_fast.data.reading import OnBadEntry, ReadReport, check_head, read_entries
 from tinyagent_fast.data.schema import EntryProblem, Example
 from tinyagent_fast.errors import DataError
 
 Points = Literal["plan", "join", "all"]
 
-SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 2
 CACHE_VARIABLE = "TINYAGENT_FAST_CACHE"
 _BATCH_ROWS = 256
 _STALE_S = 24 * 3600.0
@@ -183,18 +177,14 @@ def load_examples(
     path: str | Path,
     *,
     on_bad_entry: OnBadEntry,
-    cache_dir: str | Path | None = None,
     points: Points = "plan",
-    progress: Progress | None = None,
 ) -> ExampleTable:
     """Return the examples of a data file, from the cache if it has them, else after reading it.
 
     Args:
         path: The JSON data file.
         on_bad_entry: "error" or "skip", see `reading.read_entries`.
-        cache_dir: The cache folder; by default `cache_folder()`.
         points: Which points become examples; "all" includes replan points.
-        progress: Called with (bytes read, bytes in all) while the file is read.
 
     Returns:
         The table. Skipped entries are logged as a warning, on cached starts too.
@@ -204,15 +194,12 @@ def load_examples(
             cache folder cannot be written.
     """
     path = Path(path).absolute()
-    folder = Path(cache_dir).absolute() if cache_dir else cache_folder()
     check_head(path)
-    sha256 = _remembered_sha256(path, folder / "sources")
+    sha256 = _remembered_sha256(path)
 
     def fill(write: Callable[[Any], None]) -> dict[str, Any]:
         reports: list[ReadReport] = []
-        for entry in read_entries(
-            path, on_bad_entry=on_bad_entry, progress=progress, on_report=reports.append
-        ):
+        for entry in read_entries(path, on_bad_entry=on_bad_entry, on_report=reports.append):
             for example in entry.examples:
                 write({name: getattr(example, name) for name in _COLUMNS})
         if reports[0].file_sha256 != sha256:
@@ -225,8 +212,8 @@ def load_examples(
 
     from datasets import Value
 
-    name = f"{sha256}-v{SCHEMA_VERSION}-{on_bad_entry}"
-    dataset, facts = cached_table(folder / name, dict.fromkeys(_COLUMNS, Value("string")), fill)
+    folder = cache_folder() / f"{sha256}-v{_SCHEMA_VERSION}-{on_bad_entry}"
+    dataset, facts = cached_table(folder, dict.fromkeys(_COLUMNS, Value("string")), fill)
     problems = tuple(EntryProblem(**problem) for problem in facts.pop("problems"))
     report = ReadReport(problems=problems, **facts)
     if report.skipped:
@@ -253,11 +240,12 @@ def file_sha256(path: Path) -> str:
     return sha256.hexdigest()
 
 
-def _remembered_sha256(path: Path, folder: Path) -> str:
+def _remembered_sha256(path: Path) -> str:
     """Hash a file, unless that was done before for the same path, size, time and inode."""
     status = path.stat()
     identity = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
-    record = folder / hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
+    record = cache_folder() / "sources" / name
     try:
         known = record.read_text(encoding="ascii")
         if re.fullmatch("[0-9a-f]{64}", known):
@@ -266,7 +254,7 @@ def _remembered_sha256(path: Path, folder: Path) -> str:
         pass  # No usable record: hashing costs time only.
     sha256 = file_sha256(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
         temporary = record.with_name(f"{record.name}.{os.getpid()}.tmp")
         temporary.write_text(sha256, encoding="ascii")
         temporary.replace(record)

@@ -19,7 +19,6 @@ from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, sho
 from tinyagent_fast.errors import DataError
 
 OnBadEntry = Literal["error", "skip"]
-Progress = Callable[[int, int], None]
 
 PROBLEMS_SHOWN = 20
 PROBLEMS_KEPT = 1000
@@ -51,11 +50,10 @@ class ReadReport:
 class _Source:
     """The file as ijson reads it: hashed, counted and guarded against deep nesting."""
 
-    def __init__(self, file: BinaryIO, path: Path, progress: Progress | None) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self.sha256 = hashlib.sha256()
         self.read_bytes = 0
-        self._file, self._path, self._progress = file, path, progress
-        self._total_bytes = path.stat().st_size
+        self._file, self._path = file, path
         self._open_brackets = b""
 
     def read(self, size: int = -1) -> bytes:
@@ -70,8 +68,6 @@ class _Source:
                 "remove the damaged entry, or export the file again",
             )
         self._open_brackets = brackets[len(brackets.rstrip(b"[{")) :]
-        if self._progress is not None:
-            self._progress(self.read_bytes, self._total_bytes)
         return chunk
 
 
@@ -94,7 +90,6 @@ def read_entries(
     path: str | Path,
     *,
     on_bad_entry: OnBadEntry,
-    progress: Progress | None = None,
     on_report: Callable[[ReadReport], None] | None = None,
 ) -> Iterator[Entry]:
     """Yield the good entries of a dataset file in file order, one at a time.
@@ -104,7 +99,6 @@ def read_entries(
         on_bad_entry: "error" raises at the end of the file with all problems counted; good
             entries have been yielded by then, so callers must not keep them. "skip" leaves bad
             entries out and counts them in the report.
-        progress: Called with (bytes read, bytes in all) after each block.
         on_report: Called once with the report when the file has been read to its end.
 
     Yields:
@@ -120,7 +114,7 @@ def read_entries(
     check_head(path)
     try:
         with path.open("rb") as file:
-            source = _Source(file, path, progress)
+            source = _Source(file, path)
             for entry in _checked(_decoded(source, path, tally), tally):
                 tally.entries += 1
                 yield entry

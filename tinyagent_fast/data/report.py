@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
-from tinyagent_fast.data.reading import Progress, ReadReport, read_entries
+from tinyagent_fast.data.reading import ReadReport, read_entries
 from tinyagent_fast.data.schema import Example, plan_steps
 from tinyagent_fast.data.splits import LeakReport, leak_report
 
@@ -190,7 +190,6 @@ def check_file(
     render: Render,
     max_length_tokens: int | None = None,
     others: Mapping[str, str | Path] | None = None,
-    progress: Progress | None = None,
 ) -> DataCheck:
     """Read a dataset file once and describe it; unusable entries are listed, not raised.
 
@@ -201,7 +200,6 @@ def check_file(
         render: Gives the prompt and completion of an example.
         max_length_tokens: Rows with more tokens in all are counted as over-long.
         others: More data files by name (not "this file"), to look for the same queries in them.
-        progress: Called with (bytes read, bytes in all).
 
     Returns:
         The figures.
@@ -218,9 +216,7 @@ def check_file(
     reports: list[ReadReport] = []
 
     def examples() -> Iterator[Example]:
-        for entry in read_entries(
-            path, on_bad_entry="skip", progress=progress, on_report=reports.append
-        ):
+        for entry in read_entries(path, on_bad_entry="skip", on_report=reports.append):
             queries.append(entry.query)
             yield from entry.examples
 

@@ -302,11 +302,11 @@ def _same_args(text: str, args: list[object]) -> bool:
         # Writing the arguments is cheaper than compiling the text, and nearly always enough.
         if ", ".join(map(_written, args)) == text:
             return True
-        value = _try_literal(text)
+        value = _try_literal(f"[{text}]")
         if isinstance(value, Exception):
-            return bool(text) and args == [text]
+            return args == [text]
         plain = _as_json(value)
-        return args == [plain] or (isinstance(plain, list) and args == plain)
+        return plain in (args, [args])  # The published parser takes a single list apart.
     except RecursionError:
         return False
 

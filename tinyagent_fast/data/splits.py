@@ -54,11 +54,6 @@ class LeakReport:
     within: tuple[Repeats, ...]
     between: tuple[Leak, ...]
 
-    @property
-    def leaks(self) -> bool:
-        """Whether any query is in two splits."""
-        return any(pair.normalised for pair in self.between)
-
 
 def normalise_query(query: str) -> str:
     """Reduce a query to what must differ for two queries to be different.

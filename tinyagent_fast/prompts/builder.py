@@ -226,15 +226,13 @@ def encode_prompts(
 
 def _test_examples(run: Run) -> tuple[Path | None, Sequence[Example]]:
     """Read the plans of a run's test file, if it is there; none is generated for this."""
-    from tinyagent_fast.data.cache import cache_folder, load_examples
+    from tinyagent_fast.data.cache import load_examples
 
     config = run.config()
     path = run.test_file()
     if path is None or not path.exists():
         return path, ()
-    table = load_examples(
-        path, on_bad_entry=config.data.on_bad_entry, cache_dir=cache_folder(), points="plan"
-    )
+    table = load_examples(path, on_bad_entry=config.data.on_bad_entry, points="plan")
     return path, table
 
 

@@ -462,15 +462,13 @@ def _parsed(given: str) -> tuple[int, int]:
 
 def _counted(config: Config, train: Path) -> RowLengths:
     """Count tokens of a seeded sample, and of the rows with the longest texts."""
-    from tinyagent_fast.data.cache import cache_folder, load_examples
+    from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokenizers import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     data, prompt_format = config.data, config.model.prompt_format
-    table = load_examples(
-        train, on_bad_entry=data.on_bad_entry, cache_dir=cache_folder(), points=data.points
-    )
+    table = load_examples(train, on_bad_entry=data.on_bad_entry, points=data.points)
     tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), prompt_format)
     chat = tokenizer.chat if prompt_format == "chat" else None
 
