@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAN = ['1. open_note("a", "")\n', '2. open_note("$1", "")\n', "3. join()"]
 
 SERVE = """
-import signal, sys
+import signal, sys, time
 sys.path.insert(0, sys.argv[1])
 # Background processes of a shell ignore Ctrl-C, and so do their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,11 +31,17 @@ from stand_ins import ScriptedWriter, planner_with
 from tinyagent_fast.cli import main
 from tinyagent_fast.inference import planner
 
-class Closing(ScriptedWriter):
+class Endless(ScriptedWriter):
+    def generate(self, *_, on_token, **__):
+        while True:
+            time.sleep(0.01)
+            on_token(0, "1. ")
+        yield
+
     def close(self):
         print("closed", flush=True)
 
-planner.load = lambda *_, **__: planner_with(Closing(["1. join()"]))
+planner.load = lambda *_, **__: planner_with(Endless([]))
 sys.exit(main(["serve", "--port", "0"]))
 """
 
@@ -139,7 +145,7 @@ def test_mistakes_are_messages(
     assert said in capsys.readouterr().err
 
 
-def test_serve_listens_until_ctrl_c_and_closes_what_it_opened() -> None:
+def test_ctrl_c_ends_serve_in_the_middle_of_a_plan_and_closes_what_it_opened() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE, str(ROOT / "tests")],
         stdout=subprocess.PIPE,
@@ -154,7 +160,13 @@ def test_serve_listens_until_ctrl_c_and_closes_what_it_opened() -> None:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=20) as response:
             assert b"<title>Planner</title>" in response.read()
-        process.send_signal(signal.SIGINT)
+        body, headers = b'{"request": "go"}', {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}plan", body, headers)
+        with opener.open(request, timeout=20) as response:
+            while response.readline() != b"event: piece\n":
+                pass
+            process.send_signal(signal.SIGINT)
+            assert b"the server is closing" in response.read()
         assert process.wait(timeout=20) == 0
         assert "closed" in process.stdout.read()
     finally:
@@ -172,10 +184,3 @@ def test_serve_warns_of_an_address_that_others_can_reach(
     assert "warning" not in capsys.readouterr().out
     assert main(["serve", "--port", "0", "--host", "0.0.0.0"]) == 0
     assert "no password" in capsys.readouterr().out
-
-
-def test_the_page_is_part_of_the_package() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    (line,) = [line for line in text.splitlines() if line.startswith("tinyagent_fast = [")]
-    assert '"**/*.html"' in line
-    assert (ROOT / "tinyagent_fast" / "chat" / "page.html").is_file()

@@ -1,4 +1,4 @@
-"""A plan drawn in the terminal."""
+"""Plans in the terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from stand_ins import ScriptedWriter, planner_with
 
 from tinyagent_fast.chat.terminal import show_header, show_stream
-from tinyagent_fast.plans.drawing import draw_plan, printable
+from tinyagent_fast.plans.drawing import draw_plan
 
 PLAN = """1. get_phone_number("Sid")
 2. get_zoom_meeting_link("Review", "2026-11-24 10:00:00", 60, [])
@@ -21,9 +19,7 @@ PLAN = """1. get_phone_number("Sid")
 
 
 def drawn(text: str, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    console.print(draw_plan(text))
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    return draw_plan(text).to_text(width)
 
 
 def lines_with(text: str, *words: str) -> list[int]:
@@ -37,10 +33,6 @@ def test_calls_that_run_at_once_stand_side_by_side_above_what_waits_for_them() -
     (second,) = lines_with(text, "3 send_sms")
     (join,) = lines_with(text, "join() waits for all calls")
     assert first < arrows < second < join
-
-
-def test_arguments_are_shown_as_they_were_written() -> None:
-    assert lines_with(drawn(PLAN), '["$1"], "See you: $2"')
 
 
 @pytest.mark.parametrize("width", [30, 60, 200])
@@ -58,19 +50,6 @@ def test_markup_in_a_plan_is_text() -> None:
     assert '"[bold]x[/] [/nothing]"' in drawn(
         '1. open_note("[bold]x[/] [/nothing]", "")\n2. join()'
     )
-
-
-@given(st.text())
-def test_no_text_sends_a_control_character_to_the_terminal(text: str) -> None:
-    shown = printable(text)
-    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
-    assert printable(shown) == shown
-
-
-@given(st.text(), st.booleans())
-def test_any_text_can_be_drawn(text: str, as_argument: bool) -> None:
-    plan = f"1. open_note({text!r}, '')\n2. join()" if as_argument else text
-    assert "\x1b" not in drawn(plan)
 
 
 def test_a_very_long_argument_is_shortened() -> None:

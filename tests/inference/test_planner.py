@@ -236,7 +236,7 @@ def test_a_stream_tells_its_plan_at_every_moment() -> None:
         seen.append((len(stream.drawing.steps), stream.result))
     assert seen == [(1, None), (2, None), (2, None)]
     assert stream.drawing.joined
-    assert not stream.drawing.has_problems
+    assert not stream.drawing.all_problems
     assert stream.result is not None
 
 

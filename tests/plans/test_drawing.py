@@ -93,7 +93,7 @@ def test_a_correct_plan_has_the_edges_of_its_graph_and_no_problems(text: str) ->
     drawing = draw_plan(text, TOOLS)
     assert set(drawing.edges) == plan_dag(parse_plan(text)).edges
     assert drawing.joined
-    assert not drawing.has_problems
+    assert not drawing.all_problems
 
 
 @given(any_text, st.booleans())
@@ -115,7 +115,7 @@ def test_while_a_plan_is_written_its_calls_appear_one_by_one_without_problems(
 ) -> None:
     cut = data.draw(st.integers(0, len(text)))
     so_far, whole = draw_plan(text[:cut], TOOLS, finished=False), draw_plan(text, TOOLS)
-    assert not so_far.has_problems
+    assert not so_far.all_problems
     assert len(so_far.steps) == text[:cut].count("\n")
     assert [step.number for step in so_far.steps] == [
         step.number for step in whole.steps[: len(so_far.steps)]
@@ -155,7 +155,7 @@ def test_a_bad_reference_hides_no_good_one() -> None:
 
 def test_an_amount_of_money_is_no_reference() -> None:
     drawing = draw_plan('1. f("at most $500")\n2. join()', TOOLS)
-    assert not drawing.has_problems
+    assert not drawing.all_problems
     assert not drawing.edges
 
 
@@ -174,7 +174,7 @@ def test_a_line_that_is_no_call_and_a_missing_end_are_problems_of_the_text() -> 
 
 
 def test_without_tools_they_are_tinyagents() -> None:
-    assert not draw_plan('1. get_phone_number("Sid")\n2. join()').has_problems
+    assert not draw_plan('1. get_phone_number("Sid")\n2. join()').all_problems
     assert problems_of(draw_plan("1. g()\n2. join()"), 1) == ("there is no tool g",)
 
 

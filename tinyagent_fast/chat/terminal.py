@@ -1,16 +1,17 @@
-"""Show a planner's facts and its plans in the terminal."""
+"""Ask a planner in the terminal: its facts, plans as they are written, their graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tinyagent_fast.inference.planner import PlanStream
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.plans.drawing import printable
 
 
@@ -45,3 +46,35 @@ def show_stream(console: Console, stream: PlanStream) -> None:
     console.print(stream.drawing)
     if stream.result is not None:
         console.print(Text(stream.result.cost(), style="dim"))
+
+
+def converse(console: Console, planner: Planner) -> None:
+    """Answer requests until the input ends.
+
+    Args:
+        console: Where to print.
+        planner: Writes the plans.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives the prompt a history and line editing)
+    console.print("Type a request; Ctrl-C breaks a plan off, Ctrl-D ends.", style="dim")
+    while True:
+        try:
+            request = input("\nrequest> ").strip()
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print("\nCtrl-D ends", style="dim")
+            continue
+        if not request:
+            continue
+        stream = planner.stream(request)
+        if planner.prompts.retrieve is not None:
+            console.print(Text(f"system text: {printable(stream.built.source)}", style="dim"))
+        try:
+            show_stream(console, stream)
+        except KeyboardInterrupt:
+            console.print("\nbroken off", style="dim")
+        except ModelError as error:
+            console.print(Text(str(error), style="red"))

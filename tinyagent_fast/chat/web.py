@@ -209,7 +209,6 @@ class PlannerServer:
                 await _tell(send, "waiting", {"ahead": ahead})
                 await place.wait()
                 place.clear()
-            # A thread of its own from the first piece to the last: torch's modes belong to one.
             await anyio.to_thread.run_sync(self._write, stream, send)
         finally:
             self._queue.remove(place)
@@ -221,18 +220,16 @@ class PlannerServer:
             anyio.from_thread.run(_tell, send, name, value)
 
         say("begun", {"system_text": stream.built.source})
-        shown = stream.drawing
         try:
+            # Closed here when the reader leaves, since a plan that was broken off holds its turn.
             with closing(iter(stream)) as pieces:
                 for piece in pieces:
                     anyio.from_thread.check_cancelled()  # also while the prompt is being read
                     if self._uvicorn.should_exit:
-                        say("failed", {"message": "the server is closing"})
-                        return
+                        break
                     say("piece", {"text": piece})
-                    if "\n" in piece and (view := stream.drawing) != shown:
-                        shown = view
-                        say("drawing", _shown(view))
+                    if "\n" in piece:
+                        say("drawing", _shown(stream.drawing))
         except UserError as error:
             say("failed", {"message": str(error)})
             return
@@ -274,8 +271,7 @@ class _Events:
 
 
 def _shown(drawing: PlanDrawing) -> dict[str, Any]:
-    of_steps = (f"{s.number}. {s.tool}: {problem}" for s in drawing.steps for problem in s.problems)
-    return {"svg": drawing.to_svg("Graph of the plan"), "problems": [*drawing.problems, *of_steps]}
+    return {"svg": drawing.to_svg("Graph of the plan"), "problems": drawing.all_problems}
 
 
 async def _tell(send: Send, name: str, value: Mapping[str, Any]) -> None:

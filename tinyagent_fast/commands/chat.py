@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tinyagent_fast.commands.planner_flags import PlannerFlags
-from tinyagent_fast.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tinyagent_fast.inference.planner import Planner
+from tinyagent_fast.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError("--once", "the request is empty", "write what should be done")
     from rich.console import Console
 
-    from tinyagent_fast.chat.terminal import show_header, show_stream
+    from tinyagent_fast.chat.terminal import converse, show_header, show_stream
 
     console = Console(highlight=False)
     with flags.load() as planner:
@@ -56,37 +49,5 @@ def run(arguments: Sequence[str]) -> int:
         if flags.once is not None:
             show_stream(console, planner.stream(flags.once))
             return 0
-        _converse(console, planner)
+        converse(console, planner)
     return 0
-
-
-def _converse(console: Console, planner: Planner) -> None:
-    """Answer requests until the input ends."""
-    from rich.text import Text
-
-    from tinyagent_fast.chat.terminal import show_stream
-    from tinyagent_fast.plans.drawing import printable
-
-    with suppress(ImportError):
-        import readline  # noqa: F401  (gives the prompt a history and line editing)
-    console.print("Type a request; Ctrl-C breaks a plan off, Ctrl-D ends.", style="dim")
-    while True:
-        try:
-            request = input("\nrequest> ").strip()
-        except EOFError:
-            console.print()
-            return
-        except KeyboardInterrupt:
-            console.print("\nCtrl-D ends", style="dim")
-            continue
-        if not request:
-            continue
-        stream = planner.stream(request)
-        if planner.prompts.retrieve is not None:
-            console.print(Text(f"system text: {printable(stream.built.source)}", style="dim"))
-        try:
-            show_stream(console, stream)
-        except KeyboardInterrupt:
-            console.print("\nbroken off", style="dim")
-        except ModelError as error:
-            console.print(Text(str(error), style="red"))

@@ -69,8 +69,7 @@ class PlannedRequest:
     @property
     def problems(self) -> tuple[str, ...]:
         """Everything that is wrong with the plan, in words."""
-        calls = (f"step {step.number}: {p}" for step in self.drawing.steps for p in step.problems)
-        return (*self.drawing.problems, *calls)
+        return self.drawing.all_problems
 
     def cost(self) -> str:
         """Say in one line what it cost.

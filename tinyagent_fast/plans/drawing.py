@@ -89,9 +89,10 @@ class PlanDrawing:
     """Calls beyond `MAX_CALLS`."""
 
     @property
-    def has_problems(self) -> bool:
-        """Whether anything is wrong with the plan."""
-        return bool(self.problems) or any(step.problems for step in self.steps)
+    def all_problems(self) -> tuple[str, ...]:
+        """What is wrong with the text as a whole, then what is wrong with each call."""
+        calls = (f"step {step.number}: {p}" for step in self.steps for p in step.problems)
+        return (*self.problems, *calls)
 
     @property
     def layers(self) -> list[list[DrawnStep]]:
