@@ -61,6 +61,8 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2 as protobuf
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tinyagent_fast.prompts.tokenizers import load_tokenizer
+
     config = LlamaConfig(
         **SHAPES[shape],
         max_position_embeddings=32768,
@@ -85,6 +87,7 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
     for rank, word in enumerate(itertools.islice(words, config.vocab_size - len(proto.pieces))):
         proto.pieces.add(piece="".join(word), score=-float(rank), type=kinds.NORMAL)
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    load_tokenizer(folder).save_pretrained(str(folder))
     weights = folder / "model.safetensors"
     return {"size_mb": round(weights.stat().st_size / 1e6, 1)}
 

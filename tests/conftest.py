@@ -253,7 +253,7 @@ def make_llama() -> Callable[..., Path]:
     """
     import numpy as np
 
-    from tinyagent_fast.export.checkpoints import SafetensorsWriter
+    from tinyagent_fast.export.checkpoints import NewTensor, write_safetensors
     from tinyagent_fast.models.families import LLAMA, ModelShape
 
     def standard(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
@@ -278,12 +278,12 @@ def make_llama() -> Callable[..., Path]:
         config = {k: v for k, v in {**plain, **changes}.items() if v is not None}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tensors = list(LLAMA.tensors(ModelShape.from_config(config)))
         random = np.random.default_rng(0)
-        plan = [(tensor.source, dtype, tensor.shape) for tensor in tensors]
-        with SafetensorsWriter(folder / "model.safetensors", plan, {}) as writer:
-            for tensor in tensors:
-                writer.write_rows(draw(random, tensor.shape))
+        tensors = [
+            NewTensor(one.source, dtype, one.shape, [draw(random, one.shape)])
+            for one in LLAMA.tensors(ModelShape.from_config(config))
+        ]
+        write_safetensors(folder / "model.safetensors", tensors)
         return folder
 
     return make

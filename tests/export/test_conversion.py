@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.export.checkpoints import SafetensorsWriter, open_checkpoint, read_rows
+from tinyagent_fast.export import checkpoints
+from tinyagent_fast.export.checkpoints import (
+    NewTensor,
+    open_checkpoint,
+    read_rows,
+    write_safetensors,
+)
 from tinyagent_fast.export.conversion import convert_to_gguf, read_rope
 from tinyagent_fast.models.families import LLAMA, ModelShape
 
@@ -192,11 +198,9 @@ def test_llama_3_frequencies_are_divided_as_transformers_divides_them(
 def test_a_small_block_gives_the_same_file(
     llama_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinyagent_fast.export import conversion
-
     folder = llama_folder()
     whole = convert(folder, tmp_path / "whole.gguf", "f16").path
-    monkeypatch.setattr(conversion, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(checkpoints, "BLOCK_BYTES", 4096)
     assert convert(folder, tmp_path / "small.gguf", "f16").path.read_bytes() == whole.read_bytes()
 
 
@@ -318,8 +322,8 @@ def test_a_tensor_that_would_be_left_out_is_refused(
     name: str, llama_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = llama_folder()
-    with SafetensorsWriter(folder / "more.safetensors", [(name, "F32", (64,))], {}) as writer:
-        writer.write_rows(np.zeros(64, np.float32))
+    more = NewTensor(name, "F32", (64,), [np.zeros(64, np.float32)])
+    write_safetensors(folder / "more.safetensors", [more])
     where = dict.fromkeys(open_checkpoint(folder).tensors, "model.safetensors")
     index = {"weight_map": {**where, name: "more.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -107,20 +107,16 @@ def test_a_wrongly_written_weight_stops_the_export(
     victim: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = merging._write_shard
+    right = merging._write_configs
 
-    def write_wrongly(tensors: Any, adapter_read: Any, path: Path, *rest: Any) -> None:
-        right(tensors, adapter_read, path, *rest)
-        tensor = open_checkpoint(path.parent).tensors[victim]
-        with path.open("r+b") as stream:
+    def damage(base: Path, target: Path, dtype: Any) -> None:
+        right(base, target, dtype)
+        tensor = open_checkpoint(target).tensors[victim]
+        with tensor.path.open("r+b") as stream:
             stream.seek(tensor.offset_bytes)
             stream.write(np.float32(0.75).tobytes())
 
-    def with_config(*arguments: Any) -> None:
-        shutil.copyfile(tiny_base / "config.json", tmp_path / "merged" / "config.json")
-        write_wrongly(*arguments)
-
-    monkeypatch.setattr(merging, "_write_shard", with_config)
+    monkeypatch.setattr(merging, "_write_configs", damage)
     with pytest.raises(GateError, match=victim):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 

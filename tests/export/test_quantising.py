@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError, GateError, ModelError
-from tinyagent_fast.export import conversion, quantising
+from tinyagent_fast.export import checkpoints, conversion, quantising
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.importance import Importance
 from tinyagent_fast.export.quantising import GgmlLibrary, block_values, file_type, tensor_type
@@ -251,7 +251,7 @@ def test_neither_threads_nor_blocks_change_a_byte(
 ) -> None:
     convert(llama, tmp_path / "1", "q4_k_m")
     convert(llama, tmp_path / "3", "q4_k_m", threads=3)
-    monkeypatch.setattr(conversion, "_BLOCK_BYTES", 5 * 256 * 4)
+    monkeypatch.setattr(checkpoints, "BLOCK_BYTES", 5 * 256 * 4)
     convert(llama, tmp_path / "blocks", "q4_k_m", threads=2)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
     assert (tmp_path / "1").read_bytes() == (tmp_path / "blocks").read_bytes()

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ Floats = NDArray[np.float32]
 VALUE_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 """The number formats that a model can be exported from, with the bytes of one value."""
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 2**20
 """Size of a block of rows as float32: small beside a tensor, large beside the cost of a call."""
 
 # Numbers from here on are nearer to 2**16 than to 65504, and 2**16 is f16's infinity.
@@ -253,21 +252,18 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
     return stored.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
 
 
-def row_blocks(
-    tensor: StoredTensor, *, block_bytes: int = BLOCK_BYTES, multiple_of_rows: int = 1
-) -> Iterator[tuple[int, Floats]]:
-    """Read a tensor block by block.
+def row_blocks(tensor: StoredTensor, *, multiple_of_rows: int = 1) -> Iterator[tuple[int, Floats]]:
+    """Read a tensor in blocks of about `BLOCK_BYTES`, larger only where a single unit is larger.
 
     Args:
         tensor: A tensor of a checkpoint.
-        block_bytes: Size of a block as float32, exceeded only where a single unit is larger.
         multiple_of_rows: What must stay in one block, such as the rows of an attention head.
 
     Yields:
         First row of each block, and its rows.
     """
     unit_bytes = 4 * tensor.row_values * multiple_of_rows
-    step = max(1, block_bytes // max(1, unit_bytes)) * multiple_of_rows
+    step = max(1, BLOCK_BYTES // max(1, unit_bytes)) * multiple_of_rows
     for start in range(0, tensor.rows, step):
         yield start, read_rows(tensor, start, min(start + step, tensor.rows))
 
@@ -321,77 +317,54 @@ def _largest_finite(block: Floats) -> float:
     return largest
 
 
-class SafetensorsWriter:
-    """Writes a safetensors file row by row; it gets its name only when it is whole."""
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written."""
 
-    def __init__(
-        self,
-        path: Path,
-        tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-        metadata: Mapping[str, str],
-    ) -> None:
-        """Plan the file; nothing is written before the context is entered.
+    name: str
+    dtype: str
+    """F32, F16 or BF16."""
+    shape: tuple[int, ...]
+    blocks: Iterable[Floats]
+    """All its rows, in any number of blocks."""
 
-        Args:
-            path: Target; `path` with `.part` behind it is used on the way.
-            tensors: Name, dtype (F32, F16, BF16) and shape of each tensor, in the order of writing.
-            metadata: Text to text; `format` is `pt` if not given, which transformers asks for.
-        """
-        self.path = path
-        self.part = path.with_name(path.name + ".part")
-        self._plan = [(n, d, tuple(s)) for n, d, s in tensors]
-        assert len({name for name, _, _ in self._plan}) == len(self._plan), "names occur twice"
-        self._metadata = {"format": "pt", **metadata}
-        self._at = 0
-        self._row = 0
-        self._file: BinaryIO | None = None
 
-    def __enter__(self) -> SafetensorsWriter:
-        """Open the file and write its header."""
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        offset = 0
-        for name, dtype, shape in self._plan:
-            end = offset + math.prod(shape) * VALUE_BYTES[dtype]
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.part.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        return self
+def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
+    """Write a safetensors file block by block; it gets its name only when it is whole.
 
-    def write_rows(self, block: Floats) -> None:
-        """Write the next rows of the tensor that is due.
+    Args:
+        path: Target; `path` with `.part` behind it is used on the way.
+        tensors: In the order of writing.
 
-        Args:
-            block: Rows as float32; a tensor may come in any number of blocks, in order.
-
-        Raises:
-            ModelError: A finite value is too large for f16.
-        """
-        assert self._file is not None, "the writer was not entered"
-        assert self._at < len(self._plan), "all tensors are written already"
-        name, dtype, shape = self._plan[self._at]
-        fits = block.shape[1:] == shape[1:] and self._row + block.shape[0] <= shape[0]
-        assert fits, f"{name} {shape} has {self._row} rows and is given {block.shape}"
-        self._file.write(encode_values(block, dtype, name).data)
-        self._row += block.shape[0]
-        if self._row == shape[0]:
-            self._at, self._row = self._at + 1, 0
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give the whole file its name, or remove what there is of it."""
-        assert self._file is not None, "the writer was not entered"
-        self._file.close()
-        whole = self._at == len(self._plan)
-        if error is None and whole:
-            self.part.replace(self.path)
-            return
-        self.part.unlink()
-        assert error is not None, f"{self.path}: {self._at} of {len(self._plan)} tensors written"
+    Raises:
+        ModelError: A finite value is too large for f16.
+    """
+    # transformers asks for this word.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for one in tensors:
+        assert one.name not in header, f"{one.name} occurs twice"
+        end = offset + math.prod(one.shape) * VALUE_BYTES[one.dtype]
+        header[one.name] = {
+            "dtype": one.dtype,
+            "shape": list(one.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for one in tensors:
+                rows = 0
+                for block in one.blocks:
+                    assert block.shape[1:] == one.shape[1:], f"{one.name} gets {block.shape}"
+                    file.write(encode_values(block, one.dtype, one.name).data)
+                    rows += len(block)
+                assert rows == one.shape[0], f"{one.name} has {rows} of {one.shape[0]} rows"
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

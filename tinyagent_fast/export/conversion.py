@@ -53,7 +53,6 @@ from tinyagent_fast.export.settings import QUANT_NAMES
 from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
 from tinyagent_fast.models.families import OUTPUT, Family, ModelShape, Tensor, family_of
 
-_BLOCK_BYTES = 2**20
 _FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -118,9 +117,7 @@ class _Target:
         if not isinstance(self.source, StoredTensor):
             yield self.source
             return
-        for _, block in row_blocks(
-            self.source, block_bytes=_BLOCK_BYTES, multiple_of_rows=self.unit_rows
-        ):
+        for _, block in row_blocks(self.source, multiple_of_rows=self.unit_rows):
             yield self._ordered(block)
 
     def row(self, at: int) -> Floats:

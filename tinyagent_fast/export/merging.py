@@ -11,24 +11,27 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export.checkpoints import (
+    VALUE_BYTES,
     Checkpoint,
-    SafetensorsWriter,
+    Floats,
+    NewTensor,
     StoredTensor,
     open_checkpoint,
     read_rows,
     row_blocks,
     stored_tensors,
+    write_safetensors,
 )
+from tinyagent_fast.runs import write_json, write_text
 
 MergedDtype = Literal["base", "f32", "f16", "bf16"]
 _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -42,11 +45,11 @@ _PREFIX = "base_model.model."
 class LowRankUpdate:
     """The update of one weight: `scale * b_OR @ a_RI` in fp32."""
 
-    a_RI: NDArray[np.float32]
-    b_OR: NDArray[np.float32]
+    a_RI: Floats
+    b_OR: Floats
     scale: float
 
-    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+    def rows(self, start: int, stop: int) -> Floats:
         """Multiply out some rows of the update.
 
         Args:
@@ -56,7 +59,7 @@ class LowRankUpdate:
         Returns:
             Rows x inputs in fp32.
         """
-        product_OI: NDArray[np.float32] = self.b_OR[start:stop] @ self.a_RI
+        product_OI: Floats = self.b_OR[start:stop] @ self.a_RI
         product_OI *= np.float32(self.scale)
         return product_OI
 
@@ -84,7 +87,7 @@ def read_adapter(folder: Path) -> Adapter:
     """
     settings = _settings(folder)
     tensors = stored_tensors(folder / "adapter_model.safetensors")
-    halves: dict[str, dict[str, NDArray[np.float32]]] = {}
+    halves: dict[str, dict[str, Floats]] = {}
     for name, tensor in tensors.items():
         stem, half = _split(name, folder)
         halves.setdefault(stem, {})[half] = read_rows(tensor, 0, tensor.shape[0])
@@ -161,7 +164,6 @@ class MergeReport:
     """Largest difference from base + update, in units of half a unit in the last place."""
     update_lost: float
     """Largest share of an update's norm that rounding to `dtype` has cost, over the weights."""
-    size_bytes: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -196,18 +198,35 @@ def merge_adapter(
     started = time.perf_counter()
     checkpoint, adapter = open_checkpoint(base), read_adapter(adapter_folder)
     _refuse_stranger(checkpoint, adapter)
+    tensors = list(checkpoint.tensors.values())
+    done, total = 0, 2 * sum(tensor.size_bytes for tensor in tensors)
+
+    def blocks(tensor: StoredTensor) -> Iterator[tuple[int, Floats]]:
+        nonlocal done
+        for start, block in row_blocks(tensor):
+            yield start, block
+            done += block.size * VALUE_BYTES[tensor.dtype]
+            on_progress(done, total)
+
+    def summed(tensor: StoredTensor) -> Iterator[Floats]:
+        update = adapter.updates.get(tensor.name)
+        for start, block in blocks(tensor):
+            yield block if update is None else block + update.rows(start, start + len(block))
+
     target.mkdir(parents=True, exist_ok=True)
-    total = 2 * sum(t.path.stat().st_size for t in _first_of_shards(checkpoint))
-    progress = _Progress(on_progress, total)
-    for path in _shards(checkpoint):
-        tensors = [t for t in checkpoint.tensors.values() if t.path == path]
-        _write_shard(tensors, adapter, target / path.name, dtype, progress)
+    for path in sorted({tensor.path for tensor in tensors}):
+        shard = [
+            NewTensor(one.name, _DTYPES.get(dtype, one.dtype), one.shape, summed(one))
+            for one in tensors
+            if one.path == path
+        ]
+        write_safetensors(target / path.name, shard)
     _write_configs(base, target, dtype)
     merged = open_checkpoint(target)
     worst, lost = 0.0, 0.0
-    for name, tensor in checkpoint.tensors.items():
-        update = adapter.updates.get(name)
-        error, share = _compare(tensor, merged.tensors[name], update, progress)
+    for tensor in tensors:
+        update = adapter.updates.get(tensor.name)
+        error, share = _compare(blocks(tensor), tensor, merged.tensors[tensor.name], update)
         worst, lost = max(worst, error), max(lost, share)
     return MergeReport(
         folder=target,
@@ -216,28 +235,8 @@ def merge_adapter(
         adapted=len(adapter.updates),
         worst_error_ulp=round(worst, 4),
         update_lost=round(lost, 6),
-        size_bytes=sum(path.stat().st_size for path in target.glob("*.safetensors")),
         seconds=round(time.perf_counter() - started, 2),
     )
-
-
-@dataclass
-class _Progress:
-    report: Callable[[int, int], None]
-    total: int
-    done: int = 0
-
-    def add(self, count: int) -> None:
-        self.done = min(self.total, self.done + count)
-        self.report(self.done, self.total)
-
-
-def _shards(checkpoint: Checkpoint) -> list[Path]:
-    return sorted({tensor.path for tensor in checkpoint.tensors.values()})
-
-
-def _first_of_shards(checkpoint: Checkpoint) -> list[StoredTensor]:
-    return list({tensor.path: tensor for tensor in checkpoint.tensors.values()}.values())
 
 
 def _refuse_stranger(checkpoint: Checkpoint, adapter: Adapter) -> None:
@@ -253,34 +252,15 @@ def _refuse_stranger(checkpoint: Checkpoint, adapter: Adapter) -> None:
             )
 
 
-def _write_shard(
-    tensors: Sequence[StoredTensor],
-    adapter: Adapter,
-    path: Path,
-    dtype: MergedDtype,
-    progress: _Progress,
-) -> None:
-    outline = [(t.name, _DTYPES.get(dtype, t.dtype), t.shape) for t in tensors]
-    with SafetensorsWriter(path, outline, {"format": "pt"}) as writer:
-        for tensor in tensors:
-            update = adapter.updates.get(tensor.name)
-            for start, block in row_blocks(tensor):
-                end = start + block.shape[0]
-                writer.write_rows(block if update is None else block + update.rows(start, end))
-                progress.add(_stored_bytes(tensor, block))
-
-
-def _stored_bytes(tensor: StoredTensor, block: NDArray[np.float32]) -> int:
-    return int(block.size) * (4 if tensor.dtype == "F32" else 2)
-
-
 def _compare(
-    base: StoredTensor, merged: StoredTensor, update: LowRankUpdate | None, progress: _Progress
+    blocks: Iterator[tuple[int, Floats]],
+    base: StoredTensor,
+    merged: StoredTensor,
+    update: LowRankUpdate | None,
 ) -> tuple[float, float]:
     """Compare a written weight with what it must be; give its error and the update's loss."""
     worst, lost, norm = 0.0, 0.0, 0.0
-    for (start, before), (_, after) in _pairs(base, merged):
-        progress.add(_stored_bytes(base, before))
+    for (start, before), (_, after) in zip(blocks, row_blocks(merged), strict=True):
         delta = np.zeros_like(before) if update is None else update.rows(start, start + len(before))
         if update is None and merged.dtype == base.dtype:
             if not np.array_equal(before, after):
@@ -300,12 +280,6 @@ def _compare(
     return worst, (lost / norm) ** 0.5 if norm else 0.0
 
 
-def _pairs(
-    base: StoredTensor, merged: StoredTensor
-) -> Iterator[tuple[tuple[int, NDArray[np.float32]], tuple[int, NDArray[np.float32]]]]:
-    return zip(row_blocks(base), row_blocks(merged), strict=True)
-
-
 def _not_the_sum(name: str, why: str) -> GateError:
     return GateError(f"merged weight {name}: {why}; nothing was exported")
 
@@ -315,14 +289,13 @@ def _write_configs(base: Path, target: Path, dtype: MergedDtype) -> None:
     if dtype != "base":
         config.pop("torch_dtype", None)
         config["dtype"] = _DTYPE_NAMES[_DTYPES[dtype]]
-    text = json.dumps(config, indent=2) + "\n"
-    (target / "config.json").write_text(text, encoding="utf-8")
+    write_json(target / "config.json", config)
     index = base / "model.safetensors.index.json"
     if index.exists():
         content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
         size_bytes = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         content["metadata"] = {**content.get("metadata", {}), "total_size": size_bytes}
-        (target / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(target / index.name, content)
 
 
 def write_tokenizer(
@@ -338,12 +311,8 @@ def write_tokenizer(
         eos_id: Token that ends a completion.
         pad_id: Token that fills batches up.
     """
-    before = tokenizer.chat_template
-    tokenizer.chat_template = chat_template
-    try:
-        tokenizer.save_pretrained(str(target))
-    finally:
-        tokenizer.chat_template = before
+    tokenizer.save_pretrained(str(target))
+    write_text(target / "chat_template.jinja", chat_template)
     if (base / "tokenizer.model").exists():
         shutil.copyfile(base / "tokenizer.model", target / "tokenizer.model")
     generation: Mapping[str, Any] = {
@@ -352,5 +321,4 @@ def write_tokenizer(
         "pad_token_id": pad_id,
         "do_sample": False,
     }
-    path = target / "generation_config.json"
-    path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_json(target / "generation_config.json", generation)

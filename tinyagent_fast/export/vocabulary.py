@@ -81,7 +81,8 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
     """Read a model folder's tokenizer as the vocabulary that gives the same ids in llama.cpp.
 
     Args:
-        folder: Holds tokenizer.json, tokenizer.model or both, as for training.
+        folder: Holds tokenizer.json. A tokenizer.model beside it is not looked at: training did
+            not use it.
         embedding_rows: Rows of the token embeddings; ids without a token are named `[PADn]`.
 
     Returns:
@@ -91,16 +92,6 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
         ModelError: No tokenizer, one whose ids llama.cpp would not reproduce, or more tokens than
             embeddings.
     """
-    has_json = (folder / "tokenizer.json").exists()
-    has_model = (folder / "tokenizer.model").exists()
-    if not has_json and not has_model:
-        raise ModelError(
-            f"folder {folder}",
-            "it holds neither tokenizer.json nor tokenizer.model",
-            "copy the base model's tokenizer files into it",
-        )
-    if not has_json:
-        return _from_sentencepiece(folder / "tokenizer.model", embedding_rows)
     file = read_json(folder / "tokenizer.json")
     model = file.get("model", {})
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
@@ -118,37 +109,6 @@ def _other_ids(folder: Path, why: str) -> ModelError:
     )
 
 
-def _from_sentencepiece(path: Path, embedding_rows: int) -> GgufVocabulary:
-    """Take a tokenizer.model alone, with the special tokens that training gives such a file."""
-    pieces = _Pieces()
-    prefix = _read_sentencepiece(path, pieces)
-    names = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
-    folder = path.parent
-    return _finish(folder, pieces, names, embedding_rows, model="llama", add_space_prefix=prefix)
-
-
-def _read_sentencepiece(path: Path, pieces: _Pieces) -> bool:
-    """Enter the pieces of a tokenizer.model; say whether it puts a space before text."""
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
-
-    proto = protobuf.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError differs between its implementations
-        raise ModelError(
-            f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
-        ) from error
-    normal = proto.normalizer_spec
-    plain = normal.name == "identity" and not normal.remove_extra_whitespaces
-    if proto.trainer_spec.model_type != 2 or not plain:
-        raise _other_ids(path.parent, "tokenizer.model is no BPE model, or it normalises text")
-    for index, piece in enumerate(proto.pieces):
-        if piece.type == TokenType.USER_DEFINED:
-            raise _other_ids(path.parent, f"{piece.piece!r} is looked for before it merges")
-        pieces.put(index, piece.piece, piece.score, piece.type)
-    return bool(normal.add_dummy_prefix)
-
-
 def _from_llama_json(folder: Path, file: Mapping[str, Any], embedding_rows: int) -> GgufVocabulary:
     """Take a tokenizer.json that is a converted SentencePiece BPE model with byte fallback."""
     pieces = _Pieces()
@@ -160,11 +120,7 @@ def _from_llama_json(folder: Path, file: Mapping[str, Any], embedding_rows: int)
     vocab: dict[str, int] = file["model"]["vocab"]
     if absent := _BYTE_TOKENS - vocab.keys():
         raise _other_ids(folder, f"{len(absent)} of the 256 byte tokens are missing")
-    if (folder / "tokenizer.model").exists():
-        model_prefix = _read_sentencepiece(folder / "tokenizer.model", pieces)
-        _check_agreement(folder, vocab, added, pieces, same_prefix=model_prefix == prefix)
-    else:
-        _rebuild_scores(folder, vocab, _merge_pairs(file), {t["content"] for t in added}, pieces)
+    _rebuild_scores(folder, vocab, _merge_pairs(file), {t["content"] for t in added}, pieces)
     if hidden := [t["content"] for t in added if t.get("normalized") and not t["special"]]:
         raise _other_ids(folder, f"its added token {hidden[0]!r} is sought in normalised text")
     _put_added(folder, added, pieces)
@@ -174,26 +130,6 @@ def _from_llama_json(folder: Path, file: Mapping[str, Any], embedding_rows: int)
     return _finish(
         folder, pieces, names, embedding_rows, model="llama", add_space_prefix=prefix, notes=notes
     )
-
-
-def _check_agreement(
-    folder: Path,
-    vocab: Mapping[str, int],
-    added: Iterable[Mapping[str, Any]],
-    pieces: _Pieces,
-    *,
-    same_prefix: bool,
-) -> None:
-    """Hold tokenizer.json, with which the model was trained, against tokenizer.model's pieces."""
-    in_json = {entry["id"] for entry in added}
-    differ = [t for t, i in vocab.items() if pieces.tokens.get(i) != t and i not in in_json]
-    if differ or not same_prefix:
-        raise ModelError(
-            f"tokenizer in {folder}",
-            "tokenizer.json and tokenizer.model disagree "
-            + (f"on the id of {differ[0]!r}" if differ else "on a space before text"),
-            "remove the one that the model was not trained with",
-        )
 
 
 def _rebuild_scores(
