@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from tinyagent_fast.cli import main
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import Prediction
-from tinyagent_fast.reports.flips import Flip, FlippedPlans, Planner, chosen_flips, flipped_plans
+from tinyagent_fast.reports.flips import (
+    ComparedPlanner,
+    Flip,
+    FlippedPlans,
+    chosen_flips,
+    flipped_plans,
+)
 from tinyagent_fast.reports.pages import compare_page
 from tinyagent_fast.runs import Run
 
@@ -23,10 +29,10 @@ TWO = '1. get_phone_number("A")\n2. send_sms(["$1"], "x")\n3. join()'
 WRONG = "1. join()"
 
 
-def planner(name: str, right: Sequence[bool], first: int = 0) -> Planner:
+def planner(name: str, right: Sequence[bool], first: int = 0) -> ComparedPlanner:
     """Return a planner for queries whose labels have one call and two calls in turn."""
     labels = [ONE if at % 2 else TWO for at in range(first, first + len(right))]
-    return Planner(
+    return ComparedPlanner(
         name=name,
         folder=Path(name),
         predictions=tuple(

@@ -18,7 +18,7 @@ from tinyagent_fast.cli import main
 from tinyagent_fast.evaluation.report import fenced, plain
 from tinyagent_fast.evaluation.scoring import Prediction
 from tinyagent_fast.plans.drawing import printable
-from tinyagent_fast.reports.flips import Planner, flipped_plans
+from tinyagent_fast.reports.flips import ComparedPlanner, flipped_plans
 from tinyagent_fast.reports.pages import compare_page, run_markdown, run_page
 from tinyagent_fast.reports.reading import read_run
 from tinyagent_fast.runs import Run
@@ -107,7 +107,7 @@ TEXTS = st.text(max_size=40) | st.sampled_from(
 
 @given(TEXTS)
 def test_no_text_of_a_model_or_dataset_becomes_markup(value: str) -> None:
-    def planner(name: str, prediction: str) -> Planner:
+    def planner(name: str, prediction: str) -> ComparedPlanner:
         row = Prediction(
             key="k",
             query=value,
@@ -116,7 +116,7 @@ def test_no_text_of_a_model_or_dataset_becomes_markup(value: str) -> None:
             stop_reason="stop",
             new_tokens=1,
         )
-        return Planner(name=name, folder=Path("x"), predictions=(row,))
+        return ComparedPlanner(name=name, folder=Path("x"), predictions=(row,))
 
     a, b = planner(f"a{value}", value), planner("b", '1. open_note("n", "")\n2. join()')
     usual = Page(compare_page(flipped_plans(planner("a", "x"), b, None)))

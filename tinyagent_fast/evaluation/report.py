@@ -1,9 +1,10 @@
-"""Metrics as text: a Markdown report for terminals and pull requests."""
+"""Figures as text: tables of facts, and an evaluation as Markdown for terminals and reviews."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from tinyagent_fast.evaluation.scoring import (
@@ -11,6 +12,7 @@ from tinyagent_fast.evaluation.scoring import (
     PROBLEMS,
     Metrics,
     Prediction,
+    ScoredPlan,
     score_prediction,
 )
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
@@ -18,6 +20,9 @@ from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.plans.grammar import PLAN_ERRORS, PlanError, parse_plan
 from tinyagent_fast.plans.graph import DAG_ERRORS, DagError, plan_dag, same_dag, why_different
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool
+
+Cell = str | int | float | Proportion | Mean
+"""A float is a share whose number of cases is not known; HTML shows shares as bars too."""
 
 _SHOWN_FAILURES = 10
 _MARKDOWN_MARKS = re.compile(r"([\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w))")
@@ -36,6 +41,36 @@ def headline(metrics: Metrics) -> str:
     return f"plan success {percent(metrics.success)}, n = {metrics.n}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FactTable:
+    """A table of a report; `note` stands before it, and the first `marked` rows stand out."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    marked: int = 0
+
+    def to_markdown(self) -> str:
+        """Write the table with its heading."""
+        notes = [plain(self.note), ""] if self.note else []
+        rows = (f"| {' | '.join(plain(cell_text(cell)) for cell in row)} |" for row in self.rows)
+        head = f"| {' | '.join(self.head)} |"
+        lines = [f"## {self.title}", "", *notes, head, f"|{'---|' * len(self.head)}", *rows, ""]
+        return "\n".join(lines)
+
+
+def cell_text(cell: Cell) -> str:
+    """Write a cell as text; shares in per cent, with the 95 % interval if there is one."""
+    if isinstance(cell, float):
+        return f"{100 * cell:.2f} %"
+    if isinstance(cell, Mean):
+        return percent(cell)
+    if isinstance(cell, Proportion):
+        return percent(cell) if cell.total else "none"
+    return str(cell)
+
+
 def markdown_report(
     title: str,
     metrics: Metrics,
@@ -50,28 +85,52 @@ def markdown_report(
         predictions: What they were computed from.
         tools: Tools by name; None stands for TinyAgent's own.
     """
-    lines = [f"# {plain(title)}", "", f"**{headline(metrics)}** (95 % Wilson interval)", ""]
-    lines += ["| figure | value |", "|---|---|"]
-    lines.append(f"| success (the published metric) | {percent(metrics.success)} |")
-    lines.append(f"| success_dag (pure graph isomorphism) | {percent(metrics.success_dag)} |")
-    lines.append(f"| tool recall (mean, conservative interval) | {percent(metrics.tool_recall)} |")
-    for name, meaning in PROBLEMS.items():
-        lines.append(f"| {name}: {meaning} | {percent(getattr(metrics, name))} |")
+    figures: list[tuple[Cell, ...]] = [
+        ("success (the published metric)", metrics.success),
+        ("success_dag (pure graph isomorphism)", metrics.success_dag),
+        ("tool recall (mean, conservative interval)", metrics.tool_recall),
+        *((f"{name}: {meaning}", getattr(metrics, name)) for name, meaning in PROBLEMS.items()),
+    ]
     if metrics.bad_labels.count:
-        lines.append(f"| labels that cannot be scored themselves | {percent(metrics.bad_labels)} |")
-    lines += ["", "## Why plans fail", "", "| reason | plans | meaning |", "|---|---|---|"]
-    lines += [f"| {code} | {n} | {FAILURE_CODES[code]} |" for code, n in metrics.failures.items()]
-    lines += ["", "## Success by number of calls", "", "| calls | success | n |", "|---|---|---|"]
-    for steps, share in sorted(metrics.success_by_steps.items()):
-        lines.append(f"| {steps} | {percent(share)} | {share.total} |")
-    lines += ["", f"## The first {_SHOWN_FAILURES} failing plans", ""]
-    scored = ((row, score_prediction(row, tools)) for row in predictions)
-    failing = ((row, score.failure) for row, score in scored if not score.success)
-    for row, code in islice(failing, _SHOWN_FAILURES):
-        why = explain_failure(row.label, row.prediction, tools)
-        lines += [f"**{plain(row.query)}**", "", f"{code}: {plain(why)}", ""]
-        lines += [fenced(f"{row.label}\n--- predicted\n{row.prediction}"), ""]
-    return "\n".join(lines) + "\n"
+        figures.append(("labels that cannot be scored themselves", metrics.bad_labels))
+    tables = (
+        FactTable(title="Figures", head=("figure", "value"), rows=tuple(figures)),
+        FactTable(
+            title="Why plans fail",
+            head=("reason", "plans", "meaning"),
+            rows=tuple((code, n, FAILURE_CODES[code]) for code, n in metrics.failures.items()),
+        ),
+        success_by_calls(metrics),
+    )
+    scored = (ScoredPlan(row, score_prediction(row, tools)) for row in predictions)
+    failing = islice((plan for plan in scored if not plan.score.success), _SHOWN_FAILURES)
+    return "\n".join(
+        (
+            f"# {plain(title)}\n",
+            f"**{headline(metrics)}** (95 % Wilson interval)\n",
+            *(table.to_markdown() for table in tables),
+            f"## The first {_SHOWN_FAILURES} failing plans\n",
+            *(failing_plan(plan, tools) for plan in failing),
+        )
+    )
+
+
+def success_by_calls(metrics: Metrics) -> FactTable:
+    """Lay out success by the number of calls in the label."""
+    rows = ((calls, share.total, share) for calls, share in metrics.success_by_steps.items())
+    return FactTable(
+        title="Success by number of calls",
+        head=("calls in the label", "queries", "success"),
+        rows=tuple(rows),
+    )
+
+
+def failing_plan(plan: ScoredPlan, tools: Mapping[str, Tool] | None) -> str:
+    """Write a failing plan under its label, with the reason, as Markdown."""
+    row = plan.prediction
+    why = f"{plan.score.failure}: {plain(explain_failure(row.label, row.prediction, tools))}"
+    texts = fenced(f"{row.label}\n--- predicted\n{row.prediction}")
+    return f"### {plain(row.query)}\n\n{why}\n\n{texts}\n"
 
 
 def plain(value: str) -> str:

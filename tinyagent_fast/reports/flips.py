@@ -25,7 +25,7 @@ SIGNIFICANT_P = 0.05
 
 
 @dataclass(frozen=True)
-class Planner:
+class ComparedPlanner:
     """One side of a comparison."""
 
     name: str
@@ -61,8 +61,8 @@ class FlipCount:
 class FlippedPlans:
     """Two planners compared; `left_out` counts queries that only one of them planned for."""
 
-    a: Planner
-    b: Planner
+    a: ComparedPlanner
+    b: ComparedPlanner
     tools: Mapping[str, Tool] | None
     paired: PairedComparison
     flips: tuple[Flip, ...]
@@ -105,7 +105,7 @@ class FlippedPlans:
         }
 
 
-def find_planners(a: str, b: str, runs: Path) -> tuple[Planner, Planner]:
+def find_planners(a: str, b: str, runs: Path) -> tuple[ComparedPlanner, ComparedPlanner]:
     """Find the predictions of two runs, folders or files.
 
     A run may hold several evaluations: the first kind that both have is taken.
@@ -141,11 +141,13 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[Planner, Planner]:
                 f"{files[kind].path}", "it holds no prediction", "let the evaluation finish"
             )
         shown = name.rstrip("/") + (f"/{kind}" if kind else "")
-        planners.append(Planner(shown, files[kind].folder, predictions))
+        planners.append(ComparedPlanner(shown, files[kind].folder, predictions))
     return planners[0], planners[1]
 
 
-def tools_of_both(a: Planner, b: Planner, catalogue: Path | None) -> Mapping[str, Tool] | None:
+def tools_of_both(
+    a: ComparedPlanner, b: ComparedPlanner, catalogue: Path | None
+) -> Mapping[str, Tool] | None:
     """Find the tools that both planners' plans may call.
 
     Args:
@@ -172,7 +174,11 @@ def tools_of_both(a: Planner, b: Planner, catalogue: Path | None) -> Mapping[str
 
 
 def flipped_plans(
-    a: Planner, b: Planner, tools: Mapping[str, Tool] | None, *, common: bool = False
+    a: ComparedPlanner,
+    b: ComparedPlanner,
+    tools: Mapping[str, Tool] | None,
+    *,
+    common: bool = False,
 ) -> FlippedPlans:
     """Compare two planners.
 

@@ -17,7 +17,14 @@ from markupsafe import Markup
 
 from tinyagent_fast import __version__
 from tinyagent_fast.config import dump_config
-from tinyagent_fast.evaluation.report import explain_failure, fenced, headline, plain
+from tinyagent_fast.evaluation.report import (
+    FactTable,
+    cell_text,
+    explain_failure,
+    failing_plan,
+    headline,
+    plain,
+)
 from tinyagent_fast.plans.drawing import draw_plan, mark_differences, printable
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.reports.charts import run_charts
@@ -25,8 +32,6 @@ from tinyagent_fast.reports.flips import FlippedPlans, chosen_flips
 from tinyagent_fast.reports.reading import RunContents
 from tinyagent_fast.reports.tables import (
     GALLERY_CASES,
-    FactTable,
-    cell_text,
     duration,
     gallery,
     other_tables,
@@ -63,19 +68,27 @@ class Case:
 
 def run_page(contents: RunContents) -> str:
     """Write the HTML report of a run; one with nothing but its config gives one too."""
-    results = list(result_tables(contents))
-    return (
-        _templates()
-        .get_template("run.html.j2")
-        .render(
-            contents=contents,
-            gain=training_gain(contents),
-            results=results,
-            charts=list(run_charts(contents)),
-            cases=_failing_cases(contents, GALLERY_CASES),
-            others=list(other_tables(contents)),
-            config=dump_config(contents.config),
+    failing = gallery(contents.main.plans if contents.main else (), GALLERY_CASES)
+    cases = [
+        Case(
+            query=plan.prediction.query,
+            tag=plan.score.failure or "",
+            label=plan.prediction.label,
+            prediction=plan.prediction.prediction,
+            tools=contents.tools,
         )
+        for plan in failing
+    ]
+    template = _templates().get_template("run.html.j2")
+    return template.render(
+        contents=contents,
+        gain=training_gain(contents),
+        results=list(result_tables(contents)),
+        charts=list(run_charts(contents)),
+        cases=cases,
+        causes=Counter(case.tag for case in cases),
+        others=list(other_tables(contents)),
+        config=dump_config(contents.config),
     )
 
 
@@ -94,17 +107,16 @@ def run_markdown(contents: RunContents) -> str:
         )
         head = ("step", "success on validation queries", "validation loss")
         results.append(FactTable(title="During training", head=head, rows=rows))
-    return (
-        _templates()
-        .get_template("run.md.j2")
-        .render(
-            contents=contents,
-            headline=run_headline(contents),
-            results=results,
-            cases=_failing_cases(contents, _MARKDOWN_PLANS),
-            others=list(other_tables(contents)),
-        )
-    )
+    lines = [f"# Run {plain(contents.name)}\n", f"**{run_headline(contents)}**\n"]
+    if contents.notes:
+        lines += ["Not in this report, or to be taken with care:\n"]
+        lines += [*(f"- {plain(note)}" for note in contents.notes), ""]
+    lines += [table.to_markdown() for table in results]
+    if plans := gallery(contents.main.plans if contents.main else (), _MARKDOWN_PLANS):
+        told = f"{len(plans)} of them, taken in turn from every cause; report.html has more."
+        lines += ["## Failing plans\n", f"{told}\n"]
+        lines += [failing_plan(plan, contents.tools) for plan in plans]
+    return "\n".join((*lines, *(table.to_markdown() for table in other_tables(contents))))
 
 
 def run_headline(contents: RunContents) -> str:
@@ -112,19 +124,6 @@ def run_headline(contents: RunContents) -> str:
     if contents.main is None:
         return "no plan success on test queries yet"
     return f"{headline(contents.main.metrics)} ({contents.main.name})"
-
-
-def _failing_cases(contents: RunContents, most: int) -> list[Case]:
-    return [
-        Case(
-            query=plan.prediction.query,
-            tag=plan.score.failure or "",
-            label=plan.prediction.label,
-            prediction=plan.prediction.prediction,
-            tools=contents.tools,
-        )
-        for plan in gallery(contents.main.plans if contents.main else (), most)
-    ]
 
 
 def compare_page(compared: FlippedPlans) -> str:
@@ -166,18 +165,15 @@ def compare_page(compared: FlippedPlans) -> str:
         )
         for flip in chosen_flips(compared.flips, GALLERY_CASES)
     ]
-    return (
-        _templates()
-        .get_template("compare.html.j2")
-        .render(compared=compared, tables=tables, every=every, cases=cases)
-    )
+    template = _templates().get_template("compare.html.j2")
+    return template.render(compared=compared, tables=tables, every=every, cases=cases)
 
 
 @cache
 def _templates() -> Environment:
     templates = Environment(
         loader=PackageLoader("tinyagent_fast.reports"),
-        autoescape=lambda name: name is None or ".md." not in name,
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -186,11 +182,12 @@ def _templates() -> Environment:
     )
     templates.globals |= {"version": __version__}
     templates.filters |= {
-        "anchor": lambda title: re.sub(r"\W+", "-", title.lower()).strip("-"),
+        "anchor": _anchor,
         "cell": cell_text,
         "duration": duration,
-        "causes": lambda cases: Counter(case.tag for case in cases),
-        "plain": plain,
-        "fenced": fenced,
     }
     return templates
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")

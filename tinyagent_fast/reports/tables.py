@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_scored
-from tinyagent_fast.evaluation.report import percent
+from tinyagent_fast.evaluation.report import Cell, FactTable, percent, success_by_calls
 from tinyagent_fast.evaluation.scoring import FAILURE_CODES, ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.plans.grammar import read_plan
@@ -36,29 +35,6 @@ PUBLISHED_RESULTS = (
 """Model, plan success on the published test file, and who published it; lowest first."""
 _TOOL_ROWS = 40
 
-Cell = str | int | float | Proportion
-"""A float is a share whose number of cases is not known; HTML shows shares as bars too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactTable:
-    """One table; `note` stands before it, and the first `marked` rows are this run's."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    note: str = ""
-    marked: int = 0
-
-
-def cell_text(cell: Cell) -> str:
-    """Write a cell as text; shares in per cent, with the 95 % interval if there is one."""
-    if isinstance(cell, float):
-        return f"{100 * cell:.2f} %"
-    if isinstance(cell, Proportion):
-        return percent(cell) if cell.total else "none"
-    return str(cell)
-
 
 def result_tables(contents: RunContents) -> Iterator[FactTable]:
     """Write what the main evaluation found; nothing if there is none."""
@@ -75,13 +51,7 @@ def result_tables(contents: RunContents) -> Iterator[FactTable]:
         ),
         marked=1,
     )
-    yield FactTable(
-        title="Success by number of calls",
-        head=("calls in the label", "queries", "success"),
-        rows=tuple(
-            (steps, share.total, share) for steps, share in main.metrics.success_by_steps.items()
-        ),
-    )
+    yield success_by_calls(main.metrics)
     tools = tool_rows(main.plans)
     note = "Success is over the queries whose label calls the tool. "
     note += "Lacking and surplus count queries whose plan calls it less or more often than that."
