@@ -541,25 +541,16 @@ def _timed_training(
     """Build the trainer and let it run; with this function's end nothing holds it any more."""
     from transformers import TrainerCallback
 
-    from tinyagent_fast.shared_prefix.training import (
-        PackingCollator,
-        decide_shared_prefix,
-        prefix_order,
-    )
+    from tinyagent_fast.shared_prefix.training import decide_shared_prefix
     from tinyagent_fast.training.trainer import build_trainer
 
     trainer = build_trainer(
         loaded,
         rows,
-        recipe,
-        max_length_tokens=config.model.max_length_tokens,
+        replace(config, train=replace(recipe, save_every_steps=10**6)),
         output_dir=bench.work / "checkpoints",
-        save_every_steps=10**6,
+        shared_prefix=decide_shared_prefix(loaded, recipe, rows, None).on,
     )
-    if decide_shared_prefix(loaded, recipe, rows, None).on:
-        trainer.layer_checkpointing = loaded.model.get_base_model().is_gradient_checkpointing
-        trainer.data_collator = PackingCollator(trainer.data_collator)
-        trainer.order = prefix_order(rows, recipe)
     seconds: list[float] = []
     tokens: list[int] = []
 

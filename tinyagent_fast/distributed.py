@@ -59,7 +59,8 @@ class Processes:
             try:
                 outcome[0] = work()
             except BaseException as error:
-                code = getattr(error, "code", 3) or 0  # of a SystemExit, where None is success
+                code = 130 if isinstance(error, KeyboardInterrupt) else 3
+                code = getattr(error, "code", code) or 0  # of a SystemExit, where None is success
                 failed = [None, getattr(error, "exit_code", code)]
                 broadcast_object_list(failed, src=0, group=self.group)
                 raise
@@ -140,6 +141,10 @@ class Processes:
             PartialState().destroy_process_group()
 
 
+ALONE = Processes()
+"""The one process of an ordinary run."""
+
+
 def launch_environment() -> Processes:
     """Read what a launcher has set; needs no torch.
 
@@ -152,7 +157,7 @@ def launch_environment() -> Processes:
     try:
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count <= 1:
-            return Processes()
+            return ALONE
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     except (KeyError, ValueError) as error:

@@ -42,6 +42,12 @@ class TrainingError(UserError):
     """Training cannot start, resume or go on."""
 
 
+class Stopped(UserError):
+    """Ctrl-C ended the work at a point from which it can go on: exit code 130."""
+
+    exit_code = 130
+
+
 class GateError(Exception):
     """A check that must hold did not: exit code 1, with the figures that failed."""
 

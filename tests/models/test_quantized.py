@@ -19,7 +19,13 @@ NF4: dict[str, Any] = {
     "model": {"weights": "nf4"},
     # Wide enough for 8-bit states: bitsandbytes keeps tensors below 4096 elements in 32 bits.
     "lora": {"rank": 128, "alpha": 128},
-    "train": {"optimizer": "adamw_8bit", "max_steps": 10, "batch": 8, "learning_rate": 3e-3},
+    "train": {
+        "optimizer": "adamw_8bit",
+        "max_steps": 10,
+        "batch": 8,
+        "learning_rate": 3e-3,
+        "save_every_steps": 100,
+    },
 }
 
 
@@ -42,10 +48,8 @@ def trained(nf4_config: Config, tiny_rows: Callable[..., Any]) -> Iterator[tuple
     trainer = build_trainer(
         loaded,
         tiny_rows(loaded.tokenizer, 8),
-        config.train,
-        max_length_tokens=768,
+        config,
         output_dir=config.runs / "checkpoints",
-        save_every_steps=100,
     )
     trainer.train()
     trainer.before = before
@@ -118,7 +122,7 @@ def gradients_of(loaded: LoadedModel, rows: Any) -> dict[str, Any]:
 def evaluate_once(trainer: Any, loaded: LoadedModel, rows: Any) -> None:
     prompts = [list(row["input_ids"][:20]) for row in rows]
     with generating(loaded.model):
-        validation_loss(trainer, list(rows), loaded.tokenizer.pad_id, 4, lambda: None)
+        validation_loss(trainer, list(rows), loaded.tokenizer.pad_id)
         for _ in complete(
             loaded.model,
             loaded.tokenizer,
@@ -180,7 +184,7 @@ def test_an_adapter_trained_on_four_bits_loads_onto_four_bits(
     import torch
 
     from tinyagent_fast.models.loading import load_for_generation
-    from tinyagent_fast.training.callbacks import save_adapter
+    from tinyagent_fast.training.best import save_adapter
 
     _, loaded = trained
     save_adapter(loaded.model, loaded.tokenizer.hf, tmp_path / "adapter", {"n.json": {"a": 1}})

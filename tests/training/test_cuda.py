@@ -293,9 +293,7 @@ def test_too_large_a_batch_is_found_before_the_first_step(
     config = config_in(tmp_path, **settings)
     loaded = load_for_training(config, str(cuda_base))
     rows = tiny_rows(loaded.tokenizer, 64)
-    trainer = build_trainer(
-        loaded, rows, config.train, max_length_tokens=1024, output_dir=tmp_path / "checkpoints"
-    )
+    trainer = build_trainer(loaded, rows, config, output_dir=tmp_path / "checkpoints")
     total = torch.cuda.get_device_properties(0).total_memory
     try:
         torch.cuda.set_per_process_memory_fraction(

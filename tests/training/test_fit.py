@@ -16,13 +16,8 @@ from tinyagent_fast.config import Config, EvalConfig
 from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
 from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training import fit
-from tinyagent_fast.training.callbacks import (
-    Best,
-    Evaluation,
-    PlanSuccess,
-    is_better,
-    read_best,
-)
+from tinyagent_fast.training.best import Best, Evaluation, is_better, read_best
+from tinyagent_fast.training.callbacks import PlanSuccess
 from tinyagent_fast.training.plots import plot_training
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -80,7 +75,8 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
     for folder in ("samples/step-000002", "test/before", "test/after"):
         assert (run.path / folder / "predictions.jsonl").exists()
     data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
-    assert data["examples"] == {"train": 32, "validation": 8, "sample": 3, "test": 2}
+    counts = {"train": 32, "left_out_as_leaks": 0, "validation": 8, "sample": 3, "test": 2}
+    assert data["examples"] == counts
     text = quiet.file.getvalue()
     assert "rows through the trainer's collator equal ours" in text
     assert "before training: plan success" in text
@@ -401,7 +397,7 @@ def test_memory_that_runs_out_in_the_longest_batch_stops_the_run_with_flags(
     def run_out(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("tinyagent_fast.training.preflight._longest_batch", run_out)
+    monkeypatch.setattr("tinyagent_fast.training.preflight.rehearse", run_out)
     with pytest.raises(TrainingError, match=r"--train\.batch 1 --train\.accumulation 2"):
         fit.train(tiny_config(), quiet)
 
@@ -418,7 +414,7 @@ def test_an_automatic_batch_without_a_gpu_is_that_of_the_preset(
 
 def with_card(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     """Let a run think that it has a GPU of that size."""
-    monkeypatch.setattr("tinyagent_fast.training.session.usable_gib", lambda: gib)
+    monkeypatch.setattr("tinyagent_fast.training.fit.usable_gib", lambda: gib)
 
 
 @pytest.mark.parametrize(("gib", "batch"), [(20.0, 4), (0.049, 2), (0.01, 1)])

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.errors import Stopped, TrainingError
 from tinyagent_fast.runs import Run, write_json
-from tinyagent_fast.training import fit, session
+from tinyagent_fast.training import fit
 from tinyagent_fast.training.callbacks import History
 from tinyagent_fast.training.resume import (
     forget_after,
@@ -115,7 +115,7 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_never_stopped(
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(History, "on_log", on_log)
-        with pytest.raises(TrainingError, match=r"stopped at step 2 of 4[\s\S]*--resume stopped"):
+        with pytest.raises(Stopped, match=r"stopped at step 2 of 4[\s\S]*--resume stopped"):
             fit.train(config, quiet)
     assert signal.getsignal(signal.SIGINT) == before
     stopped = Run(config.runs / "stopped")
@@ -203,7 +203,7 @@ def test_a_changed_config_is_found_before_anything_is_read(
 
     config = tiny_config()
     run = create_run(config)
-    monkeypatch.setattr(session, "load_run_examples", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(fit, "load_run_examples", lambda *_: pytest.fail("data was read"))
     with pytest.raises(TrainingError, match="config changed"):
         fit.train(replace(config, preset="other"), quiet, resume=run)
 

@@ -1,113 +1,23 @@
-"""What happens around the trainer's steps: guard, display, plan success, best adapter, stop."""
+"""What happens around the trainer's steps: guard, history, plan success, stop."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from tinyagent_fast.distributed import Processes
-from tinyagent_fast.runs import Run, write_json
+from tinyagent_fast.distributed import ALONE, Processes
+from tinyagent_fast.runs import Run
+from tinyagent_fast.training.best import Best, Evaluation, is_better, read_best, reason_of
 from tinyagent_fast.training.trainer import refuse_non_finite
 
 # The loss scaler starts at 2 ** 16 and halves: after so many steps in a row it has no way left.
 _FP16_OVERFLOWS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One measurement on the validation sample during training."""
-
-    step: int
-    success: float
-    success_dag: float
-    loss: float
-    samples: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The best evaluation so far and why it is the best; written to best/best.json."""
-
-    step: int
-    success: float
-    loss: float
-    reason: str
-
-
-def is_better(new: Evaluation, best: Best | None) -> bool:
-    """Decide whether an evaluation beats the best one: by success, ties by loss; NaN never wins.
-
-    Args:
-        new: The new evaluation.
-        best: The best so far.
-
-    Returns:
-        Whether the adapter of `new` becomes the best one.
-    """
-    if math.isnan(new.loss) or math.isnan(new.success):
-        return False
-    if best is None:
-        return True
-    if new.success != best.success:
-        return new.success > best.success
-    return new.loss < best.loss
-
-
-def _reason(new: Evaluation, best: Best | None) -> str:
-    """Say why an evaluation is the best so far."""
-    if best is None:
-        return "first evaluation"
-    if new.success == best.success:
-        return (
-            f"equal success {new.success:.4f}, loss {new.loss:.4f} lower than {best.loss:.4f} "
-            f"at step {best.step}"
-        )
-    return f"success {new.success:.4f} higher than {best.success:.4f} at step {best.step}"
-
-
-def read_best(run: Run) -> Best | None:
-    """Read best/best.json.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The best evaluation, or none if none was made.
-    """
-    path = run.best / "best.json"
-    if not path.exists():
-        return None
-    return Best(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def save_adapter(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> None:
-    """Save adapter and tokenizer under their final name only when whole.
-
-    Args:
-        model: A PEFT model.
-        tokenizer: Its transformers tokenizer.
-        folder: Target; replaced if it exists.
-        notes: Written as JSON files, by file name.
-    """
-    temporary = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(str(temporary))
-    tokenizer.save_pretrained(str(temporary))
-    for name, value in notes.items():
-        write_json(temporary / name, value)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
 
 
 class StepGuard(TrainerCallback):  # type: ignore[misc]
@@ -152,7 +62,7 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         *,
         every_steps: int,
         patience: int | None,
-        processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
+        processes: Processes = ALONE,
     ) -> None:
         """Keep what is needed at each evaluation.
 
@@ -163,7 +73,7 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
             show: Tells the user; the flag says whether it is the best so far.
             every_steps: Optimizer steps between evaluations; the last step has one too.
             patience: Evaluations without a better one after which training stops.
-            processes: All measure; the first one records, saves and decides.
+            processes: All measure; the main one records, saves and decides.
         """
         self.run, self.measure, self.save, self.show = run, measure, save, show
         self.every_steps, self.patience, self.processes = every_steps, patience, processes
@@ -180,14 +90,7 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
     def evaluate(self, step: int) -> Evaluation:
-        """Measure, record, and keep the adapter if it is the best.
-
-        Args:
-            step: Optimizer steps made so far.
-
-        Returns:
-            The measurement.
-        """
+        """Measure after so many optimizer steps, record, and keep the adapter if it is the best."""
         new = self.measure(step)
         if not self.processes.is_main_process:
             return new
@@ -197,73 +100,64 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         again = best is not None and best.step == step
         self.run.append_history({"event": "evaluation", **asdict(new), "best": better or again})
         if better:
-            reason = _reason(new, best)
+            reason = reason_of(new, best)
             kept = Best(step=step, success=new.success, loss=new.loss, reason=reason)
             self.save(self.run.best, kept)
         self.show(new, better)
         return new
 
     def _patience_is_over(self) -> bool:
-        return self.patience is not None and self._evaluations_since_best() >= self.patience
-
-    def _evaluations_since_best(self) -> int:
         best = read_best(self.run)
         since = -1 if best is None else best.step
         steps = {r["step"] for r in self.run.history() if r.get("event") == "evaluation"}
-        return sum(step > since for step in steps)
+        return self.patience is not None and sum(step > since for step in steps) >= self.patience
 
 
 class History(TrainerCallback):  # type: ignore[misc]
-    """Writes every logged step to history.jsonl and hands it to a display."""
+    """Writes every logged step to history.jsonl and shows it."""
 
     def __init__(
         self,
         run: Run,
-        tokens_seen: Callable[[], int],
-        show: Callable[..., None],
-        counts: Callable[[], Mapping[str, int]] = dict,
-        processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
+        tokens: Callable[[], Mapping[str, int]],
+        show: Callable[[Mapping[str, Any]], None],
+        processes: Processes = ALONE,
     ) -> None:
         """Keep where to write and what to call.
 
         Args:
             run: The run.
-            tokens_seen: Tokens, padding apart, that went through the model so far.
+            tokens: Counts of tokens so far, by name. The speed is that of `tokens_seen`; a record
+                has what came of the others since the record before.
             show: Called with each record.
-            counts: More counts so far, by name; a record has what came since the one before.
-            processes: Their tokens are added up; the first one writes.
+            processes: Their tokens are added up; the main one writes.
         """
-        self.run, self.tokens_seen, self.show, self.counts = run, tokens_seen, show, counts
-        self.processes = processes
+        self.run, self.tokens, self.show, self.processes = run, tokens, show, processes
         self.last_time_s = 0.0
-        self.last_tokens = 0
-        self.last_counts: Mapping[str, int] = {}
+        self.last: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self.last_tokens, self.last_counts = self._counted()
+        self.last = self._counted()
         self.last_time_s = time.perf_counter()
 
-    def _counted(self) -> tuple[int, dict[str, int]]:
-        """Add up tokens and counts of all processes."""
-        counts = self.counts()
-        tokens, *sums = self.processes.all_reduce_sum(self.tokens_seen(), *counts.values())
-        return int(tokens), dict(zip(counts, map(int, sums), strict=True))
+    def _counted(self) -> dict[str, int]:
+        """Add up the tokens of all processes."""
+        tokens = self.tokens()
+        return dict(
+            zip(tokens, map(int, self.processes.all_reduce_sum(*tokens.values())), strict=True)
+        )
 
     def pause(self, seconds: float) -> None:
-        """Leave time that was not spent on training out of tokens per second.
-
-        Args:
-            seconds: How long, for example, an evaluation took.
-        """
+        """Leave time that was not spent on training out of tokens per second."""
         self.last_time_s += seconds
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Record loss, learning rate, gradient norm and tokens per second."""
         if not logs or "loss" not in logs:
             return
-        tokens, counts = self._counted()
-        now = time.perf_counter()
+        tokens, now = self._counted(), time.perf_counter()
+        new = {name: count - self.last[name] for name, count in tokens.items()}
         record = {
             "event": "step",
             "step": state.global_step,
@@ -273,10 +167,10 @@ class History(TrainerCallback):  # type: ignore[misc]
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
             "token_accuracy": logs.get("mean_token_accuracy"),
-            "tokens_per_s": (tokens - self.last_tokens) / max(1e-9, now - self.last_time_s),
-            **{name: count - self.last_counts.get(name, 0) for name, count in counts.items()},
+            "tokens_per_s": new.pop("tokens_seen") / max(1e-9, now - self.last_time_s),
+            **new,
         }
-        self.last_time_s, self.last_tokens, self.last_counts = now, tokens, counts
+        self.last_time_s, self.last = now, tokens
         if self.processes.is_main_process:
             self.run.append_history(record)
             self.show(record)
@@ -285,11 +179,7 @@ class History(TrainerCallback):  # type: ignore[misc]
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C into a saved checkpoint at the end of the step."""
 
-    def __init__(
-        self,
-        show: Callable[[str], None],
-        processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
-    ) -> None:
+    def __init__(self, show: Callable[[str], None], processes: Processes = ALONE) -> None:
         """Keep whom to tell.
 
         Args:

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tinyagent_fast.training.callbacks import Evaluation
+from tinyagent_fast.training.best import Evaluation
 
 _LINE_EVERY_S = 20.0
 

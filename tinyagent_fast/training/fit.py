@@ -2,148 +2,408 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
-from dataclasses import asdict, replace
-from io import StringIO
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tinyagent_fast.config import Config, check_config
-from tinyagent_fast.distributed import init_processes
-from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.config import Config, EvalConfig, check_config
+from tinyagent_fast.data.generation.catalogue import plan_tools
+from tinyagent_fast.distributed import Processes, init_processes
+from tinyagent_fast.errors import ModelError, Stopped
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
-from tinyagent_fast.models.loading import LoadedModel
+from tinyagent_fast.models.bases import resolve_base
+from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.models.libraries import prepare_libraries
+from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.prompts.builder import encode_prompts
-from tinyagent_fast.runs import Run, refuse_taken_name, write_json
-from tinyagent_fast.shared_prefix.training import (
-    PackingCollator,
-    SharedPrefixDecision,
-    check_same_loss,
-    decide_shared_prefix,
-    prefix_order,
-)
-from tinyagent_fast.training.callbacks import (
+from tinyagent_fast.prompts.templates import template_hash
+from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
+from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import Run, create_run, refuse_taken_name, write_json
+from tinyagent_fast.shared_prefix.training import check_same_loss, decide_shared_prefix
+from tinyagent_fast.training.best import (
     Best,
     Evaluation,
-    History,
-    PlanSuccess,
-    StepGuard,
-    StopOnInterrupt,
+    load_adapter_weights,
     read_best,
     save_adapter,
 )
 from tinyagent_fast.training.display import TrainingDisplay
+from tinyagent_fast.training.inputs import (
+    RunExamples,
+    RunRows,
+    encode_run_rows,
+    load_run_examples,
+)
+from tinyagent_fast.training.memory import (
+    ERROR_SHARE,
+    MemoryEstimator,
+    RowLengths,
+    preset_batch,
+    usable_gib,
+    with_batch,
+)
 from tinyagent_fast.training.plots import plot_training
-from tinyagent_fast.training.preflight import PreflightReport, preflight
+from tinyagent_fast.training.preflight import preflight
 from tinyagent_fast.training.resume import (
     forget_after,
     last_checkpoint,
     refuse_changed_config,
+    remember_or_compare,
+    trainable_parameters,
     training_is_over,
 )
-from tinyagent_fast.training.session import Session, prepare_session
 from tinyagent_fast.training.tracking import Tracking, check_tracker
 from tinyagent_fast.training.trainer import (
     build_trainer,
-    collate,
     optimizer_steps,
+    rehearse,
     steps_between,
     validation_loss,
 )
 
+if TYPE_CHECKING:
+    from tinyagent_fast.training.callbacks import History, PlanSuccess
 
-def train(config: Config, console: Console, *, resume: Run | None = None) -> Run:
-    """Train an adapter as the config says.
+
+def train(
+    config: Config,
+    console: Console | None = None,
+    *,
+    resume: Run | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Train an adapter as a config says.
+
+    Started by a launcher in several processes, they train together and each returns the run.
 
     Args:
-        config: The resolved config.
-        console: Where progress is printed, by the first process.
+        config: The settings, such as `preset_config("cpu")`.
+        console: Where progress is printed; None prints to the terminal.
         resume: A run to go on with, from its last checkpoint.
+        quiet: Print nothing.
 
     Returns:
         The run; its `adapter/` is the best one by plan success.
 
     Raises:
         UserError: Anything that a user can repair, before the first step wherever possible.
+        Stopped: Ctrl-C; a checkpoint was saved.
     """
     check_config(config)
     check_tracker(config.track)
     processes = init_processes()
-    if not processes.is_main_process:
-        console = Console(file=StringIO(), quiet=True)
     checkpoint = None
     if resume is None:
         refuse_taken_name(config)
     else:
         refuse_changed_config(resume, config)
         checkpoint = last_checkpoint(resume)
+    prepare_libraries(config.model)
+    if quiet or not processes.is_main_process:
+        console = Console(quiet=True)
+    display = TrainingDisplay(console or Console(highlight=False))
     started = time.perf_counter()
-    session = prepare_session(config, TrainingDisplay(console), resume)
-    timings_s = session.display.timings_s
+    session = _prepare(config, display, resume)
     prepared = time.perf_counter()
     _fit(session, checkpoint)
-    timings_s["steps and validation"] = round(time.perf_counter() - prepared, 2)
-    session.display.say(f"trained in {timings_s['steps and validation']:.0f} s")
+    seconds = time.perf_counter() - prepared
+    display.say(f"trained in {seconds:.0f} s")
     _finish(session)
-    timings_s["all"] = round(time.perf_counter() - started, 2)
     if processes.is_main_process:
+        all_s = round(time.perf_counter() - started, 2)
+        timings_s = {**display.timings_s, "steps and validation": round(seconds, 2), "all": all_s}
         write_json(session.run.path / "timings.json", timings_s)
     return session.run
 
 
-def _fit(session: Session, checkpoint: Path | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """Everything that stands before the trainer is built."""
+
+    run: Run
+    config: Config
+    """As asked, with `batch: auto` resolved."""
+    base: str
+    examples: RunExamples
+    rows: RunRows
+    loaded: LoadedModel
+    estimator: MemoryEstimator | None
+    """None without CUDA, and where the base's sizes are not known."""
+    display: TrainingDisplay
+    processes: Processes
+
+    def evaluate(
+        self,
+        examples: Any,
+        settings: EvalConfig,
+        folder: Path,
+        title: str,
+        made_with: dict[str, Any],
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> EvaluationResult:
+        """Generate and score plans with the model as it stands."""
+        return evaluate_examples(
+            TorchEngine(self.loaded, lookup_tokens=self.config.eval.lookup_tokens),
+            examples,
+            settings,
+            folder,
+            made_with={**made_with, "started": time.time()},
+            tools=plan_tools(self.config.data.catalogue),
+            title=title,
+            on_progress=on_progress,
+            say=say,
+            processes=self.processes,
+        )
+
+    def measure_test_queries(self, when: str) -> None:
+        """Measure the test queries `before` or `after` training, and say what came out."""
+        with self.display.bar(f"test queries, {when} training", "plans") as update:
+            result = self.evaluate(
+                self.examples.test,
+                self.config.eval,
+                self.run.path / "test" / when,
+                f"Test queries {when} training",
+                {"when": when},
+                update,
+                self.display.say,
+            )
+        self.display.say(f"{when} training: {headline(result.metrics)} test queries")
+
+
+def _prepare(config: Config, display: TrainingDisplay, resume: Run | None) -> _Session:
+    """Read data, build the base, encode rows, load the model and make the run's folder."""
+    processes = init_processes()
+    with display.bar("reading data"):
+        examples = processes.main_process_first(lambda: load_run_examples(config))
+    with display.bar("base model", "steps") as update:
+        base = processes.on_main_process(
+            lambda: resolve_base(
+                config,
+                examples.train,
+                [example.query for example in examples.test],
+                lambda progress: update(progress.step, progress.steps),
+            )
+        )
+    folder = resolve_tokenizer_folder(base, config.model.revision)
+    tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
+    with display.bar("encoding rows", "rows") as update:
+        rows = processes.main_process_first(
+            lambda: encode_run_rows(
+                config, examples, tokenizer, lambda done: update(done, len(examples.train))
+            )
+        )
+    for name, row_file in (("train", rows.train), ("validation", rows.validation)):
+        if row_file is not None and row_file.statistics.dropped:
+            dropped = row_file.statistics.dropped
+            display.say(
+                f"dropped {len(dropped)} over-long {name} rows, the longest of "
+                f"{max(tokens for _, tokens in dropped)} tokens"
+            )
+    loaded = load_for_training(config, base)
+    estimator = _memory_estimator(config, loaded, rows, display)
+    if config.train.batch == "auto":
+        config = _with_automatic_batch(config, estimator, display)
+        estimator = replace(estimator, config=config) if estimator else None
+    session = _Session(
+        run=resume or processes.on_main_process(lambda: create_run(config)),
+        config=config,
+        base=base,
+        examples=examples,
+        rows=rows,
+        loaded=loaded,
+        estimator=estimator,
+        display=display,
+        processes=processes,
+    )
+    processes.on_main_process(
+        lambda: remember_or_compare(
+            session.run,
+            _data_record(session),
+            trainable_parameters(loaded.model),
+            resumed=resume is not None,
+        )
+    )
+    display.header("tinyagent-fast train", _header(session))
+    for note in loaded.notes:
+        display.say(f"note: {note}")
+    return session
+
+
+def _memory_estimator(
+    config: Config, loaded: LoadedModel, rows: RunRows, display: TrainingDisplay
+) -> MemoryEstimator | None:
+    """Gather what the run's memory is estimated from."""
+    usable = usable_gib()
+    if usable is None:
+        return None
+    usable = init_processes().all_reduce_min(usable)  # all must take the same batch
+    try:
+        shape = ModelShape.from_config(loaded.model.config.to_dict())
+    except ModelError as error:
+        if config.train.batch == "auto":
+            raise
+        display.say(f"memory cannot be predicted: {error.what}")
+        return None
+    statistics = rows.train.statistics
+    return MemoryEstimator(
+        config=config,
+        shape=shape,
+        lengths=RowLengths(
+            rows=statistics.rows,
+            mean_tokens=statistics.mean_tokens,
+            longest_tokens=statistics.longest_tokens,
+            supervised_tokens=statistics.supervised_tokens / max(1, statistics.rows),
+        ),
+        backend=loaded.backend,
+        usable_gib=usable,
+    )
+
+
+def _with_automatic_batch(
+    config: Config, estimator: MemoryEstimator | None, display: TrainingDisplay
+) -> Config:
+    """Turn `batch: auto` into a number before anything uses it."""
+    if estimator is None:
+        config = with_batch(config, preset_batch(config))
+        display.say(
+            f"batch auto: no CUDA device, so the {config.train.batch} rows of preset "
+            f"{config.preset} are taken"
+        )
+        return config
+    found = estimator.largest_batch(config.model.gradient_checkpointing)
+    display.say(
+        f"batch auto: {found.batch} x {found.accumulation} rows"
+        + ("" if found.fits else ", although even one row may not fit by the prediction")
+    )
+    return with_batch(config, found.batch)
+
+
+def _data_record(session: _Session) -> dict[str, Any]:
+    """Gather what a resumed run must have unchanged."""
+    tokenizer, rows = session.loaded.tokenizer, session.rows
+    vocabulary = tokenizer.hf.backend_tokenizer.to_str().encode()
+    return {
+        **session.examples.summary,
+        "base": session.base,
+        "template_sha256": template_hash(tokenizer.prompt_format, tokenizer.chat),
+        "tokenizer_sha256": hashlib.sha256(vocabulary).hexdigest(),
+        "rows": {
+            "train": asdict(rows.train.statistics),
+            "validation": asdict(rows.validation.statistics) if rows.validation else None,
+        },
+        **({"processes": session.processes.count} if session.processes.count > 1 else {}),
+    }
+
+
+def _header(session: _Session) -> dict[str, str]:
+    """Say what this run is, by the name of each line."""
+    config, loaded, rows = session.config, session.loaded, session.rows.train.statistics
+    train, count, files = config.train, session.processes.count, session.examples.files
+    trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    steps = str(optimizer_steps(rows.rows, train, count))
+    leaks = [
+        f"{pair.normalised} {pair.first}/{pair.second}"
+        for pair in session.examples.leaks.between
+        if pair.normalised
+    ]
+    if session.examples.left_out_as_leaks:
+        leaks.append(f"{session.examples.left_out_as_leaks} training rows left out for them")
+    lines = {
+        "run": str(session.run.path),
+        "preset": config.preset,
+        "data": f"{files.train}{' (generated)' if files.generated else ''}",
+        "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
+        f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
+        "held out": f"{len(session.examples.validation)} validation queries during training, "
+        f"{len(session.examples.test)} test queries",
+        "leaks": ", ".join(leaks) or "no query in two splits",
+        "base": f"{session.base} ({config.model.weights})",
+        "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}",
+        "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
+        f"{trainable:,} parameters",
+        "steps": f"{'packed rows:' if train.batching == 'packed' else steps} "
+        f"of {train.batch} x {train.accumulation} rows, {train.batching}",
+    }
+    if count > 1:
+        batch = train.rows_per_batch * count
+        lines["processes"] = f"{count}: {batch * train.accumulation} rows of all processes per step"
+        again = -rows.rows % batch
+        if again and train.batching != "packed":
+            lines["processes"] += (
+                f"; the last batches of an epoch take {again} of its first rows again"
+            )
+    if session.estimator is not None:
+        predicted, usable = session.estimator.estimate(), session.estimator.usable_gib
+        fits = predicted.fits(usable)
+        lines["memory"] = (
+            f"predicted {predicted.total_gib:.1f} GiB +-{100 * ERROR_SHARE:.0f} % for the "
+            f"longest micro-batch, {usable:.1f} GiB usable"
+            + ("" if fits else "; it may not fit (tinyagent-fast memory says more)")
+        )
+    lines["rate"] = f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}"
+    return lines
+
+
+def _fit(session: _Session, checkpoint: Path | None) -> None:
+    """Check everything on real batches, then make the steps."""
+    from tinyagent_fast.training.callbacks import History, StepGuard, StopOnInterrupt
+
     config, loaded, display, run = session.config, session.loaded, session.display, session.run
-    processes, dataset = session.processes, session.rows.train.dataset()
+    processes, rows = session.processes, session.rows.train.dataset()
+    decision_path = run.path / "shared_prefix.json"
+    shared = decide_shared_prefix(
+        loaded, config.train, rows, decision_path if checkpoint is not None else None
+    )
+    if processes.is_main_process:
+        write_json(decision_path, asdict(shared))
+    display.say(f"shared prefixes {shared.sentence()}")
     tracking = Tracking(tracker=config.track, run=run)
     trainer = build_trainer(
         loaded,
-        dataset,
-        config.train,
-        max_length_tokens=config.model.max_length_tokens,
+        rows,
+        config,
         output_dir=run.checkpoints,
-        save_every_steps=config.train.save_every_steps,
-        evaluations=config.train.evaluations,
+        shared_prefix=shared.on,
         processes=processes,
         tracking=tracking,
     )
-    shared_prefix = _share_prefixes(session, trainer, dataset, resumed=checkpoint is not None)
     if loaded.device == "cpu":
-        _choose_threads(session, dataset)
+        _choose_threads(session, trainer)
     prompts = encode_prompts(loaded.tokenizer, session.examples.validation)
-    report = preflight(
-        trainer, loaded, dataset, prompts, config.eval.batch, estimator=session.estimator
-    )
-    _say_checked(session, report)
-    if shared_prefix.on:
-        difference = check_same_loss(trainer, loaded, dataset)
+    report = preflight(trainer, loaded, rows, prompts, config.eval.batch, session.estimator)
+    display.say(report.sentence())
+    if session.estimator is not None and processes.is_main_process:
+        write_json(run.path / "memory.json", {**session.estimator.to_json(), **report.memory()})
+    if shared.on:
+        difference = check_same_loss(trainer, loaded, rows)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     if config.eval.before_and_after and checkpoint is None:
-        before = _test(session, "before")
-        display.say(f"before training: {headline(before.metrics)} test queries")
-    steps = optimizer_steps(len(trainer.train_dataset), config.train, processes.count)
-    history = History(
-        run, lambda: trainer.tokens_seen, display.step, lambda: _token_counts(trainer), processes
-    )
+        session.measure_test_queries("before")
+    history = History(run, trainer.token_counts, display.step, processes)
     interrupt = StopOnInterrupt(display.say, processes)
     callbacks = [StepGuard(), history, interrupt]
     if config.train.evaluations and session.rows.validation is not None:
-        every = steps_between(steps, config.train.evaluations)
-        success = _plan_success(session, trainer, history, every, tracking)
+        success = _plan_success(session, trainer, history, tracking)
         callbacks.append(success)
         if checkpoint is None:
             success.evaluate(0)
     for callback in callbacks:
         trainer.add_callback(callback)
     if checkpoint is not None:
-        if processes.on_main_process(lambda: training_is_over(run, checkpoint, steps)):
-            _load_adapter_weights(loaded, checkpoint)
+        if processes.on_main_process(lambda: training_is_over(run, checkpoint, trainer.steps)):
+            load_adapter_weights(loaded.model, checkpoint)
             display.say(f"{checkpoint.name} is the last one: no step is left to make")
             return
         dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
@@ -151,115 +411,64 @@ def _fit(session: Session, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.interrupted:
         if not processes.is_main_process:
-            raise SystemExit(TrainingError.exit_code)  # the first one says it
-        raise TrainingError(
+            raise SystemExit(Stopped.exit_code)  # the main process says it
+        raise Stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} by Ctrl-C",
             "a checkpoint was saved",
             f"go on with: tinyagent-fast train --resume {run.path.name}",
         )
 
 
-def _share_prefixes(
-    session: Session, trainer: Any, dataset: Any, *, resumed: bool
-) -> SharedPrefixDecision:
-    """Decide whether shared prefixes are computed once; a resumed run goes on as it began."""
-    config, loaded = session.config, session.loaded
-    path = session.run.path / "shared_prefix.json"
-    decision = decide_shared_prefix(loaded, config.train, dataset, path if resumed else None)
-    if session.processes.is_main_process:
-        write_json(path, asdict(decision))
-    session.display.say(f"shared prefixes {decision.sentence()}")
-    if decision.on:
-        trainer.layer_checkpointing = loaded.model.get_base_model().is_gradient_checkpointing
-        trainer.data_collator = PackingCollator(trainer.data_collator)
-        trainer.order = prefix_order(dataset, config.train)
-    return decision
-
-
-def _token_counts(trainer: Any) -> dict[str, int]:
-    return {
-        "tokens_padded": trainer.tokens_padded,
-        "tokens_computed": trainer.tokens_computed,
-    }
-
-
-def _say_checked(session: Session, report: PreflightReport) -> None:
-    session.display.say(
-        f"checked: {report.checked_rows} rows through the trainer's collator equal ours; longest "
-        f"batch of {report.longest_batch_tokens} tokens in {report.longest_batch_s:.2f} s"
-        + report.memory_text
-    )
-    if session.estimator is not None and session.processes.is_main_process:
-        measured = {
-            "longest_batch_gib": report.longest_batch_gib,
-            "longest_batch_predicted_gib": report.predicted_gib,
-            "peak_gib": report.peak_gib,
-        }
-        write_json(session.run.path / "memory.json", {**session.estimator.to_json(), **measured})
-
-
-def _choose_threads(session: Session, dataset: Any) -> None:
+def _choose_threads(session: _Session, trainer: Any) -> None:
     """Take the number of threads that is faster now; other programs come and go."""
     import torch
 
-    processes = session.processes
-    if session.config.train.threads is not None:
-        torch.set_num_threads(session.config.train.threads)
-        return
-    if processes.count > 1:  # timed together they would slow each other down
+    train, processes = session.config.train, session.processes
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    elif processes.count > 1:  # timed together they would slow each other down
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_count))
-        return
-    count = min(session.config.train.rows_per_batch, len(dataset))
-    batch = collate([dataset[i] for i in range(count)], session.loaded.tokenizer.pad_id)
-
-    def step() -> None:
-        session.loaded.model(**batch).loss.backward()
-        session.loaded.model.zero_grad(set_to_none=True)
-
-    state, was_training = torch.get_rng_state(), session.loaded.model.training
-    before = torch.get_num_threads()
-    session.loaded.model.train()
-    threads = fastest_threads(step)
-    session.loaded.model.train(was_training)
-    torch.set_rng_state(state)
-    if threads != before:
-        session.display.say(f"CPU threads: {threads} (timed; --train.threads sets another number)")
+    else:
+        before = torch.get_num_threads()
+        rows = range(min(train.rows_per_batch, len(trainer.train_dataset)))
+        threads = fastest_threads(lambda: rehearse(trainer, session.loaded, rows))
+        if threads != before:
+            session.display.say(
+                f"CPU threads: {threads} (timed; --train.threads sets another number)"
+            )
 
 
 def _plan_success(
-    session: Session, trainer: Any, history: History, every_steps: int, tracking: Tracking
+    session: _Session, trainer: Any, history: History, tracking: Tracking
 ) -> PlanSuccess:
+    """Make the callback that measures plan success and keeps the best adapter."""
+    from tinyagent_fast.training.callbacks import PlanSuccess
+
     config, loaded, run = session.config, session.loaded, session.run
     assert session.rows.validation is not None, "the caller has checked that there are such rows"
     rows = list(session.rows.validation.dataset())
-    settings = replace(config.eval, parity_prompts=0)
 
     def measure(step: int) -> Evaluation:
         started = time.perf_counter()
         with generating(loaded):
-            loss = validation_loss(
-                trainer, rows, loaded.tokenizer.pad_id, config.train.rows_per_batch, lambda: None
-            )
-        result = evaluate_examples(
-            TorchEngine(loaded, lookup_tokens=config.eval.lookup_tokens),
+            loss = validation_loss(trainer, rows, loaded.tokenizer.pad_id)
+        metrics = session.evaluate(
             session.examples.validation,
-            settings,
+            replace(config.eval, parity_prompts=0),
             run.path / "samples" / f"step-{step:06d}",
-            made_with={"step": step, "started": time.time()},
-            tools=session.tools,
-            title=f"Validation sample at step {step}",
-            processes=session.processes,
-        )
+            f"Validation sample at step {step}",
+            {"step": step},
+        ).metrics
         if loaded.device == "cpu":
-            _choose_threads(session, session.rows.train.dataset())
+            _choose_threads(session, trainer)
         seconds = time.perf_counter() - started
         history.pause(seconds)
         new = Evaluation(
             step=step,
-            success=result.metrics.success.share,
-            success_dag=result.metrics.success_dag.share,
+            success=metrics.success.share,
+            success_dag=metrics.success_dag.share,
             loss=loss,
-            samples=result.metrics.n,
+            samples=metrics.n,
             seconds=seconds,
         )
         tracking.evaluation(trainer, new)
@@ -273,41 +482,23 @@ def _plan_success(
         measure,
         save,
         session.display.evaluation,
-        every_steps=every_steps,
+        every_steps=steps_between(trainer.steps, config.train.evaluations),
         patience=config.train.early_stopping,
         processes=session.processes,
     )
 
 
-def _test(session: Session, name: str) -> EvaluationResult:
-    """Measure the test entries with the model as it stands."""
-    with session.display.bar(f"test queries, {name} training", "plans") as update:
-        return evaluate_examples(
-            TorchEngine(session.loaded, lookup_tokens=session.config.eval.lookup_tokens),
-            session.examples.test,
-            session.config.eval,
-            session.run.path / "test" / name,
-            made_with={"when": name, "started": time.time()},
-            tools=session.tools,
-            title=f"Test queries {name} training",
-            on_progress=update,
-            say=session.display.say,
-            processes=session.processes,
-        )
-
-
-def _finish(session: Session) -> None:
+def _finish(session: _Session) -> None:
     """Put the best adapter where evaluation and export look for it, and say what came out."""
-    run, loaded, display = session.run, session.loaded, session.display
+    run = session.run
     if session.processes.on_main_process(lambda: _keep_best(session)):
-        _load_adapter_weights(loaded, run.adapter)
+        load_adapter_weights(session.loaded.model, run.adapter)
     if session.config.eval.before_and_after:
-        after = _test(session, "after")
-        display.say(f"after training: {headline(after.metrics)} test queries")
-    display.say(f"run folder: {run.path}; next: make eval RUN={run.path.name}")
+        session.measure_test_queries("after")
+    session.display.say(f"run folder: {run.path}; next: make eval RUN={run.path.name}")
 
 
-def _keep_best(session: Session) -> bool:
+def _keep_best(session: _Session) -> bool:
     """Copy the best adapter and draw the curves; say whether there is a best one."""
     run, loaded, display = session.run, session.loaded, session.display
     best = read_best(run)
@@ -320,11 +511,3 @@ def _keep_best(session: Session) -> bool:
         display.say(f"best adapter: step {best.step}, {best.reason}")
     plot_training(run)
     return best is not None
-
-
-def _load_adapter_weights(loaded: LoadedModel, folder: Path) -> None:
-    """Put saved adapter weights back into the model at hand."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(loaded.model, load_file(str(folder / "adapter_model.safetensors")))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +12,12 @@ from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.training.memory import GIB, MemoryEstimator
-from tinyagent_fast.training.trainer import collate, refuse_non_finite
+from tinyagent_fast.training.trainer import collate, computed_tokens, rehearse
 
 _EVALUATION_TOKENS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreflightReport:
     """What the checks measured."""
 
@@ -27,18 +25,21 @@ class PreflightReport:
     longest_batch_tokens: int
     longest_batch_s: float
     evaluation_batch_s: float | None
-    peak_gib: float | None
+    peak_gib: float | None = None
     """The most that was reserved on the GPU, by training and by generation."""
     longest_batch_gib: float | None = None
     """The most that was reserved for the longest batch; the optimizer's moments come later."""
     predicted_gib: float | None = None
 
-    @property
-    def memory_text(self) -> str:
-        """Say what was measured, and beside it what had been predicted; empty without a GPU."""
+    def sentence(self) -> str:
+        """Say what was checked, and with a GPU what was measured beside what had been predicted."""
+        text = (
+            f"checked: {self.checked_rows} rows through the trainer's collator equal ours; longest "
+            f"batch of {self.longest_batch_tokens} tokens in {self.longest_batch_s:.2f} s"
+        )
         if self.peak_gib is None:
-            return ""
-        text = f"; peak {self.peak_gib:.2f} GiB"
+            return text
+        text += f"; peak {self.peak_gib:.2f} GiB"
         if self.longest_batch_gib is None:
             return text
         text += f", for the longest batch {self.longest_batch_gib:.2f} GiB"
@@ -47,6 +48,14 @@ class PreflightReport:
         error = 100 * (self.predicted_gib / self.longest_batch_gib - 1)
         return f"{text}, predicted {self.predicted_gib:.2f} GiB ({error:+.0f} %)"
 
+    def memory(self) -> dict[str, float | None]:
+        """Give the measured memory beside the predicted, for memory.json."""
+        return {
+            "longest_batch_gib": self.longest_batch_gib,
+            "longest_batch_predicted_gib": self.predicted_gib,
+            "peak_gib": self.peak_gib,
+        }
+
 
 def preflight(
     trainer: Any,
@@ -54,7 +63,6 @@ def preflight(
     rows: Any,
     evaluation_prompts: Sequence[list[int]],
     evaluation_batch: int,
-    *,
     estimator: MemoryEstimator | None = None,
 ) -> PreflightReport:
     """Compare a real batch with ours, then run the longest batch and one evaluation batch.
@@ -76,14 +84,15 @@ def preflight(
     import torch
 
     checked = check_collator(trainer, rows, loaded.tokenizer.pad_id)
-    cpu_state = torch.get_rng_state()
     cuda = loaded.device == "cuda"
     if cuda:
         # What loading took for a moment is no part of training.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        tokens, computed, train_s = _longest_batch(trainer, loaded)
+        started = time.perf_counter()
+        inputs = rehearse(trainer, loaded, _longest_rows(trainer))
+        train_s = time.perf_counter() - started
         train_gib = _reserved_gib() if cuda else None
         evaluation_s = _evaluation_batch(loaded, evaluation_prompts, evaluation_batch)
     except RuntimeError as error:
@@ -91,12 +100,12 @@ def preflight(
         if not isinstance(error, torch.OutOfMemoryError) and not _names_memory(error):
             raise
         raise _out_of_memory(trainer, evaluation_batch, error, estimator) from error
-    torch.set_rng_state(cpu_state)
+    computed = computed_tokens(inputs)
     return PreflightReport(
-        checked,
-        tokens,
-        train_s,
-        evaluation_s,
+        checked_rows=checked,
+        longest_batch_tokens=int(inputs["input_ids"].numel()),
+        longest_batch_s=train_s,
+        evaluation_batch_s=evaluation_s,
         peak_gib=_reserved_gib() if cuda else None,
         longest_batch_gib=train_gib,
         predicted_gib=estimator.estimate(computed_tokens=computed).total_gib if estimator else None,
@@ -170,56 +179,18 @@ def _other_batch(name: str) -> TrainingError:
     )
 
 
-def _longest_batch(trainer: Any, loaded: LoadedModel) -> tuple[int, int | None, float]:
-    """Run forward and backward on the longest micro-batch; no step is made.
-
-    Gives its tokens with padding, those computed where prefixes are shared, and the time.
-    """
-    dataset = trainer.train_dataset
+def _longest_rows(trainer: Any) -> list[int]:
+    """Choose the rows of the longest micro-batch; packed rows are all about equally long."""
     batch_rows = trainer.args.per_device_train_batch_size
     if trainer.args.packing:
-        rows = [dataset[i] for i in range(min(batch_rows, len(dataset)))]
-    else:
-        lengths = list(dataset["length"])
-        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_rows]
-        rows = [dataset[i] for i in longest]
-    started = time.perf_counter()
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-    if loaded.backend == "unsloth":
-        from unsloth import FastLanguageModel
-
-        # Its trainer leaves the model in inference mode, without gradient checkpointing.
-        FastLanguageModel.for_training(loaded.model)
-    loaded.model.train()
-    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), _no_compile():
-        loss = trainer.compute_loss(loaded.model, inputs)
-    refuse_non_finite("loss", loss.detach(), 1)
-    trainer.accelerator.backward(loss)
-    loaded.model.zero_grad(set_to_none=True)
-    trainer._metrics["train"].clear()
-    trainer._total_train_tokens = 0
-    packed = inputs.get("packed")
-    computed = None if packed is None else packed.computed_tokens
-    return int(inputs["input_ids"].numel()), computed, time.perf_counter() - started
+        return list(range(min(batch_rows, len(trainer.train_dataset))))
+    lengths = list(trainer.train_dataset["length"])
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_rows]
 
 
 def _names_memory(error: RuntimeError) -> bool:
     text = str(error).lower()
     return "out of memory" in text or "alloc_failed" in text
-
-
-@contextmanager
-def _no_compile() -> Iterator[None]:
-    """Keep Unsloth from compiling its blocks here, because training compiles them once more."""
-    before = os.environ.get("UNSLOTH_BLOCK_COMPILE")
-    os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["UNSLOTH_BLOCK_COMPILE"]
-        else:
-            os.environ["UNSLOTH_BLOCK_COMPILE"] = before
 
 
 def _evaluation_batch(

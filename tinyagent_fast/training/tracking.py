@@ -11,7 +11,7 @@ from typing import Any
 from tinyagent_fast.config import Tracker
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.runs import Run
-from tinyagent_fast.training.callbacks import Evaluation
+from tinyagent_fast.training.best import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

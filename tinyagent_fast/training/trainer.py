@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyagent_fast.config import TrainConfig
-from tinyagent_fast.distributed import Processes
+from tinyagent_fast.config import Config, TrainConfig
+from tinyagent_fast.distributed import ALONE, Processes
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.models.loading import LoadedModel
+from tinyagent_fast.shared_prefix.training import PackingCollator, prefix_order
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +24,12 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 
 def optimizer_steps(rows: int, train: TrainConfig, processes: int = 1) -> int:
-    """Count the optimizer steps of a run.
+    """Count the optimizer steps of a run as the trainer does.
 
     Args:
         rows: Training rows, or packed rows.
         train: Batch, accumulation, epochs and max_steps.
         processes: How many take a batch each.
-
-    Returns:
-        Optimizer steps, as the trainer counts them.
     """
     if train.max_steps is not None:
         return train.max_steps
@@ -38,152 +38,92 @@ def optimizer_steps(rows: int, train: TrainConfig, processes: int = 1) -> int:
 
 
 def steps_between(steps: int, evaluations: int) -> int:
-    """Spread evaluations over a run.
-
-    Args:
-        steps: Optimizer steps of the run.
-        evaluations: How many; the last one comes at the end.
-
-    Returns:
-        Optimizer steps from one to the next.
-    """
+    """Spread so many evaluations over the steps of a run; the last one comes at its end."""
     return max(1, math.ceil(steps / evaluations))
 
 
 def build_trainer(
     loaded: LoadedModel,
-    dataset: Any,
-    train: TrainConfig,
+    rows: Any,
+    config: Config,
     *,
-    max_length_tokens: int,
     output_dir: Path,
-    save_every_steps: int | None = None,
-    evaluations: int = 0,
-    processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
+    shared_prefix: bool = False,
+    processes: Processes = ALONE,
     tracking: Tracking | None = None,
 ) -> Any:
-    """Wire the trainer; nothing of the rows is changed, cut or masked by it.
+    """Build the trainer; nothing of the rows is changed, cut or masked by it.
 
     Args:
         loaded: Model and tokenizer.
-        dataset: Rows with input_ids, labels and length.
-        train: The optimisation.
-        max_length_tokens: Length of packed rows; other rows are within it already.
+        rows: Dataset with input_ids, labels and length.
+        config: The run's config.
         output_dir: Folder for resumable checkpoints.
-        save_every_steps: How often one is saved; none saves with every evaluation.
-        evaluations: How many evaluations there will be.
+        shared_prefix: Whether beginnings that rows share are computed once.
         processes: They share the rows of each step.
-        tracking: Where figures go besides the run's folder; none for nowhere.
+        tracking: Where figures go besides the run's folder.
 
     Returns:
-        A `trl.SFTTrainer`.
+        A `trl.SFTTrainer`. It counts tokens: `tokens_seen` are those of rows, padding apart,
+        `tokens_padded` those of the same rows in padded batches, and `tokens_computed` those that
+        went through the model, where shared prefixes count once; `token_counts()` gives all three.
+        `steps` are its optimizer steps.
     """
     if loaded.backend == "unsloth":
         import unsloth  # noqa: F401  # patches trl, so it must come first
-    from transformers import PrinterCallback, ProgressCallback
-
-    adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
-    trainer = _trainer_class()(
-        model=loaded.model,
-        args=_arguments(loaded, train, max_length_tokens, output_dir, tracking),
-        train_dataset=dataset,
-        processing_class=loaded.tokenizer.hf,
-    )
-    # trl rounds an adapter on a quantised base to bf16, which loses small steps of AdamW.
-    for parameter, data in adapter:
-        parameter.data = data
-    # Only now is the number of packed rows known.
-    steps = optimizer_steps(len(trainer.train_dataset), train, processes.count)
-    trainer.args.warmup_steps = math.ceil(steps * train.warmup)
-    trainer.args.logging_steps = max(1, min(10, steps // 20))
-    trainer.args.save_steps = save_every_steps or steps_between(steps, evaluations or 6)
-    trainer.group_by_length = train.batching in ("length-grouped", "prefix-grouped")
-    trainer.processes = processes
-    for display in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(display)
-    return trainer
-
-
-def _arguments(
-    loaded: LoadedModel,
-    train: TrainConfig,
-    max_length_tokens: int,
-    output_dir: Path,
-    tracking: Tracking | None,
-) -> Any:
-    """Translate our settings; what depends on the number of rows is set later."""
-    from trl import SFTConfig
-
-    packed = train.batching == "packed"
-    cuda = loaded.device == "cuda"
-    return SFTConfig(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=train.rows_per_batch,
-        gradient_accumulation_steps=train.accumulation,
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps if train.max_steps is not None else -1,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=_SCHEDULES[train.schedule],
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim="adamw_8bit" if train.optimizer == "adamw_8bit" else "adamw_torch",
-        seed=train.seed,
-        data_seed=train.seed,
-        use_cpu=not cuda,
-        bf16=cuda and loaded.compute_dtype == "bfloat16",
-        fp16=cuda and loaded.compute_dtype == "float16",
-        dataloader_pin_memory=cuda,
-        gradient_checkpointing=False,  # models.py has set it up already
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_total_limit=2,
-        max_length=max_length_tokens if packed or loaded.backend == "unsloth" else None,
-        packing=packed,
-        padding_free=False,
-        disable_tqdm=True,
-        dataset_num_proc=None,
-        ddp_find_unused_parameters=False,  # every step uses the whole adapter
-        **(tracking.arguments() if tracking else {"report_to": "none"}),
-    )
-
-
-def _trainer_class() -> Any:
-    """Subclass SFTTrainer as it is now: Unsloth replaces it when it is imported."""
+    # Imported and subclassed here, because Unsloth replaces it.
     from torch.utils.data import RandomSampler
+    from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    class PlanTrainer(SFTTrainer):  # type: ignore[misc]
-        """SFTTrainer with a seeded order of rows, token counts and a guard on the loss."""
+    train = config.train
 
-        group_by_length = False
-        layer_checkpointing = False
-        processes = Processes()
-        order: Any = None
-        tokens_seen = 0
-        """Tokens of rows, padding apart."""
-        tokens_padded = 0
-        """Tokens of the same rows in padded batches."""
-        tokens_computed = 0
-        """Tokens that went through the model: the padded ones, or with shared prefixes once."""
+    class PlanTrainer(SFTTrainer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
+            super().__init__(
+                model=loaded.model,
+                args=_arguments(loaded, config, output_dir, tracking),
+                train_dataset=rows,
+                processing_class=loaded.tokenizer.hf,
+            )
+            # trl rounds an adapter on a quantised base to bf16, which loses small steps of AdamW.
+            for parameter, data in adapter:
+                parameter.data = data
+            self.tokens_seen = self.tokens_padded = self.tokens_computed = 0
+            self.processes = processes
+            # Only now is the number of packed rows known.
+            self.steps = optimizer_steps(len(self.train_dataset), train, processes.count)
+            self.args.logging_steps = max(1, min(10, self.steps // 20))
+            every = steps_between(self.steps, train.evaluations or 6)
+            self.args.save_steps = train.save_every_steps or every
+            if shared_prefix:
+                collator: Any = self.data_collator  # type: ignore[has-type]
+                self.data_collator = PackingCollator(collator)
+            for display in (PrinterCallback, ProgressCallback):
+                self.remove_callback(display)
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            if self.order is not None:
-                return self.order
-            if not self.group_by_length:
-                return RandomSampler(self.train_dataset, generator=_generator(self.args.seed))
+            order = prefix_order(rows, train) if shared_prefix else None
+            if order is not None:
+                return order
+            if train.batching in ("shuffled", "packed"):
+                return RandomSampler(self.train_dataset, generator=_generator(train.seed))
             # The trainer deals batches to the processes in turn, so a step's rows are neighbours.
-            batch = self.args.per_device_train_batch_size * self.processes.count
-            group = batch * self.args.gradient_accumulation_steps
-            return LengthGroupedOrder(list(self.train_dataset["length"]), group, self.args.seed)
+            group = train.rows_per_batch * processes.count * train.accumulation
+            return LengthGroupedOrder(list(self.train_dataset["length"]), group, train.seed)
+
+        def token_counts(self) -> dict[str, int]:
+            names = ("tokens_seen", "tokens_padded", "tokens_computed")
+            return {name: getattr(self, name) for name in names}
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            mask = inputs.get("attention_mask")
-            self.tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-            padded, packed = inputs["input_ids"].numel(), inputs.get("packed")
+            mask, padded = inputs.get("attention_mask"), inputs["input_ids"].numel()
+            self.tokens_seen += int(padded if mask is None else mask.sum())
             self.tokens_padded += padded
-            self.tokens_computed += padded if packed is None else packed.computed_tokens
+            self.tokens_computed += computed_tokens(inputs) or padded
             loss = super().training_step(model, inputs, *args, **kwargs)
-            refuse_non_finite("loss", loss, self.state.global_step + 1, self.processes)
+            refuse_non_finite("loss", loss, self.state.global_step + 1, processes)
             return loss
 
         def compute_loss(
@@ -202,17 +142,63 @@ def _trainer_class() -> Any:
                 model,
                 packed.to(self.args.device),
                 num_items_in_batch,
-                checkpointing=self.layer_checkpointing,
+                checkpointing=loaded.model.get_base_model().is_gradient_checkpointing,
             )
 
-    return PlanTrainer
+    return PlanTrainer()
+
+
+def _arguments(
+    loaded: LoadedModel, config: Config, output_dir: Path, tracking: Tracking | None
+) -> Any:
+    """Translate our settings."""
+    from trl import SFTConfig
+
+    train = config.train
+    packed = train.batching == "packed"
+    cuda = loaded.device == "cuda"
+    return SFTConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=train.rows_per_batch,
+        gradient_accumulation_steps=train.accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps if train.max_steps is not None else -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=_SCHEDULES[train.schedule],
+        warmup_steps=train.warmup,  # below 1 it is a share
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_8bit" if train.optimizer == "adamw_8bit" else "adamw_torch",
+        seed=train.seed,
+        data_seed=train.seed,
+        use_cpu=not cuda,
+        bf16=cuda and loaded.compute_dtype == "bfloat16",
+        fp16=cuda and loaded.compute_dtype == "float16",
+        dataloader_pin_memory=cuda,
+        gradient_checkpointing=False,  # loading has set it up already
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_total_limit=2,
+        max_length=config.model.max_length_tokens
+        if packed or loaded.backend == "unsloth"
+        else None,
+        packing=packed,
+        padding_free=False,
+        disable_tqdm=True,
+        dataset_num_proc=None,
+        ddp_find_unused_parameters=False,  # every step uses the whole adapter
+        **(tracking.arguments() if tracking else {"report_to": "none"}),
+    )
+
+
+def computed_tokens(batch: Mapping[str, Any]) -> int | None:
+    """Count the tokens of a batch that computes shared prefixes once; None for a padded one."""
+    packed = batch.get("packed")
+    return None if packed is None else int(packed.computed_tokens)
 
 
 def refuse_non_finite(
-    name: str,
-    value: torch.Tensor,
-    step: int,
-    processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
+    name: str, value: torch.Tensor, step: int, processes: Processes = ALONE
 ) -> None:
     """Stop before an optimizer step that would spoil the adapter, all processes together.
 
@@ -261,11 +247,7 @@ class LengthGroupedOrder:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next.
-
-        Args:
-            epoch: Counted from 0.
-        """
+        """Choose the epoch, counted from 0, whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -276,7 +258,7 @@ class LengthGroupedOrder:
         """Yield every row's index once, in groups of similar length, the groups shuffled."""
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        generator = _generator(self.seed + 1_000_003 * self.epoch)
         shuffled: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
         # Stable, so that rows of equal length come in another order in every epoch.
         shuffled.sort(key=lambda index: self.lengths[index] // 8)
@@ -311,29 +293,79 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tens
     }
 
 
-def validation_loss(
-    trainer: Any, rows: Sequence[dict[str, Any]], pad_id: int, batch: int, each: Callable[[], None]
-) -> float:
+def rehearse(trainer: Any, loaded: LoadedModel, rows: Sequence[int]) -> Mapping[str, Any]:
+    """Run forward and backward on a micro-batch as a step would, and leave no trace of it.
+
+    Args:
+        trainer: From `build_trainer`.
+        loaded: Its model, which is in training mode from now on.
+        rows: Places of the rows in the trainer's dataset.
+
+    Returns:
+        The batch.
+
+    Raises:
+        TrainingError: The loss is not finite.
+    """
+    import torch
+
+    if loaded.backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        # Its trainer leaves the model in inference mode, without gradient checkpointing.
+        FastLanguageModel.for_training(loaded.model)
+    loaded.model.train()
+    metrics, total = trainer._metrics["train"], trainer._total_train_tokens
+    before = {name: list(values) for name, values in metrics.items()}
+    devices = [torch.cuda.current_device()] if loaded.device == "cuda" else []
+    with torch.random.fork_rng(devices), _unsloth_does_not_compile():
+        inputs: Mapping[str, Any] = trainer._prepare_inputs(
+            trainer.data_collator([trainer.train_dataset[at] for at in rows])
+        )
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            loss = trainer.compute_loss(loaded.model, inputs)
+        refuse_non_finite("loss", loss.detach(), 1)
+        trainer.accelerator.backward(loss)
+    loaded.model.zero_grad(set_to_none=True)
+    metrics.clear()
+    metrics.update(before)
+    trainer._total_train_tokens = total
+    return inputs
+
+
+@contextmanager
+def _unsloth_does_not_compile() -> Iterator[None]:
+    """Keep Unsloth from compiling its blocks, because training compiles them once more."""
+    before = os.environ.get("UNSLOTH_BLOCK_COMPILE")
+    os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["UNSLOTH_BLOCK_COMPILE"]
+        else:
+            os.environ["UNSLOTH_BLOCK_COMPILE"] = before
+
+
+def validation_loss(trainer: Any, rows: Sequence[dict[str, Any]], pad_id: int) -> float:
     """Measure the mean loss of a supervised token over rows, which processes share.
 
     Args:
-        trainer: Holds the model and puts batches on its device.
+        trainer: From `build_trainer`; its batch is taken.
         rows: With input_ids and labels.
         pad_id: The id that fills up.
-        batch: Rows at a time.
-        each: Called after each batch.
 
     Returns:
         Loss in nats per supervised token.
     """
     total = tokens = 0.0
     processes: Processes = trainer.processes
+    batch = trainer.args.per_device_train_batch_size
     for start in processes.shard(range(0, len(rows), batch)):
         inputs = trainer._prepare_inputs(collate(rows[start : start + batch], pad_id))
         supervised = int((inputs["labels"][:, 1:] != -100).sum())
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             total += float(trainer.model(**inputs, use_cache=False).loss) * supervised
         tokens += supervised
-        each()
     total, tokens = processes.all_reduce_sum(total, tokens)
     return total / tokens

@@ -1,0 +1,93 @@
+"""Which adapter of a run is the best one, by plan success, and how it is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyagent_fast.runs import Run, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One measurement on the validation sample during training."""
+
+    step: int
+    success: float
+    success_dag: float
+    loss: float
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best evaluation so far and why it is the best; written to best/best.json."""
+
+    step: int
+    success: float
+    loss: float
+    reason: str
+
+
+def is_better(new: Evaluation, best: Best | None) -> bool:
+    """Decide whether an evaluation beats the best one: by success, ties by loss; NaN never wins."""
+    if math.isnan(new.loss) or math.isnan(new.success):
+        return False
+    if best is None:
+        return True
+    if new.success != best.success:
+        return new.success > best.success
+    return new.loss < best.loss
+
+
+def reason_of(new: Evaluation, best: Best | None) -> str:
+    """Say why an evaluation is better than the best one so far."""
+    if best is None:
+        return "first evaluation"
+    if new.success == best.success:
+        return (
+            f"equal success {new.success:.4f}, loss {new.loss:.4f} lower than {best.loss:.4f} "
+            f"at step {best.step}"
+        )
+    return f"success {new.success:.4f} higher than {best.success:.4f} at step {best.step}"
+
+
+def read_best(run: Run) -> Best | None:
+    """Read a run's best/best.json; None if no evaluation was made."""
+    path = run.best / "best.json"
+    if not path.exists():
+        return None
+    return Best(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> None:
+    """Save adapter and tokenizer under their final name only when whole.
+
+    Args:
+        model: A PEFT model.
+        tokenizer: Its transformers tokenizer.
+        folder: Target; replaced if it exists.
+        notes: Written as JSON files, by file name.
+    """
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(str(temporary))
+    tokenizer.save_pretrained(str(temporary))
+    for name, value in notes.items():
+        write_json(temporary / name, value)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Put saved adapter weights back into a PEFT model that has the same adapter."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
