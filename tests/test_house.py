@@ -260,3 +260,17 @@ def test_the_pre_commit_hooks_are_the_checks_of_make_lint() -> None:
     commands = done.stdout.strip().splitlines()[-1].split(" && ")
     assert [hook["entry"] for hook in local["hooks"]] == commands
     assert all(hook["pass_filenames"] is False for hook in local["hooks"])
+
+
+def test_every_file_that_is_no_code_is_packaged() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split("[tool.setuptools.package-data]\n")[1]
+    names = json.loads(section.partition("tinyagent_fast = ")[2].partition("\n")[0])
+    packaged = {path for name in names for path in (ROOT / "tinyagent_fast").glob(name)}
+    others = {
+        path
+        for path in (ROOT / "tinyagent_fast").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert len(others) > 5
+    assert others - packaged == set()

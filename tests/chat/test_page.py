@@ -10,7 +10,7 @@ from browser import show_as
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from stand_ins import ScriptedWriter, planner_with, serving, wait_until
+from stand_ins import ScriptedWriter, wait_until
 
 from tinyagent_fast.chat.web import PlannerServer
 
@@ -44,21 +44,12 @@ return Math.min(...texts.map((text) => text.getBoundingClientRect().height));
 
 
 @pytest.fixture
-def writer() -> ScriptedWriter:
-    return ScriptedWriter(PLAN)
-
-
-@pytest.fixture
-def server(writer: ScriptedWriter) -> Iterator[PlannerServer]:
-    with serving(planner_with(writer)) as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser: Chrome, server: PlannerServer) -> Iterator[Chrome]:
+def page(browser: Chrome, server: PlannerServer, writer: ScriptedWriter) -> Iterator[Chrome]:
     """Return the browser with the page open at the size of a desk."""
     show_as(browser, width=1280, height=900)
     browser.get(server.url)
+    browser.execute_script("localStorage.clear()")
+    browser.refresh()
     yield browser
     assert browser.get_log("browser") == []  # no script failed, and the policy refused nothing
 

@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
@@ -29,19 +28,9 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture
-def writer() -> ScriptedWriter:
-    return ScriptedWriter(PLAN)
-
-
-@pytest.fixture
-def planner(writer: ScriptedWriter) -> Planner:
-    return planner_with(writer)
-
-
-@pytest.fixture
-def server(planner: Planner) -> Iterator[PlannerServer]:
-    with serving(planner) as running:
-        yield running
+def planner() -> Planner:
+    """Return a planner for a server of the test's own."""
+    return planner_with(ScriptedWriter(PLAN))
 
 
 def ask(
