@@ -13,8 +13,9 @@ A line `# %%` begins a code cell, `# %% [markdown]` a text cell. It also runs as
 # and lets you try it.
 #
 # Every cell works as it is, in Colab and elsewhere: *Runtime - Run all*. With a GPU it trains
-# TinyLlama-1.1B on the published TinyAgent data, which takes hours: the cell "Plan" says how many.
+# TinyLlama-1.1B on the published TinyAgent data, which takes hours: "Memory" below says how many.
 # Without a GPU it trains a nano model on generated data in about ten minutes.
+# Training runs as a program of its own, which gives the GPU's memory back when it ends.
 
 # %%
 import html
@@ -150,14 +151,14 @@ else:
     tinyagent_fast("data", "check", "data/training_data.json")
 
 # %% [markdown]
-# ## Plan
+# ## Memory
 #
 # Memory and hours, predicted from the shapes of model and rows; nothing is measured here. If an
 # epoch is too long for a session, put `["--data.limit-entries", "8000"]` into `FLAGS` above: hours
 # fall in proportion.
 
 # %%
-tinyagent_fast("plan", *FLAGS)
+tinyagent_fast("memory", *FLAGS)
 
 # %% [markdown]
 # ## Preview
@@ -217,7 +218,7 @@ RUN = (RUNS / "latest").resolve()
 PAGE = (RUN / "report.html").read_text(encoding="utf-8")
 try:
     from IPython import get_ipython
-    from IPython.display import HTML, display
+    from IPython.display import HTML, SVG, display
 except ImportError:
     IN_NOTEBOOK = False
 else:
@@ -233,14 +234,22 @@ else:
 # ## Try it
 #
 # One request, `REQUEST` above, to the smallest GGUF file. A prompt also says which tools there are:
-# `--system nearest` takes that part from the most similar test query.
+# `nearest` takes that part from the most similar test query. An arrow says which call needs which.
 
 # %%
+from tinyagent_fast import load
+
 GGUF = min((RUN / "export" / "gguf").glob("*.gguf"), key=lambda path: path.stat().st_size)
 if not REQUEST:
     with (RUN / "eval" / "predictions.jsonl").open(encoding="utf-8") as predictions:
         REQUEST = json.loads(predictions.readline())["query"]
-tinyagent_fast("chat", "--model", str(GGUF), "--system", "nearest", "--once", REQUEST)
+with load(GGUF, system="nearest") as planner:
+    PLANNED = planner.plan(REQUEST)
+print(f"{REQUEST}\n\n{PLANNED.text}")
+if IN_NOTEBOOK:
+    display(SVG(PLANNED.drawing.to_svg()))
+else:
+    print(PLANNED.drawing.to_text())
 
 # %% [markdown]
 # ## Download

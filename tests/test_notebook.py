@@ -12,11 +12,13 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tinyagent_fast
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -137,6 +139,7 @@ def run_cells(
         if "train" in words:
             make_products(Path(words[words.index("--runs") + 1]))
 
+    monkeypatch.setattr(tinyagent_fast, "load", Planner, raising=False)
     answer = SimpleNamespace(stdout=f"a note of torch\n{preset}|because of a test\n")
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(code_cells()):
@@ -146,6 +149,27 @@ def run_cells(
             namespace["subprocess"] = SimpleNamespace(run=lambda *_, **__: answer, PIPE=-1)
             namespace.update(settings)
     return commands
+
+
+class Planner:
+    """Stands for a planner: keeps what it was opened with and asked."""
+
+    asked: ClassVar[list[tuple[Path, str]]] = []
+
+    def __init__(self, path: Path, system: str) -> None:
+        self.path = path
+        assert system == "nearest"
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def plan(self, request: str) -> SimpleNamespace:
+        self.asked.append((self.path, request))
+        drawing = SimpleNamespace(to_svg=lambda: "<svg/>", to_text=lambda: "a graph")
+        return SimpleNamespace(text="1. join()", drawing=drawing)
 
 
 def make_products(runs: Path) -> None:
@@ -175,15 +199,13 @@ def test_outside_colab_all_stages_run_in_order_and_nothing_is_installed(
     ours = of_the_project(commands)
     assert len(ours) == len(commands)
     stages = [words[0] for words in ours]
-    order = ["--version", "doctor", "data", "data", "plan", "preview", "train"]
-    assert stages == [*order, "eval", "export", "eval", "report", "chat"]
+    order = ["--version", "doctor", "data", "data", "memory", "preview", "train"]
+    assert stages == [*order, "eval", "export", "eval", "report"]
     for words in ours:
-        if words[0] in ("doctor", "plan", "preview", "train"):
+        if words[0] in ("doctor", "memory", "preview", "train"):
             assert words[1:3] == ["--preset", "cpu"]
-    assert ours[-1][1:] == [
-        *("--model", str((tmp_path / "runs/a-run/export/gguf/a-q4_k_m.gguf").resolve())),
-        *("--system", "nearest", "--once", "do it"),
-    ]
+    smallest = (tmp_path / "runs/a-run/export/gguf/a-q4_k_m.gguf").resolve()
+    assert Planner.asked[-1] == (smallest, "do it")
 
 
 def test_the_archive_has_the_smallest_gguf_and_what_serves_it(
@@ -212,7 +234,7 @@ def test_flags_of_the_environment_reach_every_command_that_takes_them(
     variables = {"TINYAGENT_FAST_NOTEBOOK_ARGS": SMALL}
     ours = of_the_project(run_cells(tmp_path, monkeypatch, variables=variables))
     with_flags = [words[0] for words in ours if "--eval.no-before-and-after" in words]
-    assert with_flags == ["doctor", "plan", "preview", "train"]
+    assert with_flags == ["doctor", "memory", "preview", "train"]
 
 
 def test_a_run_that_was_broken_off_is_resumed_by_its_name(
@@ -272,11 +294,13 @@ def test_in_a_notebook_the_report_is_shown_in_a_frame_of_its_own(
     shown: list[str] = []
     package, parts = types.ModuleType("IPython"), types.ModuleType("IPython.display")
     package.get_ipython = object  # type: ignore[attr-defined]
-    parts.HTML, parts.display = str, shown.append  # type: ignore[attr-defined]
+    parts.HTML = parts.SVG = str  # type: ignore[attr-defined]
+    parts.display = shown.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", package)
     monkeypatch.setitem(sys.modules, "IPython.display", parts)
     run_cells(tmp_path, monkeypatch)
-    (frame,) = shown
+    frame, graph = shown
+    assert graph == "<svg/>"
     assert frame.startswith("<iframe ")
     assert "&lt;p&gt;a page&lt;/p&gt;" in frame
 
@@ -341,4 +365,4 @@ def test_all_cells_run_top_to_bottom_on_a_small_setting(
     assert len(list(run.glob("eval-gguf-*/metrics.json"))) == 4
     assert json.loads((run / "eval" / "metrics.json").read_text(encoding="utf-8"))["n"] == 4
     assert (run / "download.zip").stat().st_size > 10_000
-    assert "tinyagent-fast chat" in capsys.readouterr().out
+    assert "problem" in capsys.readouterr().out  # random weights plan nothing
