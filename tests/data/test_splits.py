@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tinyagent_fast.data.splits import (
     Split,
     leak_report,
-    leaking_rows,
     normalise_query,
     split_validation,
+    without_leaks,
 )
 from tinyagent_fast.errors import ConfigError, DataError
 
@@ -121,5 +121,12 @@ def test_leaks_are_counted_within_and_between_splits() -> None:
     assert pairs["train", "val"].normalised == 0
 
 
-def test_rows_that_leak_can_be_found_to_drop_them() -> None:
-    assert leaking_rows(["a", "B", "c", "b!"], ["b", "x"]) == [1, 3]
+def test_rows_that_leak_are_left_out_kept_or_an_error() -> None:
+    queries = ["a", "B", "c", "b!"]
+    assert without_leaks([0, 1, 3], queries, ["b", "x"], "drop") == [0]
+    assert without_leaks([0, 1, 3], queries, ["b", "x"], "keep") == [0, 1, 3]
+    assert without_leaks([2, 0], queries, ["b", "x"], "error") == [2, 0]
+    with pytest.raises(DataError, match="2 of 3 training rows"):
+        without_leaks([0, 1, 3], queries, ["b"], "error")
+    with pytest.raises(DataError, match="queries of its own"):
+        without_leaks([1, 3], queries, ["b"], "drop")

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from tinyagent_fast.config import Leaks
+from tinyagent_fast.data.schema import short_text
 from tinyagent_fast.errors import ConfigError, DataError
 
 _SEPARATORS = re.compile(r"[\W_]+")
@@ -130,18 +132,38 @@ def _chosen_groups(groups: Mapping[str, set[str]], wanted: int, seed: int) -> se
     return chosen
 
 
-def leaking_rows(queries: Iterable[str], held_out: Iterable[str]) -> list[int]:
-    """Find the rows whose query is also held out.
+def without_leaks(
+    rows: Sequence[int], queries: Sequence[str], held_out: Iterable[str], policy: Leaks
+) -> list[int]:
+    """Leave out the training rows whose query stands in the test file, as `data.leaks` says.
 
     Args:
-        queries: The query of each training row.
-        held_out: The queries of the test file.
+        rows: The rows to train on.
+        queries: The query of each row of the training file.
+        held_out: The queries of the whole test file.
+        policy: What to do with such rows.
 
     Returns:
-        The row numbers in `queries`, in order.
+        The rows that may be trained on, in order.
+
+    Raises:
+        DataError: There are such rows, and the policy is "error"; or no other row is left.
     """
     known = set(map(normalise_query, held_out))
-    return [row for row, query in enumerate(queries) if normalise_query(query) in known]
+    leaking = [row for row in rows if normalise_query(queries[row]) in known]
+    if not leaking or policy == "keep":
+        return list(rows)
+    if policy == "error" or len(leaking) == len(rows):
+        raise DataError(
+            f"{len(leaking):,} of {len(rows):,} training rows have a query of the test file",
+            f"the first is {short_text(queries[leaking[0]])}: a score on the test file would "
+            "count what was trained on",
+            "remove these entries from the training file, or leave them out with --data.leaks drop"
+            if len(leaking) < len(rows)
+            else "give a test file with queries of its own",
+        )
+    left_out = set(leaking)
+    return [row for row in rows if row not in left_out]
 
 
 def leak_report(splits: Mapping[str, Sequence[str]]) -> LeakReport:

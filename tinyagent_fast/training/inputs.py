@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config, Leaks
+from tinyagent_fast.config import Config
 from tinyagent_fast.data import generation, splits
 from tinyagent_fast.data.cache import ExampleTable, Points, cache_folder, load_examples
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
-from tinyagent_fast.data.schema import Example, short_text
+from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import (
     LeakReport,
     leak_report,
-    leaking_rows,
     split_validation,
+    without_leaks,
 )
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans import grammar
@@ -137,9 +137,9 @@ def load_run_examples(config: Config) -> RunExamples:
     )
     test = _load(files.test, config, "plan") if files.test else None
     test_examples = _limited(test, config.eval.limit) if test else ()
-    train_indices, leaked = _without_leaks(
-        split.train, queries, test.column("query") if test else [], data.leaks
-    )
+    held_out = test.column("query") if test else []
+    train_indices = without_leaks(split.train, queries, held_out, data.leaks)
+    leaked = len(split.train) - len(train_indices)
     if data.limit_entries is not None:
         train_indices = _limit(keys, train_indices, data.limit_entries, data.seed)
     train = table.select(train_indices)
@@ -177,39 +177,6 @@ def load_run_examples(config: Config) -> RunExamples:
         leaks=leaks,
         left_out_as_leaks=leaked,
     )
-
-
-def _without_leaks(
-    indices: Sequence[int], queries: Sequence[str], held_out: Sequence[str], policy: Leaks
-) -> tuple[list[int], int]:
-    """Leave out the training rows whose query stands in the test file, as `data.leaks` says.
-
-    Args:
-        indices: The training rows.
-        queries: The query of each row of the training file.
-        held_out: The queries of the whole test file.
-        policy: What to do with such rows.
-
-    Returns:
-        The rows to train on, and how many were left out.
-
-    Raises:
-        DataError: There are such rows, and the policy is "error"; or no other row is left.
-    """
-    found = leaking_rows([queries[row] for row in indices], held_out)
-    if not found or policy == "keep":
-        return list(indices), 0
-    leaking = {indices[at] for at in found}
-    if policy == "error" or len(leaking) == len(indices):
-        raise DataError(
-            f"{len(leaking):,} of {len(indices):,} training rows have a query of the test file",
-            f"the first is {short_text(queries[indices[found[0]]])}: a score on the test file "
-            "would count what was trained on",
-            "remove these entries from the training file, or leave them out with --data.leaks drop"
-            if len(leaking) < len(indices)
-            else "give a test file with queries of its own",
-        )
-    return [row for row in indices if row not in leaking], len(leaking)
 
 
 def load_test_examples(config: Config) -> tuple[Sequence[Example], str]:
