@@ -28,6 +28,8 @@ import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import takewhile
 
 from tinyagent_fast.plans.graph import Dag, same_dag
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
@@ -43,17 +45,12 @@ _MAX_DEPTH = 990
 """A longer chain of dependencies meets Python's recursion limit of 1,000 in the original."""
 
 
-class ReferenceFailure(Exception):
-    """The original would raise; `error` is the name of its exception."""
-
-    def __init__(self, error: str, message: str) -> None:
-        """Keep the name of the original's exception class apart."""
-        self.error = error
-        super().__init__(f"{error}: {message}")
+class _OriginalRaises(Exception):
+    """The original would raise; the first argument is the name of its exception."""
 
 
 @dataclass(frozen=True)
-class ReferenceStep:
+class _Step:
     """A step as the metric reads it; `raw_arguments` is what stands between the parentheses."""
 
     tool: str
@@ -105,39 +102,24 @@ def reference_scores(
 
 def _read(
     text: str, known_tools: Collection[str], shapes: dict[tuple[object, ...], int]
-) -> tuple[list[ReferenceStep], Dag | None, str | None]:
-    steps: list[ReferenceStep] = []
+) -> tuple[list[_Step], Dag | None, str | None]:
+    steps: list[_Step] = []
     try:
-        steps = reference_steps(text, known_tools)
+        steps = _steps(text, known_tools)
         return steps, _graph(steps, shapes), None
-    except ReferenceFailure as failure:
-        return steps, None, failure.error
+    except _OriginalRaises as failure:
+        return steps, None, str(failure.args[0])
 
 
-def reference_steps(text: str, known_tools: Collection[str] = TINYAGENT) -> list[ReferenceStep]:
-    """Read a plan as the published metric reads it.
-
-    Args:
-        text: A plan as text.
-        known_tools: Names of the tools; join is always known.
-
-    Returns:
-        The steps up to join or up to the first unknown tool.
-
-    Raises:
-        ReferenceFailure: If a step number has too many digits to be an int.
-    """
-    by_number: dict[int, tuple[str, str]] = {}
+def _steps(text: str, known_tools: Collection[str]) -> list[_Step]:
+    """Read the steps up to join or up to the first unknown tool."""
+    by_number: dict[int, _Step] = {}
     for digits, tool, raw in _matches(text):
-        by_number[_integer(digits)] = (tool, raw)
+        by_number[_integer(digits)] = _Step(tool, raw)
         if tool == JOIN:
             break
-    steps: list[ReferenceStep] = []
-    for tool, raw in by_number.values():
-        if tool != JOIN and tool not in known_tools:
-            break
-        steps.append(ReferenceStep(tool, raw))
-    return steps
+    known = {JOIN, *known_tools}
+    return list(takewhile(lambda step: step.tool in known, by_number.values()))
 
 
 def _matches(text: str) -> list[tuple[str, str, str]]:
@@ -183,7 +165,7 @@ def _is_thought(text: str, line_start: int, step_start: int, line_end: int) -> b
 
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ReferenceFailure("ValueError", "a number has too many digits")
+        raise _OriginalRaises("ValueError", "a number has too many digits")
     return int(digits)
 
 
@@ -214,7 +196,7 @@ def _references(raw: str) -> list[int]:
     return found
 
 
-def _graph(steps: list[ReferenceStep], shapes: dict[tuple[object, ...], int]) -> Dag:
+def _graph(steps: list[_Step], shapes: dict[tuple[object, ...], int]) -> Dag:
     """Build the graph whose labels say all that two nodes must agree in.
 
     `shapes` numbers each tool with its dependencies and is shared by the two graphs.
@@ -223,11 +205,11 @@ def _graph(steps: list[ReferenceStep], shapes: dict[tuple[object, ...], int]) ->
     for position, step in enumerate(steps, start=1):
         numbers = _references(step.raw_arguments)
         if 0 in numbers:
-            raise ReferenceFailure("KeyError", f"step {position} depends on $0, a nameless node")
+            raise _OriginalRaises("KeyError", f"step {position} depends on $0, a nameless node")
         if max(numbers, default=0) > len(steps):
-            raise ReferenceFailure("IndexError", f"step {position} depends on a missing step")
+            raise _OriginalRaises("IndexError", f"step {position} depends on a missing step")
         if position in numbers:
-            raise ReferenceFailure("ValueError", f"step {position} depends on itself")
+            raise _OriginalRaises("ValueError", f"step {position} depends on itself")
         befores.append([number - 1 for number in numbers])
     labels = [""] * len(steps)
     shape_of = [0] * len(steps)
@@ -243,19 +225,13 @@ def _graph(steps: list[ReferenceStep], shapes: dict[tuple[object, ...], int]) ->
 
 def _ordered(befores: list[list[int]]) -> list[int]:
     """Order steps after what they depend on; fail on a cycle or a chain that is too long."""
-    waiting = [len(set(nodes)) for nodes in befores]
-    after: list[list[int]] = [[] for _ in befores]
-    for node, nodes in enumerate(befores):
-        for before in set(nodes):
-            after[before].append(node)
-    order = [node for node, count in enumerate(waiting) if count == 0]
+    try:
+        order = list(TopologicalSorter(dict(enumerate(befores))).static_order())
+    except CycleError as error:
+        raise _OriginalRaises("RecursionError", "the dependencies form a cycle") from error
     depth = [0] * len(befores)
     for node in order:
-        for other in after[node]:
-            depth[other] = max(depth[other], depth[node] + 1)
-            waiting[other] -= 1
-            if waiting[other] == 0:
-                order.append(other)
-    if len(order) < len(befores) or max(depth, default=0) > _MAX_DEPTH:
-        raise ReferenceFailure("RecursionError", "the dependencies form a cycle")
+        depth[node] = max((depth[before] + 1 for before in befores[node]), default=0)
+    if max(depth, default=0) > _MAX_DEPTH:
+        raise _OriginalRaises("RecursionError", "the chain of dependencies is too long")
     return order
