@@ -10,29 +10,24 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.export.record import (
-    ExportRecord,
-    key_of,
-    refuse_full_disk,
-    refuse_small_memory,
-    sha256_of,
-)
+from tinyagent_fast.export.preparation import refuse_full_disk, refuse_small_memory
+from tinyagent_fast.export.record import ExportRecord, key_of, sha256_of
 
 
 def writer(text: str, made: list[str]) -> Any:
-    def work(path: Path) -> tuple[str, str, float, dict[str, int]]:
+    def work(path: Path) -> tuple[str, dict[str, int]]:
         path.write_text(text, encoding="utf-8")
         made.append(text)
-        return "gguf", "f16", 1.5, {"tensors": 3}
+        return "f16", {"tensors": 3}
 
     return work
 
 
 def test_an_artefact_is_made_once_and_kept_while_nothing_changes(tmp_path: Path) -> None:
     made: list[str] = []
-    first, was_there = ExportRecord(tmp_path).make("gguf/a.gguf", "k", writer("one", made))
+    first, was_there = ExportRecord(tmp_path).make("gguf/a.gguf", "gguf", "k", writer("one", made))
     assert not was_there
-    again, was_there = ExportRecord(tmp_path).make("gguf/a.gguf", "k", writer("two", made))
+    again, was_there = ExportRecord(tmp_path).make("gguf/a.gguf", "gguf", "k", writer("two", made))
     assert was_there
     assert again == first
     assert made == ["one"]
@@ -43,13 +38,13 @@ def test_an_artefact_is_made_once_and_kept_while_nothing_changes(tmp_path: Path)
 @pytest.mark.parametrize("change", ["other key", "damaged", "deleted"])
 def test_an_artefact_is_made_anew_when_it_is_not_what_it_was(tmp_path: Path, change: str) -> None:
     made: list[str] = []
-    ExportRecord(tmp_path).make("a.gguf", "k", writer("one", made))
+    ExportRecord(tmp_path).make("a.gguf", "gguf", "k", writer("one", made))
     if change == "damaged":
         (tmp_path / "a.gguf").write_text("0ne", encoding="utf-8")
     if change == "deleted":
         (tmp_path / "a.gguf").unlink()
     key = "another" if change == "other key" else "k"
-    _, was_there = ExportRecord(tmp_path).make("a.gguf", key, writer("two", made))
+    _, was_there = ExportRecord(tmp_path).make("a.gguf", "gguf", key, writer("two", made))
     assert not was_there
     assert (tmp_path / "a.gguf").read_text(encoding="utf-8") == "two"
     assert len(ExportRecord(tmp_path).artefacts) == 1
@@ -61,12 +56,12 @@ def test_a_stop_in_the_middle_leaves_no_artefact_and_the_next_start_goes_on(tmp_
         raise KeyboardInterrupt
 
     made: list[str] = []
-    ExportRecord(tmp_path).make("a.gguf", "k", writer("a", made))
+    ExportRecord(tmp_path).make("a.gguf", "gguf", "k", writer("a", made))
     with pytest.raises(KeyboardInterrupt):
-        ExportRecord(tmp_path).make("b.gguf", "k", stopped)
+        ExportRecord(tmp_path).make("b.gguf", "gguf", "k", stopped)
     assert not (tmp_path / "b.gguf").exists()
-    ExportRecord(tmp_path).make("a.gguf", "k", writer("a", made))
-    ExportRecord(tmp_path).make("b.gguf", "k", writer("b", made))
+    ExportRecord(tmp_path).make("a.gguf", "gguf", "k", writer("a", made))
+    ExportRecord(tmp_path).make("b.gguf", "gguf", "k", writer("b", made))
     assert made == ["a", "b"]
     assert not list(tmp_path.glob("*.part"))
 
@@ -75,13 +70,13 @@ def test_a_folder_is_an_artefact_too(tmp_path: Path) -> None:
     def work(path: Path) -> Any:
         path.mkdir()
         (path / "config.json").write_text("{}", encoding="utf-8")
-        return "merged", "bf16", 0.1, {}
+        return "bf16", {}
 
     record = ExportRecord(tmp_path)
-    record.make("merged", "k", work)
-    assert record.kept("merged", "k") is not None
+    record.make("merged", "merged", "k", work)
+    assert record.make("merged", "merged", "k", work)[1]
     (tmp_path / "merged" / "more.txt").write_text("x", encoding="utf-8")
-    assert record.kept("merged", "k") is None
+    assert not record.make("merged", "merged", "k", work)[1]
 
 
 def test_a_full_disk_is_found_before_the_work(
@@ -97,9 +92,9 @@ def test_a_full_disk_is_found_before_the_work(
 
 
 def test_too_little_memory_is_found_before_the_work() -> None:
-    assert refuse_small_memory(1, "x").startswith("memory: 0.00 GiB for x")
+    assert refuse_small_memory(1).startswith("memory: 0.00 GiB")
     with pytest.raises(ModelError, match="too little memory"):
-        refuse_small_memory(2**60, "comparing")
+        refuse_small_memory(2**60)
 
 
 def test_keys_differ_when_anything_differs() -> None:

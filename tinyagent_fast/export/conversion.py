@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,7 +65,6 @@ class ConversionReport:
     parameters: int
     bits_per_weight: float
     size_bytes: int
-    seconds: float
     notes: tuple[str, ...]
     fallbacks: tuple[str, ...]
     """Tensors whose rows did not fit the type wanted, each as `name: wanted -> written`."""
@@ -77,11 +75,8 @@ class ConversionReport:
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for export.json."""
-        rounded = {
-            "bits_per_weight": round(self.bits_per_weight, 2),
-            "seconds": round(self.seconds, 2),
-        }
-        return {**asdict(self), "path": self.path.name, **rounded}
+        bits = round(self.bits_per_weight, 2)
+        return {**asdict(self), "path": self.path.name, "bits_per_weight": bits}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +176,6 @@ def convert_to_gguf(
     """
     if quant not in QUANT_NAMES:
         raise ModelError(f"quant {quant}", "it is not known", f"use {', '.join(QUANT_NAMES)}")
-    started = time.perf_counter()
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.config, str(source / "config.json"))
     shape = ModelShape.from_config(checkpoint.config, str(source / "config.json"))
@@ -230,7 +224,6 @@ def convert_to_gguf(
         parameters=parameters,
         bits_per_weight=8 * sum(one.size_bytes for one in targets) / parameters,
         size_bytes=target.stat().st_size,
-        seconds=time.perf_counter() - started,
         notes=(*notes, *vocabulary.notes),
         fallbacks=tuple(f"{one.name}: {one.fallback}" for one in targets if one.fallback),
         worst_relative_rmse=worst,

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,8 +154,8 @@ def _not_plain(folder: Path, why: str) -> ModelError:
 class MergeReport:
     """What was merged, and how far the result is from base + update."""
 
-    folder: Path
     dtype: str
+    """Of the merged weights; all of them, where there are several."""
     tensors: int
     adapted: int
     """Weights that the adapter changes; each was compared with base + update."""
@@ -164,11 +163,6 @@ class MergeReport:
     """Largest difference from base + update, in units of half a unit in the last place."""
     update_lost: float
     """Largest share of an update's norm that rounding to `dtype` has cost, over the weights."""
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Give plain values for export.json."""
-        return {**asdict(self), "folder": self.folder.name}
 
 
 def merge_adapter(
@@ -195,7 +189,6 @@ def merge_adapter(
         ModelError: The adapter does not belong to the base.
         GateError: A written weight is not base + update.
     """
-    started = time.perf_counter()
     checkpoint, adapter = open_checkpoint(base), read_adapter(adapter_folder)
     _refuse_stranger(checkpoint, adapter)
     tensors = list(checkpoint.tensors.values())
@@ -229,13 +222,11 @@ def merge_adapter(
         error, share = _compare(blocks(tensor), tensor, merged.tensors[tensor.name], update)
         worst, lost = max(worst, error), max(lost, share)
     return MergeReport(
-        folder=target,
         dtype=", ".join(sorted({t.dtype for t in merged.tensors.values()})).lower(),
         tensors=len(merged.tensors),
         adapted=len(adapter.updates),
         worst_error_ulp=round(worst, 4),
         update_lost=round(lost, 6),
-        seconds=round(time.perf_counter() - started, 2),
     )
 
 

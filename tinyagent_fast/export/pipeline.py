@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export.chat_template import chat_template
@@ -22,7 +22,6 @@ from tinyagent_fast.export.companions import (
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.gates import Gate, success_gate
 from tinyagent_fast.export.importance import (
-    Importance,
     collect_importance,
     load_importance,
     save_importance,
@@ -30,11 +29,7 @@ from tinyagent_fast.export.importance import (
 from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 from tinyagent_fast.export.preparation import MERGED, Export
 from tinyagent_fast.export.proof import encode, prove, reference_model
-from tinyagent_fast.export.record import (
-    Artefact,
-    key_of,
-    sha256_of,
-)
+from tinyagent_fast.export.record import Artefact, key_of, sha256_of
 from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
@@ -82,15 +77,13 @@ def run_export(export: Export) -> Path:
 
 def _identity(export: Export) -> dict[str, Any]:
     """Name all that the artefacts depend on, beside each one's own settings."""
-    weights = export.adapter / "adapter_model.safetensors"
     vocabulary = export.tokenizer.hf.backend_tokenizer.to_str()
+    weights = [sha256_of(path) for path in sorted(export.base.glob("*.safetensors"))]
     return {
         "run": export.run.path.name,
         "base": str(export.config.model.base),
-        "base_sha256": key_of(
-            [sha256_of(path) for path in sorted(export.base.glob("*.safetensors"))]
-        ),
-        "adapter_sha256": sha256_of(weights),
+        "base_sha256": key_of(weights),
+        "adapter_sha256": sha256_of(export.adapter / "adapter_model.safetensors"),
         "tokenizer": key_of([vocabulary]),
         "prompt_format": export.config.model.prompt_format,
         "stop": END_OF_PLAN,
@@ -99,15 +92,23 @@ def _identity(export: Export) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _work(export: Export, label: str, unit: str) -> Iterator[Any]:
-    with export.display.bar(label, unit) as update:
-        yield update
+def _make(
+    export: Export,
+    path: str,
+    kind: Literal["merged", "gguf", "importance"],
+    depends: Sequence[object],
+    work: Callable[[Path], tuple[str, Mapping[str, Any]]],
+) -> Artefact:
+    """Make an artefact or keep it, and say which."""
+    artefact, was_there = export.record.make(path, kind, key_of(depends), work)
+    how = "was there, whole: kept" if was_there else f"{artefact.seconds:.1f} s"
+    export.display.say(f"{artefact.path}: {artefact.size_bytes / 2**20:,.1f} MiB, {how}")
+    return artefact
 
 
 def _make_merged(export: Export, identity: Mapping[str, Any]) -> Artefact:
-    def work(path: Path) -> tuple[str, str, float, Any]:
-        with _work(export, "merging, then reading it back", "bytes") as update:
+    def work(path: Path) -> tuple[str, Mapping[str, Any]]:
+        with export.display.bar("merging, then reading it back", "bytes") as update:
             report = merge_adapter(
                 export.base,
                 export.adapter,
@@ -120,17 +121,9 @@ def _make_merged(export: Export, identity: Mapping[str, Any]) -> Artefact:
         write_tokenizer(
             export.base, tokenizer.hf, path, template, tokenizer.eos_id, tokenizer.pad_id
         )
-        return "merged", report.dtype, report.seconds, report.to_json()
+        return report.dtype, asdict(report)
 
-    key = key_of([identity, export.settings.merged_dtype])
-    return _announced(export, *export.record.make(MERGED, key, work))
-
-
-def _announced(export: Export, artefact: Artefact, was_there: bool) -> Artefact:
-    size = artefact.size_bytes / 2**20
-    how = "was there, whole: kept" if was_there else f"{artefact.seconds:.1f} s"
-    export.display.say(f"{artefact.path}: {size:,.1f} MiB, {how}")
-    return artefact
+    return _make(export, MERGED, "merged", [identity, export.settings.merged_dtype], work)
 
 
 def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
@@ -142,7 +135,7 @@ def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
         importance = _make_importance(export, merged)
     f16 = work / "f16.gguf"
     for spec in export.specs:
-        artefact = _make_gguf(export, spec, merged, importance)
+        artefact = _make_gguf(export, spec, merged, importance if spec.importance else None)
         if spec.quant == "f16":
             f16 = export.folder / artefact.path
     if not f16.exists():
@@ -150,75 +143,62 @@ def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
     return f16
 
 
-def _make_importance(export: Export, merged: Artefact) -> tuple[Importance, str]:
-    """Measure what the training prompts activate, or read what was measured before."""
+def _make_importance(export: Export, merged: Artefact) -> Artefact:
+    """Measure what the training prompts activate, or keep what was measured before."""
 
-    def work(path: Path) -> tuple[str, str, float, Any]:
-        started = time.perf_counter()
+    def work(path: Path) -> tuple[str, Mapping[str, Any]]:
         rows = [row.input_ids for row in encode(export.tokenizer, export.training)]
         with (
-            _work(export, "importance matrix", "rows") as update,
+            export.display.bar("importance matrix", "rows") as update,
             reference_model(export.config, str(export.merged), None) as loaded,
         ):
             found = collect_importance(loaded.model, rows, on_progress=update)
         save_importance(found, path)
-        seconds = round(time.perf_counter() - started, 2)
-        return "importance", "f32", seconds, {"rows": len(rows), "tokens": found.tokens}
+        return "f32", {"rows": len(rows), "tokens": found.tokens}
 
-    key = key_of([merged.sha256, [example.key for example in export.training]])
-    artefact = _announced(export, *export.record.make(IMPORTANCE, key, work))
-    return load_importance(export.folder / IMPORTANCE), artefact.sha256
+    depends = [merged.sha256, [example.key for example in export.training]]
+    return _make(export, IMPORTANCE, "importance", depends, work)
 
 
 def _make_gguf(
-    export: Export,
-    spec: QuantSpec,
-    merged: Artefact,
-    importance: tuple[Importance, str] | None,
+    export: Export, spec: QuantSpec, merged: Artefact, importance: Artefact | None
 ) -> Artefact:
-    weighed = importance if spec.importance else None
-
-    def work(path: Path) -> tuple[str, str, float, Any]:
-        report = convert(export, path, spec, weighed[0] if weighed else None)
+    def work(path: Path) -> tuple[str, Mapping[str, Any]]:
+        report = convert(export, path, spec)
         for note in (*report.notes, *report.fallbacks):
             export.display.say(f"note: {spec.name}: {note}")
-        return "gguf", spec.name, round(report.seconds, 2), report.to_json()
+        return spec.name, report.to_json()
 
-    depends = [merged.sha256, spec.name, weighed[1] if weighed else None]
-    made = export.record.make(export.gguf_path(spec), key_of(depends), work)
-    return _announced(export, *made)
+    depends = [merged.sha256, spec.name, importance.sha256 if importance else None]
+    return _make(export, export.gguf_path(spec), "gguf", depends, work)
 
 
-def convert(
-    export: Export, path: Path, spec: QuantSpec, importance: Importance | None = None
-) -> ConversionReport:
+def convert(export: Export, path: Path, spec: QuantSpec) -> ConversionReport:
     """Convert the merged folder to one GGUF file.
 
     Args:
-        export: The export, merged.
+        export: The export, merged, with its importance matrix if the file needs it.
         path: The file.
         spec: What it is.
-        importance: Weighs the rounding.
 
     Returns:
         What was written.
     """
     tokenizer = export.tokenizer
-    with _work(export, f"converting to {spec.name}", "bytes") as update:
+    template = chat_template(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False)
+    with export.display.bar(f"converting to {spec.name}", "bytes") as update:
         return convert_to_gguf(
             export.merged,
             path,
             quant=spec.quant,
             name=export.stem,
-            chat_template=chat_template(
-                tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False
-            ),
+            chat_template=template,
             extra={
                 "tinyagent_fast.version": __version__,
                 "tinyagent_fast.prompt_format": tokenizer.prompt_format,
                 "tinyagent_fast.stop": END_OF_PLAN,
             },
-            importance=importance,
+            importance=load_importance(export.folder / IMPORTANCE) if spec.importance else None,
             threads=export.settings.threads,
             on_progress=update,
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
-from tinyagent_fast.export.record import ExportRecord, refuse_full_disk, refuse_small_memory
+from tinyagent_fast.export.record import ExportRecord
 from tinyagent_fast.export.settings import (
     BITS_PER_WEIGHT,
     FEWEST_BITS,
@@ -26,6 +27,7 @@ from tinyagent_fast.training.display import TrainingDisplay
 from tinyagent_fast.training.inputs import load_run_examples
 
 MERGED = "merged"
+_GIB = 2**30
 
 
 def resolve_model_folder(base: str, revision: str | None = None) -> Path:
@@ -141,9 +143,59 @@ def prepare_export(
                 "the run has no validation plans, so nothing can be compared",
                 "train with --data.validation-entries above 0, or export with --gates off",
             )
-        model_bytes = int(4.5 * _values(checkpoint)) + 2**30
-        display.say(refuse_small_memory(model_bytes, "comparing in fp32"))
+        # They compare in fp32.
+        display.say(refuse_small_memory(int(4.5 * _values(checkpoint)) + _GIB))
     return export
+
+
+def refuse_full_disk(folder: Path, needed_bytes: Mapping[str, int]) -> str:
+    """Compare what artefacts will take with what is free, before any work.
+
+    Args:
+        folder: Where they go.
+        needed_bytes: Size by artefact; those that are there already count 0.
+
+    Returns:
+        One line that says needed and free.
+
+    Raises:
+        ModelError: The disk is too small.
+    """
+    free, needed = shutil.disk_usage(folder).free, sum(needed_bytes.values())
+    listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in needed_bytes.items() if size)
+    line = f"disk: {needed / _GIB:.2f} GiB needed ({listed or 'all there'}), {free / _GIB:.1f} free"
+    if needed * 1.02 > free:
+        raise ModelError(
+            f"export into {folder}",
+            f"the disk is too small; {line}",
+            "free space, name another folder with --out, or leave files out with --quant",
+        )
+    return line
+
+
+def refuse_small_memory(needed_bytes: int) -> str:
+    """Compare what the gates need in memory with what is available, before any work.
+
+    Args:
+        needed_bytes: Their peak.
+
+    Returns:
+        One line that says needed and available.
+
+    Raises:
+        ModelError: Too little is available.
+    """
+    import psutil
+
+    available = psutil.virtual_memory().available
+    line = f"memory: {needed_bytes / _GIB:.2f} GiB for the gates, {available / _GIB:.1f} available"
+    if needed_bytes > available:
+        raise ModelError(
+            "export",
+            f"there is too little memory; {line}",
+            "close other programs, or export with --gates off and compare on a larger machine",
+        )
+    return line
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tinyagent_fast.errors import ModelError
 from tinyagent_fast.runs import write_json
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +24,9 @@ class Artefact:
 
     path: str
     """Relative to the export's folder."""
-    kind: str
-    """`merged`, `gguf` or `importance`."""
+    kind: Literal["merged", "gguf", "importance"]
     quant: str
-    """`f16`, `q4_k_m` and so on; the dtype of a merged folder."""
+    """`f16`, `q4_k_m` and so on; the dtypes of a merged folder."""
     sha256: str
     size_bytes: int
     seconds: float
@@ -67,54 +64,36 @@ class ExportRecord:
         self.content.update(facts)
         write_json(self.path, self.content)
 
-    def kept(self, path: str, made_from: str) -> Artefact | None:
-        """Find a whole artefact that can be used again.
-
-        Args:
-            path: Relative path.
-            made_from: Hash of what it must depend on.
-
-        Returns:
-            It, or none if it is missing, damaged or made from other things.
-        """
-        for artefact in self.artefacts:
-            if artefact.path != path or artefact.made_from != made_from:
-                continue
-            there = self.folder / path
-            if there.exists() and sha256_of(there) == artefact.sha256:
-                return artefact
-        return None
-
-    def add(self, artefact: Artefact) -> None:
-        """Enter a whole artefact.
-
-        Args:
-            artefact: It replaces one of the same path.
-        """
-        others = [item for item in self.content["artefacts"] if item["path"] != artefact.path]
-        self.update(artefacts=[*others, dict(vars(artefact))])
-
     def make(
-        self, path: str, made_from: str, work: Callable[[Path], tuple[str, str, float, Any]]
+        self,
+        path: str,
+        kind: Literal["merged", "gguf", "importance"],
+        made_from: str,
+        work: Callable[[Path], tuple[str, Mapping[str, Any]]],
     ) -> tuple[Artefact, bool]:
-        """Keep an artefact or make it under a temporary name.
+        """Keep an artefact, or make it under a temporary name.
 
         Args:
-            path: Relative path of the file or folder.
+            path: Of the file or folder, relative to the export's folder.
+            kind: Of artefact.
             made_from: Hash of what it depends on.
-            work: Makes it at the path given; returns kind, quant, seconds and details.
+            work: Makes it at the path given; returns its `quant` and details.
 
         Returns:
-            The artefact, and whether it was there already.
+            The artefact, and whether it was there, whole and made from the same things.
         """
-        there = self.kept(path, made_from)
-        if there is not None:
-            return there, True
         final = self.folder / path
+        others = [artefact for artefact in self.artefacts if artefact.path != path]
+        for artefact in self.artefacts:
+            fits = artefact.path == path and artefact.made_from == made_from
+            if fits and final.exists() and sha256_of(final) == artefact.sha256:
+                return artefact, True
         temporary = final.with_name(f"{final.name}.part")
         _remove(temporary)
         final.parent.mkdir(parents=True, exist_ok=True)
-        kind, quant, seconds, details = work(temporary)
+        started = time.perf_counter()
+        quant, details = work(temporary)
+        seconds = round(time.perf_counter() - started, 2)
         _remove(final)
         temporary.replace(final)
         artefact = Artefact(
@@ -122,12 +101,12 @@ class ExportRecord:
             kind=kind,
             quant=quant,
             sha256=sha256_of(final),
-            size_bytes=size_of(final),
+            size_bytes=sum(file.stat().st_size for file in _files(final)),
             seconds=seconds,
             made_from=made_from,
             details=details,
         )
-        self.add(artefact)
+        self.update(artefacts=[dict(vars(one)) for one in (*others, artefact)])
         return artefact, False
 
 
@@ -150,18 +129,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def size_of(path: Path) -> int:
-    """Sum the bytes of a file or folder.
-
-    Args:
-        path: File or folder.
-
-    Returns:
-        Bytes.
-    """
-    return sum(file.stat().st_size for file in _files(path))
-
-
 def key_of(parts: Iterable[object]) -> str:
     """Name what something depends on.
 
@@ -172,57 +139,6 @@ def key_of(parts: Iterable[object]) -> str:
         The first 20 hex digits of their sha256.
     """
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:20]
-
-
-def refuse_full_disk(folder: Path, needed_bytes: Mapping[str, int]) -> str:
-    """Compare what artefacts will take with what is free, before any work.
-
-    Args:
-        folder: Where they go.
-        needed_bytes: Size by artefact; those that are there already count 0.
-
-    Returns:
-        One line that says needed and free.
-
-    Raises:
-        ModelError: The disk is too small.
-    """
-    free, needed = shutil.disk_usage(folder).free, sum(needed_bytes.values())
-    listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in needed_bytes.items() if size)
-    line = f"disk: {needed / _GIB:.2f} GiB needed ({listed or 'all there'}), {free / _GIB:.1f} free"
-    if needed * 1.02 > free:
-        raise ModelError(
-            f"export into {folder}",
-            f"the disk is too small; {line}",
-            "free space, name another folder with --out, or leave files out with --quant",
-        )
-    return line
-
-
-def refuse_small_memory(needed_bytes: int, what: str) -> str:
-    """Compare what a step needs in memory with what is available, before any work.
-
-    Args:
-        needed_bytes: Peak of the step.
-        what: What needs it.
-
-    Returns:
-        One line that says needed and available.
-
-    Raises:
-        ModelError: Too little is available.
-    """
-    import psutil
-
-    available = psutil.virtual_memory().available
-    line = f"memory: {needed_bytes / _GIB:.2f} GiB for {what}, {available / _GIB:.1f} available"
-    if needed_bytes > available:
-        raise ModelError(
-            "export",
-            f"there is too little memory; {line}",
-            "close other programs, or export with --gates off and compare on a larger machine",
-        )
-    return line
 
 
 def _files(path: Path) -> list[Path]:
