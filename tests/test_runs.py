@@ -244,3 +244,24 @@ def test_the_adapter_of_a_run_that_was_broken_off_is_its_best(config: Config) ->
         assert run.find_adapter(str(folder)) == folder
     with pytest.raises(ConfigError, match="it holds no adapter"):
         run.find_adapter(str(run.path))
+
+
+def test_data_files_of_a_run_are_found_from_any_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside `runs/`, and where the run was started, which need not be the same folder."""
+    started, elsewhere = tmp_path / "started", tmp_path / "elsewhere"
+    for folder in (started, elsewhere):
+        folder.mkdir()
+    (started / "train.json").write_text("{}")
+    (tmp_path / "test.json").write_text("{}")
+    monkeypatch.chdir(started)
+    files = {"train": Path("train.json"), "test": Path("test.json")}
+    run = create_run(replace(config, data=replace(config.data, **files)))
+    assert run.config().data.train == Path("train.json")
+    monkeypatch.chdir(elsewhere)
+    data = run.config().data
+    assert (data.train, data.test) == (started / "train.json", tmp_path / "test.json")
+    assert run.test_file() == tmp_path / "test.json"
+    write_json(run.path / "data.json", {"base": "b", "test_file": {"path": "generated.json"}})
+    assert run.test_file() == Path("generated.json"), "where it was, though it is gone"

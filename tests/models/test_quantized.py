@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.inference.decoding import complete, generating
+from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.training.trainer import build_trainer, collate, validation_loss
@@ -121,17 +121,12 @@ def gradients_of(loaded: LoadedModel, rows: Any) -> dict[str, Any]:
 
 def evaluate_once(trainer: Any, loaded: LoadedModel, rows: Any) -> None:
     prompts = [list(row["input_ids"][:20]) for row in rows]
-    with generating(loaded.model):
+    with generating(loaded):
         validation_loss(trainer, list(rows), loaded.tokenizer.pad_id)
-        for _ in complete(
-            loaded.model,
-            loaded.tokenizer,
-            prompts,
-            batch=4,
-            max_new_tokens=4,
-            stop=END_OF_PLAN,
-        ):
-            pass
+    for _ in TorchEngine(loaded).complete_tokens(
+        prompts, batch=4, max_new_tokens=4, stop=END_OF_PLAN
+    ):
+        pass
 
 
 def test_gradients_after_an_evaluation_equal_those_before_it(
@@ -190,7 +185,7 @@ def test_an_adapter_trained_on_four_bits_loads_onto_four_bits(
     save_adapter(loaded.model, loaded.tokenizer.hf, tmp_path / "adapter", {"n.json": {"a": 1}})
     again = load_for_generation(nf4_config, nf4_config.model.base, tmp_path / "adapter")
     ids = torch.tensor([tiny_rows(loaded.tokenizer, 3)[2]["input_ids"]])
-    with generating(loaded.model), generating(again.model):
+    with generating(loaded), generating(again):
         torch.testing.assert_close(again.model(ids).logits, loaded.model(ids).logits)
     assert (tmp_path / "adapter" / "n.json").exists()
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.inference.decoding import generating
+from tinyagent_fast.inference.torch_engine import generating
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.training.callbacks import StepGuard
@@ -594,7 +594,7 @@ def test_the_validation_loss_is_a_mean_over_tokens_whatever_the_batch(
     monkeypatch.setattr(trainer.args, "per_device_train_batch_size", batch)
     total, tokens = 0.0, 0
     pad_id = loaded.tokenizer.pad_id
-    with generating(loaded.model):
+    with generating(loaded):
         for row in rows:
             inputs = collate([row], pad_id)
             count = int((inputs["labels"] != -100).sum())

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import StringIO
-from typing import TYPE_CHECKING
+
+import tyro
 
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.evaluation.evaluate import EvalOptions, check_options
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-_SHORT = {
-    f"--{name}": f"--eval.{name}"
-    for name in ("batch", "max-new-tokens", "parity-prompts", "lookup-tokens", "limit")
-}
-"""Short names of flags, beside those that `train` has for them too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,32 +20,15 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0 when the evaluation has finished.
     """
-    import tyro
-
-    flags = tyro.cli(
-        EvalOptions,
-        args=[_long(word) for word in arguments],
-        prog="tinyagent-fast eval",
-        description=f"Flags of --eval.* may be written short: {', '.join(_SHORT)}.",
-    )
+    options = tyro.cli(EvalOptions, args=list(arguments), prog="tinyagent-fast eval")
     with launch_environment().main_process_reports():
-        check_options(flags)
+        check_options(options)
+        from rich.console import Console
+
         from tinyagent_fast.api import evaluate_run
 
-        evaluate_run(flags.run, flags, console=_console())
+        quiet = Console(file=StringIO(), quiet=True)  # one process of a launch speaks for all
+        speaks = launch_environment().is_main_process
+        evaluate_run(options.run, options, console=Console(highlight=False) if speaks else quiet)
     init_processes().leave()
     return 0
-
-
-def _long(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return _SHORT.get(name.replace("_", "-"), name) + equals + value
-
-
-def _console() -> Console:
-    """Let one process of a launch speak for all."""
-    from rich.console import Console
-
-    if launch_environment().is_main_process:
-        return Console(highlight=False)
-    return Console(file=StringIO(), quiet=True)

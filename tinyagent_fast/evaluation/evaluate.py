@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from tinyagent_fast.config import Backend, Config, EvalConfig, check_config
 from tinyagent_fast.distributed import init_processes, launch_environment
@@ -63,15 +65,15 @@ NOT_HONOURED: Mapping[EngineName, Mapping[str, str]] = {
 class EvalChanges:
     """Settings to use instead of those of the run's config; None leaves the run's."""
 
-    batch: int | None = None
+    batch: Annotated[int | None, tyro.conf.arg(aliases=["--batch"])] = None
     """Prompts generated together; llama.cpp takes 8 at most where this is not given."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--max-new-tokens"])] = None
     """Tokens after which a plan counts as truncated."""
-    parity_prompts: int | None = None
+    parity_prompts: Annotated[int | None, tyro.conf.arg(aliases=["--parity-prompts"])] = None
     """Prompts generated at batch 1 and at batch N before the sweep; 0 skips the comparison."""
-    lookup_tokens: int | None = None
+    lookup_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--lookup-tokens"])] = None
     """Guesses from the prompt that a decoding step checks at once; plans stay the same."""
-    limit: int | None = None
+    limit: Annotated[int | None, tyro.conf.arg(aliases=["--limit"])] = None
     """Evaluate only the first so many entries."""
 
 
