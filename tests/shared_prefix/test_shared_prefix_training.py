@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,13 @@ import pytest
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.runs import Run
-from tinyagent_fast.shared_prefix.training import decide_shared_prefix
+from tinyagent_fast.shared_prefix.training import (
+    PackingCollator,
+    check_same_loss,
+    decide_shared_prefix,
+)
 from tinyagent_fast.training.fit import train
+from tinyagent_fast.training.trainer import collate
 
 MakeConfig = Callable[..., Config]
 
@@ -92,8 +99,6 @@ def test_asked_for_where_it_cannot_be_had_is_an_error(
 def test_several_processes_compute_whole_rows(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from types import SimpleNamespace
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     loaded: Any = SimpleNamespace(backend="transformers")
     decision = decide_shared_prefix(loaded, tiny_config().train, [], None)
@@ -115,3 +120,73 @@ def test_a_loss_that_is_not_the_same_stops_before_the_first_step(
     with pytest.raises(TrainingError, match="whole rows"):
         train(tiny_config(), quiet)
     assert steps(Run(tiny_config().runs / "tiny")) == []
+
+
+class StandInTrainer:
+    """A trainer's ways to the loss of a small model in one type, one of them with a fault."""
+
+    def __init__(self, dtype: Any, fault: float) -> None:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(vocab_size=61, initializer_range=0.2, **shape, **heads)
+        self.model = LlamaForCausalLM(config).to(dtype)
+        self.fault = fault
+        self.data_collator = PackingCollator(lambda rows: collate([*rows], pad_id=0))
+        self.train_dataset = Rows(
+            [
+                {"input_ids": [*range(40), at, 7, 9], "labels": [-100] * 41 + [7, 9]}
+                for at in range(1, 5)
+            ]
+        )
+        self.accelerator = SimpleNamespace(autocast=nullcontext)
+        self.compute_loss_context_manager = nullcontext
+        self._metrics: dict[str, dict[str, float]] = {"train": {}}
+
+    def _prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
+
+    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
+        from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
+
+        if "packed" in inputs:
+            return self.fault * shared_prefix_loss(model, inputs["packed"], num_items_in_batch)
+        return model(**inputs, use_cache=False).loss
+
+
+class Rows(list[dict[str, list[int]]]):
+    """A list of rows that knows the column of their lengths, as a dataset does."""
+
+    def __getitem__(self, at: Any) -> Any:
+        return (
+            [len(row["input_ids"]) for row in self] if at == "length" else super().__getitem__(at)
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fault", "stops"),
+    [
+        ("float32", 1.0, False),
+        ("float32", 1.01, True),
+        ("bfloat16", 1.0, False),
+        ("bfloat16", 1.01, False),
+        ("bfloat16", 1.1, True),
+        ("float32", float("nan"), True),
+    ],
+)
+def test_the_check_allows_what_the_rounding_of_the_compute_type_explains(
+    dtype: str, fault: float, stops: bool
+) -> None:
+    import torch
+
+    trainer = StandInTrainer(getattr(torch, dtype), fault)
+    loaded: Any = SimpleNamespace(model=trainer.model, device="cpu", compute_dtype=dtype)
+    if stops:
+        with pytest.raises(TrainingError, match=dtype):
+            check_same_loss(trainer, loaded, trainer.train_dataset)
+        return
+    difference = check_same_loss(trainer, loaded, trainer.train_dataset)
+    assert difference < (1e-5 if dtype == "float32" else 0.03)

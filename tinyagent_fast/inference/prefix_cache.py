@@ -116,6 +116,12 @@ def _blocks(lengths: Sequence[int], prefix_tokens: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
+def _most_likely(forward: LlamaForward, hidden_WE: Tensor) -> list[int]:
+    """Give the token that each state makes most likely; of equals the one that `argmax` names."""
+    ids: list[int] = forward.lm_head(hidden_WE[None])[0].float().argmax(-1).tolist()
+    return ids
+
+
 class RowBatch:
     """Rows that are decoded together behind one prefix; rows that are done leave it."""
 
@@ -153,7 +159,7 @@ class RowBatch:
                 end += 1
             hidden.append(self._prefill_rows(first, suffixes[first:end]))
             first = end
-        return self.forward.most_likely(torch.cat(hidden))
+        return _most_likely(self.forward, torch.cat(hidden))
 
     def _prefill_rows(self, first: int, suffixes: Sequence[Sequence[int]]) -> Tensor:
         """Run whole suffixes, one behind the other, and give the states of their last tokens."""
@@ -199,7 +205,7 @@ class RowBatch:
             (columns_BN + self.prefix.tokens).flatten(),
             new.attend,
         )
-        ids = self.forward.most_likely(hidden)
+        ids = _most_likely(self.forward, hidden)
         return [ids[at * width : at * width + len(row)] for at, row in enumerate(tokens)]
 
     def keep(self, row: int, count: int) -> None:

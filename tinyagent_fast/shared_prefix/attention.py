@@ -132,13 +132,9 @@ def join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
         part: What was read from the other keys.
         part_total: Log-sum-exps there.
     """
-    joined = torch.logaddexp(total, part_total)
-
-    def share(of: Tensor) -> Tensor:
-        return (of - joined).exp_()[..., None]
-
-    out.mul_(share(total)).addcmul_(part, share(part_total))
-    total.copy_(joined)
+    share_of_part = (part_total - total).sigmoid_()[..., None]
+    out.lerp_(part.to(out.dtype), share_of_part)
+    torch.logaddexp(total, part_total, out=total)
 
 
 def rows_attention(

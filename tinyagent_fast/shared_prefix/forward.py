@@ -235,18 +235,6 @@ class LlamaForward:
         hidden = hidden + pieces.output(attention, read.flatten(2))
         return hidden + pieces.mlp(layer.mlp, pieces.norm(layer.post_attention_layernorm, hidden))
 
-    def most_likely(self, hidden_WE: Tensor) -> list[int]:
-        """Give the token that each hidden state makes most likely.
-
-        Args:
-            hidden_WE: What `hidden_states` gave.
-
-        Returns:
-            Token ids; of equals the one that `argmax` names.
-        """
-        ids: list[int] = self.lm_head(hidden_WE[None])[0].float().argmax(-1).tolist()
-        return ids
-
 
 def shared_prefix_loss(
     model: Any,

@@ -3,7 +3,7 @@
 PEFT adds an adapter's output to the base layer's in three steps, each of which writes a tensor as
 large as the output; here the matrix product adds to the output itself, and backwards to the
 gradient of the input. Layers that are not plain (quantised, with dropout, with a rounded or
-otherwise changed forward) are called as the modules they are.
+otherwise changed forward) are called as the modules they are, and so are all without gradients.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def project(x: Tensor, modules: Sequence[Any]) -> list[Tensor]:
         What each of them makes of the input.
     """
     dtype = _computed_in(x)
-    adapted = [_plain_adapter(module, dtype) for module in modules]
-    weights = [one for one in adapted if one is not None]
-    if len(weights) < len(modules):
-        return [module(x) for module in modules]
+    weights = []
+    for module in modules:
+        found = _plain_adapter(module, dtype) if torch.is_grad_enabled() else None
+        if found is None:
+            return [module(x) for module in modules]
+        weights.append(found)
     scales = tuple(scale for *_, scale in weights)
     flat = [tensor for *tensors, _ in weights for tensor in tensors]
     apply: Callable[..., tuple[Tensor, ...]] = _Adapted.apply

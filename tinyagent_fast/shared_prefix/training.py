@@ -176,15 +176,15 @@ def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:
     packed = batch.pop("packed")
     plain, dtype = _loss_and_gradient(trainer, loaded, batch)
     shared, _ = _loss_and_gradient(trainer, loaded, {**batch, "packed": packed})
-    difference = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(plain, shared, strict=True))
-    if not difference <= _ALLOWED_DIFFERENCES[dtype]:
+    differences = [abs(a - b) / max(abs(a), 1e-6) for a, b in zip(plain, shared, strict=True)]
+    if not all(difference <= _ALLOWED_DIFFERENCES[dtype] for difference in differences):
         raise TrainingError(
             f"shared prefixes give loss {shared[0]:.6f} and gradient norm {shared[1]:.6f}, whole "
             f"rows {plain[0]:.6f} and {plain[1]:.6f}, which {dtype} does not explain",
             "the installed transformers or peft computes in another way than this was written for",
             "--train.shared-prefix off, or install the versions of the requirements file",
         )
-    return difference
+    return max(differences)
 
 
 def _loss_and_gradient(
