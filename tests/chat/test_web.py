@@ -238,7 +238,9 @@ def test_requests_wait_for_one_another_and_are_told_so(
     assert [user for _, user in writer.asked] == ["Q: a", "Q: b"]
 
 
-def test_a_reader_who_leaves_frees_the_model(server: PlannerServer, writer: ScriptedWriter) -> None:
+def test_a_reader_who_leaves_frees_the_model(
+    server: PlannerServer, writer: ScriptedWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
     writer.answers = ["1. "] * 100_000
     connection = socket.create_connection(("127.0.0.1", server.port))
     body = b'{"request": "go"}'
@@ -248,6 +250,7 @@ def test_a_reader_who_leaves_frees_the_model(server: PlannerServer, writer: Scri
         pass
     connection.close()
     wait_until(lambda: writer.closed, "the end of the plan that nobody reads")
+    assert capsys.readouterr().err == ""
     writer.answers = PLAN
     assert events(ask(server, "POST", "/plan", {"request": "go"}))[-1][0] == "done"
 

@@ -42,6 +42,7 @@ MAX_WAITING = 16
 _MAX_BODY_BYTES = 1_000_000
 _MAX_CONNECTIONS = 64
 _CLOSING_S = 5
+"""After Ctrl-C, for requests that are still being sent or read."""
 _POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -169,6 +170,7 @@ class PlannerServer:
             log_level="error",
             access_log=False,  # requests are private
             server_header=False,
+            proxy_headers=False,
             headers=list(_HEADERS.items()),
             limit_concurrency=_MAX_CONNECTIONS,
             timeout_graceful_shutdown=_CLOSING_S,
@@ -234,6 +236,7 @@ class PlannerServer:
             say("failed", {"message": str(error)})
             return
         except Exception:
+            anyio.from_thread.check_cancelled()  # a reader who leaves is no bug
             traceback.print_exc()
             say("failed", {"message": "this is a bug; the terminal has the details"})
             return
