@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.report import explain_failure
 from tinyagent_fast.evaluation.scoring import (
     FAILURE_CODES,
     PROBLEMS,
@@ -243,25 +242,3 @@ def test_real_labels_can_be_scored_against_themselves() -> None:
     metrics = score_predictions([row(label, label=label) for label in labels])
     assert metrics.success.count + metrics.bad_labels.count >= metrics.n > 0
     assert metrics.bad_labels.share < 0.02
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reason"),
-    [
-        ('1. fly("x")\n2. join()', "The plan calls tools that do not exist: fly."),
-        ("1. open_note(x)\n2. join()", "are not Python literals"),
-        ('1. open_note("$7", "")\n2. join()', "refers to $7"),
-        ('1. open_note("a", "")', "does not end with join()"),
-        ("", "there is no step in the text"),
-        ('1. open_note("b", "")\n2. join()', "only the published metric differs"),
-        ("1. join()", "The calls differ: missing 1 x open_note."),
-    ],
-)
-def test_the_explanation_of_a_failure_names_what_is_wrong(prediction: str, reason: str) -> None:
-    assert reason in explain_failure('1. open_note("a", "")\n2. join()', prediction, None)
-
-
-def test_a_broken_label_is_said_to_be_broken() -> None:
-    assert explain_failure("open_note", "1. join()", None).startswith(
-        "The label itself is at fault"
-    )

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from selenium.webdriver import Chrome
 
 from tinyagent_fast.cli import main
-from tinyagent_fast.evaluation.report import fenced, plain
 from tinyagent_fast.evaluation.scoring import Prediction
 from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.reports.flips import ComparedPlanner, flipped_plans
@@ -169,13 +168,6 @@ def test_markdown_has_the_same_figures_and_no_text_breaks_out(full_run: Run) -> 
     assert "### \\</script\\>\\<b onclick" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len(tables) > 20
-
-
-def test_a_fence_is_longer_than_any_in_the_text() -> None:
-    assert fenced("a\n````\nb").splitlines()[::4] == ["`````text", "`````"]
-    assert fenced("a").splitlines() == ["```text", "a", "```"]
-    assert plain("a\n- b\n\n1. c") == "a - b 1. c"
-    assert plain("a_b *c* _d_") == r"a_b \*c\* \_d\_"
 
 
 def test_the_page_and_the_markdown_go_where_out_says(full_run: Run, tmp_path: Path) -> None:
