@@ -323,7 +323,7 @@ def _columns(layers: Sequence[int], edges: set[Edge]) -> list[list[_Slot]]:
 # SVG
 
 _BOX_WIDTH, _COLUMN_GAP, _ROW_GAP, _MARGIN, _SLOT_HEIGHT = 190.0, 34.0, 14.0, 4.0, 14.0
-_LINE_HEIGHT, _LINE_CHARS, _TOOL_CHARS, _MOST_LINES, _TITLE_CHARS = 15.0, 27, 25, 3, 600
+_LINE_HEIGHT, _LINE_CHARS, _TOOL_CHARS, _MOST_LINES, _TITLE_CHARS = 15.0, 27, 26, 3, 600
 _COLOURS = 7
 _STROKE: dict[Mark, dict[str, object]] = {
     "same": {"stroke_width": 1.3},
