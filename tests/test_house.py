@@ -177,6 +177,33 @@ def test_a_circle_of_imports_is_found() -> None:
     assert found == ["b -> c -> b", "c -> b -> c", "d -> d"]
 
 
+def generates(tree: ast.Module) -> list[int]:
+    """List the lines that make a model write: all but asking an engine through its interface."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            asked = ast.unparse(node.func.value).rpartition(".")[2]
+            if node.func.attr == "generate" and asked != "engine":
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+            if any(str(name).partition(".")[0] in ("vllm", "xllamacpp") for name in names):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Name | ast.arg | ast.keyword):
+            name = node.id if isinstance(node, ast.Name) else node.arg
+            lines += [node.lineno] if name == "past_key_values" else []
+    return lines
+
+
+def test_only_the_inference_room_generates() -> None:
+    inside = [path for path in PROGRAM if path.parts[1] == "inference"]
+    assert any(generates(tree_of(path)) for path in inside)
+    found = {path: generates(tree_of(path)) for path in PROGRAM if path not in inside}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+    for code in ("model.generate(ids)", "import vllm", "f(past_key_values=c)"):
+        assert generates(ast.parse(code)) == [1], code
+
+
 def project_files() -> list[Path]:
     """List the files that belong to the project, as .gitignore tells them from products."""
     lines = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
