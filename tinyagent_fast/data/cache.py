@@ -214,7 +214,7 @@ def load_examples(
 
     folder = cache_folder() / f"{sha256}-v{_SCHEMA_VERSION}-{on_bad_entry}"
     dataset, facts = cached_table(folder, dict.fromkeys(_COLUMNS, Value("string")), fill)
-    problems = tuple(EntryProblem(**problem) for problem in facts.pop("problems"))
+    problems = [EntryProblem(**problem) for problem in facts.pop("problems")]
     report = ReadReport(problems=problems, **facts)
     if report.skipped:
         _log.warning(

@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -34,17 +34,23 @@ _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TOO_DEEP = re.compile(rb"[\[{]{1000}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ReadReport:
     """What one pass over a file found; `problems` holds the first PROBLEMS_KEPT of them."""
 
-    entries: int
-    skipped: int
-    problems: tuple[EntryProblem, ...]
-    problem_count: int
-    size_bytes: int
-    seconds: float
-    file_sha256: str
+    entries: int = 0
+    skipped: int = 0
+    problems: list[EntryProblem] = field(default_factory=list)
+    problem_count: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+    file_sha256: str = ""
+
+    def skip(self, problems: list[EntryProblem]) -> None:
+        """Count an entry that cannot be used."""
+        self.skipped += 1
+        self.problem_count += len(problems)
+        self.problems.extend(problems[: max(0, PROBLEMS_KEPT - len(self.problems))])
 
 
 class _Source:
@@ -71,21 +77,6 @@ class _Source:
         return chunk
 
 
-class _Tally:
-    """Counts entries and problems of one pass."""
-
-    def __init__(self) -> None:
-        self.entries = self.skipped = self.problem_count = 0
-        self.problems: list[EntryProblem] = []
-        self.fields: Counter[str] = Counter()
-
-    def add(self, problems: list[EntryProblem]) -> None:
-        self.skipped += 1
-        self.problem_count += len(problems)
-        self.fields.update(re.sub(r"\d+", "", item.field) or "entry" for item in problems)
-        self.problems.extend(problems[: max(0, PROBLEMS_KEPT - len(self.problems))])
-
-
 def read_entries(
     path: str | Path,
     *,
@@ -110,31 +101,25 @@ def read_entries(
     """
     path = Path(path)
     started = time.perf_counter()
-    tally = _Tally()
+    report = ReadReport()
     check_head(path)
     try:
         with path.open("rb") as file:
             source = _Source(file, path)
-            for entry in _checked(_decoded(source, path, tally), tally):
-                tally.entries += 1
+            for entry in _checked(_decoded(source, path, report), report):
+                report.entries += 1
                 yield entry
     except OSError as error:
         raise _unreadable(path, error) from error
-    report = ReadReport(
-        entries=tally.entries,
-        skipped=tally.skipped,
-        problems=tuple(tally.problems),
-        problem_count=tally.problem_count,
-        size_bytes=source.read_bytes,
-        seconds=time.perf_counter() - started,
-        file_sha256=source.sha256.hexdigest(),
-    )
+    report.size_bytes = source.read_bytes
+    report.seconds = time.perf_counter() - started
+    report.file_sha256 = source.sha256.hexdigest()
     if on_report is not None:
         on_report(report)
-    if not tally.entries and not tally.skipped:
+    if not report.entries and not report.skipped:
         raise DataError(f"{path}: has no entry", "the object is empty", "give a full data file")
-    if tally.skipped and (on_bad_entry == "error" or not tally.entries):
-        raise _bad_entries_error(path, tally)
+    if report.skipped and (on_bad_entry == "error" or not report.entries):
+        raise _bad_entries_error(path, report)
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
@@ -174,14 +159,14 @@ def check_head(path: Path) -> None:
         )
 
 
-def _decoded(source: _Source, path: Path, tally: _Tally) -> Iterator[tuple[str, object]]:
+def _decoded(source: _Source, path: Path, report: ReadReport) -> Iterator[tuple[str, object]]:
     """Yield (key, value) of the top-level object, with decoding errors made clear."""
     import ijson
 
     try:
         yield from ijson.kvitems(source, "", use_float=True, buf_size=_CHUNK_BYTES)
     except ijson.JSONError as error:
-        done = f"after {tally.entries + tally.skipped:,} entries, near byte {source.read_bytes:,}"
+        done = f"after {report.entries + report.skipped:,} entries, near byte {source.read_bytes:,}"
         text = str(error)
         if "premature EOF" in text:
             raise DataError(
@@ -197,31 +182,34 @@ def _decoded(source: _Source, path: Path, tally: _Tally) -> Iterator[tuple[str, 
         ) from error
 
 
-def _checked(pairs: Iterator[tuple[str, object]], tally: _Tally) -> Iterator[Entry]:
+def _checked(pairs: Iterator[tuple[str, object]], report: ReadReport) -> Iterator[Entry]:
     keys: set[str] = set()
     for key, value in pairs:
         if key in keys:
-            tally.add([EntryProblem(key, "", "has a key that an earlier entry has")])
+            report.skip([EntryProblem(key, "", "has a key that an earlier entry has")])
             continue
         keys.add(key)
         entry = entry_from_json(key, value)
         if isinstance(entry, Entry):
             yield entry
         else:
-            tally.add(entry)
+            report.skip(entry)
 
 
-def _bad_entries_error(path: Path, tally: _Tally) -> DataError:
+def _bad_entries_error(path: Path, report: ReadReport) -> DataError:
     shown = [
         f"{item.key} {item.field or 'entry'}: {item.reason}"
-        for item in tally.problems[:PROBLEMS_SHOWN]
+        for item in report.problems[:PROBLEMS_SHOWN]
     ]
-    if tally.problem_count > len(shown):
-        shown.append(f"and {tally.problem_count - len(shown):,} more problems")
-    counts = ", ".join(f"{field} {count:,}" for field, count in tally.fields.most_common())
+    if report.problem_count > len(shown):
+        shown.append(f"and {report.problem_count - len(shown):,} more problems")
+    fields = Counter(re.sub(r"\d+", "", item.field) or "entry" for item in report.problems)
+    counts = ", ".join(f"{name} {count:,}" for name, count in fields.most_common())
+    if report.problem_count > len(report.problems):
+        counts = f"of the first {len(report.problems):,}: {counts}"
     return DataError(
-        f"{path}: {tally.skipped:,} of {tally.entries + tally.skipped:,} entries cannot be used "
-        f"({tally.problem_count:,} problems; {counts})",
+        f"{path}: {report.skipped:,} of {report.entries + report.skipped:,} entries cannot be "
+        f"used ({report.problem_count:,} problems; {counts})",
         "\n    ".join(shown),
-        "repair or remove these entries, or leave them out with on_bad_entry = skip",
+        "repair or remove these entries, or leave them out with --data.on-bad-entry skip",
     )

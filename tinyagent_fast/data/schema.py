@@ -253,13 +253,8 @@ def plan_steps(raw_output: str) -> list[Step]:
     """Read the calls of a plan as the dataset's own convention does, for data checks.
 
     A later line with the same number replaces the earlier one, and nothing after the first
-    `join` counts. Text that is no call is passed over.
-
-    Args:
-        raw_output: The model's reply, one `N. tool(args)` per line.
-
-    Returns:
-        The calls in the order of their first appearance, `join` included.
+    `join` counts. Text that is no call is passed over. Numbers keep the order in which they first
+    appear.
 
     Source: output parser of github.com/SqueezeAILab/TinyAgent.
     """
@@ -272,15 +267,7 @@ def plan_steps(raw_output: str) -> list[Step]:
 
 
 def plan_disagreement(raw_output: str, parsed_output: list[object]) -> str | None:
-    """Compare a plan's text with its parsed form, tool by tool and argument by argument.
-
-    Args:
-        raw_output: The text of the plan.
-        parsed_output: The list of {"tool_name", "tool_args"} stored next to it.
-
-    Returns:
-        What differs first, or None if they agree.
-    """
+    """Say where a plan's text and its list of {"tool_name", "tool_args"} differ first; else None."""
     steps = plan_steps(raw_output)
     if not steps:
         return f"has no line of the form 'N. tool(args)': {short_text(raw_output)}"

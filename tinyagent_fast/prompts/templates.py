@@ -35,15 +35,7 @@ class RenderedExample:
 
 
 def prompt_messages(system: str | None, user: str) -> list[dict[str, str]]:
-    """Give a prompt as a client sends it to a chat endpoint.
-
-    Args:
-        system: System text, or None.
-        user: User text.
-
-    Returns:
-        Messages with role and content.
-    """
+    """Give a prompt as a client sends it to a chat endpoint: messages with role and content."""
     first = [{"role": "system", "content": system}] if system is not None else []
     return [*first, {"role": "user", "content": user}]
 

@@ -104,7 +104,7 @@ def load_tokenizer(folder: Path) -> Any:
         folder: Holds tokenizer.json or tokenizer.model.
 
     Returns:
-        A transformers fast tokenizer with EOS and a pad token out of the existing vocabulary.
+        A transformers fast tokenizer with EOS, and a pad token out of its own vocabulary.
 
     Raises:
         ModelError: No tokenizer file, no EOS, or ids that differ from the file's own.
@@ -135,13 +135,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def tokenizer_from_sentencepiece(path: Path) -> Any:
-    """Build a fast tokenizer with the ids of a SentencePiece BPE model with byte fallback.
-
-    Args:
-        path: A tokenizer.model file.
-
-    Returns:
-        A transformers fast tokenizer.
+    """Build a transformers fast tokenizer with the ids of a SentencePiece model with byte fallback.
 
     Raises:
         ModelError: The file is no SentencePiece BPE model without text normalisation.

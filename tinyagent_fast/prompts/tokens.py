@@ -119,12 +119,6 @@ class PromptTokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         """Encode text that follows other text, so without a space put before it.
 
-        Args:
-            text: A completion.
-
-        Returns:
-            Token ids.
-
         Raises:
             ModelError: The tokenizer puts a space before text and joins line breaks with it.
         """
@@ -152,9 +146,6 @@ class PromptTokenizer:
         Args:
             prompt_ids: What stands before them; only its last token is looked at.
             ids: Token ids, special tokens among them shown.
-
-        Returns:
-            The continuation's text.
         """
         anchor = list(prompt_ids[-1:])
         if not anchor or "\ufffd" in self.decode(anchor):
@@ -163,13 +154,7 @@ class PromptTokenizer:
         return self.decode(anchor + list(ids))[len(self.decode(anchor)) :]
 
     def encode_rows(self, examples: Sequence[tuple[str, RenderedExample]]) -> list[EncodedRow]:
-        """Encode many rows and prove each.
-
-        Args:
-            examples: Key and text of each row.
-
-        Returns:
-            The rows in order.
+        """Encode rows, given by key and text, and prove each.
 
         Raises:
             DataError: No token would be supervised, or the labels do not decode to the completion.
@@ -197,7 +182,7 @@ class PromptTokenizer:
         """Prove that a row is what it claims to be.
 
         Args:
-            row: The row.
+            row: What is proved.
             prompt_ids: The prompt as it is encoded for generation.
             completion: The text that the labels must decode to.
 

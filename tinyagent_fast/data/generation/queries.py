@@ -80,15 +80,7 @@ class _Draft:
 
 
 def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request:
-    """Write one request and its calls.
-
-    Args:
-        catalogue: The tools to ask for.
-        mix: How many clauses, how often slots depend on other calls.
-        rng: Source of randomness; equal states give equal requests.
-
-    Returns:
-        The request; its calls are in an order in which references point back only.
+    """Write one request and its calls, in an order in which references point back only.
 
     Raises:
         DataError: The catalogue cannot give a request within `mix.max_calls` calls.
@@ -118,15 +110,7 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
 
 
 def write_parts(catalogue: Catalogue, rng: random.Random) -> tuple[str, list[str]]:
-    """Write a request and the parts it is made of, each a thing of its own to do.
-
-    Args:
-        catalogue: The tools to ask for.
-        rng: Source of randomness.
-
-    Returns:
-        The request, and its clauses or the names it enumerates, in order.
-    """
+    """Write a request and, in order, the parts it is made of: clauses, or names in a list."""
     count = rng.choice((1, 2, 2, 3, 3, 4))
     if rng.random() < 0.4:
         names = [f'"{draw("person", {}, rng).text}"' for _ in range(count)]
