@@ -267,7 +267,7 @@ def plan_steps(raw_output: str) -> list[Step]:
 
 
 def plan_disagreement(raw_output: str, parsed_output: list[object]) -> str | None:
-    """Say where a plan's text and its list of {"tool_name", "tool_args"} differ first; else None."""
+    """Say where a plan and its list of {"tool_name", "tool_args"} differ first; None if nowhere."""
     steps = plan_steps(raw_output)
     if not steps:
         return f"has no line of the form 'N. tool(args)': {short_text(raw_output)}"
