@@ -126,4 +126,4 @@ def test_a_run_trains_with_rounded_weights_and_leaves_an_ordinary_adapter(
     run = train(tiny_config(train={"qat": "q8_0"}), quiet)
     assert "weights rounded for q8_0: 14 as Q8_0" in quiet.file.getvalue()
     assert run.config().train.qat == "q8_0"
-    assert len(read_adapter(run.adapter).updates) == 14
+    assert len(read_adapter(run.adapter)) == 14

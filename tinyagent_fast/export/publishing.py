@@ -6,7 +6,6 @@ Only proved exports go out: one whose gates failed or were not run is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,7 @@ from tinyagent_fast.export.companions import CARD
 _COMPANIONS = ("Modelfile", "llama-server.sh", "plan.gbnf", "export.json", "report.md")
 
 
-@dataclass(frozen=True)
-class PublishedFile:
-    """One file and its place in the repository."""
-
-    path: Path
-    path_in_repo: str
-    size_bytes: int
-
-
-def files_to_publish(folder: Path, content: Mapping[str, Any]) -> list[PublishedFile]:
+def files_to_publish(folder: Path, content: Mapping[str, Any]) -> dict[str, Path]:
     """List what goes out: the card, the merged folder at the top, GGUF files, companions.
 
     Args:
@@ -33,21 +23,18 @@ def files_to_publish(folder: Path, content: Mapping[str, Any]) -> list[Published
         content: What export.json holds.
 
     Returns:
-        The files; the app's Configuration.json stays, because it holds a path of this machine.
+        Files by their place in the repository; the app's Configuration.json stays, because it
+        holds a path of this machine.
     """
-    places = {folder / CARD: "README.md", folder / "README.md": "SERVING.md"}
-    places |= {folder / name: name for name in _COMPANIONS}
+    places = {"README.md": folder / CARD, "SERVING.md": folder / "README.md"}
+    places |= {name: folder / name for name in _COMPANIONS}
     for artefact in content["artefacts"]:
         path = folder / artefact["path"]
         if artefact["kind"] == "merged":
-            places |= {p: p.name for p in sorted(path.iterdir()) if p.is_file()}
+            places |= {p.name: p for p in sorted(path.iterdir()) if p.is_file()}
         else:
-            places[path] = artefact["path"]
-    return [
-        PublishedFile(path, place, path.stat().st_size)
-        for path, place in places.items()
-        if path.exists()
-    ]
+            places[artefact["path"]] = path
+    return {place: path for place, path in places.items() if path.exists()}
 
 
 def publish(
@@ -57,7 +44,7 @@ def publish(
     *,
     dry_run: bool,
     say: Callable[[str], None],
-) -> list[PublishedFile]:
+) -> dict[str, Path]:
     """Create a private repository and put the export there in one commit.
 
     Args:
@@ -68,7 +55,7 @@ def publish(
         say: Prints one line for the user.
 
     Returns:
-        The files.
+        The files by their place in the repository.
 
     Raises:
         ConfigError: The name is no `owner/name`.
@@ -82,9 +69,10 @@ def publish(
             "for example: --push-to-hub me/sid",
         )
     files = files_to_publish(folder, content)
-    for file in files:
-        say(f"  {file.size_bytes / 2**20:10,.1f} MiB  {file.path_in_repo}")
-    total = sum(file.size_bytes for file in files) / 2**30
+    sizes = {place: path.stat().st_size for place, path in files.items()}
+    for place, size in sizes.items():
+        say(f"  {size / 2**20:10,.1f} MiB  {place}")
+    total = sum(sizes.values()) / 2**30
     line = f"{len(files)} files, {total:.2f} GiB for {repository} (private)"
     if dry_run:
         say(f"dry run: {line}; nothing was sent")
@@ -97,7 +85,7 @@ def publish(
     return files
 
 
-def _send(files: list[PublishedFile], repository: str) -> str:
+def _send(files: Mapping[str, Path], repository: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -106,7 +94,7 @@ def _send(files: list[PublishedFile], repository: str) -> str:
         url = str(api.create_repo(repository, private=True, exist_ok=True))
         api.create_commit(
             repository,
-            [CommitOperationAdd(file.path_in_repo, str(file.path)) for file in files],
+            [CommitOperationAdd(place, str(path)) for place, path in files.items()],
             commit_message="Export by tinyagent_fast",
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
