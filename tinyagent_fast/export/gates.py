@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyagent_fast.evaluation.comparison import PairedComparison
-from tinyagent_fast.plans.grammar import PlanError, parse_plan, render_plan
+from tinyagent_fast.plans.grammar import canonical_plan
 
 MAX_LOSS_DIFFERENCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
 """Allowed relative difference of the loss, by the merged weights' coarsest type."""
@@ -70,7 +70,7 @@ def different_plans(first: Sequence[str], second: Sequence[str]) -> list[int]:
         Their indices; spelling alone makes no difference.
     """
     pairs = enumerate(zip(first, second, strict=True))
-    return [at for at, (one, other) in pairs if _canonical(one) != _canonical(other)]
+    return [at for at, (one, other) in pairs if canonical_plan(one) != canonical_plan(other)]
 
 
 def same_answers(
@@ -118,13 +118,6 @@ def same_answers(
         "apart at a near-tie",
         figures=figures,
     )
-
-
-def _canonical(text: str) -> str:
-    try:
-        return render_plan(parse_plan(text))
-    except PlanError:
-        return text
 
 
 def same_ids(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyagent_fast.inference.engine import Engine, Prompt
-from tinyagent_fast.plans.grammar import PlanError, parse_plan, render_plan
+from tinyagent_fast.plans.grammar import canonical_plan
 
 _SIXTEEN_BITS = ("bfloat16", "float16")
 _NEAR_TIE_SHARE = 0.25
@@ -98,7 +98,7 @@ def compare_batches(
         for index, completion in engine.generate(
             rows, batch=size, max_new_tokens=max_new_tokens, stop=stop
         ):
-            found[index % count].add(_canonical(completion.text))
+            found[index % count].add(canonical_plan(completion.text))
         return found
 
     single = plans(1)
@@ -118,11 +118,3 @@ def compare_batches(
         near_ties=differing if size > 1 else 0,
         compute_dtype=dtype,
     )
-
-
-def _canonical(text: str) -> str:
-    """Reduce a text to its plan, so that only what matters is compared."""
-    try:
-        return render_plan(parse_plan(text))
-    except PlanError:
-        return text

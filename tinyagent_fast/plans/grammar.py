@@ -346,3 +346,18 @@ def parse_joiner(text: str) -> JoinerAnswer:
         elif line.startswith(_THOUGHT):
             thought = line[len(_THOUGHT) :].strip()
     return JoinerAnswer(thought, action, message)
+
+
+def canonical_plan(text: str) -> str:
+    """Reduce a text to its plan, so that spelling makes no difference.
+
+    Args:
+        text: What a model wrote.
+
+    Returns:
+        The plan as `render_plan` writes it; a text that is no plan stays as it is.
+    """
+    try:
+        return render_plan(parse_plan(text))
+    except PlanError:
+        return text
