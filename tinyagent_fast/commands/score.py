@@ -38,14 +38,15 @@ def run(arguments: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--predictions")
     flags = tyro.cli(ScoreFlags, args=words, prog="tinyagent-fast score")
-    from tinyagent_fast.reports.reading import catalogue_of_run, tools_of
+    from tinyagent_fast.data.generation.catalogue import plan_tools
+    from tinyagent_fast.reports.reading import catalogue_of_run
 
     if flags.pairs is None:
         path = flags.predictions or Path("runs/latest")
-        tools = tools_of(flags.catalogue or catalogue_of_run(path.absolute()))
+        tools = plan_tools(flags.catalogue or catalogue_of_run(path.absolute()))
         _score_predictions(path, tools, as_json=flags.json)
     elif flags.predictions is None:
-        _score_pairs(flags.pairs, tools_of(flags.catalogue), as_json=flags.json)
+        _score_pairs(flags.pairs, plan_tools(flags.catalogue), as_json=flags.json)
     else:
         raise ConfigError(
             f"score {flags.predictions} --pairs {flags.pairs}",

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.evaluation.comparison import PairedComparison, compare_scored
 from tinyagent_fast.evaluation.predictions import find_predictions
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.reports.reading import catalogue_of_run, tools_of
+from tinyagent_fast.reports.reading import catalogue_of_run
 from tinyagent_fast.reports.tables import count_calls
 
 SIGNIFICANT_P = 0.05
@@ -162,8 +163,8 @@ def tools_of_both(
         UserError: The runs have different tools, or a catalogue cannot be read.
     """
     if catalogue is not None:
-        return tools_of(catalogue)
-    tools_a, tools_b = (tools_of(catalogue_of_run(planner.folder)) for planner in (a, b))
+        return plan_tools(catalogue)
+    tools_a, tools_b = (plan_tools(catalogue_of_run(planner.folder)) for planner in (a, b))
     if tools_a != tools_b:
         raise ConfigError(
             f"compare {a.name} and {b.name}",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.predictions import MAIN_EVALUATIONS, PredictionFile
 from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
@@ -139,7 +139,7 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
     config = run.config()
     steps, validations = _read_history(run.history_path, notes)
     folders = list(_evaluation_folders(run.path))
-    tools = tools_of(catalogue or config.data.catalogue) if folders else None
+    tools = plan_tools(catalogue or config.data.catalogue) if folders else None
     data = _read_object(run.path / "data.json", notes)
     found = (_read_evaluation(name, folder, tools, notes) for name, folder in folders)
     evaluations = {evaluation.name: evaluation for evaluation in found if evaluation is not None}
@@ -163,13 +163,6 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
         timings_s={k: v for k in timings if (v := number(timings, k)) is not None},
         notes=tuple(notes),
     )
-
-
-def tools_of(catalogue: Path | None) -> Mapping[str, Tool] | None:
-    """Give the tools of a YAML catalogue by name; None stands for TinyAgent's own."""
-    if catalogue is None:
-        return None
-    return {tool.name: tool.plan_tool() for tool in load_catalogue(catalogue).tools}
 
 
 def catalogue_of_run(folder: Path) -> Path | None:
