@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -97,27 +97,15 @@ def quick_checks(config: Config, machine: Machine, *, automatic: bool) -> list[F
     if found[0].status == "failure":
         return found  # the other checks would stumble over what is missing
     if machine.usable_gpu is not None:
-        found += [check_bf16(config, machine.usable_gpu), check_gpu_memory(config, machine)]
-    else:
-        found.append(check_memory(config, machine))
-    found.append(check_backend(config, machine))
+        found.append(check_bf16(config, machine.usable_gpu))
+    found += [check_memory(config, machine), check_backend(config, machine)]
     return [*found, *check_disk(config), check_base(config), *check_data(config)]
 
 
 def all_checks(
     config: Config, machine: Machine, *, automatic: bool, online: bool = False
 ) -> list[Finding]:
-    """Look at everything: also at llama.cpp, and at the hub if `online` is set.
-
-    Args:
-        config: The run's config.
-        machine: This machine.
-        automatic: Whether its preset was chosen by what torch can use.
-        online: Whether to ask the hub for what a run would download.
-
-    Returns:
-        All findings, in the order in which they are shown.
-    """
+    """Look at what `quick_checks` does, at llama.cpp and, if `online` is set, at the hub."""
     found = quick_checks(config, machine, automatic=automatic)
     if found[0].status != "failure":
         found.append(check_export(machine))
@@ -484,90 +472,65 @@ def _is_small(config: Config) -> bool:
     return estimator is not None and _weights(estimator) < _SMALL_WEIGHTS
 
 
-def check_gpu_memory(config: Config, machine: Machine) -> Finding:
-    """Compare what a micro-batch is predicted to need with what is free on the GPU.
+def check_memory(config: Config, machine: Machine) -> Finding:
+    """Compare what a micro-batch is predicted to need with what is free, on the GPU or without one.
 
     Returns:
-        A warning where it may not fit: it is an estimate, and training measures it before step 1.
+        A warning where it may not fit: it is an estimate, and training measures it before step 1. A
+        failure where a machine without a GPU surely has too little.
     """
     from tinyagent_fast.training.memory import ERROR_SHARE, RESERVE_GIB, with_batch
 
-    gpu = machine.usable_gpu
-    if gpu is None or gpu.free_gib is None or gpu.total_gib is None:
-        return Finding("gpu memory", "ok", "not known: the driver does not say")
-    free = f"{gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free"
-    taken = gpu.total_gib - gpu.free_gib > 1.0  # what a desktop shows is less
-    if taken:
-        free += ", other programs use the rest"
-    usable = min(gpu.free_gib, gpu.total_gib - RESERVE_GIB)
+    gpu, model = machine.usable_gpu, config.model
+    name = "gpu memory" if gpu else "memory"
+    total = gpu.total_gib if gpu else machine.memory_gib
+    free = gpu.free_gib if gpu else machine.available_gib
+    if total is None or free is None:
+        return Finding(
+            name, "ok", f"not known: {'the driver does not say' if gpu else 'no psutil'}"
+        )
+    text = f"{free:.1f} of {total:.1f} GiB free"
+    taken = total - free > 1.0  # what a desktop shows is less
+    usable = min(free, total - RESERVE_GIB) if gpu else free - _LIBRARIES_GIB
+    if gpu is None and model.weights in ("bf16", "fp16"):
+        config = replace(config, model=replace(model, weights="fp32"))  # as training does on a CPU
     backend = "unsloth" if takes_unsloth(config, machine) else "transformers"
     estimator = _estimator(config, backend=backend, usable_gib=usable)
     if estimator is None:
-        text = f"{free}; the size of {config.model.base} is not known before it is loaded"
-        return Finding("gpu memory", "ok", text)
-    found = estimator.largest_batch(config.model.gradient_checkpointing)
+        return Finding(
+            name, "ok", f"{text}; the size of {model.base} is not known before it is loaded"
+        )
+    largest = estimator.largest_batch(model.gradient_checkpointing)
     if config.train.batch == "auto":
-        estimator = replace(estimator, config=with_batch(config, found.batch))
+        estimator = replace(estimator, config=with_batch(config, largest.batch))
     predicted = estimator.estimate()
-    need = (
-        f"{predicted.total_gib:.1f} GiB predicted (+-{100 * ERROR_SHARE:.0f} %) for "
+    text += (
+        f"; {predicted.total_gib:.1f} GiB predicted (+-{100 * ERROR_SHARE:.0f} %) for "
         f"{estimator.config.train.batch} x {estimator.row_tokens:,} tokens"
     )
     if predicted.fits(usable):
-        return Finding("gpu memory", "ok", f"{free}; {need}")
-    fixes = ["end the other programs (nvidia-smi lists them)"] if taken else []
-    if found.fits:
-        fixes.append(f"--train.batch {found.batch} --train.accumulation {found.accumulation}")
-    fixes.append(f"tinyagent-fast memory --gpu-gib {gpu.total_gib:.0f} shows what fits")
-    text = f"{free}; {need} may not fit"
-    return Finding("gpu memory", "warning", text, ", or ".join(fixes))
-
-
-def check_memory(config: Config, machine: Machine) -> Finding:
-    """Compare what training on the CPU needs with the memory of this machine.
-
-    Returns:
-        A failure where the machine surely has too little, a warning where too little is free now.
-    """
-    from tinyagent_fast.training.memory import ERROR_SHARE, preset_batch, with_batch
-
-    total, available, model = machine.memory_gib, machine.available_gib, config.model
-    if total is None or available is None:
-        return Finding("memory", "ok", "not known: psutil is not installed")
-    text = f"{available:.1f} of {total:.1f} GiB free"
-    if model.weights in ("bf16", "fp16"):
-        model = replace(model, weights="fp32")  # as training does on a CPU
-    config = with_batch(replace(config, model=model), preset_batch(config))
-    estimator = _estimator(config, backend="transformers", usable_gib=0.0)
-    if estimator is None:
-        return Finding("memory", "ok", f"{text}; the size of the base is not known")
-    needed = _LIBRARIES_GIB + estimator.estimate().total_gib
-    text += f", about {needed:.1f} needed"
-    smaller = "--train.batch 1 with a higher --train.accumulation, or --preset smoke"
-    if needed * (1 - ERROR_SHARE) > total:
-        fix = f"take a machine with more memory, or {smaller}"
-        return Finding("memory", "failure", text, fix)
-    if needed > available:
-        return Finding("memory", "warning", text, f"close other programs, or {smaller}")
-    return Finding("memory", "ok", text)
+        return Finding(name, "ok", text)
+    fixes = ["end other programs" + " (nvidia-smi lists them)" * bool(gpu)] if taken else []
+    if largest.fits:
+        fixes.append(f"--train.batch {largest.batch} --train.accumulation {largest.accumulation}")
+    fixes.append(
+        f"tinyagent-fast memory --gpu-gib {total:.0f} shows what fits"
+        if gpu
+        else "take a machine with more memory"
+    )
+    too_small = gpu is None and predicted.total_gib * (1 - ERROR_SHARE) > total - _LIBRARIES_GIB
+    status: Status = "failure" if too_small else "warning"
+    return Finding(name, status, f"{text} may not fit", ", or ".join(fixes))
 
 
 # --- disk, base model and data
 
 
-@dataclass(frozen=True)
-class DiskUse:
-    """Something that a run will write."""
-
-    what: str
-    folder: Path
-    size_gib: float
-
-
-def disk_uses(config: Config) -> list[DiskUse]:
+def disk_uses(config: Config) -> list[tuple[str, Path, float]]:
     """List what training and an export with its default flags will write, as far as it is missing.
 
-    Sizes of a base model that are not known before it is downloaded are left out.
+    Returns:
+        Name, folder and GiB of each; a base model of unknown size is left out.
     """
     from tinyagent_fast.data.cache import cache_folder
     from tinyagent_fast.training.memory import adapter_weights
@@ -577,42 +540,46 @@ def disk_uses(config: Config) -> list[DiskUse]:
     if data.train is not None:
         there = data.train.exists()
         size = data.train.stat().st_size if there else _PUBLISHED_BYTES.get(data.train, 0)
-    bytes_of = {("cache", cache_folder()): 2 * size}  # entries, and rows as token ids
+    uses = [("cache", cache_folder(), 2 * size)]  # entries, and rows as token ids
     if data.train is None or not data.train.exists():
-        bytes_of["data", data.train.parent if data.train else Path("data")] = size
+        uses.append(("data", data.train.parent if data.train else Path("data"), size))
         if data.train is not None and not _dataset_is_cached():
-            bytes_of["data in the hub's cache", _hub_cache()] = size
+            uses.append(("data in the hub's cache", _hub_cache(), size))
     estimator = _estimator(config, backend="transformers", usable_gib=0.0)
     if estimator is not None:
         weights, adapter = _weights(estimator), adapter_weights(estimator.shape, config.lora)
         if not _base_is_here(config):
-            bytes_of["base", _hub_cache()] = 2 * weights
+            uses.append(("base", _hub_cache(), 2 * weights))
         elif base in ("nano", "random"):
-            bytes_of["base", runs] = 4 * weights
+            uses.append(("base", runs, 4 * weights))
         # Three checkpoints with AdamW's moments, and two copies of the adapter.
         moments = 2 if config.train.optimizer == "adamw_8bit" else 8
-        bytes_of["checkpoints", runs] = adapter * (3 * (4 + moments) + 2 * 4)
-        bytes_of["export", runs] = _EXPORT_BYTES_PER_WEIGHT * weights
-    return [DiskUse(what, folder, size / _GIB) for (what, folder), size in bytes_of.items()]
+        uses.append(("checkpoints", runs, adapter * (3 * (4 + moments) + 2 * 4)))
+        uses.append(("export", runs, _EXPORT_BYTES_PER_WEIGHT * weights))
+    return [(what, folder, size / _GIB) for what, folder, size in uses]
 
 
 def check_disk(config: Config) -> list[Finding]:
     """Compare what will be written with what is free on each disk that gets some of it."""
-    disks: dict[int, list[DiskUse]] = {}
-    for use in disk_uses(config):
-        disks.setdefault(_existing(use.folder).stat().st_dev, []).append(use)
+    disks: dict[int, dict[str, float]] = {}
+    folders: dict[int, Path] = {}
+    for what, wanted, size_gib in disk_uses(config):
+        folder = _existing(wanted)
+        device = folder.stat().st_dev
+        folders[device] = folder
+        disks.setdefault(device, {})[what] = size_gib
     return [
-        disk_finding(uses, shutil.disk_usage(_existing(uses[0].folder)).free / _GIB)
-        for uses in disks.values()
+        disk_finding(sizes_gib, shutil.disk_usage(folders[device]).free / _GIB)
+        for device, sizes_gib in disks.items()
     ]
 
 
-def disk_finding(uses: Sequence[DiskUse], free_gib: float) -> Finding:
+def disk_finding(sizes_gib: Mapping[str, float], free_gib: float) -> Finding:
     """Say whether a disk is large enough: for training it must be, for an export it should be."""
-    train = sum(use.size_gib for use in uses if use.what != "export")
-    total = sum(use.size_gib for use in uses)
+    total = sum(sizes_gib.values())
+    train = total - sizes_gib.get("export", 0.0)
     text = f"{free_gib:.1f} GiB free, about {total:.1f} needed"
-    parts = [f"{use.what} {use.size_gib:.1f}" for use in uses if use.size_gib >= 0.05]
+    parts = [f"{what} {size:.1f}" for what, size in sizes_gib.items() if size >= 0.05]
     text += f" ({', '.join(parts)})" if parts else ""
     if train > free_gib:
         where = "another disk: --runs FOLDER for runs, HF_HOME for the hub's cache"
