@@ -160,15 +160,7 @@ class LlamaServer:
         return words + (f"; it said: {said}" if said else "")
 
     def request(self, method: Literal["GET", "POST"], path: str, body: Any = None) -> Any:
-        """Ask the server.
-
-        Args:
-            method: HTTP method.
-            path: Endpoint, such as `/tokenize`.
-            body: What is sent, as JSON.
-
-        Returns:
-            The answer, from JSON.
+        """Ask an endpoint, such as `/tokenize`; what is sent and answered is JSON.
 
         Raises:
             ModelError: The server refuses the request, or it is gone.
@@ -192,34 +184,17 @@ class LlamaServer:
             text: Any text.
             special: Whether special tokens are read from the text, as the server does in prompts.
             bos: Whether BOS is put in front, where the file asks for one.
-
-        Returns:
-            Token ids.
         """
         body = {"content": text, "parse_special": special, "add_special": bos}
         ids: list[int] = self.request("POST", "/tokenize", body)["tokens"]
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Decode ids with special tokens shown.
-
-        Args:
-            ids: Token ids.
-
-        Returns:
-            Their text.
-        """
+        """Decode ids with special tokens shown."""
         return str(self.request("POST", "/detokenize", {"tokens": list(ids)})["content"])
 
     def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Render messages with the template in the file, as `chat` does.
-
-        Args:
-            messages: Each with `role` and `content`.
-
-        Returns:
-            The prompt without BOS, which llama.cpp adds as an id.
-        """
+        """Render messages as `chat` does, without BOS, which llama.cpp adds as an id."""
         body = {"messages": [dict(message) for message in messages]}
         return str(self.request("POST", "/apply-template", body)["prompt"])
 
@@ -238,9 +213,6 @@ class LlamaServer:
             max_new_tokens: Where the answer is broken off.
             stop: Text that ends it.
             grammar: GBNF that it has to follow.
-
-        Returns:
-            The answer, white space around it kept.
 
         Raises:
             ModelError: The prompt does not fit, or the answer ran out of room.
@@ -270,9 +242,6 @@ class LlamaServer:
             grammar: GBNF that it has to follow.
             on_text: Called with each piece of text as it is written, and with empty text while the
                 prompt is read. Whatever it raises ends the completion and is raised here.
-
-        Returns:
-            The completion.
 
         Raises:
             ModelError: The prompt does not fit, or the completion ran out of room.
@@ -409,11 +378,7 @@ class LlamaCppEngine:
         return {"f16": "float16", "f32": "float32"}[self.server.settings.cache_type]
 
     def identity(self) -> Mapping[str, Any]:
-        """Name the file by its content, and the llama.cpp that runs it.
-
-        Returns:
-            Plain values.
-        """
+        """Name the file by its content, and the llama.cpp that runs it."""
         settings = self.server.settings
         digest = hashlib.sha256()
         with settings.model.open("rb") as stream:
@@ -429,11 +394,7 @@ class LlamaCppEngine:
     def notes(self, prompts: Sequence[Prompt]) -> list[str]:
         """Count prompts that the file's template and vocabulary turn into other ids than training.
 
-        Args:
-            prompts: What will be completed.
-
-        Returns:
-            One line; none without a tokenizer to compare with.
+        Without a tokenizer to compare with there is nothing to say.
         """
         if self.tokenizer is None:
             return []
@@ -467,15 +428,8 @@ class LlamaCppEngine:
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts on the server's slots, those with the same beginning after one another.
 
-        Args:
-            prompts: What to answer.
-            stop: Text that ends a completion.
-            max_new_tokens: Where a completion is broken off.
-            batch: Prompts answered at once; there are no more than the server has slots.
-            on_token: Called while text is being written, from the thread of each slot.
-
-        Yields:
-            Each prompt's index and completion, as soon as it is there.
+        Args as in `Engine`; `batch` is at most the number of slots, and `on_token` is called from
+        the thread of each slot.
 
         Raises:
             ModelError: A prompt does not fit into its slot, or the server is gone.

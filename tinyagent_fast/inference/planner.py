@@ -72,11 +72,7 @@ class PlannedRequest:
         return self.drawing.all_problems
 
     def cost(self) -> str:
-        """Say in one line what it cost.
-
-        Returns:
-            For example `44 tokens in 0.9 s, prompt of 61 tokens (52 kept)`.
-        """
+        """Say what it cost, such as `44 tokens in 0.9 s, prompt of 61 tokens (52 kept)`."""
         done = self.completion
         cut = "; broken off by the limit, see --max-new-tokens"
         return (
@@ -85,11 +81,7 @@ class PlannedRequest:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain values for a script or a page.
-
-        Returns:
-            What `json` can write.
-        """
+        """Give plain values for a script or a page."""
         done = self.completion
         return {
             "request": self.request,
@@ -235,22 +227,13 @@ class Planner:
             request: What should be done.
             system: A system text for this request alone; None leaves the choice to `prompts`.
 
-        Returns:
-            The request with its plan.
-
         Raises:
             ModelError: The prompt does not fit into the model's context.
         """
         return self._plan_all([(request, self.prompts.build(request, system))])[0]
 
     def plan_batch(self, requests: Sequence[str]) -> list[PlannedRequest]:
-        """Answer many requests, several of them together.
-
-        Args:
-            requests: What should be done.
-
-        Returns:
-            The requests in their order, each with its plan.
+        """Answer many requests, several of them together, and give them in their order.
 
         Raises:
             ModelError: A prompt does not fit into the model's context.
@@ -376,15 +359,7 @@ def load(
 def find_source(
     source: str | Path | None = None, *, run: str | None = None, runs: Path = Path("runs")
 ) -> PlannerSource:
-    """Find the model that is meant; arguments as in `load`.
-
-    Args:
-        source: Names it.
-        run: Run for a model outside any run.
-        runs: Folder of all runs.
-
-    Returns:
-        The model and the run that it belongs to.
+    """Find the model that is meant, and the run that it belongs to; arguments as in `load`.
 
     Raises:
         ConfigError: There is no such run or model, or the arguments contradict each other.

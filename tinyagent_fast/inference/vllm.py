@@ -70,24 +70,13 @@ class VllmEngine:
         return str(dtype).removeprefix("torch.")
 
     def identity(self) -> Mapping[str, Any]:
-        """Name vLLM's version; the folder's hash is known to who exported it.
-
-        Returns:
-            Plain values.
-        """
+        """Name vLLM's version; the folder's hash is known to who exported it."""
         from importlib.metadata import version
 
         return {"engine": self.name, "vllm": version("vllm")}
 
     def notes(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Say that batches are vLLM's own.
-
-        Args:
-            prompts: What will be completed.
-
-        Returns:
-            One line.
-        """
+        """Say that batches are vLLM's own."""
         return ["decoding: vLLM with automatic prefix caching; it batches as it sees fit"]
 
     def generate(
@@ -99,17 +88,10 @@ class VllmEngine:
         batch: int = 1,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """Complete prompts greedily.
+        """Complete prompts greedily, as `Engine` says.
 
-        Args:
-            prompts: What to answer.
-            stop: Text that ends a completion.
-            max_new_tokens: Where a completion is broken off.
-            batch: Not used: vLLM decides how many it decodes together.
-            on_token: Called once a prompt, with its whole text.
-
-        Yields:
-            Each prompt's index and completion.
+        `batch` is not used, since vLLM decides how many prompts it decodes together; `on_token` is
+        called once a prompt, with its whole text.
         """
         from vllm import SamplingParams
 
