@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         dump_config,
     )
     from tinyagent_fast.errors import GateError, UserError
-    from tinyagent_fast.evaluation.evaluate import EvalOptions
+    from tinyagent_fast.evaluation.evaluate import EvalChanges, EvalOptions
     from tinyagent_fast.export.settings import ExportSettings
     from tinyagent_fast.inference.planner import PlannedRequest, Planner, load
     from tinyagent_fast.plans.drawing import draw_plan
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "DataConfig",
+    "EvalChanges",
     "EvalConfig",
     "EvalOptions",
     "ExportSettings",
@@ -69,7 +70,7 @@ _MODULES = {
         "dump_config",
     ),
     "errors": ("GateError", "UserError"),
-    "evaluation.evaluate": ("EvalOptions",),
+    "evaluation.evaluate": ("EvalChanges", "EvalOptions"),
     "export.settings": ("ExportSettings",),
     "inference.planner": ("PlannedRequest", "Planner", "load"),
     "plans.drawing": ("draw_plan",),

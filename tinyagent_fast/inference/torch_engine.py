@@ -134,7 +134,8 @@ class TorchEngine:
         """
         reason = self.why_padded()
         if reason is not None:
-            return [f"decoding: left padding: {reason}"]
+            without = ", without guesses from the prompt" if self.lookup_tokens else ""
+            return [f"decoding: left padding: {reason}{without}"]
         guesses = f", {self.lookup_tokens} guesses a step" if self.lookup_tokens else ""
         return [f"decoding: shared prefix{guesses}"]
 
