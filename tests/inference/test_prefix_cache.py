@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from tinyagent_fast.inference.prefix_cache import RowBatch, compute_prefix
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.shared_prefix.attention import PLAIN, rows_attention
+from tinyagent_fast.shared_prefix.attention import PLAIN, plain_rows_attention
 from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
 
 STOP = "e"
@@ -232,7 +231,7 @@ def test_every_token_of_a_step_gets_what_the_model_itself_says_behind_it(
     monkeypatch.setattr(prefix_cache, "_PREFILL_TOKENS", {"cpu": most})
     if device != "cpu":
         monkeypatch.setattr(prefix_cache, "kernel_for", lambda _: PLAIN)
-        monkeypatch.setattr(prefix_cache, "rows_attention", partial(rows_attention, fused=False))
+        monkeypatch.setattr(prefix_cache, "rows_attention", plain_rows_attention)
     model = make_model(4, 2, seed=2).double()
     prefix, *rows = ([5] * n for n in (prefix_tokens, 9, 4, 1, 6))
     rows = [[10 * at + n for n in range(len(row))] for at, row in enumerate(rows, start=1)]

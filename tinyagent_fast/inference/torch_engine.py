@@ -116,22 +116,11 @@ class TorchEngine:
         return self.loaded.compute_dtype
 
     def identity(self) -> Mapping[str, Any]:
-        """Name the backend; weights and settings are known to who loaded the model.
-
-        Returns:
-            Plain values.
-        """
+        """Name the backend; weights and settings are known to who loaded the model."""
         return {"backend": self.loaded.backend}
 
     def notes(self, prompts: Sequence[Prompt] = ()) -> list[str]:
-        """Say which way the model runs; prompts are encoded as in training.
-
-        Args:
-            prompts: What will be completed.
-
-        Returns:
-            One line.
-        """
+        """Say which way the model runs; prompts are encoded as in training."""
         reason = self.why_padded()
         if reason is not None:
             without = ", without guesses from the prompt" if self.lookup_tokens else ""
@@ -140,16 +129,10 @@ class TorchEngine:
         return [f"decoding: shared prefix{guesses}"]
 
     def why_padded(self) -> str | None:
-        """Say why prefixes are not shared.
-
-        Returns:
-            The reason, or None where they are.
-        """
+        """Say why prefixes are not shared; None where they are."""
         if not self.shared_prefix:
             return "asked for"
-        if self.loaded.backend == "unsloth":
-            return "Unsloth generates with kernels of its own"
-        return unsupported(self.loaded.model, "decoding")
+        return unsupported(self.loaded.model, "decoding", self.loaded.backend)
 
     def generate(
         self,
@@ -160,22 +143,10 @@ class TorchEngine:
         batch: int = 1,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """Complete prompts greedily, as `Engine` says.
+        """Complete prompts greedily, as `Engine.generate` says.
 
-        Args:
-            prompts: What to answer; the keys and values of a single one are kept for the next.
-            stop: Text that ends a completion.
-            max_new_tokens: Where a completion is broken off.
-            batch: Prompts completed together.
-            on_token: Gets pieces of text that no further token can change, and an empty one after
-                each chunk of a single prompt.
-
-        Yields:
-            Each prompt's index and completion; longest prompts first among those that share a
-            prefix.
-
-        Raises:
-            ModelError: A prompt does not fit into the model's context.
+        Keys and values of a single prompt are kept for the next one, and `on_token` gets an empty
+        text after each chunk of it.
         """
         yield from self.complete_tokens(
             encode_prompts(self.loaded.tokenizer, prompts),
@@ -194,21 +165,7 @@ class TorchEngine:
         batch: int = 1,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """Complete prompts that are token ids already; otherwise as `generate`.
-
-        Args:
-            prompts: Token ids of each prompt.
-            stop: Text that ends a completion.
-            max_new_tokens: Where a completion is broken off.
-            batch: Prompts completed together.
-            on_token: As in `generate`.
-
-        Yields:
-            Each prompt's index and completion.
-
-        Raises:
-            ModelError: A prompt does not fit into the model's context.
-        """
+        """Complete prompts that are token ids already; otherwise as `generate`."""
         room_tokens = self._context_tokens()
         _refuse_too_long(prompts, room_tokens)
 
@@ -244,7 +201,7 @@ class TorchEngine:
 
     def _grouped(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
         """Run each group of prompts over its prefix, which is computed once."""
-        forward = LlamaForward(self.loaded.model)
+        forward = LlamaForward(self.loaded.model, self.loaded.backend)
         step_cost = _STEP_COST_TOKENS.get(forward.device.type, _STEP_COST_TOKENS_ELSEWHERE)
         longest = max((answer.most_tokens for answer in answers), default=0)
         prompts = [answer.prompt for answer in answers]
@@ -263,7 +220,7 @@ class TorchEngine:
 
     def _single(self, answer: _Answer) -> Iterator[Sequence[_Answer]]:
         """Run one prompt over what is kept of the last one, in chunks; keep what was computed."""
-        forward, prompt = LlamaForward(self.loaded.model), answer.prompt
+        forward, prompt = LlamaForward(self.loaded.model, self.loaded.backend), answer.prompt
         with generating(self.loaded):
             answer.cached_tokens = min(common_tokens(self._kept.ids, prompt), len(prompt) - 1)
             prefix = self._kept.prefix.first(answer.cached_tokens)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,23 +24,41 @@ from tinyagent_fast.shared_prefix.packing import Block
 
 Extras = tuple[Any, ...]
 """What a kernel's backward wants back from its forward, apart from output and log-sum-exp."""
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of query, key and value."""
 
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """Attention of one block, forward and backward.
+class Inputs(NamedTuple):
+    """What attention of one block is computed from.
 
-    Tensors are 1 x heads x tokens x head_dim, with as many heads for keys and values as they have;
-    log-sum-exps are 1 x heads x tokens.
+    Tensors are 1 x heads x tokens x head_dim, with as many heads for keys and values as they have.
     """
 
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    causal: bool
+    scale: float
+
+
+class Outputs(NamedTuple):
+    """What was read, 1 x heads x queries x head_dim, and log-sum-exps, 1 x heads x queries."""
+
+    read: Tensor
+    total: Tensor
+    extras: Extras = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention of one block, forward and backward."""
+
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Extras]]
-    """Query, key, value, causal, scale to output, log-sum-exp and extras."""
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """Gradient, query, key, value, output, log-sum-exp, causal, scale, extras to gradients."""
+    forward: Callable[[Inputs], Outputs]
+    backward: Callable[[Tensor, Inputs, Outputs], Gradients]
+    """Gradient of what was read, the inputs and the outputs to the inputs' gradients."""
 
 
 def packed_attention(
@@ -72,16 +90,12 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         # Heads apart: rows of one head lie 4 KiB apart otherwise, which caches dislike.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        scale = 1 / math.sqrt(query.shape[-1])
         stored = query.new_empty(query.transpose(1, 2).shape, dtype=_accumulator(query.dtype))
         out, total = stored.transpose(1, 2), stored.new_empty(query.shape[:-1])
         extras = []
         for block in blocks:
-            at = slice(block.query_start, block.query_stop)
-            keys = slice(block.key_start, block.key_stop)
-            part, part_total, extra = kernel.forward(
-                query[:, :, at], key[:, :, keys], value[:, :, keys], block.causal, scale
-            )
+            at = block.queries
+            part, part_total, extra = kernel.forward(_inputs(query, key, value, block))
             extras.append(extra)
             if block.causal:
                 out[:, :, at] = part
@@ -90,7 +104,7 @@ class _PackedAttention(torch.autograd.Function):
                 join(out[:, :, at], total[:, :, at], part, part_total)
         stored = stored.to(query.dtype)
         ctx.save_for_backward(query, key, value, stored, total)
-        ctx.blocks, ctx.kernel, ctx.scale, ctx.extras = blocks, kernel, scale, extras
+        ctx.blocks, ctx.kernel, ctx.extras = blocks, kernel, extras
         return stored
 
     @staticmethod
@@ -103,23 +117,22 @@ class _PackedAttention(torch.autograd.Function):
             for x in (query, key, value)
         ]
         for block, extra in zip(ctx.blocks, ctx.extras, strict=True):
-            at = slice(block.query_start, block.query_stop)
-            keys = slice(block.key_start, block.key_stop)
-            parts = ctx.kernel.backward(
-                grad[:, :, at],
-                query[:, :, at],
-                key[:, :, keys],
-                value[:, :, keys],
-                out[:, :, at],
-                total[:, :, at].contiguous(),  # kernels take it as dense
-                block.causal,
-                ctx.scale,
-                extra,
-            )
+            at, keys = block.queries, block.keys
+            # Kernels take the log-sum-exps as dense.
+            outputs = Outputs(out[:, :, at], total[:, :, at].contiguous(), extra)
+            inputs = _inputs(query, key, value, block)
+            parts = ctx.kernel.backward(grad[:, :, at], inputs, outputs)
             for gradient, where, part in zip(sums, (at, keys, keys), parts, strict=True):
                 gradient[:, :, where] += part
         grads = (x.to(query.dtype) for x in sums)
         return (*grads, None, None)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, block: Block) -> Inputs:
+    keys, scale = block.keys, 1 / math.sqrt(query.shape[-1])
+    return Inputs(
+        query[:, :, block.queries], key[:, :, keys], value[:, :, keys], block.causal, scale
+    )
 
 
 def join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
@@ -138,7 +151,7 @@ def join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
 
 
 def rows_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, fused: bool = True
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Let the few queries of every row attend all its keys; for decoding, so without gradients.
 
@@ -147,18 +160,24 @@ def rows_attention(
         key: Rows x key heads x tokens x head_dim.
         value: As key.
         mask: Added to the scores, broadcast over key heads.
-        fused: Whether to take the kernel that CPUs have for it.
 
     Returns:
         What is read, in fp32 or better, and the log-sum-exps of the scores.
     """
-    scale = 1 / math.sqrt(query.shape[-1])
-    if fused and query.device.type == "cpu":
-        out, total = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scale
-        )
-        return out.to(_accumulator(query.dtype)), total
-    scores = ((query * scale) @ key.mT).to(_accumulator(query.dtype))
+    if query.device.type != "cpu":
+        return plain_rows_attention(query, key, value, mask)
+    read, total = _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=1 / math.sqrt(query.shape[-1])
+    )
+    return read.to(_accumulator(query.dtype)), total
+
+
+def plain_rows_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Do what `rows_attention` does, on any device."""
+    scores = (query / math.sqrt(query.shape[-1])) @ key.mT
+    scores = scores.to(_accumulator(query.dtype))
     if mask is not None:
         scores = scores + mask
     total = scores.logsumexp(-1)
@@ -195,103 +214,66 @@ def _grouped(x: Tensor, key_heads: int) -> Tensor:
     return x.to(_accumulator(x.dtype)).reshape(key_heads, -1, *x.shape[2:])
 
 
-def _plain_scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+def _plain_scores(inputs: Inputs) -> Tensor:
     """Give scaled scores, key heads x heads of each x queries x keys."""
-    grouped = _grouped(query, key.shape[1])
-    scores: Tensor = grouped @ key[0].to(grouped.dtype).unsqueeze(1).mT * scale
-    if causal:
+    grouped = _grouped(inputs.query, inputs.key.shape[1])
+    keys = inputs.key[0].to(grouped.dtype).unsqueeze(1)
+    scores: Tensor = grouped @ keys.mT * inputs.scale
+    if inputs.causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
     return scores
 
 
-def _plain_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Extras]:
-    scores = _plain_scores(query, key, causal, scale)
+def _plain_forward(inputs: Inputs) -> Outputs:
+    scores = _plain_scores(inputs)
     total = scores.logsumexp(-1)
-    out = (scores - total[..., None]).exp() @ value[0].to(scores.dtype).unsqueeze(1)
-    return out.flatten(0, 1)[None], total.flatten(0, 1)[None], ()
+    read = (scores - total[..., None]).exp() @ inputs.value[0].to(scores.dtype).unsqueeze(1)
+    return Outputs(read.flatten(0, 1)[None], total.flatten(0, 1)[None])
 
 
-def _plain_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    total: Tensor,
-    causal: bool,
-    scale: float,
-    _: Extras,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scores = _plain_scores(query, key, causal, scale)
-    wide, key_heads = scores.dtype, key.shape[1]
-    probabilities = (scores - _grouped(total, key_heads)[..., None]).exp()
+def _plain_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradients:
+    scores, key_heads = _plain_scores(inputs), inputs.key.shape[1]
+    key, value = (x[0].to(scores.dtype).unsqueeze(1) for x in (inputs.key, inputs.value))
+    probabilities = (scores - _grouped(outputs.total, key_heads)[..., None]).exp()
     grouped = _grouped(grad, key_heads)
-    mean = (grouped * _grouped(out, key_heads)).sum(-1, keepdim=True)
-    towards = grouped @ value[0].to(wide).unsqueeze(1).mT
-    towards = probabilities * (towards - mean) * scale
-    grad_query = towards @ key[0].to(wide).unsqueeze(1)
-    grad_key = (towards.mT @ _grouped(query, key_heads)).sum(1)
+    mean = (grouped * _grouped(outputs.read, key_heads)).sum(-1, keepdim=True)
+    towards = probabilities * (grouped @ value.mT - mean) * inputs.scale
+    grad_query = towards @ key
+    grad_key = (towards.mT @ _grouped(inputs.query, key_heads)).sum(1)
     grad_value = (probabilities.mT @ grouped).sum(1)
     return grad_query.flatten(0, 1)[None], grad_key[None], grad_value[None]
 
 
-def _cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Extras]:
-    out, total = _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, scale=scale
+def _cpu_forward(inputs: Inputs) -> Outputs:
+    *tensors, causal, scale = inputs
+    return Outputs(
+        *_aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, causal, scale=scale)
     )
-    return out, total, ()
 
 
-def _cpu_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    total: Tensor,
-    causal: bool,
-    scale: float,
-    _: Extras,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor]
-    gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, total, 0.0, causal, scale=scale
+def _cpu_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradients:
+    *tensors, causal, scale = inputs
+    gradients: Gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, *tensors, outputs.read, outputs.total, 0.0, causal, scale=scale
     )
     return gradients
 
 
-def _flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Extras]:
-    out, total, *extras = _aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, causal, False, scale=scale
+def _flash_forward(inputs: Inputs) -> Outputs:
+    *tensors, causal, scale = inputs
+    read, total, *extras = _aten._scaled_dot_product_flash_attention(
+        *tensors, 0.0, causal, False, scale=scale
     )
-    return out, total, tuple(extras[:6])
+    return Outputs(read, total, tuple(extras[:6]))
 
 
-def _flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    total: Tensor,
-    causal: bool,
-    scale: float,
-    extras: Extras,
-) -> tuple[Tensor, Tensor, Tensor]:
-    starts_and_lengths, random_state = extras[:4], extras[4:]
-    gradients: tuple[Tensor, Tensor, Tensor]
-    gradients = _aten._scaled_dot_product_flash_attention_backward(
-        *(grad, query, key, value, out, total),
-        *starts_and_lengths,
-        *(0.0, causal),
-        *random_state,
+def _flash_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradients:
+    *tensors, causal, scale = inputs
+    starts_and_lengths, random_state = outputs.extras[:4], outputs.extras[4:]
+    gradients: Gradients = _aten._scaled_dot_product_flash_attention_backward(
+        *(grad, *tensors, outputs.read, outputs.total),
+        *(*starts_and_lengths, 0.0, causal, *random_state),
         scale=scale,
     )
     return gradients
@@ -302,45 +284,35 @@ def _by_group(x: Tensor, key_heads: int) -> Tensor:
     return x.view(key_heads, -1, *x.shape[2:]).transpose(0, 1)
 
 
-def _efficient_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Extras]:
-    grouped = _by_group(query, key.shape[1])
-    keys, values = (x.expand(len(grouped), -1, -1, -1) for x in (key, value))
-    out, total, *extras = _aten._scaled_dot_product_efficient_attention(
-        grouped, keys, values, None, True, 0.0, causal, scale=scale
-    )
-    total = total[..., : query.shape[2]]  # the kernel rounds up to a multiple of 32
-    return _heads_again(out), _heads_again(total), tuple(extras)
-
-
-def _efficient_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    total: Tensor,
-    causal: bool,
-    scale: float,
-    extras: Extras,
-) -> tuple[Tensor, Tensor, Tensor]:
-    key_heads = key.shape[1]
-    filled = torch.nn.functional.pad(total, (0, -total.shape[-1] % 32), value=math.inf)
-    grouped, grads, outs, totals = (_by_group(x, key_heads) for x in (query, grad, out, filled))
-    keys, values = (x.expand(len(grouped), -1, -1, -1) for x in (key, value))
-    grad_query, grad_key, grad_value, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        *(grads, grouped, keys, values, None, outs, totals.contiguous()),
-        *extras,
-        *(0.0, [True, True, True, False], causal),
-        scale=scale,
-    )
-    return _heads_again(grad_query), grad_key.sum(0)[None], grad_value.sum(0)[None]
-
-
 def _heads_again(x: Tensor) -> Tensor:
     """Undo `_by_group`."""
     return x.transpose(0, 1).flatten(0, 1)[None]
+
+
+def _efficient_forward(inputs: Inputs) -> Outputs:
+    query, key, value, causal, scale = inputs
+    grouped = _by_group(query, key.shape[1])
+    keys, values = (x.expand(len(grouped), -1, -1, -1) for x in (key, value))
+    read, total, *extras = _aten._scaled_dot_product_efficient_attention(
+        grouped, keys, values, None, True, 0.0, causal, scale=scale
+    )
+    total = total[..., : query.shape[2]]  # the kernel rounds up to a multiple of 32
+    return Outputs(_heads_again(read), _heads_again(total), tuple(extras))
+
+
+def _efficient_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradients:
+    query, key, value, causal, scale = inputs
+    read, total, extras = outputs
+    filled = torch.nn.functional.pad(total, (0, -total.shape[-1] % 32), value=math.inf)
+    groups = (_by_group(x, key.shape[1]) for x in (query, grad, read, filled))
+    grouped, grads, reads, totals = groups
+    keys, values = (x.expand(len(grouped), -1, -1, -1) for x in (key, value))
+    grad_query, grad_key, grad_value, _ = _aten._scaled_dot_product_efficient_attention_backward(
+        *(grads, grouped, keys, values, None, reads, totals.contiguous()),
+        *(*extras, 0.0, [True, True, True, False], causal),
+        scale=scale,
+    )
+    return _heads_again(grad_query), grad_key.sum(0)[None], grad_value.sum(0)[None]
 
 
 PLAIN = Kernel("plain", _plain_forward, _plain_backward)

@@ -10,7 +10,7 @@ keys and values, D numbers a head, E numbers a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,18 +84,25 @@ TRANSFORMERS = LayerPieces(
     rotary=lambda decoder, states, positions: decoder.rotary_emb(states, position_ids=positions),
 )
 """transformers' modules, with peft's adapters in them."""
+PIECES: Mapping[str, LayerPieces] = {"transformers": TRANSFORMERS}
+"""By `LoadedModel.backend`."""
 
 
-def unsupported(model: Any, use: Literal["training", "decoding"]) -> str | None:
+def unsupported(
+    model: Any, use: Literal["training", "decoding"], backend: str = "transformers"
+) -> str | None:
     """Say why a model's layers cannot be run here.
 
     Args:
         model: A causal language model, wrapped by peft or not.
         use: Dropout in attention matters to training only, `generate` and its settings to decoding.
+        backend: What loaded it.
 
     Returns:
         The reason, or None if what is computed here is what the model itself computes.
     """
+    if backend not in PIECES:
+        return f"{backend} runs layers by kernels of its own (model.backend transformers does not)"
     own_generate = getattr(model, "max_seq_length", None) is not None or "generate" in vars(model)
     if use == "decoding" and own_generate:
         return "the model brings its own way to generate"
@@ -160,19 +167,19 @@ def _without_adapter(model: Any) -> Any:
 class LlamaForward:
     """Runs a Llama's layers over keys and values that the caller keeps."""
 
-    def __init__(self, model: Any, pieces: LayerPieces = TRANSFORMERS) -> None:
+    def __init__(self, model: Any, backend: str = "transformers") -> None:
         """Look into a model.
 
         Args:
             model: One that `unsupported` has nothing against.
-            pieces: How its backend computes the pieces of a layer.
+            backend: What loaded it.
         """
         base = _without_adapter(model)
         self.decoder = base.model
         self.lm_head = base.lm_head
         self.layers = list(base.model.layers)
         self.device: torch.device = base.device
-        self.pieces = pieces
+        self.pieces = PIECES[backend]
 
     def hidden_states(
         self,
@@ -242,7 +249,7 @@ def shared_prefix_loss(
     num_items: float | Tensor | None = None,
     *,
     checkpointing: bool = False,
-    pieces: LayerPieces = TRANSFORMERS,
+    backend: str = "transformers",
 ) -> Tensor:
     """Compute the loss of a micro-batch, equal to that of its padded full rows.
 
@@ -256,12 +263,12 @@ def shared_prefix_loss(
         num_items: What the sum of the token losses is divided by: the supervised tokens of the
             optimizer step; by default those of the micro-batch.
         checkpointing: Keep each layer's input only and compute the layer again in the backward.
-        pieces: How the model's backend computes the pieces of a layer.
+        backend: What loaded the model.
 
     Returns:
         A scalar, in fp32 or better.
     """
-    forward = LlamaForward(model, pieces)
+    forward = LlamaForward(model, backend)
     last = len(forward.layers) - 1
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -37,6 +37,16 @@ class Block:
     key_stop: int
     causal: bool
 
+    @property
+    def queries(self) -> slice:
+        """The range of queries."""
+        return slice(self.query_start, self.query_stop)
+
+    @property
+    def keys(self) -> slice:
+        """The range of keys."""
+        return slice(self.key_start, self.key_stop)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSequence:
@@ -55,8 +65,6 @@ class PackedSequence:
     target_ids: torch.Tensor
     prefix_tokens: int
     """Tokens that all rows share; what only some of them share is not counted here."""
-    suffix_tokens: tuple[int, ...]
-    """Tokens of each row that no other row uses, in the order of the sequence."""
     plain_tokens: int
     """What a padded batch of the same rows computes."""
 
@@ -111,7 +119,6 @@ class _Draft:
     last: list[int] = field(default_factory=list)
     last_blocks: list[Block] = field(default_factory=list)
     targets: list[tuple[int, int]] = field(default_factory=list)
-    suffixes: list[int] = field(default_factory=list)
 
     def place(self, first: int, stop: int, depth: int) -> None:
         """Append rows first..stop, of which `depth` tokens are in the sequence already."""
@@ -145,7 +152,6 @@ class _Draft:
             self.last_blocks.append(Block(before, len(self.last), start, tail, causal=False))
         first = row.targets[0][0]
         self.targets += [(before + at - first, target) for at, target in row.targets]
-        self.suffixes.append(end - start)
 
     def _append(self, ids: list[int], depth: int, stop: int) -> tuple[int, int]:
         start = len(self.ids)
@@ -193,7 +199,6 @@ def pack(
         target_positions=torch.tensor([at for at, _ in draft.targets]),
         target_ids=torch.tensor([target for _, target in draft.targets]),
         prefix_tokens=common if common >= draft.smallest else 0,
-        suffix_tokens=tuple(draft.suffixes),
         plain_tokens=longest * len(rows),
     )
 

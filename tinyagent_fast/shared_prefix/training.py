@@ -89,11 +89,9 @@ def _why_not(loaded: LoadedModel, train: TrainConfig) -> str | None:
         return "asked for by train.shared-prefix"
     if train.batching == "packed":
         return "rows are packed (train.batching)"
-    if loaded.backend == "unsloth":
-        return "unsloth's kernels compute whole rows (model.backend transformers has it)"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "several processes average gradients in the model's own forward"
-    return unsupported(loaded.model, "training")
+    return unsupported(loaded.model, "training", loaded.backend)
 
 
 def _computed_share(rows: Any, train: TrainConfig) -> float:

@@ -143,6 +143,7 @@ def build_trainer(
                 packed.to(self.args.device),
                 num_items_in_batch,
                 checkpointing=loaded.model.get_base_model().is_gradient_checkpointing,
+                backend=loaded.backend,
             )
 
     return PlanTrainer()
