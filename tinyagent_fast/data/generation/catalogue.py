@@ -1,7 +1,8 @@
 """Tool catalogues: a YAML file that says which tools exist and how people ask for them.
 
 A catalogue is checked whole when it is loaded, so that generation cannot fail half-way or write a
-plan that says something wrong.
+plan that says something wrong. Our own checks and not a validation library, which gives no object
+when a key is wrong: all problems, those between tools too, are told at once.
 """
 
 from __future__ import annotations
