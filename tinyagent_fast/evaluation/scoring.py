@@ -8,7 +8,7 @@ label and says how often and why a planner fails. `success` is the published met
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast, get_args
 
@@ -16,9 +16,9 @@ from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.reference import reference_scores
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
 from tinyagent_fast.inference.engine import StopReason
-from tinyagent_fast.plans.grammar import Plan, PlanReading, Step, read_plan
+from tinyagent_fast.plans.grammar import Plan, PlanReading, read_plan
 from tinyagent_fast.plans.graph import Dag, DagError, plan_dag, same_dag
-from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, accepts
+from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, call_problems
 
 FAILURE_CODES: dict[str, str] = {
     "bad_label": "The label itself cannot be read or scored; the prediction may be right.",
@@ -230,7 +230,9 @@ class _PlanFacts:
         if "empty" in codes:
             problems.add("no_join")
         for step in reading.steps:
-            problems.update(_call_problems(step, tools))
+            if step.tool != JOIN:
+                found = call_problems(step.tool, step.arguments, tools)
+                problems.update(kind for kind, _ in found)
         dag = None
         try:
             # A graph of the readable steps tells bad references even where a line is unreadable.
@@ -241,19 +243,6 @@ class _PlanFacts:
                 problems.add("bad_reference")
         known = tuple(kind for kind in PROBLEMS if kind in problems)
         return cls(reading, None if codes else dag, known)
-
-
-def _call_problems(step: Step, tools: Mapping[str, Tool]) -> Iterator[str]:
-    if step.tool == JOIN:
-        return
-    tool = tools.get(step.tool)
-    if tool is None:
-        yield "unknown_tool"
-        return
-    if len(step.arguments) != len(tool.parameters):
-        yield "wrong_arity"
-    if not all(map(accepts, tool.parameters, step.arguments)):
-        yield "wrong_argument_type"
 
 
 def _failure(wanted: _PlanFacts, found: _PlanFacts, success_dag: bool, truncated: bool) -> str:

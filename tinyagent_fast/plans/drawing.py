@@ -11,15 +11,15 @@ import re
 import textwrap
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.plans.grammar import Step, read_plan
-from tinyagent_fast.plans.graph import Dag, followed_references, same_dag
-from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, accepts
+from tinyagent_fast.plans.graph import Dag, followed_references, same_dag, surroundings
+from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, call_problems
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -210,7 +210,8 @@ def draw_plan(
     for index, call in enumerate(calls):
         needed, faults = _references(call, by_number, last)
         edges |= {(position[number], index) for number in needed if number in position}
-        problems.append((*_call_problems(call, TINYAGENT if tools is None else tools), *faults))
+        of_call = call_problems(call.tool, call.arguments, TINYAGENT if tools is None else tools)
+        problems.append((*(message for _, message in of_call), *faults))
     layers = _layers([call.number for call in calls], edges)
     places = {
         step: place
@@ -253,19 +254,6 @@ def _references(call: Step, by_number: Mapping[int, Step], last: int) -> tuple[s
         else:
             needed.add(number)
     return needed, list(dict.fromkeys(faults))
-
-
-def _call_problems(call: Step, tools: Mapping[str, Tool]) -> Iterator[str]:
-    tool = tools.get(call.tool)
-    if tool is None:
-        yield f"there is no tool {call.tool}"
-        return
-    wanted, given = len(tool.parameters), len(call.arguments)
-    if wanted != given:
-        yield f"{call.tool} takes {wanted} argument{'s' * (wanted != 1)}, this call has {given}"
-    for parameter, value in zip_longest(tool.parameters[:given], call.arguments[:wanted]):
-        if not accepts(parameter, value):
-            yield f"{parameter.name} must be {parameter.type}"
 
 
 # The layout: layers of steps. An edge that passes a layer has a slot of its own there, so that it
@@ -569,7 +557,7 @@ def _matched_steps(a: PlanDrawing, b: PlanDrawing) -> dict[int, int]:
 
     Steps are taken in order, so what a step needs is paired before the step itself.
     """
-    surroundings_a, surroundings_b = _surroundings(a, b)
+    surroundings_a, surroundings_b = surroundings(_dag(a), _dag(b))
     pairs: dict[int, int] = {}
     free = set(range(len(b.steps)))
 
@@ -597,30 +585,3 @@ def _matched_steps(a: PlanDrawing, b: PlanDrawing) -> dict[int, int]:
                 pairs[at] = max(candidates, key=lambda other: likeness(at, other))
                 free.discard(pairs[at])
     return pairs
-
-
-def _surroundings(a: PlanDrawing, b: PlanDrawing) -> tuple[list[int], list[int]]:
-    """Number steps by tool and, round after round, by the numbers before and after them.
-
-    Returns:
-        The numbers of both plans' steps; equal ones have the same surroundings.
-    """
-    names: dict[object, int] = {}
-    numbers = [[names.setdefault(s.tool, len(names)) for s in plan.steps] for plan in (a, b)]
-    for _ in range(max(len(a.steps), len(b.steps))):
-        names = {}
-        numbers = [
-            [
-                names.setdefault(
-                    (
-                        old[at],
-                        tuple(sorted(old[start] for start, end in plan.edges if end == at)),
-                        tuple(sorted(old[end] for start, end in plan.edges if start == at)),
-                    ),
-                    len(names),
-                )
-                for at in range(len(plan.steps))
-            ]
-            for plan, old in zip((a, b), numbers, strict=True)
-        ]
-    return numbers[0], numbers[1]

@@ -145,6 +145,18 @@ def same_dag(a: Dag, b: Dag) -> bool:
     return _Comparison(a, b).same()
 
 
+def surroundings(a: Dag, b: Dag) -> tuple[list[int], list[int]]:
+    """Number the nodes of two graphs by label and by all that is before and after them.
+
+    Returns:
+        The numbers of both graphs' nodes; nodes with the same surroundings have the same number.
+    """
+    both = _Comparison(a, b)
+    numbers = both.refined(range(len(both.labels)), both.first_colours())
+    found = [numbers[node] for node in range(len(both.labels))]
+    return found[: len(a.labels)], found[len(a.labels) :]
+
+
 def why_different(label: Dag, prediction: Dag) -> str:
     """Say in one sentence how a prediction's graph differs from its label's.
 
@@ -180,7 +192,7 @@ def _named_edges(dag: Dag) -> list[str]:
 
 
 class _Comparison:
-    """Two graphs of equal size side by side: nodes of the second follow those of the first."""
+    """Two graphs side by side: nodes of the second follow those of the first."""
 
     def __init__(self, a: Dag, b: Dag) -> None:
         self.size = len(a.labels)
@@ -194,10 +206,10 @@ class _Comparison:
 
     def same(self) -> bool:
         nodes = range(2 * self.size)
-        colours = self._first_colours()
+        colours = self.first_colours()
         return self._match(list(nodes[: self.size]), list(nodes[self.size :]), colours)
 
-    def _first_colours(self) -> dict[int, int]:
+    def first_colours(self) -> dict[int, int]:
         """Colour by all that comes before a node, then by all that comes after: one pass each.
 
         Refinement alone would need one round per link of a long chain. Nodes on or behind a cycle
@@ -226,7 +238,7 @@ class _Comparison:
 
     def _match(self, left: list[int], right: list[int], colours: dict[int, int]) -> bool:
         """Say whether a map from left to right keeps colours and the edges among these nodes."""
-        colours = self._refined(left + right, colours)
+        colours = self.refined(left + right, colours)
         if Counter(colours[node] for node in left) != Counter(colours[node] for node in right):
             return False
         if len({colours[node] for node in left}) == len(left):
@@ -261,7 +273,7 @@ class _Comparison:
                     return True
         return False
 
-    def _refined(self, nodes: Sequence[int], colours: dict[int, int]) -> dict[int, int]:
+    def refined(self, nodes: Sequence[int], colours: dict[int, int]) -> dict[int, int]:
         """Split colours by the colours of neighbours until nothing changes any more."""
         inside = set(nodes)
         classes = len({colours[node] for node in nodes})

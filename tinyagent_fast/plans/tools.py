@@ -7,7 +7,7 @@ dataset may bring tools of its own; the 16 tools of TinyAgent are the default.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -123,6 +123,33 @@ def accepts(parameter: Parameter, value: object) -> bool:
         and isinstance(value, list)
         and all(isinstance(item, str) for item in value)
     )
+
+
+def call_problems(
+    name: str, arguments: Sequence[object], tools: Mapping[str, Tool]
+) -> Iterator[tuple[str, str]]:
+    """Hold a call against the signature of its tool.
+
+    Args:
+        name: Name of the tool.
+        arguments: As read from the plan.
+        tools: All tools by name.
+
+    Yields:
+        For each problem its kind, `unknown_tool`, `wrong_arity` or `wrong_argument_type`, and
+        what is wrong.
+    """
+    tool = tools.get(name)
+    if tool is None:
+        yield "unknown_tool", f"there is no tool {name}"
+        return
+    wanted, given = len(tool.parameters), len(arguments)
+    if wanted != given:
+        told = f"{name} takes {wanted} argument{'s' * (wanted != 1)}, this call has {given}"
+        yield "wrong_arity", told
+    for parameter, value in zip(tool.parameters, arguments):  # noqa: B905 - see wrong_arity
+        if not accepts(parameter, value):
+            yield "wrong_argument_type", f"{parameter.name} must be {parameter.type}"
 
 
 _SIGNATURES = """\
