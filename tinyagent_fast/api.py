@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.config import Config
 from tinyagent_fast.evaluation.evaluate import EvalOptions
 from tinyagent_fast.export.settings import ExportSettings, check_settings, quant_specs
 from tinyagent_fast.plans.tools import Tool
@@ -21,30 +20,6 @@ if TYPE_CHECKING:
 
     from tinyagent_fast.evaluation.running import EvaluationResult
     from tinyagent_fast.evaluation.scoring import Metrics
-
-
-def train(config: Config, *, resume: Run | None = None, console: Console | None = None) -> Run:
-    """Train an adapter as the config says.
-
-    Args:
-        config: All settings; its data files must be there (`tinyagent-fast data download`).
-        resume: A run to go on with, from its last checkpoint; its config must be the same.
-        console: Where progress is printed; None takes the standard output.
-
-    Returns:
-        The run; its `adapter` folder holds the adapter with the highest plan success.
-
-    Raises:
-        UserError: Anything that a user can repair, before the first step wherever possible.
-    """
-    from tinyagent_fast.models.libraries import prepare_libraries
-
-    prepare_libraries(config.model)  # before anything imports transformers
-    from rich.console import Console
-
-    from tinyagent_fast.training.fit import train as fit
-
-    return fit(config, console or Console(highlight=False), resume=resume)
 
 
 def evaluate_run(
@@ -73,10 +48,10 @@ def evaluate_run(
     quieten()  # before the first import that reaches bitsandbytes
     from rich.console import Console
 
+    from tinyagent_fast.display import Display
     from tinyagent_fast.evaluation.evaluate import evaluate
-    from tinyagent_fast.training.display import TrainingDisplay
 
-    return evaluate(options, TrainingDisplay(console or Console(highlight=False)))
+    return evaluate(options, Display(console or Console(highlight=False)))
 
 
 def export_run(
@@ -114,12 +89,12 @@ def export_run(
     from rich.console import Console
 
     from tinyagent_fast.data.generation.catalogue import plan_tools
+    from tinyagent_fast.display import Display
     from tinyagent_fast.export.pipeline import run_export
     from tinyagent_fast.export.preparation import prepare_export, resolve_model_folder
     from tinyagent_fast.export.publishing import publish
-    from tinyagent_fast.training.display import TrainingDisplay
 
-    display = TrainingDisplay(console or Console(highlight=False))
+    display = Display(console or Console(highlight=False))
     display.say(f"run {found.path.name}, adapter {adapter}")
     export = prepare_export(
         found,

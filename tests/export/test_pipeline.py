@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config
+from tinyagent_fast.display import Display
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export import pipeline, proof
 from tinyagent_fast.export.checkpoints import open_checkpoint
@@ -20,7 +21,6 @@ from tinyagent_fast.export.preparation import Export, prepare_export, resolve_mo
 from tinyagent_fast.export.record import ExportRecord
 from tinyagent_fast.export.settings import ExportSettings, QuantSpec
 from tinyagent_fast.runs import Run
-from tinyagent_fast.training.display import TrainingDisplay
 
 FILES = "f16,q8_0,q4_k_m,q4_k_m-imatrix"
 
@@ -63,7 +63,7 @@ def prepared(run: Run, quiet: Any, **flags: Any) -> Export:
         resolve_model_folder(config.model.base),
         run.adapter,
         None,
-        TrainingDisplay(quiet),
+        Display(quiet),
     )
 
 

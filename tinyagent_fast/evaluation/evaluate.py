@@ -27,10 +27,10 @@ from tinyagent_fast.runs import Run, find_run, write_json, write_text
 
 if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
+    from tinyagent_fast.display import Display
     from tinyagent_fast.inference.engine import Engine
     from tinyagent_fast.plans.tools import Tool
     from tinyagent_fast.prompts.tokens import PromptTokenizer
-    from tinyagent_fast.training.display import TrainingDisplay
 
 EngineName = Literal["torch", "gguf", "vllm"]
 
@@ -134,7 +134,7 @@ class _Task:
     examples: Sequence[Example]
     test_sha256: str
     tools: Mapping[str, Tool] | None
-    display: TrainingDisplay
+    display: Display
 
 
 def chosen_engine(options: EvalOptions) -> EngineName:
@@ -203,7 +203,7 @@ def check_options(options: EvalOptions) -> None:
         )
 
 
-def evaluate(options: EvalOptions, display: TrainingDisplay) -> dict[str, EvaluationResult]:
+def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResult]:
     """Evaluate a run, and write predictions, metrics and reports.
 
     Args:
@@ -250,7 +250,7 @@ def _config(run: Run, options: EvalOptions) -> Config:
 
 
 def _prepare(
-    run: Run, config: Config, options: EvalOptions, engine: EngineName, display: TrainingDisplay
+    run: Run, config: Config, options: EvalOptions, engine: EngineName, display: Display
 ) -> _Task:
     from tinyagent_fast.models.libraries import prepare_libraries
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.schema import Example
+from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
 from tinyagent_fast.export.record import ExportRecord
@@ -23,7 +24,6 @@ from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.tokenizers import hub_folder, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run
-from tinyagent_fast.training.display import TrainingDisplay
 from tinyagent_fast.training.inputs import load_run_examples
 
 MERGED = "merged"
@@ -67,7 +67,7 @@ class Export:
     """Plans from which the importance matrix is measured."""
     tools: Mapping[str, Tool] | None
     record: ExportRecord
-    display: TrainingDisplay
+    display: Display
 
     @property
     def folder(self) -> Path:
@@ -95,7 +95,7 @@ def prepare_export(
     base: Path,
     adapter: Path,
     tools: Mapping[str, Tool] | None,
-    display: TrainingDisplay,
+    display: Display,
 ) -> Export:
     """Read what an export needs and refuse what cannot end well.
 

@@ -176,6 +176,46 @@ class History(TrainerCallback):  # type: ignore[misc]
             self.show(record)
 
 
+class StepLines:
+    """Says one line for each logged step, with the time that is left, and for each evaluation."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """Keep what prints a line."""
+        self.say = say
+        self._first: tuple[int, float] | None = None
+        self._paused_s = 0.0
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Say what history.jsonl has got of a step."""
+        now, left = time.perf_counter(), ""
+        if self._first is None:
+            self._first, self._paused_s = (record["step"], now), 0.0
+        first, started_s = self._first
+        done = record["step"] - first
+        if done:
+            seconds = (now - started_s - self._paused_s) / done * (record["of"] - record["step"])
+            left = f"  left {_duration(seconds)}"
+        self.say(
+            f"step {record['step']:>6}/{record['of']}  loss {record['loss']:.4f}  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s{left}"
+        )
+
+    def evaluation(self, new: Evaluation, best: bool) -> None:
+        """Say what was measured, and whether it is the best so far."""
+        self._paused_s += new.seconds
+        mark = "  <- best" if best else ""
+        self.say(
+            f"step {new.step:>6}  plan success {100 * new.success:.1f} % on {new.samples} "
+            f"validation queries, loss {new.loss:.4f} ({new.seconds:.1f} s){mark}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C into a saved checkpoint at the end of the step."""
 

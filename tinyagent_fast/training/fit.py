@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tinyagent_fast.config import Config, EvalConfig, check_config
 from tinyagent_fast.data.generation.catalogue import plan_tools
+from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.errors import ModelError, Stopped
 from tinyagent_fast.evaluation.report import headline
@@ -38,7 +39,6 @@ from tinyagent_fast.training.best import (
     read_best,
     save_adapter,
 )
-from tinyagent_fast.training.display import TrainingDisplay
 from tinyagent_fast.training.inputs import (
     RunExamples,
     RunRows,
@@ -73,28 +73,21 @@ from tinyagent_fast.training.trainer import (
 )
 
 if TYPE_CHECKING:
-    from tinyagent_fast.training.callbacks import History, PlanSuccess
+    from tinyagent_fast.training.callbacks import History, PlanSuccess, StepLines
 
 
-def train(
-    config: Config,
-    console: Console | None = None,
-    *,
-    resume: Run | None = None,
-    quiet: bool = False,
-) -> Run:
+def train(config: Config, console: Console | None = None, *, resume: Run | None = None) -> Run:
     """Train an adapter as a config says.
 
     Started by a launcher in several processes, they train together and each returns the run.
 
     Args:
-        config: The settings, such as `preset_config("cpu")`.
-        console: Where progress is printed; None prints to the terminal.
-        resume: A run to go on with, from its last checkpoint.
-        quiet: Print nothing.
+        config: All settings; its data files must be there (`tinyagent-fast data download`).
+        console: Where progress is printed; None takes the standard output.
+        resume: A run to go on with, from its last checkpoint; its config must be the same.
 
     Returns:
-        The run; its `adapter/` is the best one by plan success.
+        The run; its `adapter` folder holds the adapter with the highest plan success.
 
     Raises:
         UserError: Anything that a user can repair, before the first step wherever possible.
@@ -110,9 +103,9 @@ def train(
         refuse_changed_config(resume, config)
         checkpoint = last_checkpoint(resume)
     prepare_libraries(config.model)
-    if quiet or not processes.is_main_process:
+    if not processes.is_main_process:
         console = Console(quiet=True)
-    display = TrainingDisplay(console or Console(highlight=False))
+    display = Display(console or Console(highlight=False))
     started = time.perf_counter()
     session = _prepare(config, display, resume)
     prepared = time.perf_counter()
@@ -140,7 +133,7 @@ class _Session:
     loaded: LoadedModel
     estimator: MemoryEstimator | None
     """None without CUDA, and where the base's sizes are not known."""
-    display: TrainingDisplay
+    display: Display
     processes: Processes
 
     def evaluate(
@@ -182,7 +175,7 @@ class _Session:
         self.display.say(f"{when} training: {headline(result.metrics)} test queries")
 
 
-def _prepare(config: Config, display: TrainingDisplay, resume: Run | None) -> _Session:
+def _prepare(config: Config, display: Display, resume: Run | None) -> _Session:
     """Read data, build the base, encode rows, load the model and make the run's folder."""
     processes = init_processes()
     with display.bar("reading data"):
@@ -242,7 +235,7 @@ def _prepare(config: Config, display: TrainingDisplay, resume: Run | None) -> _S
 
 
 def _memory_estimator(
-    config: Config, loaded: LoadedModel, rows: RunRows, display: TrainingDisplay
+    config: Config, loaded: LoadedModel, rows: RunRows, display: Display
 ) -> MemoryEstimator | None:
     """Gather what the run's memory is estimated from."""
     usable = usable_gib()
@@ -272,7 +265,7 @@ def _memory_estimator(
 
 
 def _with_automatic_batch(
-    config: Config, estimator: MemoryEstimator | None, display: TrainingDisplay
+    config: Config, estimator: MemoryEstimator | None, display: Display
 ) -> Config:
     """Turn `batch: auto` into a number before anything uses it."""
     if estimator is None:
@@ -358,7 +351,12 @@ def _header(session: _Session) -> dict[str, str]:
 
 def _fit(session: _Session, checkpoint: Path | None) -> None:
     """Check everything on real batches, then make the steps."""
-    from tinyagent_fast.training.callbacks import History, StepGuard, StopOnInterrupt
+    from tinyagent_fast.training.callbacks import (
+        History,
+        StepGuard,
+        StepLines,
+        StopOnInterrupt,
+    )
 
     config, loaded, display, run = session.config, session.loaded, session.display, session.run
     processes, rows = session.processes, session.rows.train.dataset()
@@ -391,11 +389,12 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     if config.eval.before_and_after and checkpoint is None:
         session.measure_test_queries("before")
-    history = History(run, trainer.token_counts, display.step, processes)
+    lines = StepLines(display.say)
+    history = History(run, trainer.token_counts, lines.step, processes)
     interrupt = StopOnInterrupt(display.say, processes)
     callbacks = [StepGuard(), history, interrupt]
     if config.train.evaluations and session.rows.validation is not None:
-        success = _plan_success(session, trainer, history, tracking)
+        success = _plan_success(session, trainer, history, lines, tracking)
         callbacks.append(success)
         if checkpoint is None:
             success.evaluate(0)
@@ -439,7 +438,7 @@ def _choose_threads(session: _Session, trainer: Any) -> None:
 
 
 def _plan_success(
-    session: _Session, trainer: Any, history: History, tracking: Tracking
+    session: _Session, trainer: Any, history: History, lines: StepLines, tracking: Tracking
 ) -> PlanSuccess:
     """Make the callback that measures plan success and keeps the best adapter."""
     from tinyagent_fast.training.callbacks import PlanSuccess
@@ -481,7 +480,7 @@ def _plan_success(
         run,
         measure,
         save,
-        session.display.evaluation,
+        lines.evaluation,
         every_steps=steps_between(trainer.steps, config.train.evaluations),
         patience=config.train.early_stopping,
         processes=session.processes,
