@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tinyagent_fast.version import __version__
 
 if TYPE_CHECKING:
-    from tinyagent_fast.api import evaluate_run, export_run, score_pairs
+    from tinyagent_fast.api import evaluate_run, export_run, score_pairs, train
     from tinyagent_fast.config import (
         Config,
         DataConfig,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tinyagent_fast.plans.drawing import draw_plan
     from tinyagent_fast.presets import load_config, preset_config
     from tinyagent_fast.runs import Run, find_run
-    from tinyagent_fast.training.fit import train
 
 __all__ = [
     "Config",
@@ -60,7 +59,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("evaluate_run", "export_run", "score_pairs"),
+    "api": ("evaluate_run", "export_run", "score_pairs", "train"),
     "config": (
         "Config",
         "DataConfig",
@@ -77,7 +76,6 @@ _MODULES = {
     "plans.drawing": ("draw_plan",),
     "presets": ("load_config", "preset_config"),
     "runs": ("Run", "find_run"),
-    "training.fit": ("train",),
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyagent_fast.config import Config
 from tinyagent_fast.evaluation.evaluate import EvalOptions
 from tinyagent_fast.export.settings import ExportSettings, check_settings, quant_specs
 from tinyagent_fast.plans.tools import Tool
@@ -20,6 +21,25 @@ if TYPE_CHECKING:
 
     from tinyagent_fast.evaluation.running import EvaluationResult
     from tinyagent_fast.evaluation.scoring import Metrics
+
+
+def train(config: Config, *, resume: Run | None = None, console: Console | None = None) -> Run:
+    """Train an adapter as the config says.
+
+    Args:
+        config: All settings; its data files must be there (`tinyagent-fast data download`).
+        resume: A run to go on with, from its last checkpoint; its config must be the same.
+        console: Where progress is printed; None takes the standard output.
+
+    Returns:
+        The run; its `adapter` folder holds the adapter with the highest plan success.
+
+    Raises:
+        UserError: Anything that a user can repair, before the first step wherever possible.
+    """
+    from tinyagent_fast.training.fit import train as fit
+
+    return fit(config, console, resume=resume)
 
 
 def evaluate_run(

@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     processes = init_processes()
     with processes.main_process_reports():
         config, resumed = processes.on_main_process(lambda: _settings(arguments))
-        from tinyagent_fast.training.fit import train
+        from tinyagent_fast.api import train
 
         train(config, resume=resumed)
     processes.leave()
