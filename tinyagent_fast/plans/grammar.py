@@ -247,14 +247,7 @@ def render_plan(plan: Plan) -> str:
 
 
 def render_call(tool: str, arguments: Iterable[object]) -> str:
-    """Write one call, strings in double quotes with line breaks escaped.
-
-    Args:
-        tool: Name of the tool, or `JOIN`.
-        arguments: Positional arguments.
-
-    Returns:
-        For example `send_sms(["$1"], "On my way")`.
+    """Write one call, such as `send_sms(["$1"], "On my way")`, with line breaks escaped.
 
     Raises:
         ValueError: If an argument has no literal form.
@@ -286,20 +279,13 @@ def _escaped(match: re.Match[str]) -> str:
 def references(arguments: Iterable[object]) -> frozenset[int]:
     """Find the steps that arguments refer to: every `$N` and `${N}` in any string, at any depth.
 
-    Args:
-        arguments: Arguments of a step.
-
-    Returns:
-        The numbers N. Numbers of more than 9 digits are no references.
+    Numbers of more than 9 digits are no references.
     """
     return frozenset(number for number, _ in reference_uses(arguments))
 
 
 def reference_uses(arguments: Iterable[object]) -> list[tuple[int, bool]]:
     """Find every use of a reference, in any string at any depth, dict keys included.
-
-    Args:
-        arguments: Arguments of a step.
 
     Returns:
         Pairs (number, whole) in any order; whole: there is nothing else in the string.
@@ -326,12 +312,6 @@ def parse_joiner(text: str) -> JoinerAnswer:
     The last line with an action counts, and "Replan" anywhere in it makes it a replan, so
     `Finish(Replanning is done)` is one. Unlike the app, a missing action is told apart from
     Finish, and an action without parentheses has an empty message.
-
-    Args:
-        text: The joiner's output.
-
-    Returns:
-        Thought, action and message.
 
     Source:
         SqueezeAILab/TinyAgent, src/utils/plan_utils.py.
