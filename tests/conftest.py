@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 REAL_DATA = "TINYAGENT_FAST_REAL_DATA"
 """Environment variable that names the folder with the published data and tokenizer."""
+
+# A machine that others use too is slow at times, which says nothing about what is tested.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 # Read by OpenMP when torch is imported, so it must be set before; tests share their cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
