@@ -146,7 +146,7 @@ def convert_to_gguf(
     quant: str,
     name: str,
     chat_template: str | None,
-    extra: Mapping[str, str | int | float | bool],
+    extra: Mapping[str, str],
     importance: Importance | None = None,
     threads: int | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
@@ -201,7 +201,10 @@ def convert_to_gguf(
         _add_vocabulary_keys(writer, vocabulary)
         if chat_template is not None:
             writer.add_chat_template(chat_template)
-        _add_extra_keys(writer, extra)
+        for key, value in extra.items():
+            assert key not in writer.kv_data[0], f"{key} is written already"
+            # Not add_string, which leaves an empty text out.
+            writer.add_key_value(key, value, GGUFValueType.STRING)
         keys = writer.kv_data[0]
         # llama.cpp's own tool writes these two last when it quantises.
         for key in ("general.quantization_version", "general.file_type") if kinds else ():
@@ -211,10 +214,11 @@ def convert_to_gguf(
             writer.add_string("quantize.imatrix.dataset", importance.source)
             writer.add_uint32("quantize.imatrix.entries_count", len(importance.mean_squares))
             writer.add_uint32("quantize.imatrix.chunks_count", importance.chunks)
-        zeros = _write(writer, targets, ggml, threads or _usable_cores(), on_progress)
+        zeros, offsets = _write(writer, targets, ggml, threads or _usable_cores(), on_progress)
         writer.close()
         if kinds:
-            worst = compare_with_source(part, {one.name: _written(one) for one in targets})
+            written = map(_written, targets, offsets)
+            worst = compare_with_source(part, list(written))
     if zeros:
         notes.append(f"{zeros:,} values are too small for f16 and became 0")
     parameters = sum(math.prod(one.shape) for one in targets if one.tensor)
@@ -253,9 +257,15 @@ def _partial(target: Path, architecture: str) -> Iterator[tuple[GGUFWriter, Path
         part.unlink(missing_ok=True)
 
 
-def _written(one: _Target) -> WrittenTensor:
-    rows = 1 if len(one.shape) == 1 else one.shape[0]
-    return WrittenTensor(kind=one.kind, rows=rows, read_row=one.row, weights=one.weights)
+def _written(one: _Target, offset_bytes: int) -> WrittenTensor:
+    return WrittenTensor(
+        name=one.name,
+        kind=one.kind,
+        shape=(math.prod(one.shape[:-1]), one.shape[-1]),
+        offset_bytes=offset_bytes,
+        read_row=one.row,
+        weights=one.weights,
+    )
 
 
 def _refused(checkpoint: Checkpoint, what: str, why: str) -> ModelError:
@@ -436,28 +446,14 @@ def _add_vocabulary_keys(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
 
 
-def _add_extra_keys(writer: GGUFWriter, extra: Mapping[str, str | int | float | bool]) -> None:
-    for key, value in extra.items():
-        assert key not in writer.kv_data[0], f"{key} is written already"
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_int64(key, value)
-        elif isinstance(value, float):
-            writer.add_float64(key, value)
-        else:
-            # Not add_string, which leaves an empty text out.
-            writer.add_key_value(key, value, GGUFValueType.STRING)
-
-
 def _write(
     writer: GGUFWriter,
     targets: Sequence[_Target],
     ggml: GgmlLibrary | None,
     threads: int,
     on_progress: Callable[[int, int], None],
-) -> int:
-    """Write header and weights, blocks being rounded in threads; count what became 0."""
+) -> tuple[int, list[int]]:
+    """Write header and weights, rounded in threads; count what became 0, and say where they are."""
     for target in targets:
         writer.add_tensor_info(
             target.name,
@@ -473,6 +469,7 @@ def _write(
     file = writer.fout[0]
     total = sum(target.size_bytes for target in targets)
     done = zeros = 0
+    offsets: list[int] = []
     pending: deque[Future[tuple[NDArray[Any], int]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
 
@@ -487,6 +484,7 @@ def _write(
             while pending:
                 write_oldest()
             writer.write_padding(file, file.tell())
+            offsets.append(file.tell())
             for block in target.blocks():
                 pending.append(pool.submit(_encode, target, block, ggml))
                 if len(pending) > threads:
@@ -494,7 +492,7 @@ def _write(
         while pending:
             write_oldest()
     writer.write_padding(file, file.tell())
-    return zeros
+    return zeros, offsets
 
 
 def _encode(target: _Target, block: Floats, ggml: GgmlLibrary | None) -> tuple[NDArray[Any], int]:

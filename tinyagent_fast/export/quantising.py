@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 from numpy.typing import NDArray
 
 from tinyagent_fast.errors import GateError, ModelError
@@ -228,53 +228,57 @@ def _no_ggml(why: str) -> ModelError:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenTensor:
-    """What a tensor of a finished file must be."""
+    """A tensor of a finished file, and what it must be."""
 
+    name: str
     kind: str
     """Its ggml type."""
-    rows: int
+    shape: tuple[int, int]
+    """Rows x row length."""
+    offset_bytes: int
+    """From the start of the file."""
     read_row: Callable[[int], Float32]
     """Gives one row of what was quantised."""
     weights: Float32 | None
     """Importance of its columns, if its rounding was weighed."""
 
 
-def compare_with_source(path: Path, expected: Mapping[str, WrittenTensor]) -> dict[str, float]:
-    """Read a finished file with gguf's own reader and compare rows from every part of it.
+def compare_with_source(path: Path, tensors: Sequence[WrittenTensor]) -> dict[str, float]:
+    """Read rows from every part of every tensor of a finished file and compare them.
 
     A mistake of ggml, of the order of blocks or of an offset shows here, before a file gets its
-    name.
+    name. Rows are decoded by the gguf package. Its reader is not used: it takes 100 MiB for a
+    vocabulary of 32,000 tokens and 700 MiB for Llama 3's, more than all the rest.
 
     Args:
         path: The quantised file.
-        expected: Its tensors by name.
+        tensors: All of it.
 
     Returns:
         The worst relative error by type.
 
     Raises:
-        GateError: If a type differs, or a row is further from its source than its type explains.
+        GateError: If a row is further from its source than its type explains.
     """
-    written = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    found = {(name, tensor.tensor_type.name) for name, tensor in written.items()}
-    wrong = sorted(found ^ {(name, one.kind) for name, one in expected.items()})
-    if wrong:
-        raise GateError(f"{path.name} has other tensor types than planned: {wrong[:4]}")
     worst: dict[str, float] = {}
-    for name, one in expected.items():
-        picked = _rows_to_check(one.rows)
-        rows = np.stack([one.read_row(row) for row in picked])
-        blocks = written[name].data.reshape(one.rows, -1)[picked]
-        number = GGMLQuantizationType[one.kind]
-        error = _error(rows, quants.dequantize(blocks, number), one.weights)
-        if not error <= WORST_RELATIVE_RMSE[one.kind]:
-            raise GateError(
-                f"{name} as {one.kind} is not its source: relative error {error:.3g}, "
-                f"at most {WORST_RELATIVE_RMSE[one.kind]} expected"
-            )
-        if one.kind == "Q8_0" and not np.array_equal(blocks, quants.quantize(rows, number)):
-            raise GateError(f"{name} as Q8_0 differs from the reference in numpy")
-        worst[one.kind] = max(worst.get(one.kind, 0.0), error)
+    with path.open("rb") as file:
+        for one in tensors:
+            picked = _rows_to_check(one.shape[0])
+            row_bytes, stored = stored_bytes(one.kind, one.shape[1]), []
+            for row in picked:
+                file.seek(one.offset_bytes + row * row_bytes)
+                stored.append(np.frombuffer(file.read(row_bytes), np.uint8))
+            blocks, rows = np.stack(stored), np.stack([one.read_row(row) for row in picked])
+            number = GGMLQuantizationType[one.kind]
+            error = _error(rows, quants.dequantize(blocks, number), one.weights)
+            if not error <= WORST_RELATIVE_RMSE[one.kind]:
+                raise GateError(
+                    f"{one.name} as {one.kind} is not its source: relative error {error:.3g}, "
+                    f"at most {WORST_RELATIVE_RMSE[one.kind]} expected"
+                )
+            if one.kind == "Q8_0" and not np.array_equal(blocks, quants.quantize(rows, number)):
+                raise GateError(f"{one.name} as Q8_0 differs from the reference in numpy")
+            worst[one.kind] = max(worst.get(one.kind, 0.0), error)
     return worst
 
 
