@@ -57,7 +57,7 @@ chat: setup ## type requests, see their plans and graphs (RUN=latest or MODEL=fi
 serve: setup ## the same as a web page on this machine (RUN=latest or MODEL=file.gguf)
 	$(BIN)/tinyagent-fast serve $(if $(MODEL),--model $(MODEL),--run $(RUN)) $(ARGS)
 
-eval: setup ## measure plan success of a run (RUN=latest ENGINE=auto|transformers|gguf MODEL=file.gguf)
+eval: setup ## measure plan success of a run (RUN=latest ENGINE=auto|torch|gguf|vllm MODEL=file.gguf)
 	$(BIN)/tinyagent-fast eval --run $(RUN) $(if $(ENGINE),--engine $(ENGINE)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 export: setup ## merged weights and GGUF files of a run, proved (RUN=latest)

@@ -255,6 +255,28 @@ def test_two_plans_are_never_written_at_once() -> None:
     assert writer.asked == [("tools", "Q: a"), ("tools", "Q: b")]
 
 
+def test_a_request_in_the_middle_of_a_stream_is_refused_instead_of_waiting_for_ever() -> None:
+    planner = planner_with(ScriptedWriter(PLAN))
+    stream = iter(planner.stream("a"))
+    next(stream)
+    with pytest.raises(RuntimeError, match="close it"):
+        planner.plan("b")
+    stream.close()
+    assert planner.plan("b").plan is not None
+
+
+def test_a_failure_of_the_engine_reaches_whoever_reads_the_stream() -> None:
+    writer = ScriptedWriter(PLAN)
+    writer.error = ModelError("a long prompt", "no room", "shorten it")
+    planner = planner_with(writer)
+    stream = planner.stream("a")
+    with pytest.raises(ModelError, match="shorten it"):
+        list(stream)
+    assert stream.result is None
+    writer.error = None
+    assert planner.plan("a").plan is not None
+
+
 def test_closing_a_planner_ends_a_plan_in_another_thread() -> None:
     writer = ScriptedWriter(PLAN)
     writer.gate = threading.Semaphore(1)

@@ -220,6 +220,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
     """
     check_options(options)
     engine = chosen_engine(options)
+    init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = _config(run, options)
     task = _prepare(run, config, options, engine, display)

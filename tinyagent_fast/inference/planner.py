@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -147,8 +148,7 @@ class PlanStream:
             except BaseException as error:  # raised again where the pieces are read
                 arrived.put(error)
 
-        # Two plans at once would share one cache.
-        with planner.turn:
+        with planner.turn():
             if planner.closed:
                 return
             writing = planner.worker.submit(write)
@@ -209,8 +209,8 @@ class Planner:
         self.max_new_tokens = max_new_tokens
         self.batch = batch
         self.facts = dict(facts or {})
-        self.turn = threading.Lock()
-        """Held while plans are being written; requests of other threads wait for it."""
+        self._lock = threading.Lock()
+        self._writes_for: int | None = None
         self.worker = ThreadPoolExecutor(1, "planner")
         """Writes what is streamed."""
         self.closed = False
@@ -255,10 +255,26 @@ class Planner:
     def close(self) -> None:
         """Free the model; a plan under way, perhaps in another thread, ends with its next piece."""
         self.closed = True
-        if self.turn.acquire(timeout=5):
-            self.turn.release()
+        if self._lock.acquire(timeout=5):
+            self._lock.release()
         self.worker.shutdown(wait=False)
         self.engine.close()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other thread has plans written, since two at once would share one cache.
+
+        Raises:
+            RuntimeError: This thread itself is in the middle of a stream, and would wait for ever.
+        """
+        if self._writes_for == threading.get_ident():
+            raise RuntimeError("take the stream to its end, or close it, before the next request")
+        with self._lock:
+            self._writes_for = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._writes_for = None
 
     def __enter__(self) -> Planner:
         """Give the planner."""
@@ -270,7 +286,7 @@ class Planner:
 
     def _plan_all(self, asked: Sequence[tuple[str, BuiltPrompt]]) -> list[PlannedRequest]:
         prompts = [built.prompt for _, built in asked]
-        with self.turn:
+        with self.turn():
             done = dict(
                 self.engine.generate(
                     prompts, stop=self.stop, max_new_tokens=self.max_new_tokens, batch=self.batch
@@ -308,7 +324,7 @@ def load(
     system: str = "auto",
     max_new_tokens: int | None = None,
     threads: int | None = None,
-    batch: int = 8,
+    batch: int = 4,
 ) -> Planner:
     """Open a planner.
 
