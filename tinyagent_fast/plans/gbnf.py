@@ -5,7 +5,7 @@ r"""The grammar of plans for llama.cpp, so that a server can only write text tha
 Written from the tools, next to `grammar`, which reads what comes out; export puts it beside a GGUF.
 Every line has rules of its own, so a reference can only name a line above it. The grammar bounds
 each text, because a model that is unsure need not ever close a string; it cannot bound the tokens
-that a server lets a model write, and a plan cut there is none.
+that a server lets a model write, and a text that is cut there is no plan.
 """
 
 from __future__ import annotations
