@@ -216,19 +216,21 @@ def test_all_problems_are_reported_at_once_each_with_its_place_and_a_hint(
             "phrases": ["turn {again}"],
         }
     )
-    assert problems_of(write(document)) == [
-        "the top level: unknown key `tool`; did you mean `tools`?",
-        "find_bed.plant: unknown key `valu`; did you mean `value`?",
-        "find_bed: phrase 'the bed of the {plan}' names no parameter 'plan'; did you mean 'plant'?",
-        "find_bed: phrase 'the bed of the {plan}' leaves out {plant}, which has no default",
-        "find_tap.bed.from: no tool with a `mention` returns 'bad'; did you mean 'bed'?",
-        "water.taps.from: its providers need one another in a circle, so no plan can begin; "
-        "give a parameter of the circle a `value`",
-        "water.litres.default: must be of type int and not null, got 'one'",
-        "water: phrase 'run' leaves out {taps}, which has no default",
-        "turn.again.from: its providers need one another in a circle, so no plan can begin; "
-        "give a parameter of the circle a `value`",
+    problems = problems_of(write(document))
+    expected = [
+        ("the top level", "did you mean `tools`"),
+        ("find_bed.plant", "did you mean `value`"),
+        ("find_bed", "did you mean 'plant'"),
+        ("find_bed", "{plant}"),
+        ("find_tap.bed.from", "did you mean 'bed'"),
+        ("water.taps.from", "circle"),
+        ("water.litres.default", "'one'"),
+        ("water", "{taps}"),
+        ("turn.again.from", "circle"),
     ]
+    for problem, (place, named) in zip(problems, expected, strict=True):
+        assert problem.startswith(f"{place}: ")
+        assert named in problem
 
 
 FAULTS: list[tuple[dict[str, object], str]] = [

@@ -60,18 +60,17 @@ def cached_table(
     Raises:
         DataError: The folder cannot be written. Errors of `fill` leave nothing behind.
     """
-    found = _open_table(folder)
-    if found is not None:
-        return found
     try:
-        _fill_table(folder, columns, fill)
+        found = _open_table(folder)
+        if found is None:
+            _fill_table(folder, columns, fill)
+            found = _open_table(folder)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: the cache cannot be written",
             str(error),
             f"free some space, or name another folder with {CACHE_VARIABLE}",
         ) from error
-    found = _open_table(folder)
     assert found is not None, "a table that was just written can be opened"
     return found
 
