@@ -115,8 +115,9 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_never_stopped(
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(History, "on_log", on_log)
-        with pytest.raises(Stopped, match=r"stopped at step 2 of 4[\s\S]*--resume stopped"):
+        with pytest.raises(Stopped, match=r"stopped at step 2 of 4[\s\S]*--resume stopped") as got:
             fit.train(config, quiet)
+    assert got.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) == before
     stopped = Run(config.runs / "stopped")
     assert last_checkpoint(stopped).name == "checkpoint-2"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.inference.torch_engine import generating
+from tinyagent_fast.models import threads
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.training.callbacks import StepGuard
@@ -32,8 +33,10 @@ from tinyagent_fast.training.trainer import (
     LengthGroupedOrder,
     build_trainer,
     collate,
+    computed_tokens,
     optimizer_steps,
     refuse_non_finite,
+    rehearse,
     steps_between,
     validation_loss,
 )
@@ -437,7 +440,6 @@ def test_preflight_measures_the_longest_batch_and_leaves_no_trace(idle: Built) -
     report = preflight(trainer, loaded, rows, prompts, 4)
     assert report.longest_batch_tokens == 3 * max(rows["length"])
     assert report.checked_rows >= 3
-    assert report.evaluation_batch_s is not None
     assert report.peak_gib is None
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in loaded.model.parameters())
@@ -447,7 +449,7 @@ def test_preflight_measures_the_longest_batch_and_leaves_no_trace(idle: Built) -
 
 def test_preflight_without_validation_prompts_skips_the_generation(idle: Built) -> None:
     trainer, loaded, rows = idle
-    assert preflight(trainer, loaded, rows, [], 4).evaluation_batch_s is None
+    assert preflight(trainer, loaded, rows, [], 4).checked_rows >= 3
 
 
 @only_shuffled
@@ -549,7 +551,6 @@ def test_the_measured_memory_is_told_beside_the_predicted() -> None:
         checked_rows=3,
         longest_batch_tokens=9216,
         longest_batch_s=1.5,
-        evaluation_batch_s=None,
         peak_gib=6.0,
         longest_batch_gib=5.0,
         predicted_gib=5.6,
@@ -602,6 +603,61 @@ def test_the_validation_loss_is_a_mean_over_tokens_whatever_the_batch(
             tokens += count
         loss = validation_loss(trainer, list(rows), pad_id)
     assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_a_rehearsal_leaves_no_trace(
+    shared_prefix: bool, config_in: MakeConfig, tiny_rows: MakeRows, tmp_path: Path
+) -> None:
+    import torch
+
+    config = config_in(tmp_path, lora={"dropout": 0.5})
+    loaded = load_for_training(config, config.model.base)
+    rows = tiny_rows(loaded.tokenizer, 8)
+    trainer = build_trainer(
+        loaded, rows, config, output_dir=tmp_path / "checkpoints", shared_prefix=shared_prefix
+    )
+    trainer._metrics["train"]["mean_token_accuracy"].append(0.25)
+    before, state = adapter_of(loaded), torch.get_rng_state()
+    batch = rehearse(trainer, loaded, [0, 3])
+    padded = 2 * max(rows["length"][0], rows["length"][3])
+    assert batch["input_ids"].numel() == padded
+    assert (computed_tokens(batch) is None) is not shared_prefix
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+    assert dict(trainer._metrics["train"]) == {"mean_token_accuracy": [0.25]}
+    assert set(trainer.token_counts().values()) == {0}
+    assert_close(adapter_of(loaded), before, tolerance=0.0)
+
+
+@pytest.mark.parametrize(
+    ("one_s", "all_s", "expected", "most_steps"),
+    [(1.0, 0.5, 4, 12), (0.5, 1.0, 1, 12), (1.0, 0.95, 1, 12), (9.0, 3.0, 4, 1)],
+    ids=["all are faster", "one is faster", "no clear win", "a long step is timed once"],
+)
+def test_the_faster_number_of_threads_is_taken(
+    one_s: float,
+    all_s: float,
+    expected: int,
+    most_steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    clock, steps = [0.0], [0]
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+
+    def step() -> None:
+        steps[0] += 1
+        clock[0] += one_s if torch.get_num_threads() == 1 else all_s
+
+    before = torch.get_num_threads()
+    try:
+        assert threads.fastest_threads(step) == torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    assert steps[0] == most_steps
 
 
 def test_collating_pads_on_the_right_and_masks_what_was_added() -> None:

@@ -72,7 +72,7 @@ def base_tokenizer(
         held_out: The run's test queries.
 
     Returns:
-        A transformers tokenizer, or none for a base that is loaded from a folder or the hub.
+        A transformers tokenizer, or None for a base that is loaded from a folder or the hub.
     """
     if config.model.base == "nano":
         texts = _nano_texts(PretrainSpec(), held_out)

@@ -24,7 +24,6 @@ class PreflightReport:
     checked_rows: int
     longest_batch_tokens: int
     longest_batch_s: float
-    evaluation_batch_s: float | None
     peak_gib: float | None = None
     """The most that was reserved on the GPU, by training and by generation."""
     longest_batch_gib: float | None = None
@@ -73,7 +72,7 @@ def preflight(
         rows: The dataset that went into the trainer.
         evaluation_prompts: Prompts of the validation sample.
         evaluation_batch: Prompts generated together.
-        estimator: What the memory is predicted from; none predicts nothing.
+        estimator: What the memory is predicted from; None predicts nothing.
 
     Returns:
         What was measured.
@@ -94,7 +93,7 @@ def preflight(
         inputs = rehearse(trainer, loaded, _longest_rows(trainer))
         train_s = time.perf_counter() - started
         train_gib = _reserved_gib() if cuda else None
-        evaluation_s = _evaluation_batch(loaded, evaluation_prompts, evaluation_batch)
+        _generate_for_longest(loaded, evaluation_prompts, evaluation_batch)
     except RuntimeError as error:
         # cuBLAS and the driver report a lack of memory as an ordinary RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError) and not _names_memory(error):
@@ -105,7 +104,6 @@ def preflight(
         checked_rows=checked,
         longest_batch_tokens=int(inputs["input_ids"].numel()),
         longest_batch_s=train_s,
-        evaluation_batch_s=evaluation_s,
         peak_gib=_reserved_gib() if cuda else None,
         longest_batch_gib=train_gib,
         predicted_gib=estimator.estimate(computed_tokens=computed).total_gib if estimator else None,
@@ -193,19 +191,13 @@ def _names_memory(error: RuntimeError) -> bool:
     return "out of memory" in text or "alloc_failed" in text
 
 
-def _evaluation_batch(
-    loaded: LoadedModel, prompts: Sequence[list[int]], batch: int
-) -> float | None:
+def _generate_for_longest(loaded: LoadedModel, prompts: Sequence[list[int]], batch: int) -> None:
     """Generate a few tokens for the longest validation prompts."""
-    if not prompts:
-        return None
     longest = sorted(prompts, key=len)[-batch:]
-    started = time.perf_counter()
     for _ in TorchEngine(loaded).complete_tokens(
         longest, batch=batch, max_new_tokens=_EVALUATION_TOKENS, stop=END_OF_PLAN
     ):
         pass
-    return time.perf_counter() - started
 
 
 def _out_of_memory(

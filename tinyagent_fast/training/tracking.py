@@ -1,4 +1,4 @@
-"""Experiment trackers, through the trainer's own integrations; none unless it is asked for."""
+"""Experiment trackers, through the trainer's own integrations; off unless asked for."""
 
 from __future__ import annotations
 
