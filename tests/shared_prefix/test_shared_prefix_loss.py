@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,32 @@ def test_models_that_it_would_compute_wrongly_are_named_with_the_reason(adapted:
     tokens = {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}
     activated = with_adapter(llama(), **tokens)
     assert "activated LoRA" in str(unsupported(activated, "training"))
+
+
+def test_every_piece_of_a_layer_is_called_through_the_backends_row(
+    adapted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a backend with kernels of its own needs a row and nothing else."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, piece: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return piece(*arguments)
+
+        return call
+
+    rows = {name: counted(name, piece) for name, piece in vars(forward.TRANSFORMERS).items()}
+    another = {**forward.PIECES, "another": forward.LayerPieces(**rows)}
+    monkeypatch.setattr(forward, "PIECES", another)
+    packed = pack(some_rows())
+    loss = shared_prefix_loss(adapted, packed, backend="another")
+    assert torch.equal(loss, shared_prefix_loss(adapted, packed))
+    # The last of three layers has queries for some tokens only, so it projects them apart.
+    assert calls == {
+        "norm": 7, "query_key_value": 2, "projection": 3, "output": 3, "mlp": 3, "rotary": 1
+    }  # fmt: skip
+    assert unsupported(adapted, "training", "another") is None
+    assert "unknown runs layers by kernels of its own" in str(
+        unsupported(adapted, "training", "unknown")
+    )
