@@ -127,7 +127,7 @@ def _make_merged(export: Export, identity: Mapping[str, Any]) -> Artefact:
 
 
 def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
-    """Make the GGUF files; give the f16 one, which may be temporary."""
+    """Make the GGUF files; give the f16 one, which the gates need and which may be temporary."""
     if not export.specs:
         return None
     importance = None
@@ -138,7 +138,7 @@ def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
         artefact = _make_gguf(export, spec, merged, importance if spec.importance else None)
         if spec.quant == "f16":
             f16 = export.folder / artefact.path
-    if not f16.exists():
+    if not f16.exists() and export.settings.gates == "on":
         convert(export, f16, QuantSpec("f16", "f16", False))
     return f16
 

@@ -223,8 +223,8 @@ def _needed_bytes(export: Export, checkpoint: Checkpoint) -> dict[str, int]:
         path: 0 if (export.folder / path).exists() and not export.settings.fresh else size
         for path, size in sizes.items()
     }
-    if export.specs and not any(spec.quant == "f16" for spec in export.specs):
-        needed["f16 to quantise from (temporary)"] = 2 * values
     if export.specs and export.settings.gates == "on":
         needed["f32 to compare with (temporary)"] = 4 * values
+        if not any(spec.quant == "f16" for spec in export.specs):
+            needed["f16 to compare with (temporary)"] = 2 * values
     return needed
