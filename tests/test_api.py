@@ -13,7 +13,7 @@ import pytest
 import tinyagent_fast
 from tinyagent_fast import Config, DataConfig, UserError, load_config, preset_config, score_pairs
 
-HEAVY = ("torch", "transformers", "datasets", "pyarrow", "trl", "peft", "numpy", "rich", "tyro")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "trl", "peft", "numpy")
 
 
 def test_every_name_is_there_and_only_these_are_offered() -> None:
