@@ -414,6 +414,6 @@ def _refuse_too_long(prompts: Sequence[Sequence[int]], room_tokens: int | None) 
         raise ModelError(
             f"a prompt of {longest} tokens",
             f"the model has a context of {room_tokens} tokens for the prompt and what it writes",
-            "shorten the request or the system text; with the backend unsloth, --model."
-            "max-length-tokens raises it",
+            "shorten the request or the system text, or take a base model with a longer context; "
+            "with the backend unsloth, --model.max-length-tokens raises it",
         )
