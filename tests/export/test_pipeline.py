@@ -265,3 +265,17 @@ def test_merged_alone_needs_no_llama_cpp(run: Run, quiet: Any, tmp_path: Path) -
     assert export.record.content["passed"] is True
     assert not (tmp_path / "gguf").exists()
     assert not (tmp_path / "Modelfile").exists()
+
+
+def test_no_file_is_converted_that_neither_a_flag_nor_a_gate_asks_for(
+    run: Run, quiet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, made = pipeline.convert_to_gguf, []
+
+    def counted(*rest: Any, quant: str, **named: Any) -> Any:
+        made.append(quant)
+        return right(*rest, quant=quant, **named)
+
+    monkeypatch.setattr(pipeline, "convert_to_gguf", counted)
+    run_export(prepared(run, quiet, quant="q8_0", out=tmp_path, gates="off"))
+    assert made == ["q8_0"]
