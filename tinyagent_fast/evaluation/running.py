@@ -70,7 +70,7 @@ def evaluate_examples(
         folder: Gets predictions.jsonl, metrics.json and report.md.
         made_with: What the predictions depend on besides engine and settings, such as the
             adapter's hash.
-        tools: Tools by name for scoring; none stands for TinyAgent's own.
+        tools: Tools by name for scoring; None stands for TinyAgent's own.
         title: Heading of the report.
         on_progress: Called with predictions done and in all.
         say: Prints one line for the user.
@@ -86,8 +86,7 @@ def evaluate_examples(
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
     _say_kept(kept, len(there) - kept, say)
-    prompts = [Prompt(system=example.system, user=example.user) for example in missing]
-    parity, notes = None, engine.notes(prompts) if missing else []
+    parity, notes = None, engine.notes(_prompts(missing)) if missing else []
     for note in notes:
         say(note)
     if missing:
@@ -111,6 +110,10 @@ def evaluate_examples(
     return result
 
 
+def _prompts(examples: Sequence[Example]) -> list[Prompt]:
+    return [Prompt(system=example.system, user=example.user) for example in examples]
+
+
 def _say_kept(kept: int, others: int, say: Callable[[str], None]) -> None:
     if kept:
         say(f"{kept} predictions are there, made with the same things; they are kept")
@@ -129,15 +132,11 @@ def _generate(
     processes: Processes,
 ) -> ParityReport:
     """Compare batches, then sweep; each plan is appended as soon as it is there."""
-
-    def prompts(of: Sequence[Example]) -> list[Prompt]:
-        return [Prompt(system=example.system, user=example.user) for example in of]
-
     limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
     parity = processes.on_main_process(
         lambda: compare_batches(
             engine,
-            prompts(examples),
+            _prompts(examples),
             batch=settings.batch,
             sample=settings.parity_prompts,
             **limits,
@@ -146,7 +145,7 @@ def _generate(
     say(parity.sentence())
     mine = processes.shard(examples)
     part = file.part(processes.rank) if processes.count > 1 else file
-    completions = engine.generate(prompts(mine), batch=parity.safe_batch, **limits)
+    completions = engine.generate(_prompts(mine), batch=parity.safe_batch, **limits)
     for here, (index, completion) in enumerate(completions, start=1):
         part.append(
             [

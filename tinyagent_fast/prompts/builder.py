@@ -79,9 +79,6 @@ class PromptBuilder:
         Args:
             request: What the user typed.
             system: A system text for this request alone; None leaves the choice to the builder.
-
-        Returns:
-            The prompt.
         """
         before, after = self.question
         if system is not None:
@@ -94,11 +91,7 @@ class PromptBuilder:
     def read(self, prompt: Prompt) -> PromptParts:
         """Take a prompt apart: one that was built here, or that of an example of the run's data.
 
-        Args:
-            prompt: The prompt.
-
-        Returns:
-            Its parts; a user text of another form is the request as it is.
+        A user text of another form is the request as it is.
         """
         before, after = self.question
         request = prompt.user
@@ -135,11 +128,7 @@ class NearestQuery:
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        """Index queries.
-
-        Args:
-            examples: At least one.
-        """
+        """Index the queries of at least one example."""
         self.examples = examples
         self._words = [_words(example.query) for example in examples]
         counts: dict[str, int] = {}
@@ -209,15 +198,7 @@ def prompt_builder(
 def encode_prompts(
     tokenizer: PromptTokenizer, prompts: Iterable[Prompt | Example]
 ) -> list[list[int]]:
-    """Encode prompts, exactly as training rows begin.
-
-    Args:
-        tokenizer: It holds the prompt format.
-        prompts: What will be completed.
-
-    Returns:
-        Token ids of each prompt.
-    """
+    """Encode prompts, exactly as training rows begin; the tokenizer holds their format."""
     chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
     return tokenizer.encode_prompts(
         [render_prompt(p.system, p.user, tokenizer.prompt_format, chat) for p in prompts]
