@@ -160,6 +160,20 @@ def preset_config(name: str) -> Config:
     return PRESETS[name]()
 
 
+def preset_of_card(memory_gib: float, capability_major: int) -> str:
+    """Choose the preset for a GPU.
+
+    Args:
+        memory_gib: Its memory.
+        capability_major: First number of its compute capability; 8 is the first with bf16.
+
+    Returns:
+        A preset's name.
+    """
+    preset = "t4" if memory_gib < 18 else "l4" if memory_gib < 36 else "a100"
+    return preset if capability_major >= 8 else "t4"
+
+
 def load_config(
     path: str | Path,
     *,

@@ -313,7 +313,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": package_versions(),
+        "versions": _package_versions(),
         "gpu": _gpu(),
         "git": _git(),
         "command": sys.argv,
@@ -322,7 +322,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def package_versions() -> dict[str, str | None]:
+def _package_versions() -> dict[str, str | None]:
     """List the packages on which a result may depend; None for one that is not installed."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tinyagent_fast.commands.config_flags import resolve_config
-from tinyagent_fast.commands.train import preset_of_card
+from tinyagent_fast.presets import preset_of_card
 
 if TYPE_CHECKING:
     from tinyagent_fast.config import Config

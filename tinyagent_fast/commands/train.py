@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.config import Config
 from tinyagent_fast.distributed import init_processes
-from tinyagent_fast.presets import REAL_TRAIN
+from tinyagent_fast.presets import REAL_TRAIN, preset_of_card
 from tinyagent_fast.runs import Run, find_run
 
 if TYPE_CHECKING:
@@ -84,20 +84,6 @@ def choose_preset() -> tuple[str, str]:
     memory_gib = properties.total_memory / 2**30
     preset = preset_of_card(memory_gib, properties.major)
     return preset, f"{properties.name} with {memory_gib:.0f} GiB was found"
-
-
-def preset_of_card(memory_gib: float, capability_major: int) -> str:
-    """Choose the preset for a GPU.
-
-    Args:
-        memory_gib: Its memory.
-        capability_major: First number of its compute capability; 8 is the first with bf16.
-
-    Returns:
-        A preset's name.
-    """
-    preset = "t4" if memory_gib < 18 else "l4" if memory_gib < 36 else "a100"
-    return preset if capability_major >= 8 else "t4"
 
 
 def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
