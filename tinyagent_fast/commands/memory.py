@@ -124,7 +124,7 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _preset_for(flags: argparse.Namespace) -> str:
     """Take the preset of the card, or of a card with as much memory."""
-    from tinyagent_fast.commands.train import preset_of_card
+    from tinyagent_fast.presets import preset_of_card
 
     if flags.gpu_gib is None:
         return flags.card or "l4"
