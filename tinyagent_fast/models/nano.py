@@ -124,16 +124,7 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_pieces: int) -> Any:
 
 
 def random_llama(shape: NanoShape, tokenizer: Any, seed: int) -> Any:
-    """Build a Llama with random weights.
-
-    Args:
-        shape: Its size.
-        tokenizer: Gives the vocabulary size and the special ids.
-        seed: Seed of the weights.
-
-    Returns:
-        A transformers LlamaForCausalLM in fp32.
-    """
+    """Build a Llama in fp32 with random weights and the vocabulary of a tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -226,12 +217,6 @@ def _batches(
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save a small model as the hub's own layout, so that it loads like any base model.
-
-    Args:
-        model: A transformers model.
-        tokenizer: Its tokenizer.
-        folder: Target folder.
-    """
+    """Save a small model with its tokenizer in the hub's layout, so that it loads like any base."""
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))

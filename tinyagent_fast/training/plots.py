@@ -8,14 +8,7 @@ from tinyagent_fast.runs import Run
 
 
 def plot_training(run: Run) -> Path:
-    """Draw loss, learning rate and plan success from history.jsonl.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The PNG's path, `training.png` in the run's folder.
-    """
+    """Draw loss and plan success from history.jsonl into `training.png`, and give its path."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,13 +15,7 @@ _LISTED = 20
 
 
 def last_checkpoint(run: Run) -> Path:
-    """Find the newest whole checkpoint of a run.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Its folder.
+    """Find the folder of a run's newest whole checkpoint.
 
     Raises:
         TrainingError: There is none.
@@ -63,10 +57,6 @@ def _step_of(checkpoint: Path) -> int:
 def forget_after(run: Run, checkpoint: Path) -> int:
     """Drop history of steps behind a checkpoint, because they are made once more.
 
-    Args:
-        run: The run.
-        checkpoint: Where it goes on from.
-
     Returns:
         How many records were dropped.
     """
@@ -79,11 +69,7 @@ def forget_after(run: Run, checkpoint: Path) -> int:
 
 
 def refuse_changed_config(run: Run, config: Config) -> None:
-    """Compare the config of a resumed run with the one it was started with.
-
-    Args:
-        run: The run.
-        config: The config now.
+    """Compare the config now with the one that a run was started with.
 
     Raises:
         TrainingError: They differ; every difference is listed.
@@ -93,14 +79,7 @@ def refuse_changed_config(run: Run, config: Config) -> None:
 
 
 def trainable_parameters(model: Any) -> dict[str, list[int]]:
-    """List what is trained.
-
-    Args:
-        model: A model with its adapter.
-
-    Returns:
-        Name and shape of each trainable parameter.
-    """
+    """Give name and shape of each trainable parameter."""
     return {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
 
 
