@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": ("doctor", "what this machine has and lacks for a config, with the fix"),
     "preview": ("preview", "show rows with their supervised tokens in colour"),
     "data check": ("data_check", "report on a data file: counts, lengths, leaks, faults"),
+    "data roundtrip": ("data_roundtrip", "take system prompts apart and put them together again"),
     "data generate": ("data_generate", "write a generated dataset in the published schema"),
     "data download": ("data_download", "download the published dataset"),
 }
