@@ -28,7 +28,6 @@ import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from itertools import takewhile
 
 from tinyagent_fast.plans.graph import Dag, same_dag
@@ -37,24 +36,20 @@ from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 # The look-behind keeps the search linear in long runs of digits and changes no match.
 _STEP = re.compile(r"(?<!\d)(\d+)\. (\w+)\(")
 _THOUGHT = "Thought: "
-_SOMETHING = re.compile(r"\S")
 _FIRST_REFERENCE = re.compile(r"\$(\d+)")
 _MAX_DIGITS = 4300
 """Python's own limit (3.11 and later) on the digits of an int it reads from text."""
 _MAX_DEPTH = 990
 """A longer chain of dependencies meets Python's recursion limit of 1,000 in the original."""
 
+_Step = tuple[str, str]
+"""A step as the metric reads it: the tool, and what stands between the parentheses."""
+_Shapes = dict[tuple[object, ...], int]
+"""Numbers of each tool with its dependencies, shared by the two graphs of a pair."""
+
 
 class _OriginalRaises(Exception):
-    """The original would raise; the first argument is the name of its exception."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step as the metric reads it; `raw_arguments` is what stands between the parentheses."""
-
-    tool: str
-    raw_arguments: str
+    """The original would raise; the argument is the name of its exception."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +81,12 @@ def reference_scores(
     Returns:
         Success, tool recall and the errors of the original.
     """
-    shapes: dict[tuple[object, ...], int] = {}
+    shapes: _Shapes = {}
     wanted, wanted_dag, label_error = _read(label, known_tools, shapes)
     found, found_dag, prediction_error = _read(prediction, known_tools, shapes)
     success = wanted_dag is not None and found_dag is not None and same_dag(wanted_dag, found_dag)
-    tools = {step.tool for step in wanted}
-    shared = tools & {step.tool for step in found}
+    tools = {tool for tool, _ in wanted}
+    shared = tools & {tool for tool, _ in found}
     return ReferenceScores(
         success=success,
         tool_recall=len(shared) / len(tools) if tools else 0.0,
@@ -101,25 +96,25 @@ def reference_scores(
 
 
 def _read(
-    text: str, known_tools: Collection[str], shapes: dict[tuple[object, ...], int]
+    text: str, known_tools: Collection[str], shapes: _Shapes
 ) -> tuple[list[_Step], Dag | None, str | None]:
     steps: list[_Step] = []
     try:
         steps = _steps(text, known_tools)
         return steps, _graph(steps, shapes), None
     except _OriginalRaises as failure:
-        return steps, None, str(failure.args[0])
+        return steps, None, str(failure)
 
 
 def _steps(text: str, known_tools: Collection[str]) -> list[_Step]:
     """Read the steps up to join or up to the first unknown tool."""
     by_number: dict[int, _Step] = {}
     for digits, tool, raw in _matches(text):
-        by_number[_integer(digits)] = _Step(tool, raw)
+        by_number[_integer(digits)] = (tool, raw)
         if tool == JOIN:
             break
     known = {JOIN, *known_tools}
-    return list(takewhile(lambda step: step.tool in known, by_number.values()))
+    return list(takewhile(lambda step: step[0] in known, by_number.values()))
 
 
 def _matches(text: str) -> list[tuple[str, str, str]]:
@@ -128,44 +123,25 @@ def _matches(text: str) -> list[tuple[str, str, str]]:
     That pattern is an optional thought line, white space, then a step, whose arguments reach to
     the last closing parenthesis of the line. So a line holds one step at most, the first that is
     closed. A thought takes its whole line with it, but only if a step follows right after.
-    Scanning line by line has the same outcome in linear time.
+    Going backwards line by line has the same outcome in linear time.
     """
     found: list[tuple[str, str, str]] = []
-    start = 0
-    while start <= len(text):
-        end = _line_end(text, start)
-        step = _closed_step(text, start, end)
-        if step is not None and not _is_thought(text, start, step.start(), end):
-            digits, tool = step.groups()
-            found.append((digits, tool, text[step.end() : text.rfind(")", step.end(), end)]))
-        start = end + 1
-    return found
-
-
-def _line_end(text: str, start: int) -> int:
-    end = text.find("\n", start)
-    return len(text) if end < 0 else end
-
-
-def _closed_step(text: str, start: int, end: int) -> re.Match[str] | None:
-    step = _STEP.search(text, start, end)
-    return step if step is not None and text.find(")", step.end(), end) >= 0 else None
-
-
-def _is_thought(text: str, line_start: int, step_start: int, line_end: int) -> bool:
-    """Say whether what looks like a step belongs to a thought that has a step after it."""
-    if text.find(_THOUGHT, line_start, step_start) < 0 or line_end == len(text):
-        return False
-    after = _SOMETHING.search(text, line_end)
-    if after is None:
-        return False
-    following = _closed_step(text, after.start(), _line_end(text, after.start()))
-    return following is not None and following.start() == after.start()
+    step_follows = False
+    for line in reversed(text.split("\n")):
+        step, end = _STEP.search(line), line.rfind(")")
+        if step is not None and end >= step.end():
+            before = line[: step.start()]
+            if not (step_follows and _THOUGHT in before):
+                found.append((step[1], step[2], line[step.end() : end]))
+            step_follows = not before.strip()
+        elif line.strip():
+            step_follows = False
+    return found[::-1]
 
 
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise _OriginalRaises("ValueError", "a number has too many digits")
+        raise _OriginalRaises("ValueError")
     return int(digits)
 
 
@@ -196,27 +172,24 @@ def _references(raw: str) -> list[int]:
     return found
 
 
-def _graph(steps: list[_Step], shapes: dict[tuple[object, ...], int]) -> Dag:
-    """Build the graph whose labels say all that two nodes must agree in.
-
-    `shapes` numbers each tool with its dependencies and is shared by the two graphs.
-    """
+def _graph(steps: list[_Step], shapes: _Shapes) -> Dag:
+    """Build the graph whose labels say all that two nodes must agree in."""
     befores: list[list[int]] = []
-    for position, step in enumerate(steps, start=1):
-        numbers = _references(step.raw_arguments)
+    for position, (_, raw) in enumerate(steps, start=1):
+        numbers = _references(raw)
         if 0 in numbers:
-            raise _OriginalRaises("KeyError", f"step {position} depends on $0, a nameless node")
+            raise _OriginalRaises("KeyError")  # it has no name for such a node
         if max(numbers, default=0) > len(steps):
-            raise _OriginalRaises("IndexError", f"step {position} depends on a missing step")
+            raise _OriginalRaises("IndexError")
         if position in numbers:
-            raise _OriginalRaises("ValueError", f"step {position} depends on itself")
+            raise _OriginalRaises("ValueError")
         befores.append([number - 1 for number in numbers])
     labels = [""] * len(steps)
     shape_of = [0] * len(steps)
     for node in _ordered(befores):
         # Stable order by tool name: equal names are compared as written, as in the original.
-        before = sorted(befores[node], key=lambda other: steps[other].tool)
-        shape = (steps[node].tool, tuple(shape_of[other] for other in before))
+        before = sorted(befores[node], key=lambda other: steps[other][0])
+        shape = (steps[node][0], tuple(shape_of[other] for other in before))
         shape_of[node] = shapes.setdefault(shape, len(shapes))
         labels[node] = str(shape_of[node])
     edges = {(before, node) for node, nodes in enumerate(befores) for before in nodes}
@@ -225,13 +198,14 @@ def _graph(steps: list[_Step], shapes: dict[tuple[object, ...], int]) -> Dag:
 
 def _ordered(befores: list[list[int]]) -> list[int]:
     """Order steps after what they depend on; fail on a cycle or a chain that is too long."""
-    try:
-        order = list(TopologicalSorter(dict(enumerate(befores))).static_order())
-    except CycleError as error:
-        raise _OriginalRaises("RecursionError", "the dependencies form a cycle") from error
-    depth = [0] * len(befores)
-    for node in order:
-        depth[node] = max((depth[before] + 1 for before in befores[node]), default=0)
-    if max(depth, default=0) > _MAX_DEPTH:
-        raise _OriginalRaises("RecursionError", "the chain of dependencies is too long")
-    return order
+    depth: dict[int, int] = {}
+    waiting = list(range(len(befores)))
+    while waiting:
+        for node in waiting:
+            if all(before in depth for before in befores[node]):
+                depth[node] = max((depth[before] + 1 for before in befores[node]), default=0)
+        still = [node for node in waiting if node not in depth]
+        if len(still) == len(waiting) or max(depth.values()) > _MAX_DEPTH:
+            raise _OriginalRaises("RecursionError")
+        waiting = still
+    return list(depth)
