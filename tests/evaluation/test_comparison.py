@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import (
     ComparedRow,
+    PairedComparison,
     bootstrap_interval,
-    compare_predictions,
+    compare_plans,
     comparison_table,
 )
-from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.evaluation.scoring import Prediction, score_all
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
 
 RIGHT = '1. open_note("n", "")\n2. join()'
@@ -47,12 +48,16 @@ def pair(outcomes: Outcomes) -> tuple[list[Prediction], list[Prediction]]:
     return predictions([a for a, _ in outcomes]), predictions([b for _, b in outcomes])
 
 
+def compare(a: Sequence[Prediction], b: Sequence[Prediction]) -> PairedComparison:
+    return compare_plans(score_all(a), score_all(b))
+
+
 outcome_lists = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
 
 
 @given(outcome_lists)
 def test_figures_count_who_is_right_where(outcomes: Outcomes) -> None:
-    got = compare_predictions(*pair(outcomes), None)
+    got = compare(*pair(outcomes))
     n = len(outcomes)
     assert got.n == n
     assert got.success_a == Proportion(sum(a for a, _ in outcomes), n)
@@ -69,7 +74,7 @@ def test_figures_count_who_is_right_where(outcomes: Outcomes) -> None:
 @given(outcome_lists)
 def test_the_other_way_round_all_signs_change(outcomes: Outcomes) -> None:
     a, b = pair(outcomes)
-    there, back = compare_predictions(a, b, None), compare_predictions(b, a, None)
+    there, back = compare(a, b), compare(b, a)
     assert back.difference == pytest.approx(-there.difference)
     assert back.mcnemar_p == there.mcnemar_p
     low, high = there.interval_95
@@ -80,9 +85,9 @@ def test_the_other_way_round_all_signs_change(outcomes: Outcomes) -> None:
 @given(outcome_lists, st.randoms())
 def test_the_order_of_predictions_does_not_matter(outcomes: Outcomes, rng: random.Random) -> None:
     a, b = pair(outcomes)
-    expected = compare_predictions(a, b, None)
+    expected = compare(a, b)
     rng.shuffle(b)
-    assert compare_predictions(a, b, None) == expected
+    assert compare(a, b) == expected
 
 
 @pytest.mark.parametrize(("only_a", "only_b", "n"), [(3, 7, 60), (0, 2, 25), (20, 1, 80)])
@@ -104,14 +109,14 @@ def test_the_interval_of_the_largest_test_file_takes_no_time() -> None:
 
 
 def test_planners_that_never_disagree_have_no_difference() -> None:
-    got = compare_predictions(*pair([(True, True), (False, False)]), None)
+    got = compare(*pair([(True, True), (False, False)]))
     assert (got.difference, got.interval_95, got.mcnemar_p) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_texts_are_compared_to_the_letter_and_success_by_the_plan() -> None:
     a = predictions([True])
     b = [replace(a[0], prediction=RIGHT_OTHERWISE)]
-    got = compare_predictions(a, b, None)
+    got = compare(a, b)
     assert (got.success_b.count, got.identical_texts) == (1, 0)
 
 
@@ -126,19 +131,19 @@ def test_predictions_of_different_examples_are_never_compared(case: str) -> None
     }[case]
     for left, right in ((a, b), (b, a)):
         with pytest.raises(DataError, match="exactly one prediction"):
-            compare_predictions(left, right, None)
+            compare(left, right)
     with pytest.raises(DataError):
-        compare_predictions([], [], None)
+        compare([], [])
 
 
 def test_predictions_with_different_labels_are_never_compared() -> None:
     a = predictions([True])
     with pytest.raises(DataError, match="different labels"):
-        compare_predictions(a, [replace(a[0], label=WRONG)], None)
+        compare(a, [replace(a[0], label=WRONG)])
 
 
 def test_a_sentence_has_difference_interval_p_and_identical_plans() -> None:
-    got = compare_predictions(*pair([(True, False)] * 3 + [(True, True)] * 17), None)
+    got = compare(*pair([(True, False)] * 3 + [(True, True)] * 17))
     assert got.sentence("f16", "q4_k_m") == (
         "q4_k_m against f16: -15.0 (-30.0 to +0.0) points, McNemar p = 0.25, "
         "17 of 20 plans identical"
@@ -146,7 +151,7 @@ def test_a_sentence_has_difference_interval_p_and_identical_plans() -> None:
 
 
 def test_a_table_has_a_line_for_each_planner_and_survives_json() -> None:
-    compared = compare_predictions(*pair([(True, False), (True, True)]), None)
+    compared = compare(*pair([(True, False), (True, True)]))
     rows = [
         ComparedRow(name="adapter", size_bytes=None, success=Proportion(2, 2), seconds=3.0),
         ComparedRow(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from tinyagent_fast.evaluation.report import explain_failure, fenced, markdown_report, plain
-from tinyagent_fast.evaluation.scoring import Prediction, score_predictions
+from tinyagent_fast.evaluation.scoring import Prediction, score_all, summarise
 
 LABEL = '1. open_note("a", "")\n2. join()'
 RIGHT = Prediction(
@@ -16,9 +17,15 @@ RIGHT = Prediction(
 WRONG = replace(RIGHT, query="# Open | *a*\nnow", prediction="1. join()\n```\n# heading")
 
 
+def report(title: str, rows: Sequence[Prediction]) -> list[str]:
+    plans = score_all(rows)
+    metrics = summarise([plan.score for plan in plans])
+    return markdown_report(title, metrics, plans, None).splitlines()
+
+
 def test_figures_causes_and_the_first_failing_plans_are_told() -> None:
     rows = [RIGHT, *(replace(WRONG, key=str(at)) for at in range(12))]
-    lines = markdown_report("runs/a", score_predictions(rows), rows, None).splitlines()
+    lines = report("runs/a", rows)
     assert lines[0] == "# runs/a"
     assert "**plan success 7.7 % (1.4 - 33.3), n = 13** (95 % Wilson interval)" in lines
     assert "| missing_tool | 12 | " in "\n".join(lines)
@@ -27,7 +34,7 @@ def test_figures_causes_and_the_first_failing_plans_are_told() -> None:
 
 
 def test_no_query_and_no_plan_breaks_out_of_its_place() -> None:
-    lines = markdown_report("a", score_predictions([WRONG]), [WRONG], None).splitlines()
+    lines = report("a", [WRONG])
     assert r"### \# Open \| \*a\* now" in lines
     start, end = (at for at, line in enumerate(lines) if line.startswith("````"))
     assert "# heading" in lines[start:end]

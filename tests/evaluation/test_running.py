@@ -14,7 +14,7 @@ from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
-from tinyagent_fast.evaluation.scoring import score_predictions
+from tinyagent_fast.evaluation.scoring import score_all, summarise
 from tinyagent_fast.inference.engine import Completion
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
@@ -106,7 +106,7 @@ def test_scoring_the_file_again_gives_the_figures_of_metrics_json(
     evaluate(loaded, 5, tmp_path)
     written = metrics_of(tmp_path)
     del written["generation"]
-    again = score_predictions(PredictionFile(tmp_path).read())
+    again = summarise([plan.score for plan in score_all(PredictionFile(tmp_path).read())])
     assert json.loads(json.dumps(again.to_json())) == written
     assert score.run([str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == written

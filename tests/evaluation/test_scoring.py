@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import (
     FAILURE_CODES,
     PROBLEMS,
+    Metrics,
     Prediction,
+    score_all,
     score_pair,
-    score_predictions,
     summarise,
 )
 from tinyagent_fast.plans.tools import Parameter, Tool, tools_by_name
@@ -151,9 +153,13 @@ def row(prediction: str, stop_reason: str = "stop", label: str = LABEL) -> Predi
     )
 
 
+def metrics_of(rows: Sequence[Prediction]) -> Metrics:
+    return summarise([plan.score for plan in score_all(rows)])
+
+
 def test_a_set_of_predictions_is_summed_up() -> None:
     short = "1. join()"
-    metrics = score_predictions(
+    metrics = metrics_of(
         [
             row(LABEL),
             row(change("$1", "${1}")),
@@ -180,7 +186,7 @@ def test_a_set_of_predictions_is_summed_up() -> None:
 
 def test_metrics_are_written_as_plain_json_even_without_predictions() -> None:
     for rows in ([], [row(LABEL), row("")]):
-        figures = json.loads(json.dumps(score_predictions(rows).to_json(), allow_nan=False))
+        figures = json.loads(json.dumps(metrics_of(rows).to_json(), allow_nan=False))
         assert figures["n"] == len(rows)
         assert set(figures["success"]) == {"count", "total", "share", "interval_95"}
         assert set(figures) >= {"tool_recall", "failures", "success_by_steps", "label_problems"}
@@ -239,6 +245,6 @@ def test_real_labels_can_be_scored_against_themselves() -> None:
         pytest.skip("set TINYAGENT_FAST_REAL_DATA to the folder with testing_data.json")
     entries = json.loads((Path(folder) / "testing_data.json").read_text(encoding="utf-8"))
     labels = [entry["output"][0]["raw_output"] for entry in entries.values()]
-    metrics = score_predictions([row(label, label=label) for label in labels])
+    metrics = metrics_of([row(label, label=label) for label in labels])
     assert metrics.success.count + metrics.bad_labels.count >= metrics.n > 0
     assert metrics.bad_labels.share < 0.02

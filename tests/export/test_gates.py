@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinyagent_fast.evaluation.comparison import compare_predictions
-from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.evaluation.comparison import compare_plans
+from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
 from tinyagent_fast.export import gates
 
 PLAN = '1. get_email_address("Sid")\n2. join()'
@@ -98,8 +98,8 @@ def test_values_that_are_not_finite_fail() -> None:
     assert not gates.near_logits("x", found).passed
 
 
-def predictions(right: int, n: int) -> list[Prediction]:
-    return [
+def plans(right: int, n: int) -> tuple[ScoredPlan, ...]:
+    return score_all(
         Prediction(
             key=str(at),
             query="q",
@@ -110,18 +110,18 @@ def predictions(right: int, n: int) -> list[Prediction]:
             seconds=0.1,
         )
         for at in range(n)
-    ]
+    )
 
 
 @pytest.mark.parametrize(("right", "passes"), [(80, True), (78, True), (60, False), (30, False)])
 def test_a_file_that_surely_loses_too_much_fails(right: int, passes: bool) -> None:
-    paired = compare_predictions(predictions(80, 100), predictions(right, 100), None)
+    paired = compare_plans(plans(80, 100), plans(right, 100))
     gate = gates.no_great_loss("q4", paired, 5.0)
     assert gate.passed is passes
     assert gate.figures["difference in points"] == pytest.approx(right - 80)
 
 
 def test_a_reference_without_success_is_said_to_prove_nothing() -> None:
-    paired = compare_predictions(predictions(0, 20), predictions(0, 20), None)
+    paired = compare_plans(plans(0, 20), plans(0, 20))
     gate = gates.no_great_loss("q4", paired, 5.0)
     assert "nothing could be lost" in gate.sentence()

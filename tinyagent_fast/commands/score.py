@@ -108,7 +108,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
 def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> None:
     from tinyagent_fast.evaluation.predictions import find_predictions
     from tinyagent_fast.evaluation.report import markdown_report
-    from tinyagent_fast.evaluation.scoring import score_predictions
+    from tinyagent_fast.evaluation.scoring import score_all, summarise
 
     file = next(iter(find_predictions(path).values()), None)
     if file is None:
@@ -120,8 +120,9 @@ def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json:
     predictions = file.read()
     if not predictions:
         raise DataError(f"predictions {path}", "there is none", "let `tinyagent-fast eval` finish")
-    metrics = score_predictions(predictions, tools)
+    plans = score_all(predictions, tools)
+    metrics = summarise([plan.score for plan in plans])
     if as_json:
         print(json.dumps(metrics.to_json(), indent=2))
     else:
-        print(markdown_report(str(file.folder), metrics, predictions, tools))
+        print(markdown_report(str(file.folder), metrics, plans, tools))

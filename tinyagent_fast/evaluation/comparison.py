@@ -6,15 +6,14 @@ what changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.report import percent
-from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
+from tinyagent_fast.evaluation.scoring import ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
-from tinyagent_fast.plans.tools import Tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +62,12 @@ class PairedComparison:
         )
 
 
-def compare_predictions(
-    a: Sequence[Prediction], b: Sequence[Prediction], tools: Mapping[str, Tool] | None
-) -> PairedComparison:
-    """Score the predictions of two planners and compare them.
-
-    Args:
-        a: Predictions of the first.
-        b: Those of the second for the same examples, in any order.
-        tools: Tools by name; None stands for TinyAgent's own.
-
-    Returns:
-        The comparison.
+def compare_plans(a: Sequence[ScoredPlan], b: Sequence[ScoredPlan]) -> PairedComparison:
+    """Compare the plans of two planners for the same examples, in any order.
 
     Raises:
-        DataError: The predictions are not for the same examples, or there are none.
+        DataError: The plans are not for the same examples, or there are none.
     """
-    return compare_scored(score_all(a, tools), score_all(b, tools))
-
-
-def compare_scored(a: Sequence[ScoredPlan], b: Sequence[ScoredPlan]) -> PairedComparison:
-    """Compare two planners by predictions that are scored already; see `compare_predictions`."""
     by_key = {plan.prediction.key: plan for plan in b}
     keys = {plan.prediction.key for plan in a}
     if not a or keys != set(by_key) or not len(keys) == len(a) == len(b):

@@ -17,11 +17,12 @@ import tyro
 from tinyagent_fast.config import Backend, Config, EvalConfig, check_config
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
-from tinyagent_fast.evaluation.comparison import ComparedRow, compare_predictions, comparison_table
+from tinyagent_fast.evaluation.comparison import ComparedRow, compare_plans, comparison_table
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
-from tinyagent_fast.evaluation.scoring import Prediction, score_predictions
+from tinyagent_fast.evaluation.scoring import ScoredPlan, score_all
+from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import ExportRecord, sha256_of
 from tinyagent_fast.runs import Run, find_run, write_json, write_text
 
@@ -442,23 +443,23 @@ def _compare_files(
     task: _Task, subjects: Sequence[_Subject], results: Mapping[str, EvaluationResult]
 ) -> None:
     """Write the table that compares GGUF files with the adapter, or with the f16 file."""
-    measured = {subject.name: results[subject.name].predictions for subject in subjects}
-    adapter = _adapter_predictions(task)
+    measured = {subject.name: results[subject.name].plans for subject in subjects}
+    adapter = _adapter_plans(task)
     reference = next((name for name in measured if Path(name).stem.endswith("f16")), None)
     if adapter is not None:
         reference, measured = _ADAPTER, {_ADAPTER: adapter, **measured}
     paths = {subject.name: subject.path for subject in subjects}
     rows = []
-    for name, predictions in measured.items():
+    for name, plans in measured.items():
         path, compared = paths.get(name), None
         if reference is not None and name != reference:
-            compared = compare_predictions(measured[reference], predictions, task.tools)
+            compared = compare_plans(measured[reference], plans)
         rows.append(
             ComparedRow(
                 name=name,
                 size_bytes=path.stat().st_size if path else None,
-                success=score_predictions(predictions, task.tools).success,
-                seconds=sum(p.seconds or 0.0 for p in predictions),
+                success=Proportion(sum(plan.score.success for plan in plans), len(plans)),
+                seconds=sum(plan.prediction.seconds or 0.0 for plan in plans),
                 comparison=compared,
             )
         )
@@ -471,7 +472,7 @@ def _compare_files(
     task.display.say(f"written: {folder}/eval-gguf.md, eval-gguf.json")
 
 
-def _adapter_predictions(task: _Task) -> list[Prediction] | None:
+def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
     """Take the adapter's predictions as the reference if they are there for the same task."""
     file, say = PredictionFile(task.run.evaluation), task.display.say
     remedy = f"`make eval RUN={task.run.path.name}` adds the adapter to the table"
@@ -492,4 +493,4 @@ def _adapter_predictions(task: _Task) -> list[Prediction] | None:
     if other:
         say(f"note: {file.path} is for something else ({', '.join(other)}); {remedy}")
         return None
-    return [by_key[example.key] for example in task.examples]
+    return score_all((by_key[example.key] for example in task.examples), task.tools)

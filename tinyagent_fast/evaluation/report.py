@@ -11,9 +11,7 @@ from tinyagent_fast.evaluation.scoring import (
     FAILURE_CODES,
     PROBLEMS,
     Metrics,
-    Prediction,
     ScoredPlan,
-    score_prediction,
 )
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
 from tinyagent_fast.plans.drawing import printable
@@ -74,7 +72,7 @@ def cell_text(cell: Cell) -> str:
 def markdown_report(
     title: str,
     metrics: Metrics,
-    predictions: Sequence[Prediction],
+    plans: Sequence[ScoredPlan],
     tools: Mapping[str, Tool] | None,
 ) -> str:
     """Write the figures and the first failing plans as Markdown.
@@ -82,7 +80,7 @@ def markdown_report(
     Args:
         title: Heading.
         metrics: The figures.
-        predictions: What they were computed from.
+        plans: What they were computed from.
         tools: Tools by name; None stands for TinyAgent's own.
     """
     figures: list[tuple[Cell, ...]] = [
@@ -102,8 +100,7 @@ def markdown_report(
         ),
         success_by_calls(metrics),
     )
-    scored = (ScoredPlan(row, score_prediction(row, tools)) for row in predictions)
-    failing = islice((plan for plan in scored if not plan.score.success), _SHOWN_FAILURES)
+    failing = islice((plan for plan in plans if not plan.score.success), _SHOWN_FAILURES)
     return "\n".join(
         (
             f"# {plain(title)}\n",

@@ -13,7 +13,13 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.distributed import Processes
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import markdown_report
-from tinyagent_fast.evaluation.scoring import Metrics, Prediction, score_predictions
+from tinyagent_fast.evaluation.scoring import (
+    Metrics,
+    Prediction,
+    ScoredPlan,
+    score_all,
+    summarise,
+)
 from tinyagent_fast.inference.engine import Engine, Prompt
 from tinyagent_fast.inference.parity import ParityReport, compare_batches
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -26,7 +32,8 @@ class EvaluationResult:
     """What an evaluation measured and how."""
 
     metrics: Metrics
-    predictions: Sequence[Prediction]
+    plans: Sequence[ScoredPlan]
+    """In the order of the examples."""
     parity: ParityReport | None
     """None when every prediction was there already."""
     reused: int
@@ -34,6 +41,11 @@ class EvaluationResult:
     seconds: float
     notes: Sequence[str] = ()
     """What the engine had to say before it began."""
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """What was generated, in the order of the examples."""
+        return [plan.prediction for plan in self.plans]
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for metrics.json."""
@@ -92,10 +104,10 @@ def evaluate_examples(
     if missing:
         parity = _generate(engine, missing, settings, file, kept, on_progress, say, processes)
     by_key = {prediction.key: prediction for prediction in file.read()}
-    predictions = [by_key[example.key] for example in examples]
+    plans = score_all((by_key[example.key] for example in examples), tools)
     result = EvaluationResult(
-        metrics=score_predictions(predictions, tools),
-        predictions=predictions,
+        metrics=summarise([plan.score for plan in plans]),
+        plans=plans,
         parity=parity,
         reused=kept,
         seconds=time.perf_counter() - started,
@@ -106,7 +118,7 @@ def evaluate_examples(
         say(f"{strange} labels call unknown tools; --data.catalogue names tools of your own")
     if processes.is_main_process:
         write_json(folder / "metrics.json", result.to_json())
-        write_text(folder / "report.md", markdown_report(title, result.metrics, predictions, tools))
+        write_text(folder / "report.md", markdown_report(title, result.metrics, plans, tools))
     return result
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast, get_args
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, get_args
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.reference import reference_scores
@@ -86,28 +87,19 @@ class Prediction:
         return dict(vars(self))
 
     @classmethod
-    def from_json(cls, row: Mapping[str, object]) -> Prediction:
-        """Read a prediction from a predictions file.
-
-        Args:
-            row: The fields by name; others are ignored, so that files may carry notes.
-
-        Returns:
-            The prediction.
+    def from_json(cls, row: Mapping[str, Any]) -> Prediction:
+        """Read a prediction; other fields are ignored, so that files may carry notes.
 
         Raises:
             DataError: If a field is missing or has the wrong type.
         """
-        tokens, seconds, reasons = row.get("new_tokens"), row.get("seconds"), get_args(StopReason)
-        texts = ("key", "query", "label", "prediction")
-        checks: dict[str, tuple[bool, str]] = {
-            name: (isinstance(row.get(name), str), "a string") for name in texts
+        found: dict[str, Any] = {field.name: row.get(field.name) for field in fields(cls)}
+        tokens, reasons = found["new_tokens"], get_args(StopReason)
+        checks = {name: (isinstance(value, str), "a string") for name, value in found.items()} | {
+            "stop_reason": (found["stop_reason"] in reasons, f"one of {', '.join(reasons)}"),
+            "new_tokens": (type(tokens) is int and tokens >= 0, "a number of tokens"),
+            "seconds": (type(found["seconds"]) in (int, float, NoneType), "a number or null"),
         }
-        checks["stop_reason"] = (row.get("stop_reason") in reasons, f"one of {', '.join(reasons)}")
-        counted = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0
-        checks["new_tokens"] = (counted, "a number of tokens")
-        timed = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        checks["seconds"] = (seconds is None or timed, "a number or null")
         for name, (good, wanted) in checks.items():
             if not good:
                 raise DataError(
@@ -115,12 +107,7 @@ class Prediction:
                     f"it must be {wanted}",
                     "write the predictions file again, or repair this row",
                 )
-        return cls(
-            **{name: str(row[name]) for name in texts},
-            stop_reason=cast(StopReason, row["stop_reason"]),
-            new_tokens=cast(int, tokens),
-            seconds=None if seconds is None else float(cast(float, seconds)),
-        )
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -267,23 +254,17 @@ def _failure(wanted: _PlanFacts, found: _PlanFacts, success_dag: bool, truncated
     return next(code for code, applies in reasons.items() if applies)
 
 
-def score_prediction(row: Prediction, tools: Mapping[str, Tool] | None = TINYAGENT) -> PairScore:
-    """Score one row of a predictions file; `tools` as for `score_pair`."""
-    return score_pair(row.label, row.prediction, tools, truncated=row.stop_reason == "length")
-
-
 def score_all(
     rows: Iterable[Prediction], tools: Mapping[str, Tool] | None = TINYAGENT
 ) -> tuple[ScoredPlan, ...]:
     """Score predictions and keep each score with its prediction; `tools` as for `score_pair`."""
-    return tuple(ScoredPlan(row, score_prediction(row, tools)) for row in rows)
-
-
-def score_predictions(
-    rows: Iterable[Prediction], tools: Mapping[str, Tool] | None = TINYAGENT
-) -> Metrics:
-    """Score a set of predictions and sum up; `tools` as for `score_pair`."""
-    return summarise([score_prediction(row, tools) for row in rows])
+    return tuple(
+        ScoredPlan(
+            row,
+            score_pair(row.label, row.prediction, tools, truncated=row.stop_reason == "length"),
+        )
+        for row in rows
+    )
 
 
 def summarise(scores: Sequence[PairScore]) -> Metrics:

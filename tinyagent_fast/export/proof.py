@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tinyagent_fast.config import Config, EvalConfig, Weights
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.evaluation.comparison import compare_predictions
+from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.export import gates
@@ -480,9 +480,7 @@ def quant_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
         path = export.folder / export.gguf_path(spec)
         file = _measure(export, path, examples, witness, spec.name)
         measured[spec.name] = file.figures()
-        paired = compare_predictions(
-            reference.result.predictions, file.result.predictions, export.tools
-        )
+        paired = compare_plans(reference.result.plans, file.result.plans)
         name = gates.success_gate(spec.name)
         made.append(gates.no_great_loss(name, paired, export.settings.max_loss_points))
         _announce(export, made[-1:])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, DataError
-from tinyagent_fast.evaluation.comparison import PairedComparison, compare_scored
+from tinyagent_fast.evaluation.comparison import PairedComparison, compare_plans
 from tinyagent_fast.evaluation.predictions import find_predictions
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
@@ -207,7 +207,7 @@ def flipped_plans(
         score_all((row for row in side.predictions if row.key not in alone), tools)
         for side in (a, b)
     )
-    paired = compare_scored(plans_a, plans_b)
+    paired = compare_plans(plans_a, plans_b)
     flips = (*_flips("A", paired.only_a, plans_b), *_flips("B", paired.only_b, plans_a))
     labels = [plan.prediction.label for plan in plans_a]
     return FlippedPlans(

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.comparison import compare_scored
+from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import Cell, FactTable, percent, success_by_calls
 from tinyagent_fast.evaluation.scoring import FAILURE_CODES, ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion
@@ -191,7 +191,7 @@ def training_gain(contents: RunContents) -> str:
         return ""
     told = f"before training {percent(before.metrics.success)}"
     try:
-        compared = compare_scored(before.plans, main.plans)
+        compared = compare_plans(before.plans, main.plans)
     except DataError:
         return f"{told}, on other queries"
     return f"{told}; change {compared.points()} points, McNemar p = {compared.mcnemar_p:.2g}"
@@ -241,7 +241,7 @@ def _export_table(contents: RunContents) -> FactTable:
         tested, points = contents.evaluations.get(file.evaluation), ""
         if tested is not None and contents.main is not None:
             try:
-                points = compare_scored(contents.main.plans, tested.plans).points()
+                points = compare_plans(contents.main.plans, tested.plans).points()
             except DataError:
                 points = f"other queries than {contents.main.name}"
         rows.append(
