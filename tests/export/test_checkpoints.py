@@ -65,7 +65,8 @@ def test_bf16_rounds_as_torch_does(bits: list[int]) -> None:
 
     values = np.array(bits, np.uint32).view(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
-    ours = (encode_values(values, "BF16", "w").astype(np.uint32) << 16).view(np.float32)
+    stored = encode_values(values, "BF16", "w").view(np.uint16)
+    ours = (stored.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(ours, expected)  # NaN equals NaN here
 
 
@@ -198,7 +199,7 @@ def test_a_missing_shard_and_a_wrong_index_are_refused(tiny_base: Path, tmp_path
     index.write_text(json.dumps(content))
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(ModelError, match=rf"{lost.name}, which is not there"):
+    with pytest.raises(ModelError, match=rf"not there: {lost.name}"):
         open_checkpoint(tmp_path)
     index.write_text("{}")
     with pytest.raises(ModelError, match="no weight_map"):
@@ -211,7 +212,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 4, 12, len(whole) - 33, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match=r"header|should end at byte"):
+        with pytest.raises(ModelError, match="header"):
             open_checkpoint(folder)
     path.write_bytes(whole)
     assert set(open_checkpoint(folder).tensors) == {"w"}
@@ -233,11 +234,11 @@ def header_of(entry: dict[str, Any]) -> bytes:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}, "stored as U8"),
-        ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "stored as F8_E4M3"),
-        ({"dtype": "F32", "shape": [8], "data_offsets": [0, 8]}, "does not fit its shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "does not fit its shape"),
-        ({"dtype": "F32", "shape": [2]}, "cannot be read: 'data_offsets'"),
+        ({"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}, "stored as U8"),
+        ({"dtype": "F8_E4M3", "shape": [64], "data_offsets": [0, 64]}, "stored as F8_E4M3"),
+        ({"dtype": "F32", "shape": [8], "data_offsets": [0, 8]}, "invalid shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "invalid JSON"),
+        ({"dtype": "F32", "shape": [2]}, "missing field `data_offsets`"),
     ],
 )
 def test_a_header_that_cannot_be_right_is_refused(

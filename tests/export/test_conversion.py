@@ -21,8 +21,7 @@ from tinyagent_fast.export.checkpoints import (
     read_rows,
     write_safetensors,
 )
-from tinyagent_fast.export.conversion import convert_to_gguf, read_rope
-from tinyagent_fast.models.families import LLAMA, ModelShape
+from tinyagent_fast.export.conversion import convert_to_gguf
 
 # An untrained model is compared on logits of a few units; float32 noise is a thousandth of this.
 SAME, OTHER = 1e-3, 2e-2
@@ -264,7 +263,7 @@ def test_progress_ends_with_all_bytes(llama_folder: Callable[..., Path], tmp_pat
     seen: list[tuple[int, int]] = []
     folder = llama_folder()
     convert(folder, tmp_path / "m.gguf", on_progress=lambda done, total: seen.append((done, total)))
-    total = sum(4 * t.rows * t.row_values for t in open_checkpoint(folder).tensors.values())
+    total = sum(4 * t.values for t in open_checkpoint(folder).tensors.values())
     assert {whole for _, whole in seen} == {total}
     done = [part for part, _ in seen]
     assert done == sorted(done)
@@ -373,10 +372,11 @@ def test_values_too_small_for_f16_are_counted(
     assert note == "5 values are too small for f16 and became 0"
 
 
-def test_a_base_without_theta_has_llamas_own(llama_folder: Callable[..., Path]) -> None:
-    checkpoint = open_checkpoint(llama_folder(rope_theta=None))
-    shape = ModelShape.from_config(checkpoint.config)
-    assert read_rope(checkpoint, LLAMA, shape).base == 10000.0
+def test_a_base_without_theta_has_llamas_own(
+    llama_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    report = convert(llama_folder(rope_theta=None), tmp_path / "m.gguf")
+    assert keys_of(report.path)["llama.rope.freq_base"] == 10000.0
 
 
 # How much memory it takes.

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError, GateError, ModelError
-from tinyagent_fast.export import checkpoints, quantising
+from tinyagent_fast.export import checkpoints, conversion
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.importance import Importance
 from tinyagent_fast.export.quantising import GgmlLibrary, block_values, file_type, tensor_type
@@ -344,7 +344,7 @@ def test_a_damaged_block_of_rows_fails_the_check(
 
 def test_every_part_of_a_tensor_is_compared() -> None:
     for rows in (1, 2, 255, 256, 257, 1000, 32000):
-        picked = quantising._rows_to_check(rows)
+        picked = conversion._rows_to_check(rows)
         assert picked[0] == 0
         assert picked[-1] == rows - 1
         assert max(np.diff(picked), default=0) <= 256
@@ -471,8 +471,3 @@ def test_a_library_without_the_functions_is_refused(
     monkeypatch.setattr(GgmlLibrary, "SYMBOLS", (*GgmlLibrary.SYMBOLS, "ggml_of_tomorrow"))
     with pytest.raises(ModelError, match="exports no ggml_of_tomorrow"):
         convert(llama, tmp_path / "out.gguf", "q4_k_m")
-
-
-def test_an_unknown_kind_of_file_is_refused(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="use f32, f16"):
-        convert(llama, tmp_path / "out.gguf", "q3_k_s")

@@ -15,7 +15,7 @@ from gguf import TokenType
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export import vocabulary
 from tinyagent_fast.export.conversion import convert_to_gguf
-from tinyagent_fast.export.vocabulary import read_vocabulary
+from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
 from tinyagent_fast.prompts.tokenizers import HARD_STRINGS, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
@@ -76,6 +76,14 @@ def pieces_of(folder: Path) -> list[str]:
 
 def to_gguf(folder: Path, target: Path) -> Path:
     return convert_to_gguf(folder, target, quant="f16", name="v", chat_template=None, extra={}).path
+
+
+def texts_of(read: GgufVocabulary) -> list[str]:
+    return [read.tokens[index].text for index in range(len(read.tokens))]
+
+
+def kinds_of(read: GgufVocabulary) -> list[int]:
+    return [read.tokens[index].kind for index in range(len(read.tokens))]
 
 
 def edited(source: Path, target: Path, edit: Edit) -> Path:
@@ -142,12 +150,8 @@ def test_the_comparison_finds_scores_that_are_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = shutil.copytree(spm_json, make_llama(tmp_path / "model"), dirs_exist_ok=True)
-    put = vocabulary._Pieces.put
-
-    def without_score(self: Any, index: int, token: str, _: float, kind: int) -> None:
-        put(self, index, token, -1000.0, kind)
-
-    monkeypatch.setattr(vocabulary._Pieces, "put", without_score)
+    token = vocabulary.Token
+    monkeypatch.setattr(vocabulary, "Token", lambda text, _, kind: token(text, -1000.0, kind))
     assert different(folder, to_gguf(folder, tmp_path / "m.gguf"), strings(200))
 
 
@@ -159,12 +163,11 @@ def test_a_byte_level_vocabulary_has_the_ids_and_special_tokens_of_training(
 ) -> None:
     tokenizer = load_tokenizer(tiny_merged)
     read = read_vocabulary(tiny_merged, len(tokenizer))
-    assert read.tokens == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert texts_of(read) == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     assert (read.model, read.pre) == ("gpt2", "dbrx")
-    assert (read.bos_id, read.eos_id, read.add_bos, read.add_eos) == (1, 2, True, False)
-    assert [i for i, kind in enumerate(read.token_types) if kind == TokenType.CONTROL] == [0, 1, 2]
-    assert {kind for kind in read.token_types[3:]} == {TokenType.NORMAL}
-    assert read.scores is None
+    assert read.special_ids == {"bos": 1, "eos": 2, "unk": 0, "pad": 0}
+    assert [i for i, kind in enumerate(kinds_of(read)) if kind == TokenType.CONTROL] == [0, 1, 2]
+    assert {kind for kind in kinds_of(read)[3:]} == {TokenType.NORMAL}
     assert read.merges and read.merges[0].count(" ") == 1
     assert read.notes == ()
 
@@ -177,17 +180,16 @@ def test_scores_rebuilt_from_merges_order_tokens_as_the_true_ones(
     proto = protobuf.ModelProto()
     proto.ParseFromString((spm_folder / "tokenizer.model").read_bytes())
     rebuilt = read_vocabulary(spm_json, 700)
-    assert rebuilt.scores
-    assert rebuilt.tokens == [piece.piece for piece in proto.pieces]
-    assert rebuilt.token_types == [piece.type for piece in proto.pieces]
+    assert texts_of(rebuilt) == [piece.piece for piece in proto.pieces]
+    assert kinds_of(rebuilt) == [piece.type for piece in proto.pieces]
     made = [
         index
-        for index, kind in enumerate(rebuilt.token_types)
-        if kind == TokenType.NORMAL and len(rebuilt.tokens[index]) > 1
+        for index, token in rebuilt.tokens.items()
+        if token.kind == TokenType.NORMAL and len(token.text) > 1
     ]
     assert len(made) > 100
     assert sorted(made, key=lambda index: proto.pieces[index].score) == sorted(
-        made, key=rebuilt.scores.__getitem__
+        made, key=lambda index: rebuilt.tokens[index].score
     )
 
 
@@ -197,15 +199,15 @@ def test_a_sentencepiece_vocabulary_knows_bytes_and_unknown(spm_json: Path) -> N
         *("llama", "default", True),
         None,
     )
-    assert read.token_types[:3] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-    assert read.token_types.count(TokenType.BYTE) == 256
-    assert (read.unk_id, read.bos_id, read.eos_id, read.add_bos) == (0, 1, 2, True)
+    assert kinds_of(read)[:3] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    assert kinds_of(read).count(TokenType.BYTE) == 256
+    assert read.special_ids == {"bos": 1, "eos": 2, "unk": 0, "pad": 0}
 
 
 def test_rows_without_a_token_are_named_and_counted(spm_json: Path) -> None:
     read = read_vocabulary(spm_json, 704)
-    assert read.tokens[699:] == [read.tokens[699], "[PAD700]", "[PAD701]", "[PAD702]", "[PAD703]"]
-    assert read.token_types[700:] == [TokenType.UNUSED] * 4
+    assert texts_of(read)[700:] == ["[PAD700]", "[PAD701]", "[PAD702]", "[PAD703]"]
+    assert kinds_of(read)[700:] == [TokenType.UNUSED] * 4
     assert read.notes == ("4 embedding rows have no token and are named [PADn]",)
 
 
@@ -227,8 +229,8 @@ def test_added_tokens_keep_their_ids_and_are_found_only_if_not_special(
     folder = make_llama(tmp_path / "model", vocab_size=first + 2)
     source.save_pretrained(str(folder))
     read = read_vocabulary(folder, first + 2)
-    assert read.tokens[first:] == ["<END_OF_PLAN>", "<|user|>"]
-    assert read.token_types[first:] == [TokenType.USER_DEFINED, TokenType.CONTROL]
+    assert texts_of(read)[first:] == ["<END_OF_PLAN>", "<|user|>"]
+    assert kinds_of(read)[first:] == [TokenType.USER_DEFINED, TokenType.CONTROL]
     texts = ["1. join()<END_OF_PLAN>", "a <END_OF_PLAN> b<END_OF_PLAN>", "<|user|>\nhi"]
     assert different(folder, to_gguf(folder, tmp_path / "m.gguf"), texts) == []
 
@@ -242,8 +244,11 @@ def test_added_tokens_that_only_tokenizer_config_names_are_not_lost(
     config["bos_token"] = {"content": "<s>", "special": True}  # as transformers 4 wrote it
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     read = read_vocabulary(folder, 701)
-    assert (read.tokens[700], read.token_types[700]) == ("<END_OF_PLAN>", TokenType.USER_DEFINED)
-    assert read.bos_id == 1
+    assert (read.tokens[700].text, read.tokens[700].kind) == (
+        "<END_OF_PLAN>",
+        TokenType.USER_DEFINED,
+    )
+    assert read.special_ids["bos"] == 1
 
 
 def test_a_tokenizer_without_bos_adds_none(tiny_merged: Path, tmp_path: Path) -> None:
@@ -252,7 +257,7 @@ def test_a_tokenizer_without_bos_adds_none(tiny_merged: Path, tmp_path: Path) ->
     del config["bos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     read = read_vocabulary(folder, 768)
-    assert (read.bos_id, read.add_bos) == (None, False)
+    assert read.special_ids["bos"] is None
     assert PromptTokenizer(load_tokenizer(folder)).bos_id is None
 
 

@@ -2,21 +2,23 @@
 
 Plain reads and writes, block by block, so that the size of a model does not decide how much memory
 an export needs. The safetensors package writes only whole files from memory and gives bf16 only
-through torch, so it is not used here.
+through torch, so it checks headers here and no more.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from tinyagent_fast.errors import ModelError
 
@@ -33,8 +35,6 @@ _INFINITE_F16 = 65520.0
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# The files themselves set no limit; a header beyond this is damage (safetensors refuses it too).
-_HEADER_LIMIT_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,14 @@ class StoredTensor:
         return self.shape[0]
 
     @property
-    def row_values(self) -> int:
-        """Values of one row; 1 for a tensor of one dimension."""
-        return math.prod(self.shape[1:])
+    def values(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
         """What it takes in its file."""
-        return self.rows * self.row_values * VALUE_BYTES[self.dtype]
+        return self.values * VALUE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ModelError: The folder holds no whole model in safetensors with float weights.
     """
-    config = _read_config(folder)
-    if (folder / _INDEX).exists():
-        tensors = _open_shards(folder)
-    elif (folder / _SINGLE).exists():
-        tensors = stored_tensors(folder / _SINGLE)
-    else:
-        raise _no_weights(folder)
-    return Checkpoint(folder, config, tensors)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"folder {folder}",
@@ -109,17 +98,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"its weights are quantised ({method}), and rounding them again would cost quality",
             "name the folder of the same model in bf16, f16 or f32",
         )
-    return config
+    if (folder / _INDEX).exists():
+        return Checkpoint(folder, config, _open_shards(folder))
+    if (folder / _SINGLE).exists():
+        return Checkpoint(folder, config, stored_tensors(folder / _SINGLE))
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    why, fix = f"it has neither {_SINGLE} nor {_INDEX}", "copy the weights into it"
+    if pickles:
+        why = f"its weights are {pickles[0]}, a format that can run code when it is read"
+        fix = "load the model with transformers and save it again, which writes model.safetensors"
+    raise ModelError(f"folder {folder}", why, fix)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of a model folder that holds one JSON object.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object.
 
     Raises:
         ModelError: No such file, or it holds something else.
@@ -136,30 +128,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _no_weights(folder: Path) -> ModelError:
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    why, fix = f"it has neither {_SINGLE} nor {_INDEX}", "copy the weights into it"
-    if pickles:
-        why = f"its weights are {pickles[0]}, a format that can run code when it is read"
-        fix = "load the model with transformers and save it again, which writes model.safetensors"
-    return ModelError(f"folder {folder}", why, fix)
-
-
 def _open_shards(folder: Path) -> dict[str, StoredTensor]:
     """Read the headers of all shards, and hold them against the index."""
-    index = folder / _INDEX
-    where = read_json(index).get("weight_map")
+    where = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ModelError(f"{index}", "it has no weight_map", "copy the file again")
-    absent = [name for name in sorted(set(where.values())) if not (folder / name).exists()]
-    if absent:
-        raise ModelError(
-            f"folder {folder}",
-            f"its index names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} "
-            "not there",
-            "copy the missing files into it",
-        )
-    headers = {name: stored_tensors(folder / name) for name in sorted(set(where.values()))}
+        raise ModelError(f"{folder / _INDEX}", "it has no weight_map", "copy the file again")
+    shards = sorted(set(where.values()))
+    if absent := [name for name in shards if not (folder / name).exists()]:
+        why = f"its index names files that are not there: {', '.join(absent)}"
+        raise ModelError(f"folder {folder}", why, "copy the missing files into it")
+    headers = {name: stored_tensors(folder / name) for name in shards}
     for tensor, shard in where.items():
         if tensor not in headers[shard]:
             raise ModelError(
@@ -171,47 +149,35 @@ def _open_shards(folder: Path) -> dict[str, StoredTensor]:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Read the header of one safetensors file and check it against the file's size.
-
-    Args:
-        path: A model's, a shard's or an adapter's file.
-
-    Returns:
-        Its tensors by name.
+    """Read the header of a safetensors file: a model's, a shard's or an adapter's.
 
     Raises:
         ModelError: The file is cut off or damaged, or a tensor is not F32, F16 or BF16.
     """
-    size = path.stat().st_size
+    try:
+        with safe_open(path, "np"):  # it holds the header against the size of the file
+            pass
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
     with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
-            raise _damaged(path, "its header is cut off or is none")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [
-                (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-                for name, entry in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"its header cannot be read: {error}") from error
-    data = 8 + length
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
     tensors = {}
-    for name, dtype, shape, begin, end in entries:
-        if dtype not in VALUE_BYTES:
+    for name, entry in header.items():
+        if entry["dtype"] not in VALUE_BYTES:
             raise ModelError(
                 f"tensor {name} in {path}",
-                f"it is stored as {dtype}, so the weights are quantised or of an unknown kind",
+                f"it is stored as {entry['dtype']}, so the weights are quantised or of an unknown "
+                "kind",
                 "name the folder of the same model in bf16, f16 or f32",
             )
-        if end - begin != math.prod(shape) * VALUE_BYTES[dtype] or not 0 <= begin <= end:
-            raise _damaged(path, f"the place of {name} does not fit its shape {shape}")
-        if data + end > size:
-            raise _damaged(path, f"{name} should end at byte {data + end:,} of {size:,}")
         tensors[name] = StoredTensor(
-            name=name, dtype=dtype, shape=shape, path=path, offset_bytes=data + begin
+            name=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            path=path,
+            offset_bytes=8 + length + entry["data_offsets"][0],
         )
     return tensors
 
@@ -235,21 +201,14 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
         ModelError: The file has become shorter since it was opened.
     """
     assert 0 <= start <= stop <= tensor.rows, f"rows {start}..{stop} of {tensor.shape}"
-    count = (stop - start) * tensor.row_values
-    width = VALUE_BYTES[tensor.dtype]
+    row_bytes = tensor.size_bytes // tensor.rows
     with tensor.path.open("rb") as file:
-        file.seek(tensor.offset_bytes + start * tensor.row_values * width)
-        stored = np.fromfile(
-            file, np.dtype({"F32": "<f4", "F16": "<f2"}.get(tensor.dtype, "<u2")), count
-        )
-    if stored.size != count:
+        file.seek(tensor.offset_bytes + start * row_bytes)
+        stored = np.fromfile(file, np.uint8, (stop - start) * row_bytes)
+    if stored.size != (stop - start) * row_bytes:
         raise _damaged(tensor.path, f"it ends within {tensor.name}")
-    if tensor.dtype == "BF16":
-        # bf16 is the upper half of a float32.
-        bits = stored.astype(np.uint32)
-        bits <<= 16
-        stored = bits.view(np.float32)
-    return stored.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
+    rows = quants.dequantize(stored.reshape(-1, row_bytes), GGMLQuantizationType[tensor.dtype])
+    return np.asarray(rows, np.float32).reshape(stop - start, *tensor.shape[1:])
 
 
 def row_blocks(tensor: StoredTensor, *, multiple_of_rows: int = 1) -> Iterator[tuple[int, Floats]]:
@@ -262,7 +221,7 @@ def row_blocks(tensor: StoredTensor, *, multiple_of_rows: int = 1) -> Iterator[t
     Yields:
         First row of each block, and its rows.
     """
-    unit_bytes = 4 * tensor.row_values * multiple_of_rows
+    unit_bytes = 4 * tensor.values // max(1, tensor.rows) * multiple_of_rows
     step = max(1, BLOCK_BYTES // max(1, unit_bytes)) * multiple_of_rows
     for start in range(0, tensor.rows, step):
         yield start, read_rows(tensor, start, min(start + step, tensor.rows))
@@ -277,44 +236,21 @@ def encode_values(block: Floats, dtype: str, name: str) -> NDArray[Any]:
         name: Of their tensor, for messages.
 
     Returns:
-        An array of the same shape whose bytes are the stored ones.
+        An array whose bytes are the stored ones.
 
     Raises:
         ModelError: A finite value is too large for f16.
     """
-    if dtype == "F32":
-        return np.ascontiguousarray(block, "<f4")
     if dtype == "F16":
-        largest = _largest_finite(block)
+        largest = np.abs(block).max(initial=0.0, where=np.isfinite(block))
         if largest >= _INFINITE_F16:
             raise ModelError(
                 f"tensor {name}",
                 f"{largest:g} is beyond the largest f16 number, 65504",
                 "write the model as bf16 or f32",
             )
-        return np.ascontiguousarray(block.astype("<f2"))
-    assert dtype == "BF16", dtype
-    bits = np.ascontiguousarray(block, np.float32).view(np.uint32)
-    # Half a step less one, plus one where the kept part is odd: nearest, ties to even.
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    nans = np.isnan(block)
-    if nans.any():
-        # The sum carried NaNs into infinity; a NaN keeps its upper half, made a quiet one.
-        rounded[nans] = (bits[nans] >> 16) | 0x40
-    return rounded.astype("<u2")
-
-
-def _largest_finite(block: Floats) -> float:
-    if not block.size:
-        return 0.0
-    largest = max(-float(block.min()), float(block.max()))
-    if not math.isfinite(largest):
-        largest = float(np.abs(block[np.isfinite(block)]).max(initial=0.0))
-    return largest
+    stored: NDArray[Any] = quants.quantize(np.ascontiguousarray(block), GGMLQuantizationType[dtype])
+    return stored
 
 
 @dataclass(frozen=True)
@@ -333,7 +269,7 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write a safetensors file block by block; it gets its name only when it is whole.
 
     Args:
-        path: Target; `path` with `.part` behind it is used on the way.
+        path: Target.
         tensors: In the order of writing.
 
     Raises:
@@ -345,26 +281,29 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
     for one in tensors:
         assert one.name not in header, f"{one.name} occurs twice"
         end = offset + math.prod(one.shape) * VALUE_BYTES[one.dtype]
-        header[one.name] = {
-            "dtype": one.dtype,
-            "shape": list(one.shape),
-            "data_offsets": [offset, end],
-        }
+        offsets = [offset, end]
+        header[one.name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": offsets}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    with whole_file(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for one in tensors:
+            rows = 0
+            for block in one.blocks:
+                assert block.shape[1:] == one.shape[1:], f"{one.name} gets {block.shape}"
+                file.write(encode_values(block, one.dtype, one.name).data)
+                rows += len(block)
+            assert rows == one.shape[0], f"{one.name} has {rows} of {one.shape[0]} rows"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give the place of a file beside its own, to which it moves only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for one in tensors:
-                rows = 0
-                for block in one.blocks:
-                    assert block.shape[1:] == one.shape[1:], f"{one.name} gets {block.shape}"
-                    file.write(encode_values(block, one.dtype, one.name).data)
-                    rows += len(block)
-                assert rows == one.shape[0], f"{one.name} has {rows} of {one.shape[0]} rows"
+        yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -204,14 +204,14 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _values(checkpoint: Checkpoint) -> int:
-    return sum(tensor.rows * tensor.row_values for tensor in checkpoint.tensors.values())
+    return sum(tensor.values for tensor in checkpoint.tensors.values())
 
 
 def _needed_bytes(export: Export, checkpoint: Checkpoint) -> dict[str, int]:
     """Estimate the size of every artefact that is not there yet."""
     values, dtype = _values(checkpoint), export.settings.merged_dtype.upper()
     merged = sum(
-        tensor.rows * tensor.row_values * VALUE_BYTES[tensor.dtype if dtype == "BASE" else dtype]
+        tensor.values * VALUE_BYTES[tensor.dtype if dtype == "BASE" else dtype]
         for tensor in checkpoint.tensors.values()
     )
     sizes = {MERGED: merged}

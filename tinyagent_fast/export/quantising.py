@@ -1,4 +1,4 @@
-"""Quantised rows: the type of each tensor, ggml that writes it, and the check of what was written.
+"""Quantised rows: the type of each tensor, and ggml that writes it.
 
 `conversion` asks here while it writes a file. The types are those that llama.cpp's own tool chooses
 and the bytes are its own, because both come from ggml.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 from numpy.typing import NDArray
 
 from tinyagent_fast.errors import GateError, ModelError
+from tinyagent_fast.export.checkpoints import Floats
 from tinyagent_fast.models.families import Tensor
-
-Float32 = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
 
 WORST_RELATIVE_RMSE = {
     "F32": 0.0, "Q8_0": 0.025, "Q6_K": 0.08, "Q5_1": 0.12, "Q5_0": 0.12, "Q5_K": 0.12,
@@ -41,44 +38,25 @@ _TYPES = {
     "q5_k_m": "Q5_K", "q4_k_m": "Q4_K",
 }  # fmt: skip
 _SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_CHECKED_EVERY_ROWS = 256
 
 
 def file_type(quant: str) -> LlamaFileType:
-    """Give what `general.file_type` says of a kind of file.
-
-    Args:
-        quant: Such as `q4_k_m`.
-    """
+    """Give what `general.file_type` says of a kind of file, such as `q4_k_m`."""
     return LlamaFileType[f"{'ALL' if quant == 'f32' else 'MOSTLY'}_{quant.upper()}"]
 
 
 def block_values(kind: str) -> int:
-    """Give how many values one block of a ggml type holds; a row is made of whole blocks.
-
-    Args:
-        kind: ggml type, such as `Q4_K`.
-    """
+    """Give how many values one block of a ggml type holds; a row is made of whole blocks."""
     return int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0])
 
 
 def stored_bytes(kind: str, values: int) -> int:
-    """Give the bytes that a run of values takes.
-
-    Args:
-        kind: ggml type.
-        values: A multiple of the type's block.
-    """
+    """Give the bytes that some values take, a multiple of the ggml type's block."""
     return values // block_values(kind) * int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1])
 
 
 def tensor_type(tensor: Tensor, quant: str, layers: int) -> tuple[str, str | None]:
     """Choose the type one tensor is stored as.
-
-    Args:
-        tensor: Of a family's table.
-        quant: Kind of file, such as `q4_k_m`.
-        layers: Layers of the model.
 
     Returns:
         The ggml type's name, and the type that was wanted where rows do not divide into its
@@ -117,10 +95,7 @@ class GgmlLibrary:
     SYMBOLS = ("ggml_quantize_init", "ggml_quantize_free", "ggml_quantize_chunk")
 
     def __init__(self, path: Path) -> None:
-        """Load the library and declare its functions.
-
-        Args:
-            path: A shared library that exports `SYMBOLS`.
+        """Load a shared library and declare its functions.
 
         Raises:
             ModelError: It cannot be loaded or does not export them.
@@ -138,16 +113,13 @@ class GgmlLibrary:
         self._chunk.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
         self._chunk.restype = ctypes.c_size_t
 
-    def rows(self, kind: str, rows: Float32, weights: Float32 | None) -> Bytes:
-        """Quantise rows; other threads run meanwhile.
+    def rows(self, kind: str, rows: Floats, weights: Floats | None) -> NDArray[np.uint8]:
+        """Quantise rows to rows of stored bytes; other threads run meanwhile.
 
         Args:
             kind: ggml type.
             rows: Rows x row length.
             weights: Importance of each column, or None.
-
-        Returns:
-            Rows x stored bytes of a row.
         """
         count, length = rows.shape
         rows = np.ascontiguousarray(rows, dtype=np.float32)
@@ -170,11 +142,8 @@ class GgmlLibrary:
     def prove(self, kinds: Collection[str]) -> None:
         """Quantise a sample and compare it with gguf's numpy code, before minutes are spent.
 
-        Args:
-            kinds: ggml types that will be written.
-
         Raises:
-            GateError: If Q8_0 differs by a byte or another type is further off than it can be.
+            GateError: Q8_0 differs by a byte or another type is further off than it can be.
         """
         sample = np.random.default_rng(0).standard_normal((4, 512), dtype=np.float32)
         for kind in sorted({*kinds, "Q8_0"}):
@@ -196,13 +165,7 @@ class GgmlLibrary:
 
 @contextmanager
 def open_ggml(kinds: Collection[str]) -> Iterator[GgmlLibrary]:
-    """Load ggml from the xllamacpp package, without importing it, and prove it.
-
-    Args:
-        kinds: ggml types that will be written.
-
-    Yields:
-        The library.
+    """Load ggml from the xllamacpp package, without importing it, and prove it for some types.
 
     Raises:
         ModelError: The package or its functions are missing.
@@ -224,82 +187,3 @@ def open_ggml(kinds: Collection[str]) -> Iterator[GgmlLibrary]:
 
 def _no_ggml(why: str) -> ModelError:
     return ModelError("quantising needs ggml", why, "pip install xllamacpp, or export f16 only")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenTensor:
-    """A tensor of a finished file, and what it must be."""
-
-    name: str
-    kind: str
-    """Its ggml type."""
-    shape: tuple[int, int]
-    """Rows x row length."""
-    offset_bytes: int
-    """From the start of the file."""
-    read_row: Callable[[int], Float32]
-    """Gives one row of what was quantised."""
-    weights: Float32 | None
-    """Importance of its columns, if its rounding was weighed."""
-
-
-def compare_with_source(path: Path, tensors: Sequence[WrittenTensor]) -> dict[str, float]:
-    """Read rows from every part of every tensor of a finished file and compare them.
-
-    A mistake of ggml, of the order of blocks or of an offset shows here, before a file gets its
-    name. Rows are decoded by the gguf package. Its reader is not used: it takes 100 MiB for a
-    vocabulary of 32,000 tokens and 700 MiB for Llama 3's, more than all the rest.
-
-    Args:
-        path: The quantised file.
-        tensors: All of it.
-
-    Returns:
-        The worst relative error by type.
-
-    Raises:
-        GateError: If a row is further from its source than its type explains.
-    """
-    worst: dict[str, float] = {}
-    with path.open("rb") as file:
-        for one in tensors:
-            picked = _rows_to_check(one.shape[0])
-            row_bytes, stored = stored_bytes(one.kind, one.shape[1]), []
-            for row in picked:
-                file.seek(one.offset_bytes + row * row_bytes)
-                stored.append(np.frombuffer(file.read(row_bytes), np.uint8))
-            blocks, rows = np.stack(stored), np.stack([one.read_row(row) for row in picked])
-            number = GGMLQuantizationType[one.kind]
-            error = _error(rows, quants.dequantize(blocks, number), one.weights)
-            if not error <= WORST_RELATIVE_RMSE[one.kind]:
-                raise GateError(
-                    f"{one.name} as {one.kind} is not its source: relative error {error:.3g}, "
-                    f"at most {WORST_RELATIVE_RMSE[one.kind]} expected"
-                )
-            if one.kind == "Q8_0" and not np.array_equal(blocks, quants.quantize(rows, number)):
-                raise GateError(f"{one.name} as Q8_0 differs from the reference in numpy")
-            worst[one.kind] = max(worst.get(one.kind, 0.0), error)
-    return worst
-
-
-def _rows_to_check(rows: int) -> Sequence[int]:
-    """Choose the first and last row, and both sides of every step between them."""
-    steps = range(_CHECKED_EVERY_ROWS, rows, _CHECKED_EVERY_ROWS)
-    return sorted({0, rows - 1, *steps, *(step - 1 for step in steps)})
-
-
-def _error(rows: Float32, back: Float32, weights: Float32 | None) -> float:
-    """Return the relative error: of the worst row, or with weights of all rows together.
-
-    A row counts for at least 1 % of a usual one, as scales of tiny rows (unused tokens) round to
-    zero. With weights, a single row may be far off in columns that hardly matter.
-    """
-    exact = rows.astype(np.float64) * (1.0 if weights is None else np.sqrt(weights))
-    wrong = rows.astype(np.float64) - back
-    norms = np.linalg.norm(exact, axis=1)
-    usual = float(np.sqrt(np.mean(norms**2)))
-    if usual == 0.0:
-        return 0.0 if not wrong.any() else float("inf")
-    if weights is None:
-        return float(np.max(np.linalg.norm(wrong, axis=1) / np.maximum(norms, 0.01 * usual)))
-    return float(np.sqrt(np.mean((wrong**2) @ weights)) / usual)

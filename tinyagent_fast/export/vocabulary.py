@@ -7,10 +7,10 @@ package check nothing of this, and give a tokenizer.json one score for all token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gguf import TokenType
 from tokenizers.pre_tokenizers import ByteLevel
@@ -43,38 +43,28 @@ _PRE_TOKENIZERS: Mapping[tuple[str, bool], str] = {
 }
 
 
+class Token(NamedTuple):
+    """One entry of a vocabulary."""
+
+    text: str
+    score: float
+    kind: TokenType
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufVocabulary:
-    """The tokenizer keys of a GGUF; a list has one entry for each row of the embeddings."""
+    """The tokenizer keys of a GGUF."""
 
     model: Literal["llama", "gpt2"]
-    pre: str
-    tokens: list[str]
-    scores: list[float] | None
-    token_types: list[int]
-    merges: list[str] | None
-    bos_id: int | None
-    eos_id: int
-    unk_id: int | None
-    pad_id: int | None
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
+    pre: str = "default"
+    tokens: Mapping[int, Token]
+    """By id; one for each row of the embeddings."""
+    merges: list[str] | None = None
+    special_ids: Mapping[str, int | None] = field(default_factory=dict)
+    """Of `bos`, `eos`, `unk` and `pad`. BOS is added exactly if there is one, as training does."""
+    add_space_prefix: bool = False
     notes: tuple[str, ...] = ()
     """What is worth knowing of it, such as rows without a token."""
-
-
-@dataclass
-class _Pieces:
-    """Tokens by id while they are put together, before the gaps are filled."""
-
-    tokens: dict[int, str] = field(default_factory=dict)
-    scores: dict[int, float] = field(default_factory=dict)
-    types: dict[int, int] = field(default_factory=dict)
-
-    def put(self, index: int, token: str, score: float, kind: int) -> None:
-        """Enter a token, or replace what its id had."""
-        self.tokens[index], self.scores[index], self.types[index] = token, score, kind
 
 
 def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
@@ -85,9 +75,6 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
             not use it.
         embedding_rows: Rows of the token embeddings; ids without a token are named `[PADn]`.
 
-    Returns:
-        The vocabulary. BOS is added exactly if the tokenizer has one, as training does.
-
     Raises:
         ModelError: No tokenizer, one whose ids llama.cpp would not reproduce, or more tokens than
             embeddings.
@@ -96,9 +83,31 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
     model = file.get("model", {})
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise _other_ids(folder, f"its model is {model.get('type')}, and only BPE is known here")
-    if model.get("byte_fallback"):
-        return _from_llama_json(folder, file, embedding_rows)
-    return _from_byte_level_json(folder, file, embedding_rows)
+    added, names = _added_tokens(folder, file), _special_names(folder)
+    read = _llama_vocabulary if model.get("byte_fallback") else _byte_level_vocabulary
+    vocabulary = read(folder, file, added)
+    tokens, notes = {**vocabulary.tokens, **_listed(folder, added)}, vocabulary.notes
+    count = max(tokens) + 1
+    if count > embedding_rows:
+        raise ModelError(
+            f"tokenizer in {folder}",
+            f"it has {count:,} tokens, and the model has embeddings for {embedding_rows:,}",
+            "use the tokenizer that the model was trained with",
+        )
+    if gaps := [index for index in range(embedding_rows) if index not in tokens]:
+        tokens |= {at: Token(f"[PAD{at}]", _ADDED_SCORE, TokenType.UNUSED) for at in gaps}
+        notes += (f"{len(gaps)} embedding rows have no token and are named [PADn]",)
+    ids = {token.text: index for index, token in tokens.items()}
+    found = {name: ids.get(text) if text else None for name, text in names.items()}
+    if found["eos"] is None or (names["bos"] and found["bos"] is None):
+        raise ModelError(
+            f"tokenizer in {folder}",
+            f"its vocabulary has no EOS or BOS token ({names['eos']!r}, {names['bos']!r})",
+            "set eos_token and bos_token in tokenizer_config.json to tokens that it has",
+        )
+    if vocabulary.model == "llama" and (unk := model["vocab"].get(names["unk"])) is not None:
+        tokens[unk] = tokens[unk]._replace(kind=TokenType.UNKNOWN)
+    return replace(vocabulary, tokens=tokens, special_ids=found, notes=notes)
 
 
 def _other_ids(folder: Path, why: str) -> ModelError:
@@ -109,41 +118,24 @@ def _other_ids(folder: Path, why: str) -> ModelError:
     )
 
 
-def _from_llama_json(folder: Path, file: Mapping[str, Any], embedding_rows: int) -> GgufVocabulary:
-    """Take a tokenizer.json that is a converted SentencePiece BPE model with byte fallback."""
-    pieces = _Pieces()
+def _llama_vocabulary(
+    folder: Path, file: Mapping[str, Any], added: Sequence[Mapping[str, Any]]
+) -> GgufVocabulary:
+    """Take a tokenizer.json that is a converted SentencePiece BPE model with byte fallback.
+
+    Each token's score is the rank of its first merge, after proof that this is the same: llama.cpp
+    joins any two pieces that make a token, the best score first. That equals merging by a list if
+    the list has every such pair, and all pairs of one token stand together in it.
+    """
     prefix = _space_prefix(file)
     if prefix is None:
         raise _other_ids(folder, "its normaliser or pre-tokenizer changes text in an unknown way")
-    notes = (_METASPACE,) if prefix and file.get("pre_tokenizer") else ()
-    added = _added_tokens(folder, file)
     vocab: dict[str, int] = file["model"]["vocab"]
     if absent := _BYTE_TOKENS - vocab.keys():
         raise _other_ids(folder, f"{len(absent)} of the 256 byte tokens are missing")
-    _rebuild_scores(folder, vocab, _merge_pairs(file), {t["content"] for t in added}, pieces)
     if hidden := [t["content"] for t in added if t.get("normalized") and not t["special"]]:
         raise _other_ids(folder, f"its added token {hidden[0]!r} is sought in normalised text")
-    _put_added(folder, added, pieces)
-    names = _special_names(folder)
-    if (unk := vocab.get(names["unk"] or "")) is not None:
-        pieces.types[unk] = TokenType.UNKNOWN
-    return _finish(
-        folder, pieces, names, embedding_rows, model="llama", add_space_prefix=prefix, notes=notes
-    )
-
-
-def _rebuild_scores(
-    folder: Path,
-    vocab: Mapping[str, int],
-    merges: Sequence[tuple[str, str]],
-    added: set[str],
-    pieces: _Pieces,
-) -> None:
-    """Give each token the rank of its first merge as score, after proof that this is the same.
-
-    llama.cpp joins any two pieces that make a token, the best score first. That equals merging by
-    a list if the list has every such pair, and all pairs of one token stand together in it.
-    """
+    merges = _merge_pairs(file)
     rank: dict[str, int] = {}
     last = ""
     for index, (left, right) in enumerate(merges):
@@ -152,20 +144,22 @@ def _rebuild_scores(
             raise _other_ids(folder, f"its merges of {token!r} do not stand together")
         rank.setdefault(token, index)
         last = token
-    listed = set(merges)
-    for token, index in vocab.items():
-        kind = TokenType.BYTE if token in _BYTE_TOKENS else TokenType.NORMAL
-        pieces.put(index, token, -float(rank.get(token, len(merges))), kind)
-        if kind == TokenType.BYTE or token in added:
-            continue
+    listed, unmerged = set(merges), _BYTE_TOKENS | {t["content"] for t in added}
+    for token in vocab.keys() - unmerged:
         for cut in range(1, len(token)):
             pair = (token[:cut], token[cut:])
             if pair[0] in vocab and pair[1] in vocab and pair not in listed:
                 raise _other_ids(folder, f"{pair[0]!r} and {pair[1]!r} are not among its merges")
+    tokens = {}
+    for token, index in vocab.items():
+        kind = TokenType.BYTE if token in _BYTE_TOKENS else TokenType.NORMAL
+        tokens[index] = Token(token, -float(rank.get(token, len(merges))), kind)
+    notes = (_METASPACE,) if prefix and file.get("pre_tokenizer") else ()
+    return GgufVocabulary(model="llama", tokens=tokens, add_space_prefix=prefix, notes=notes)
 
 
-def _from_byte_level_json(
-    folder: Path, file: Mapping[str, Any], embedding_rows: int
+def _byte_level_vocabulary(
+    folder: Path, file: Mapping[str, Any], _added: Sequence[Mapping[str, Any]]
 ) -> GgufVocabulary:
     """Take a tokenizer.json that is a byte-level BPE, as GPT-2's, Llama 3's or our own."""
     model = file["model"]
@@ -173,24 +167,16 @@ def _from_byte_level_json(
     normal = [step["type"] for step in _steps(file.get("normalizer"))]
     if normal not in ([], ["NFC"]):
         raise _other_ids(folder, f"its text is normalised ({', '.join(normal)})")
-    notes = ("text that is not in NFC gets other ids in llama.cpp",) if normal else ()
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _other_ids(folder, "its tokens are marked at the beginning or end of words")
     if absent := [char for char in ByteLevel.alphabet() if char not in model["vocab"]]:
         raise _other_ids(folder, f"{len(absent)} of the 256 bytes have no token")
-    pieces = _Pieces()
-    for token, index in model["vocab"].items():
-        pieces.put(index, token, 0.0, TokenType.NORMAL)
-    _put_added(folder, _added_tokens(folder, file), pieces)
-    return _finish(
-        folder,
-        pieces,
-        _special_names(folder),
-        embedding_rows,
+    return GgufVocabulary(
         model="gpt2",
         pre=pre,
+        tokens={at: Token(text, 0.0, TokenType.NORMAL) for text, at in model["vocab"].items()},
         merges=[" ".join(pair) for pair in _merge_pairs(file)],
-        notes=notes,
+        notes=("text that is not in NFC gets other ids in llama.cpp",) if normal else (),
     )
 
 
@@ -213,71 +199,20 @@ def _pre_tokenizer_name(folder: Path, file: Mapping[str, Any]) -> str:
     return name
 
 
-def _put_added(folder: Path, added: Iterable[Mapping[str, Any]], pieces: _Pieces) -> None:
+def _listed(folder: Path, added: Sequence[Mapping[str, Any]]) -> dict[int, Token]:
     """Enter added tokens, which llama.cpp looks for in a text before it merges.
 
     It finds CONTROL ones only where it is told to read special tokens.
     """
+    tokens = {}
     for token in added:
         special = bool(token.get("special"))
         bounded = [k for k in ("lstrip", "rstrip", "single_word") if token.get(k)]
         if bounded and not special:
             raise _other_ids(folder, f"its added token {token['content']!r} has {bounded[0]}")
         kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
-        pieces.put(token["id"], token["content"], _ADDED_SCORE, kind)
-
-
-def _finish(
-    folder: Path,
-    pieces: _Pieces,
-    names: Mapping[str, str | None],
-    embedding_rows: int,
-    *,
-    model: Literal["llama", "gpt2"],
-    pre: str = "default",
-    merges: list[str] | None = None,
-    add_space_prefix: bool = False,
-    notes: tuple[str, ...] = (),
-) -> GgufVocabulary:
-    """Fill the gaps, find the special ids and hold the number of tokens against the embeddings."""
-    count = max(pieces.tokens) + 1
-    if count > embedding_rows:
-        raise ModelError(
-            f"tokenizer in {folder}",
-            f"it has {count:,} tokens, and the model has embeddings for {embedding_rows:,}",
-            "use the tokenizer that the model was trained with",
-        )
-    gaps = [index for index in range(embedding_rows) if index not in pieces.tokens]
-    for index in gaps:
-        pieces.put(index, f"[PAD{index}]", _ADDED_SCORE, TokenType.UNUSED)
-    if gaps:
-        notes += (f"{len(gaps)} embedding rows have no token and are named [PADn]",)
-    ids = {token: index for index, token in pieces.tokens.items()}
-    found = {name: ids.get(text) if text else None for name, text in names.items()}
-    eos_id = found["eos"]
-    if eos_id is None or (names["bos"] and found["bos"] is None):
-        raise ModelError(
-            f"tokenizer in {folder}",
-            f"its vocabulary has no EOS or BOS token ({names['eos']!r}, {names['bos']!r})",
-            "set eos_token and bos_token in tokenizer_config.json to tokens that it has",
-        )
-    order = range(embedding_rows)
-    return GgufVocabulary(
-        model=model,
-        pre=pre,
-        tokens=[pieces.tokens[index] for index in order],
-        scores=[pieces.scores[index] for index in order] if model == "llama" else None,
-        token_types=[pieces.types[index] for index in order],
-        merges=merges,
-        bos_id=found["bos"],
-        eos_id=eos_id,
-        unk_id=found["unk"],
-        pad_id=found["pad"],
-        add_bos=found["bos"] is not None,
-        add_eos=False,
-        add_space_prefix=add_space_prefix,
-        notes=notes,
-    )
+        tokens[token["id"]] = Token(token["content"], _ADDED_SCORE, kind)
+    return tokens
 
 
 # What several versions of transformers and tokenizers spell in several ways.
