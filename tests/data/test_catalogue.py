@@ -108,7 +108,7 @@ def problems_of(path: Path) -> list[str]:
 
 
 def test_the_built_in_catalogue_has_tinyagents_tools_as_the_scorer_knows_them() -> None:
-    ours = [tool.plan_tool() for tool in load_catalogue().tools]
+    ours = [tool for tool in load_catalogue().tools]
     assert [(t.name, [(p.name, p.type, p.nullable) for p in t.parameters]) for t in ours] == [
         (t.name, [(p.name, p.type, p.nullable) for p in t.parameters]) for t in TINYAGENT_TOOLS
     ]
@@ -122,7 +122,7 @@ def test_the_built_in_catalogue_describes_every_tool_and_asks_for_it_in_several_
 
 def test_defaults_of_the_built_in_catalogue_are_right_arguments() -> None:
     for tool in load_catalogue().tools:
-        for slot, parameter in zip(tool.parameters, tool.plan_tool().parameters, strict=True):
+        for slot, parameter in zip(tool.parameters, tool.parameters, strict=True):
             if slot.may_be_left_out and slot.value != "end":
                 assert accepts(parameter, slot.default), (tool.name, slot.name)
 
@@ -133,7 +133,7 @@ def test_a_catalogue_of_ones_own_gives_data_with_its_tools_values_and_chains(
     path = write(OWN)
     spec = GenerationSpec(train_entries=120, test_entries=30, catalogue=path)
     files = generate_dataset(spec, tmp_path / "out")
-    tools = {tool.name: tool.plan_tool() for tool in load_catalogue(path).tools}
+    tools = {tool.name: tool for tool in load_catalogue(path).tools}
     used: set[str] = set()
     chains = 0
     for file in (files.train, files.test):
@@ -235,6 +235,7 @@ def test_all_problems_are_reported_at_once_each_with_its_place_and_a_hint(
 
 FAULTS: list[tuple[dict[str, object], str]] = [
     ({"find_bed__nme": 1}, "find_bed: unknown key `nme`; did you mean `name`?"),
+    ({"find_bed__phrases": None}, "find_bed.phrases: must be a list of sentences"),
     ({"find_bed__phrases": []}, "find_bed.phrases: must be a list of sentences"),
     ({"find_bed__phrases": "find"}, "find_bed.phrases: must be a list of sentences"),
     ({"find_bed__phrases": [""]}, "find_bed.phrases: must be a list of sentences"),
@@ -394,7 +395,7 @@ def test_a_chain_without_literals_is_followed_to_its_end(
 ) -> None:
     catalogue = load_catalogue(write(chain(length, {"value": "file"})))
     made = generate_entries(catalogue, GenerationSpec(), 60, random.Random(0), set())
-    tools = {tool.name: tool.plan_tool() for tool in catalogue.tools}
+    tools = {tool.name: tool for tool in catalogue.tools}
     longest = 0
     for _, entry in made:
         text = entry["output"][0]["raw_output"]
@@ -451,7 +452,7 @@ def test_the_example_of_the_readme_works_and_gives_the_plan_shown_there(
     path = write(readme_example())
     spec = GenerationSpec(train_entries=300, test_entries=50, catalogue=path)
     files = generate_dataset(spec, tmp_path / "out")
-    tools = {tool.name: tool.plan_tool() for tool in load_catalogue(path).tools}
+    tools = {tool.name: tool for tool in load_catalogue(path).tools}
     plans = {}
     for entry in read_entries(files.train, on_bad_entry="error"):
         text = entry.examples[0].output
@@ -548,7 +549,7 @@ def test_a_catalogue_is_refused_with_reasons_or_gives_right_plans(
         assert error.why
         return
     event("generates")
-    tools = {tool.name: tool.plan_tool() for tool in catalogue.tools}
+    tools = {tool.name: tool for tool in catalogue.tools}
     for _, entry in made:
         text = entry["output"][0]["raw_output"]
         assert score_pair(text, text, tools).label_problems == ()

@@ -137,6 +137,17 @@ def test_another_file_in_place_is_not_overwritten(hub: Hub, folder: Path, conten
     assert mine.read_bytes() == content
 
 
+def test_without_network_only_what_can_be_a_data_file_is_kept(hub: Hub, folder: Path) -> None:
+    hub.probe_error = httpx.ConnectError("no route")
+    folder.mkdir()
+    for name in DATASET_FILES:
+        (folder / name).write_bytes(b'{"mine": 2}')
+    assert {file.note[:13] for file in download(folder)} == {"already there"}
+    (folder / DATASET_FILES[0]).write_bytes(b"text")
+    with pytest.raises(DataError, match="is not a JSON object"):
+        download(folder)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b'{"cut": ', b"version https://git-lfs.github.com/spec/v1"]
 )

@@ -396,7 +396,7 @@ WORDS = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_any_words_of_a_user_give_entries_that_read_and_score_right(words: list[str]) -> None:
     words = [f"{number}{word.replace('$', '')}" for number, word in enumerate(words)]
-    tools = {"ring": small_catalogue("x").tools[0].plan_tool()}
+    tools = {"ring": small_catalogue("x").tools[0]}
     for entry in some_entries(small_catalogue(*words), 3):
         text = entry.examples[0].output
         assert reference_scores(text, text, tools).success == 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyagent_fast.config import PromptFormat
@@ -30,14 +30,7 @@ class CheckFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Check a data file.
-
-    Args:
-        arguments: Flags of the command; the file may come first without a flag.
-
-    Returns:
-        0 when every entry can be used, 1 when some cannot.
-    """
+    """Check a data file; the exit code is 1 when some of its entries cannot be used."""
     import tyro
 
     words = list(arguments)
@@ -67,5 +60,5 @@ def run(arguments: Sequence[str]) -> int:
         max_length_tokens=flags.max_length_tokens if encode else None,
         others={str(path): path for path in flags.against},
     )
-    print(json.dumps(check.to_json(), indent=2) if flags.json else check.render_text())
+    print(json.dumps(asdict(check), indent=2) if flags.json else check.render_text())
     return 1 if check.read.problem_count else 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyagent_fast.data.cache import file_sha256
+from tinyagent_fast.data.reading import check_head, is_incomplete
 from tinyagent_fast.errors import DataError
 
 DATASET_REPOSITORY = "squeeze-ai-lab/TinyAgent-dataset"
@@ -45,6 +46,13 @@ class _Source:
         """Where it is written down what was fetched, beside the target."""
         return self.target.with_name(f".{self.target.name}.source.json")
 
+    @property
+    def by_hand(self) -> str:
+        return (
+            f"or by hand: on the Hugging Face page of the dataset {self.repo}, under 'Files and "
+            f"versions', download {self.target.name} and save it as {self.target}"
+        )
+
     def record(self) -> dict[str, str]:
         try:
             found = json.loads(self.record_path.read_text(encoding="utf-8"))
@@ -68,14 +76,6 @@ def download_dataset(
     A file that is there already and complete is kept. A broken transfer goes on where it
     stopped when the command is given again.
 
-    Args:
-        target_dir: The folder; made if needed.
-        revision: The branch, tag or commit of the dataset repository.
-        repo: Another dataset repository with files of the same names.
-
-    Returns:
-        One record per file with its size and sha256.
-
     Raises:
         DataError: A file cannot be fetched or placed, or another file is in its place; the
             message names the manual route.
@@ -91,34 +91,35 @@ def download_dataset(
 
 
 def _place(source: _Source) -> DownloadedFile:
-    target, record = source.target, source.record()
+    target, revision, record = source.target, source.revision, source.record()
     there = file_sha256(target) if target.is_file() else None
     ours = there is not None and there == record.get("sha256")
-    fetched_from = record.get("repo"), record.get("revision")
-    if there and ours and fetched_from == (source.repo, source.revision):
-        return source.found(there, f"already there, fetched at {source.revision}")
+    if ours and (record.get("repo"), record.get("revision")) == (source.repo, revision):
+        return source.found(str(there), f"already there, fetched at {revision}")
     try:
         reachable, published = _published_sha256(source)
-        if there is not None and there == published:
-            source.write_record(there)
-            return source.found(there, f"already there, same as {source.revision}")
-        if there is not None and published is None and _looks_whole(target):
-            note = f"already there; the hub did not say whether it is that of {source.revision}"
-            return source.found(there, note)
-        if there is not None and not ours and not _is_beginning(target):
-            raise DataError(
-                f"{target}: another file is in place",
-                f"its sha256 is {there}, not that of revision {source.revision}, so it may be "
-                "your own",
-                "move it away or delete it, or name another folder",
-            )
+        if there is not None and not is_incomplete(target):
+            if there == published:
+                source.write_record(there)
+                return source.found(there, f"already there, same as {revision}")
+            if published is None:
+                check_head(target)
+                note = f"already there; the hub did not say whether it is that of {revision}"
+                return source.found(there, note)
+            if not ours:
+                raise DataError(
+                    f"{target}: another file is in place",
+                    f"its sha256 is {there}, not that of revision {revision}, so it may be "
+                    "your own",
+                    "move it away or delete it, or name another folder",
+                )
         fetched = _fetch(source, offline=not reachable)
         sha256 = file_sha256(fetched)
         if published not in (None, sha256):
             raise DataError(
                 f"{target.name}: the fetched file is damaged",
                 f"its sha256 is {sha256}, the repository says {published}",
-                f"remove it from the hub cache and fetch it again; {_by_hand(source)}",
+                f"remove it from the hub cache and fetch it again; {source.by_hand}",
             )
         _copy_into_place(fetched, target)
     except OSError as error:
@@ -131,22 +132,7 @@ def _place(source: _Source) -> DownloadedFile:
             else "check the rights of this folder and of the hub cache (HF_HOME)",
         ) from error
     source.write_record(sha256)
-    return source.found(sha256, f"fetched at {source.revision}")
-
-
-def _looks_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        starts = file.read(64).lstrip().startswith(b"{")
-        file.seek(max(0, path.stat().st_size - 64))
-        return starts and file.read().rstrip().endswith(b"}")
-
-
-def _is_beginning(path: Path) -> bool:
-    """Say whether a file is the beginning of a data file, empty, or a git-lfs pointer."""
-    with path.open("rb") as file:
-        head = file.read(64).lstrip()
-    cut_off = head.startswith(b"{") and not _looks_whole(path)
-    return cut_off or not head or head.startswith(b"version https://git-lfs")
+    return source.found(sha256, f"fetched at {revision}")
 
 
 def _published_sha256(source: _Source) -> tuple[bool, str | None]:
@@ -222,14 +208,7 @@ def _explained(error: Exception, source: _Source) -> DataError:
         what = f"{name}: cannot be fetched"
         why = "the Hugging Face hub cannot be reached, and the hub cache does not have the file"
         fix = "check the network and try again; a broken transfer goes on where it stopped"
-    return DataError(what, why, f"{fix}; {_by_hand(source)}")
-
-
-def _by_hand(source: _Source) -> str:
-    return (
-        f"or by hand: on the Hugging Face page of the dataset {source.repo}, under 'Files and "
-        f"versions', download {source.target.name} and save it as {source.target}"
-    )
+    return DataError(what, why, f"{fix}; {source.by_hand}")
 
 
 def _copy_into_place(fetched: Path, target: Path) -> None:

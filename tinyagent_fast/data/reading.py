@@ -20,11 +20,12 @@ from tinyagent_fast.errors import DataError
 
 OnBadEntry = Literal["error", "skip"]
 
-PROBLEMS_SHOWN = 20
+_PROBLEMS_SHOWN = 20
 PROBLEMS_KEPT = 1000
 _CHUNK_BYTES = 64 * 1024
+_LFS = b"version https://git-lfs"
 _HEAD_PROBLEMS = (
-    (b"version https://git-lfs", "it is a git-lfs pointer, not the data", "run `git lfs pull`"),
+    (_LFS, "it is a git-lfs pointer, not the data", "run `git lfs pull`"),
     (b"\xef\xbb\xbf", "it starts with a byte order mark", "save it as UTF-8 without BOM"),
     (b"\xff\xfe", "it is UTF-16 text", "save it as UTF-8"),
     (b"\xfe\xff", "it is UTF-16 text", "save it as UTF-8"),
@@ -45,6 +46,13 @@ class ReadReport:
     size_bytes: int = 0
     seconds: float = 0.0
     file_sha256: str = ""
+
+    def problem_lines(self) -> list[str]:
+        """Write the first problems, one a line, and how many more there are."""
+        shown = self.problems[:_PROBLEMS_SHOWN]
+        lines = [f"{item.key} {item.field or 'entry'}: {item.reason}" for item in shown]
+        more = self.problem_count - len(shown)
+        return [*lines, f"and {more:,} more problems"] if more else lines
 
     def skip(self, problems: list[EntryProblem]) -> None:
         """Count an entry that cannot be used."""
@@ -106,9 +114,17 @@ def read_entries(
     try:
         with path.open("rb") as file:
             source = _Source(file, path)
-            for entry in _checked(_decoded(source, path, report), report):
-                report.entries += 1
-                yield entry
+            keys: set[str] = set()
+            for key, value in _decoded(source, path, report):
+                entry = entry_from_json(key, value)
+                if key in keys:
+                    report.skip([EntryProblem(key, "", "has a key that an earlier entry has")])
+                elif isinstance(entry, Entry):
+                    report.entries += 1
+                    yield entry
+                else:
+                    report.skip(entry)
+                keys.add(key)
     except OSError as error:
         raise _unreadable(path, error) from error
     report.size_bytes = source.read_bytes
@@ -124,6 +140,15 @@ def read_entries(
 
 def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read", str(error), "check path and rights")
+
+
+def is_incomplete(path: Path) -> bool:
+    """Say whether a file is the beginning of a data file, empty, or a git-lfs pointer."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+        file.seek(max(0, path.stat().st_size - 64))
+        tail = file.read().rstrip()
+    return not head or (head.startswith((b"{", _LFS)) and not tail.endswith(b"}"))
 
 
 def check_head(path: Path) -> None:
@@ -182,27 +207,7 @@ def _decoded(source: _Source, path: Path, report: ReadReport) -> Iterator[tuple[
         ) from error
 
 
-def _checked(pairs: Iterator[tuple[str, object]], report: ReadReport) -> Iterator[Entry]:
-    keys: set[str] = set()
-    for key, value in pairs:
-        if key in keys:
-            report.skip([EntryProblem(key, "", "has a key that an earlier entry has")])
-            continue
-        keys.add(key)
-        entry = entry_from_json(key, value)
-        if isinstance(entry, Entry):
-            yield entry
-        else:
-            report.skip(entry)
-
-
 def _bad_entries_error(path: Path, report: ReadReport) -> DataError:
-    shown = [
-        f"{item.key} {item.field or 'entry'}: {item.reason}"
-        for item in report.problems[:PROBLEMS_SHOWN]
-    ]
-    if report.problem_count > len(shown):
-        shown.append(f"and {report.problem_count - len(shown):,} more problems")
     fields = Counter(re.sub(r"\d+", "", item.field) or "entry" for item in report.problems)
     counts = ", ".join(f"{name} {count:,}" for name, count in fields.most_common())
     if report.problem_count > len(report.problems):
@@ -210,6 +215,6 @@ def _bad_entries_error(path: Path, report: ReadReport) -> DataError:
     return DataError(
         f"{path}: {report.skipped:,} of {report.entries + report.skipped:,} entries cannot be "
         f"used ({report.problem_count:,} problems; {counts})",
-        "\n    ".join(shown),
+        "\n    ".join(report.problem_lines()),
         "repair or remove these entries, or leave them out with --data.on-bad-entry skip",
     )

@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.grammar import references
-from tinyagent_fast.plans.tools import JOIN, PARAMETER_TYPES, Parameter, Tool, accepts, signature
+from tinyagent_fast.plans.tools import JOIN, PARAMETER_TYPES, Parameter, Tool, accepts
 from tinyagent_fast.strict_yaml import load_yaml
 
 BUILT_IN_CATALOGUE = Path(__file__).with_name("tinyagent.yaml")
@@ -33,17 +33,14 @@ _OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotParameter:
+class SlotParameter(Parameter):
     """One parameter of a tool and where its values come from."""
 
-    name: str
-    type: str
     value: str | None = None
     follows: str | None = None
     sources: tuple[str, ...] = ()
     embed: tuple[str, ...] = ("{}",)
     default: object = REQUIRED
-    nullable: bool = False
 
     @property
     def may_be_left_out(self) -> bool:
@@ -52,30 +49,18 @@ class SlotParameter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CatalogueTool:
-    """One tool: its signature, its description and the wordings that ask for it."""
+class CatalogueTool(Tool):
+    """One tool, and the wordings that ask for it."""
 
-    name: str
     parameters: tuple[SlotParameter, ...]
     returns: str
     phrases: tuple[str, ...]
     mention: str | None = None
-    description: tuple[str, ...] = ()
     weight: float = 1.0
 
     def parameter(self, name: str) -> SlotParameter:
         """Find a parameter by name; phrases were checked, so it exists."""
         return next(p for p in self.parameters if p.name == name)
-
-    @property
-    def signature(self) -> str:
-        """The tool as a prompt shows it."""
-        return signature(self.plan_tool())
-
-    def plan_tool(self) -> Tool:
-        """Give the tool as the scorer knows it: name, parameters and their types."""
-        parameters = tuple(Parameter(p.name, p.type, nullable=p.nullable) for p in self.parameters)
-        return Tool(self.name, parameters, description=self.description)
 
 
 @dataclass(frozen=True)
@@ -102,14 +87,12 @@ class Catalogue:
                 if tool.mention is not None:
                     named = {match[1] for match in _SLOT.finditer(tool.mention)}
                     slots = [p for p in tool.parameters if p.name in named]
-                    lengths[tool.name] = max((self._calls(p, lengths) for p in slots), default=0)
+                    needed = [self.calls_before(slot, lengths) for slot in slots]
+                    lengths[tool.name] = max(needed, default=0)
         return lengths
 
-    def calls_before(self, parameter: SlotParameter) -> float:
+    def calls_before(self, parameter: SlotParameter, lengths: Mapping[str, float]) -> float:
         """Count the calls that a slot needs at least; 0 if it has literal values."""
-        return self._calls(parameter, self.chain_lengths)
-
-    def _calls(self, parameter: SlotParameter, lengths: Mapping[str, float]) -> float:
         if parameter.value is not None:
             return 0
         providers = [tool for kind in parameter.sources for tool in self.providers(kind)]
@@ -118,13 +101,7 @@ class Catalogue:
 
 
 def load_catalogue(path: Path | None = None) -> Catalogue:
-    """Read a catalogue and check it whole.
-
-    Args:
-        path: A YAML file as described in data/README.md; None takes TinyAgent's own tools.
-
-    Returns:
-        The checked catalogue.
+    """Read a catalogue as described in data/README.md, or TinyAgent's own, and check it whole.
 
     Raises:
         DataError: The file is missing, no YAML, or breaks a rule; all problems are listed.
@@ -142,8 +119,7 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
         ) from error
     problems: list[str] = []
     catalogue = _read_document(document, path, problems)
-    problems += _catalogue_problems(catalogue)
-    if problems:
+    if problems or catalogue is None:
         raise DataError(
             f"tool catalogue {path} has {len(problems)} problem(s)",
             "\n       ".join(problems),
@@ -153,17 +129,14 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
 
 
 def plan_tools(path: Path | None) -> Mapping[str, Tool] | None:
-    """Give the tools that plans may call, by name.
-
-    Args:
-        path: A catalogue; None stands for TinyAgent's own tools, which are None here too.
+    """Give a catalogue's tools by name; None stands for TinyAgent's own, which are None here too.
 
     Raises:
         DataError: The catalogue cannot be used.
     """
     if path is None:
         return None
-    return {tool.name: tool.plan_tool() for tool in load_catalogue(path).tools}
+    return {tool.name: tool for tool in load_catalogue(path).tools}
 
 
 # --- from YAML to the dataclasses: every key has a right type
@@ -182,50 +155,53 @@ class _Mapping:
                 hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
                 problems.append(f"{where}: unknown key `{key}`{hint}")
 
-    def wrong(self, key: str, wanted: str) -> None:
-        self.problems.append(f"{self.where}.{key}: must be {wanted}")
+    def name(self) -> str:
+        """Return the name, or a stand-in for one that neither prompt nor plan could use."""
+        name: str = self.raw["name"]
+        if _NAME.fullmatch(name) and name != JOIN:
+            return name
+        self.problems.append(
+            f"{self.where}: a name is a word of letters, digits and _, and not `{JOIN}`"
+        )
+        return "unnamed"
 
-    def line(self, key: str) -> str | None:
-        """Return one line of text, or None where the key is absent."""
+    def take(self, key: str, wanted: str, fits: Callable[[Any], bool], default: Any) -> Any:
+        """Return a value that fits, else the default; without a default, it must be there."""
         value = self.raw.get(key)
-        if value is None or (isinstance(value, str) and value.strip() and "\n" not in value):
+        if fits(value):
             return value
-        self.wrong(key, f"one line of text, got {value!r}")
-        return None
-
-    def texts(
-        self, key: str, wanted: str, *, default: tuple[str, ...] | None = None, holds: str = ""
-    ) -> tuple[str, ...]:
-        """Return a list of texts that all hold something; the key must be there without default."""
-        value = self.raw.get(key)
         if key not in self.raw and default is not None:
             return default
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(text, str) and text.strip() and holds in text for text in value)
-        ):
-            return tuple(value)
-        self.wrong(key, wanted)
-        return default or ()
+        self.problems.append(f"{self.where}.{key}: must be {wanted}, got {value!r}")
+        return default
 
-    def text_or_texts(self, key: str, wanted: str) -> tuple[str, ...]:
-        """Return a list of texts that may be written as one text, or be absent."""
-        value = self.raw.get(key)
-        if isinstance(value, str) and value.strip():
-            return (value,)
-        return self.texts(key, wanted, default=())
+
+def _is_line(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and bool(value.strip()) and "\n" not in value)
+
+
+def _are_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else ()
+    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
+
+
+def _is_text_or_texts(value: Any) -> bool:
+    return _are_texts([value]) or _are_texts(value)
+
+
+def _tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _named(raw: Any) -> bool:
     return isinstance(raw, dict) and isinstance(raw.get("name"), str)
 
 
-def _read_document(document: Any, path: Path, problems: list[str]) -> Catalogue:
+def _read_document(document: Any, path: Path, problems: list[str]) -> Catalogue | None:
     tools = document.get("tools") if isinstance(document, dict) else None
     if not isinstance(tools, list) or not tools:
         problems.append("the top level must be a mapping with a list `tools` that is not empty")
-        return Catalogue(path.stem, ())
+        return None
     _Mapping(document, "the top level", ("name", "tools", "values"), problems)
     read = []
     for index, raw in enumerate(tools):
@@ -234,7 +210,9 @@ def _read_document(document: Any, path: Path, problems: list[str]) -> Catalogue:
         else:
             problems.append(f"tools[{index}]: must be a mapping with a `name`")
     words = _read_words(document.get("values"), problems)
-    return Catalogue(str(document.get("name", path.stem)), tuple(read), words)
+    catalogue = Catalogue(str(document.get("name", path.stem)), tuple(read), words)
+    problems += _catalogue_problems(catalogue)
+    return catalogue
 
 
 def _read_words(raw: Any, problems: list[str]) -> dict[str, tuple[str | int, ...]]:
@@ -260,25 +238,28 @@ def _read_words(raw: Any, problems: list[str]) -> dict[str, tuple[str | int, ...
 
 
 def _read_tool(raw: dict[str, Any], problems: list[str]) -> CatalogueTool:
-    known = [f.name for f in fields(CatalogueTool)]
-    tool = _Mapping(raw, raw["name"], known, problems)
-    parameters = raw.get("parameters") or []
-    if not isinstance(parameters, list):
-        tool.wrong("parameters", "a list")
-        parameters = []
+    tool = _Mapping(raw, raw["name"], [f.name for f in fields(CatalogueTool)], problems)
+    parameters = tool.take("parameters", "a list", lambda v: isinstance(v, list | None), ()) or ()
     if not all(map(_named, parameters)):
         problems.append(f"{tool.where}.parameters: each must be a mapping with a `name`")
-    weight = raw.get("weight", 1)
-    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-        tool.wrong("weight", f"a number of 0 or more, got {weight!r}")
-        weight = 1
+    sentences = tool.take("phrases", "a list of sentences that is not empty", _are_texts, None)
+    lines = tool.take("description", "a text or a list of texts", _is_text_or_texts, ())
+    weight = tool.take(
+        "weight",
+        "a number of 0 or more",
+        lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+        1,
+    )
+    read = [_read_parameter(p, tool.where, problems) for p in parameters if _named(p)]
+    twice = _repeated(p.name for p in read)
+    problems += [f"{tool.where}.{name}: defined twice" for name in twice]
     return CatalogueTool(
-        name=tool.where,
-        phrases=tool.texts("phrases", "a list of sentences that is not empty"),
-        description=tool.text_or_texts("description", "a text or a list of texts"),
-        mention=tool.line("mention"),
-        returns=tool.line("returns") or "",
-        parameters=tuple(_read_parameter(p, tool.where, problems) for p in parameters if _named(p)),
+        name=tool.name(),
+        phrases=tuple(sentences or ()),
+        description=_tuple(lines),
+        mention=tool.take("mention", "one line of text", _is_line, None),
+        returns=tool.take("returns", "one line of text", _is_line, None) or "",
+        parameters=tuple({p.name: p for p in read}.values()),
         weight=float(weight),
     )
 
@@ -288,20 +269,23 @@ def _read_parameter(raw: dict[str, Any], tool: str, problems: list[str]) -> Slot
     parameter = _Mapping(raw, f"{tool}.{raw['name']}", known, problems)
     type_name = raw.get("type")
     if type_name not in PARAMETER_TYPES:
-        parameter.wrong("type", f"one of {', '.join(PARAMETER_TYPES)}")
-        type_name = "str"
-    nullable = raw.get("nullable", False)
-    if not isinstance(nullable, bool):
-        parameter.wrong("nullable", "true or false")
+        problems.append(f"{parameter.where}.type: must be one of {', '.join(PARAMETER_TYPES)}")
+    sources = parameter.take("from", "a kind of result, or a list of them", _is_text_or_texts, ())
+    embed = parameter.take(
+        "as",
+        "a list of texts that contain {}",
+        lambda texts: _are_texts(texts) and all("{}" in text for text in texts),
+        ("{}",),
+    )
     return SlotParameter(
-        name=raw["name"],
-        type=type_name,
-        value=parameter.line("value"),
-        follows=parameter.line("follows"),
-        sources=parameter.text_or_texts("from", "a kind of result, or a list of them"),
-        embed=parameter.texts("as", "a list of texts that contain {}", default=("{}",), holds="{}"),
+        parameter.name(),
+        type_name if type_name in PARAMETER_TYPES else "str",
+        nullable=parameter.take("nullable", "true or false", lambda v: type(v) is bool, False),
+        value=parameter.take("value", "one line of text", _is_line, None),
+        follows=parameter.take("follows", "one line of text", _is_line, None),
+        sources=_tuple(sources),
+        embed=tuple(embed),
         default=raw.get("default", REQUIRED),
-        nullable=nullable is True,
     )
 
 
@@ -309,9 +293,8 @@ def _read_parameter(raw: dict[str, Any], tool: str, problems: list[str]) -> Slot
 
 
 def _catalogue_problems(catalogue: Catalogue) -> list[str]:
-    """Check all that holds between the parts; parts that could not be read are left out of it."""
     problems = []
-    if catalogue.tools and not any(tool.weight > 0 for tool in catalogue.tools):
+    if not any(tool.weight > 0 for tool in catalogue.tools):
         problems.append("every tool has weight 0, so none would ever be asked for")
     problems += [f"{name}: defined twice" for name in _repeated(t.name for t in catalogue.tools)]
     if "end" in catalogue.words:
@@ -323,12 +306,6 @@ def _catalogue_problems(catalogue: Catalogue) -> list[str]:
         if references([word])
     ]
     for tool in catalogue.tools:
-        if not _NAME.fullmatch(tool.name) or tool.name == JOIN:
-            problems.append(
-                f"{tool.name}: a name is a word of letters, digits and _, and not `{JOIN}`"
-            )
-        twice = _repeated(p.name for p in tool.parameters)
-        problems += [f"{tool.name}.{name}: defined twice" for name in twice]
         for parameter in tool.parameters:
             where = f"{tool.name}.{parameter.name}"
             found = _parameter_problems(catalogue, tool, parameter)
@@ -344,17 +321,13 @@ def _catalogue_problems(catalogue: Catalogue) -> list[str]:
 def _parameter_problems(
     catalogue: Catalogue, tool: CatalogueTool, parameter: SlotParameter
 ) -> list[str]:
-    problems = []
-    if not _NAME.fullmatch(parameter.name):
-        problems.append(": a name is a word of letters, digits and _")
     problem = _value_problem(catalogue, tool, parameter)
-    if problem:
-        problems.append(problem)
+    problems = [problem] if problem else []
     for kind in parameter.sources:
         if not catalogue.providers(kind):
             kinds = {t.returns for t in catalogue.tools if t.mention is not None}
             problems.append(f".from: no tool with a `mention` returns {kind!r}{_hint(kind, kinds)}")
-    if parameter.sources and catalogue.calls_before(parameter) == math.inf:
+    if catalogue.calls_before(parameter, catalogue.chain_lengths) == math.inf:
         problems.append(
             ".from: its providers need one another in a circle, so no plan can begin; "
             "give a parameter of the circle a `value`"
@@ -363,11 +336,11 @@ def _parameter_problems(
         problems.append(".as: only for parameters of type str that have `from`")
     if references(text.replace("{}", "") for text in parameter.embed):
         problems.append(".as: has a $ and digits, which name the result of a call")
-    if parameter.default is not REQUIRED and parameter.value != "end":
-        known = Parameter("p", parameter.type, nullable=parameter.nullable)
-        if not accepts(known, parameter.default) or references([parameter.default]):
-            wanted = f"of type {parameter.type}" + ("" if parameter.nullable else " and not null")
-            problems.append(f".default: must be {wanted}, got {parameter.default!r}")
+    default = parameter.default
+    free = default is REQUIRED or parameter.value == "end"
+    if not free and (not accepts(parameter, default) or references([default])):
+        wanted = f"of type {parameter.type}" + ("" if parameter.nullable else " and not null")
+        problems.append(f".default: must be {wanted}, got {default!r}")
     return problems
 
 

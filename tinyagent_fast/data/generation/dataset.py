@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, Catalogue, load_catalogue
@@ -69,14 +68,7 @@ class GeneratedFiles:
 
 
 def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
-    """Write training_data.json and testing_data.json, atomically.
-
-    Args:
-        spec: What to generate.
-        out_dir: Folder for the two files; made if absent.
-
-    Returns:
-        The two paths.
+    """Write training_data.json and testing_data.json into a folder, atomically.
 
     Raises:
         DataError: The catalogue is faulty or too small for that many different queries, or the
@@ -86,43 +78,35 @@ def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
     files = GeneratedFiles(out_dir / "training_data.json", out_dir / "testing_data.json")
     taken: set[str] = set()
     parts = ((files.test, spec.test_entries, "test"), (files.train, spec.train_entries, "train"))
-    temporaries = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path, _, _ in parts}
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for path, count, part in parts:
-            rng = random.Random(f"{spec.seed}/{part}")
-            with temporaries[path].open("w", encoding="utf-8", newline="\n") as stream:
-                _write_object(stream.write, generate_entries(catalogue, spec, count, rng, taken))
-        # Only now, as each file's queries were chosen for the other's.
-        for path, temporary in temporaries.items():
-            temporary.replace(path)
+        with TemporaryDirectory(prefix=".part-", dir=out_dir) as unfinished:
+            for path, count, part in parts:
+                rng = random.Random(f"{spec.seed}/{part}")
+                entries = generate_entries(catalogue, spec, count, rng, taken)
+                _write_object(Path(unfinished) / path.name, entries)
+            # Only now, as each file's queries were chosen for the other's.
+            for path, _, _ in parts:
+                (Path(unfinished) / path.name).replace(path)
     except OSError as error:
         raise DataError(
             f"generated files in {out_dir}",
             f"they cannot be written: {error}",
             "name another folder",
         ) from error
-    finally:
-        for temporary in temporaries.values():
-            with suppress(OSError):
-                temporary.unlink()
     return files
 
 
 def generate_entries(
-    catalogue: Catalogue,
-    spec: GenerationSpec,
-    count: int,
-    rng: random.Random,
-    taken: set[str],
+    catalogue: Catalogue, spec: GenerationSpec, count: int, rng: random.Random, taken: set[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Generate entries whose queries are all new.
 
     Args:
         catalogue: The tools.
-        spec: Prompt style, mix and failures.
+        spec: Prompt style, mix and failures; its counts and seed are not looked at.
         count: How many entries.
-        rng: Source of randomness.
+        rng: Where all choices come from.
         taken: Normalised queries that may not come again, nor as an example in a full prompt; the
             new ones are added to it.
 
@@ -136,21 +120,20 @@ def generate_entries(
     mix = SINGLE_CALLS if spec.single_calls else Mix(max_calls=spec.max_calls)
     for done in range(count):
         asked = f"{count} queries asked for, {done} different ones found"
-        request = writer.new_request(mix, taken.__contains__, asked)
+        request = writer.new_request(mix, taken, asked)
         taken.add(normalise_query(request.query))
         yield writer.uuid().hex, writer.entry(request)
 
 
-def _write_object(
-    write: Callable[[str], object], entries: Iterator[tuple[str, dict[str, Any]]]
-) -> None:
-    write("{")
-    separator = "\n"
-    for key, entry in entries:
-        text = json.dumps(entry, indent=4, ensure_ascii=False).replace("\n", "\n    ")
-        write(f"{separator}    {json.dumps(key)}: {text}")
-        separator = ",\n"
-    write("\n}\n")
+def _write_object(path: Path, entries: Iterator[tuple[str, dict[str, Any]]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write("{")
+        separator = "\n"
+        for key, entry in entries:
+            text = json.dumps(entry, indent=4, ensure_ascii=False).replace("\n", "\n    ")
+            stream.write(f"{separator}    {json.dumps(key)}: {text}")
+            separator = ",\n"
+        stream.write("\n}\n")
 
 
 @dataclass(frozen=True)
@@ -165,11 +148,11 @@ class _EntryWriter:
     def uuid(self) -> uuid.UUID:
         return uuid.UUID(int=self.rng.getrandbits(128), version=4)
 
-    def new_request(self, mix: Mix, is_taken: Callable[[str], bool], asked: str) -> Request:
+    def new_request(self, mix: Mix, taken: Set[str], asked: str) -> Request:
         """Write a request whose query is new by the measure of splits and leak reports."""
         for _ in range(_MAX_REPEATS):
             request = write_request(self.catalogue, mix, self.rng)
-            if not is_taken(normalise_query(request.query)):
+            if normalise_query(request.query) not in taken:
                 return request
         raise DataError(
             asked,
@@ -178,7 +161,7 @@ class _EntryWriter:
         )
 
     def entry(self, request: Request) -> dict[str, Any]:
-        tool_names = self.retrieved_tools(request)
+        tool_names = self.retrieved_tools(request)  # drawn in any style
         if self.spec.prompt_style == "short":
             system = short_planner_prompt(tool_names)
         else:
@@ -209,7 +192,7 @@ class _EntryWriter:
         """Solve another request than the one that is asked for, and none of the test file's."""
         forbidden = self.held_out | {normalise_query(asked_for.query)}
         asked = f"{_EXAMPLES_PER_PROMPT} examples asked for in each full prompt"
-        request = self.new_request(Mix(), forbidden.__contains__, asked)
+        request = self.new_request(Mix(), forbidden, asked)
         return f"Question: {request.query}\n{_render(request)}"
 
     def join_point(self, request: Request) -> dict[str, Any]:

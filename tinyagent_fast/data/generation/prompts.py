@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from tinyagent_fast.data.generation.catalogue import Catalogue
+from tinyagent_fast.plans.tools import signature
 
 PromptStyle = Literal["short", "full"]
 
@@ -34,7 +35,7 @@ def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], rng: rand
         f"side wherever they can. You may call these {len(tools) + 1} functions:",
     ]
     for number, tool in enumerate(tools, start=1):
-        lines.append(f"{number}. {tool.signature}")
+        lines.append(f"{number}. {signature(tool)}")
         lines += [f" - {text}" for text in tool.description]
         lines.append("")
     lines += [
