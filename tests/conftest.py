@@ -95,7 +95,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tinyagent_fast.models.nano import save_model, train_bpe_tokenizer
+    from tinyagent_fast.models.loading import save_model
+    from tinyagent_fast.models.nano import train_bpe_tokenizer
 
     torch.set_num_threads(1)
     entries = json.loads((tiny_data / "training_data.json").read_text(encoding="utf-8"))
@@ -300,7 +301,8 @@ def tiny_merged(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Pa
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tinyagent_fast.models.nano import save_model, train_bpe_tokenizer
+    from tinyagent_fast.models.loading import save_model
+    from tinyagent_fast.models.nano import train_bpe_tokenizer
 
     torch.set_num_threads(1)
     entries = json.loads((tiny_data / "training_data.json").read_text(encoding="utf-8"))

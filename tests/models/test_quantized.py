@@ -178,11 +178,10 @@ def test_an_adapter_trained_on_four_bits_loads_onto_four_bits(
 ) -> None:
     import torch
 
-    from tinyagent_fast.models.loading import load_for_generation
-    from tinyagent_fast.training.best import save_adapter
+    from tinyagent_fast.models.loading import load_for_generation, save_model
 
     _, loaded = trained
-    save_adapter(loaded.model, loaded.tokenizer.hf, tmp_path / "adapter", {"n.json": {"a": 1}})
+    save_model(loaded.model, loaded.tokenizer.hf, tmp_path / "adapter", {"n.json": {"a": 1}})
     again = load_for_generation(nf4_config, nf4_config.model.base, tmp_path / "adapter")
     ids = torch.tensor([tiny_rows(loaded.tokenizer, 3)[2]["input_ids"]])
     with generating(loaded), generating(again):

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +17,13 @@ from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entr
 from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
+from tinyagent_fast.models.loading import save_model
 from tinyagent_fast.models.nano import (
+    NANO_SHAPE,
     RANDOM_SHAPE,
-    NanoShape,
-    PretrainProgress,
     PretrainSpec,
     pretrain,
     random_llama,
-    save_model,
     train_bpe_tokenizer,
 )
 from tinyagent_fast.models.threads import fastest_threads
@@ -41,7 +39,7 @@ def resolve_base(
     config: Config,
     examples: Sequence[Example],
     held_out: Sequence[str] = (),
-    on_progress: Callable[[PretrainProgress], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda _step, _steps: None,
 ) -> str:
     """Build the base model that the config names, unless it exists.
 
@@ -49,7 +47,7 @@ def resolve_base(
         config: The run's config.
         examples: The run's training examples; the `random` model's tokenizer is trained on them.
         held_out: Test queries, which the nano base must not have seen either.
-        on_progress: Called while the nano base is pretrained.
+        on_progress: Called while the nano base is pretrained, with the step and their number.
 
     Returns:
         A folder, or the hub name from the config.
@@ -66,19 +64,14 @@ def base_tokenizer(
 ) -> Any:
     """Make the tokenizer of a base that is built on the spot, without building the model.
 
-    Args:
-        config: The run's config.
-        examples: The run's training examples.
-        held_out: The run's test queries.
-
     Returns:
         A transformers tokenizer, or None for a base that is loaded from a folder or the hub.
     """
     if config.model.base == "nano":
         texts = _nano_texts(PretrainSpec(), held_out)
-        return _nano_tokenizer([text for _, text in texts], NanoShape())
+        return _nano_tokenizer([text for _, text in texts])
     if config.model.base == "random":
-        return train_bpe_tokenizer(_random_texts(examples), RANDOM_SHAPE.vocab_pieces)
+        return train_bpe_tokenizer(_random_texts(examples), RANDOM_SHAPE.vocab)
     return None
 
 
@@ -88,9 +81,11 @@ def _nano_texts(spec: PretrainSpec, held_out: Sequence[str]) -> list[tuple[str, 
     catalogue = load_catalogue()
     rng = random.Random(f"nano/{spec.seed}")
     taken = {normalise_query(query) for query in held_out}
-    entries = generate_entries(catalogue, generation, spec.entries, rng, taken)
-    examples = [_plan_example(key, raw) for key, raw in entries]
-    texts = [(example.key, render(example, "alpaca")) for example in examples]
+    texts = []
+    for key, raw in generate_entries(catalogue, generation, spec.entries, rng, taken):
+        entry = entry_from_json(key, raw)
+        assert isinstance(entry, Entry), f"a generated entry breaks the schema: {entry}"
+        texts.append((entry.examples[0].key, render(entry.examples[0], "alpaca")))
     for number in range(spec.lists):
         request, parts = write_parts(catalogue, rng)
         prompt = render_prompt("List the parts", f"Question: {request}", "alpaca")
@@ -100,26 +95,24 @@ def _nano_texts(spec: PretrainSpec, held_out: Sequence[str]) -> list[tuple[str, 
     return texts
 
 
-def _nano_tokenizer(texts: Sequence[RenderedExample], shape: NanoShape) -> Any:
+def _nano_tokenizer(texts: Sequence[RenderedExample]) -> Any:
     chosen = [t.prompt + t.completion for t in texts[:_TOKENIZER_TEXTS]]
-    return train_bpe_tokenizer(chosen, shape.vocab_pieces)
+    return train_bpe_tokenizer(chosen, NANO_SHAPE.vocab)
 
 
-def _nano(
-    config: Config, held_out: Sequence[str], on_progress: Callable[[PretrainProgress], None]
-) -> Path:
-    shape, spec = NanoShape(), PretrainSpec()
+def _nano(config: Config, held_out: Sequence[str], on_progress: Callable[[int, int], None]) -> Path:
+    spec = PretrainSpec()
     texts = _nano_texts(spec, held_out)
     text_hash = hashlib.sha256("".join(t.prompt + t.completion for _, t in texts).encode())
-    key = _key([asdict(shape), asdict(spec), text_hash.hexdigest()])
+    key = _key([asdict(NANO_SHAPE), asdict(spec), text_hash.hexdigest()])
     folder = config.runs / "bases" / f"nano-{key}"
     if (folder / "config.json").exists():
         return folder
     import torch
 
-    hf = _nano_tokenizer([text for _, text in texts], shape)
+    hf = _nano_tokenizer([text for _, text in texts])
     tokenizer = PromptTokenizer(hf)
-    model = random_llama(shape, hf, spec.seed)
+    model = random_llama(NANO_SHAPE, hf, spec.seed)
     rows = tokenizer.encode_rows(texts)
     if config.train.threads is None:
         few = PretrainSpec(steps=1, batch=spec.batch, learning_rate=1e-9)
@@ -129,13 +122,8 @@ def _nano(
     else:
         torch.set_num_threads(config.train.threads)
     pretrain(model, rows, tokenizer.pad_id, spec, on_progress)
-    return _save(model, hf, folder)
-
-
-def _plan_example(key: str, raw: object) -> Example:
-    entry = entry_from_json(key, raw)
-    assert isinstance(entry, Entry), f"a generated entry breaks the schema: {entry}"
-    return entry.examples[0]
+    save_model(model, hf, folder)
+    return folder
 
 
 def _random_texts(examples: Sequence[Example]) -> list[str]:
@@ -150,20 +138,10 @@ def _random(config: Config, examples: Sequence[Example]) -> Path:
     folder = config.runs / "bases" / f"random-{key}"
     if (folder / "config.json").exists():
         return folder
-    hf = train_bpe_tokenizer(texts, RANDOM_SHAPE.vocab_pieces)
-    return _save(random_llama(RANDOM_SHAPE, hf, config.train.seed), hf, folder)
+    hf = train_bpe_tokenizer(texts, RANDOM_SHAPE.vocab)
+    save_model(random_llama(RANDOM_SHAPE, hf, config.train.seed), hf, folder)
+    return folder
 
 
 def _key(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
-
-
-def _save(model: object, tokenizer: object, folder: Path) -> Path:
-    """Save under the final name only when whole."""
-    temporary = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(model, tokenizer, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
-    return folder

@@ -35,14 +35,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, raw: Mapping[str, object], source: str = "config.json") -> ModelShape:
-        """Read the sizes from a model's config.
-
-        Args:
-            raw: What its config.json holds.
-            source: Named in messages.
-
-        Returns:
-            The shape.
+        """Read the sizes from what a model's config.json holds; `source` is named in messages.
 
         Raises:
             ModelError: A size is missing or no positive whole number.
@@ -98,37 +91,22 @@ class ModelShape:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearModule:
-    """One linear module of a layer, as transformers and as GGUF name it."""
+@dataclass(frozen=True)
+class Module:
+    """A linear module or a norm of a layer, as transformers and as GGUF name it."""
 
     module: str
     """Its path within a layer, such as `self_attn.q_proj`."""
     gguf: str
     """Its name in GGUF, such as `attn_q`."""
-    inputs: str
-    """The `ModelShape` attribute that gives its input features."""
-    outputs: str
-    """The `ModelShape` attribute that gives its output features."""
+    inputs: str = ""
+    """The `ModelShape` attribute that gives a linear module's input features."""
+    outputs: str = "hidden"
+    """The `ModelShape` attribute that gives its output features, or the values of a norm."""
     rotary_rows: bool = False
     """Whether llama.cpp expects the rows of each head as interleaved pairs."""
     sensitive: bool = False
     """Whether the mixed K-quants of llama.cpp give it more bits in some layers."""
-
-    @property
-    def leaf(self) -> str:
-        """The last part of its path, which LoRA's target modules name."""
-        return self.module.rpartition(".")[2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Norm:
-    """A norm of a layer, as transformers and as GGUF name it."""
-
-    module: str
-    gguf: str
-    before: str
-    """The block of linear modules that it stands before, such as `self_attn`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,49 +139,29 @@ class Family:
     modeling: str
     """The module of transformers that has the class."""
     gguf_architecture: str
-    linears: Sequence[LinearModule]
-    """Of a layer, in the order in which they compute."""
-    norms: Sequence[Norm]
+    modules: Sequence[Module]
     """Of a layer, in the order in which they compute."""
     config_values: Mapping[str, Any] = field(default_factory=dict)
     """What config.json must say where it says anything: other values are other models."""
     rope_types: Sequence[str] = ("default", "linear", "llama3")
     """Scalings of the rotary embedding that can be exported."""
 
+    @property
+    def linears(self) -> list[Module]:
+        """The linear modules of a layer."""
+        return [one for one in self.modules if one.inputs]
+
+    def linears_of(self, targets: Targets) -> list[Module]:
+        """List the linear modules of a layer that get an adapter."""
+        everywhere = targets == "all-linear"
+        return [one for one in self.linears if everywhere or one.module.startswith("self_attn.")]
+
     def target_modules(self, targets: Targets) -> list[str]:
-        """Name the modules that get an adapter.
-
-        Args:
-            targets: All linear modules of a layer, or those of attention.
-
-        Returns:
-            Last parts of their paths, as peft wants them.
-        """
-        return [one.leaf for one in self.linears_of(targets)]
-
-    def linears_of(self, targets: Targets) -> list[LinearModule]:
-        """List a layer's linear modules.
-
-        Args:
-            targets: All of them, or those of attention.
-
-        Returns:
-            The modules in the order in which they compute.
-        """
-        return [
-            one
-            for one in self.linears
-            if targets == "all-linear" or one.module.startswith("self_attn.")
-        ]
+        """Name the modules that get an adapter by the last part of their paths, as peft does."""
+        return [one.module.rpartition(".")[2] for one in self.linears_of(targets)]
 
     def tensors(self, shape: ModelShape) -> Iterator[Tensor]:
         """List the tensors of a model, in the order in which a GGUF file has them.
-
-        Args:
-            shape: Its sizes.
-
-        Yields:
-            Each tensor in both namings.
 
         Source: llama.cpp, gguf-py/gguf/tensor_mapping.py.
         """
@@ -215,23 +173,16 @@ class Family:
             is_output=shape.tied,
         )
         for layer in range(shape.layers):
-            for norm in self.norms:
+            for one in self.modules:
+                sizes = [one.outputs, one.inputs] if one.inputs else [one.outputs]
                 yield Tensor(
-                    gguf=f"blk.{layer}.{norm.gguf}.weight",
-                    source=f"model.layers.{layer}.{norm.module}.weight",
-                    shape=(shape.hidden,),
+                    gguf=f"blk.{layer}.{one.gguf}.weight",
+                    source=f"model.layers.{layer}.{one.module}.weight",
+                    shape=tuple(getattr(shape, size) for size in sizes),
                     layer=layer,
+                    head_rows=shape.head_dim if one.rotary_rows else None,
+                    sensitive=one.sensitive,
                 )
-                for one in self.linears:
-                    if one.module.startswith(f"{norm.before}."):
-                        yield Tensor(
-                            gguf=f"blk.{layer}.{one.gguf}.weight",
-                            source=f"model.layers.{layer}.{one.module}.weight",
-                            shape=(getattr(shape, one.outputs), getattr(shape, one.inputs)),
-                            layer=layer,
-                            head_rows=shape.head_dim if one.rotary_rows else None,
-                            sensitive=one.sensitive,
-                        )
         yield Tensor(gguf="output_norm.weight", source="model.norm.weight", shape=(shape.hidden,))
         if not shape.tied:
             yield Tensor(gguf="output.weight", source=OUTPUT, shape=rows, is_output=True)
@@ -243,46 +194,16 @@ LLAMA = Family(
     causal_lm="LlamaForCausalLM",
     modeling="transformers.models.llama.modeling_llama",
     gguf_architecture="llama",
-    linears=(
-        LinearModule(
-            module="self_attn.q_proj",
-            gguf="attn_q",
-            inputs="hidden",
-            outputs="query_width",
-            rotary_rows=True,
-        ),
-        LinearModule(
-            module="self_attn.k_proj",
-            gguf="attn_k",
-            inputs="hidden",
-            outputs="kv_width",
-            rotary_rows=True,
-        ),
-        LinearModule(
-            module="self_attn.v_proj",
-            gguf="attn_v",
-            inputs="hidden",
-            outputs="kv_width",
-            sensitive=True,
-        ),
-        LinearModule(
-            module="self_attn.o_proj", gguf="attn_output", inputs="query_width", outputs="hidden"
-        ),
-        LinearModule(
-            module="mlp.gate_proj", gguf="ffn_gate", inputs="hidden", outputs="intermediate"
-        ),
-        LinearModule(module="mlp.up_proj", gguf="ffn_up", inputs="hidden", outputs="intermediate"),
-        LinearModule(
-            module="mlp.down_proj",
-            gguf="ffn_down",
-            inputs="intermediate",
-            outputs="hidden",
-            sensitive=True,
-        ),
-    ),
-    norms=(
-        Norm(module="input_layernorm", gguf="attn_norm", before="self_attn"),
-        Norm(module="post_attention_layernorm", gguf="ffn_norm", before="mlp"),
+    modules=(
+        Module("input_layernorm", "attn_norm"),
+        Module("self_attn.q_proj", "attn_q", "hidden", "query_width", rotary_rows=True),
+        Module("self_attn.k_proj", "attn_k", "hidden", "kv_width", rotary_rows=True),
+        Module("self_attn.v_proj", "attn_v", "hidden", "kv_width", sensitive=True),
+        Module("self_attn.o_proj", "attn_output", "query_width", "hidden"),
+        Module("post_attention_layernorm", "ffn_norm"),
+        Module("mlp.gate_proj", "ffn_gate", "hidden", "intermediate"),
+        Module("mlp.up_proj", "ffn_up", "hidden", "intermediate"),
+        Module("mlp.down_proj", "ffn_down", "intermediate", "hidden", sensitive=True),
     ),
     config_values={
         "attention_bias": False,
@@ -307,14 +228,7 @@ def nearest_family(model_type: str) -> Family:
 
 
 def family_of(config: Mapping[str, Any], source: str = "config.json") -> Family:
-    """Find the family of a model.
-
-    Args:
-        config: What its config.json holds.
-        source: Named in messages.
-
-    Returns:
-        The family's row.
+    """Find a model's family by what its config.json holds; `source` is named in messages.
 
     Raises:
         ModelError: No row has this model type, or a setting makes it another model.

@@ -1,7 +1,9 @@
-"""Load a base model with a fresh or a trained adapter, by Unsloth or by transformers + peft."""
+"""Load a base with a fresh or trained adapter, by Unsloth or transformers + peft, and save both."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.quantisation_aware import train_quantised
 from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,8 @@ class _Choice:
     backend: str
     device: str
     compute_dtype: str
-    checkpointing: str
-    notes: tuple[str, ...]
+    checkpointing: str | bool
+    notes: list[str]
 
     @property
     def dtype(self) -> Any:
@@ -52,20 +55,13 @@ class _Choice:
         """The whole model on this process's own GPU, or on the CPU."""
         return {"": launch_environment().local_rank if self.device == "cuda" else "cpu"}
 
-    def with_notes(self, *notes: str) -> _Choice:
-        """Add sentences for the user."""
-        return replace(self, notes=(*self.notes, *notes))
-
 
 def load_for_training(config: Config, base: str) -> LoadedModel:
-    """Load the base and put a fresh adapter on it.
+    """Load the base and put a fresh adapter on it, which alone is trainable.
 
     Args:
         config: The run's config.
         base: Folder or hub name; `nano` and `random` have become folders by now.
-
-    Returns:
-        The model in training mode, with only the adapter trainable.
 
     Raises:
         ModelError: The base, the backend or the tokenizer cannot be had.
@@ -74,27 +70,24 @@ def load_for_training(config: Config, base: str) -> LoadedModel:
     how = _choose(replace(config.model, backend="transformers") if qat != "off" else config.model)
     if how.backend == "unsloth":
         if how.device == "cpu":
-            how = how.with_notes(*_unsloth_cpu_notes(config.train))
+            how.notes.extend(_unsloth_cpu_notes(config.train))
         model = _unsloth_adapter(_unsloth_base(config, base, how), config, how)
     else:
         model = _peft_adapter(_transformers_base(config.model, base, how), config, how)
         if qat != "off":
             grids = train_quantised(model, qat)
             held = ", ".join(f"{count} as {grid}" for grid, count in sorted(grids.items()))
-            how = how.with_notes(f"computing with weights rounded for {qat}: {held}")
+            how.notes.append(f"computing with weights rounded for {qat}: {held}")
     return _finish(model, config.model, base, how)
 
 
 def load_for_generation(config: Config, base: str, adapter: Path | None) -> LoadedModel:
-    """Load the base and, if given, a trained adapter.
+    """Load the base and, if given, a trained adapter, in evaluation mode.
 
     Args:
         config: The config of the run that trained the adapter.
         base: Folder or hub name of the base.
         adapter: Folder with adapter weights; None for the bare base.
-
-    Returns:
-        The model in evaluation mode.
 
     Raises:
         ModelError: The base, the adapter or the backend cannot be had.
@@ -119,11 +112,7 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
 
 
 def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
-    """Give the backend that `auto` stands for, with or without a GPU.
-
-    Returns:
-        `unsloth` or `transformers`.
-    """
+    """Give the backend, `unsloth` or `transformers`, also where `auto` was asked for."""
     if config.backend != "auto":
         return config.backend
     return "unsloth" if cuda and find_spec("unsloth") is not None else "transformers"
@@ -155,11 +144,13 @@ def _choose(config: ModelConfig) -> _Choice:
         dtype = "float32"
         if config.weights in ("bf16", "fp16"):
             notes.append(f"no GPU: weights are held in fp32 instead of {config.weights}")
-    checkpointing = config.gradient_checkpointing
-    if checkpointing == "unsloth" and backend != "unsloth":
-        notes.append("gradient checkpointing `unsloth` needs that backend: using plain `true`")
-        checkpointing = "true"
-    return _Choice(backend, "cuda" if cuda else "cpu", dtype, checkpointing, tuple(notes))
+    checkpointing: str | bool = config.gradient_checkpointing != "false"
+    if config.gradient_checkpointing == "unsloth":
+        if backend == "unsloth":
+            checkpointing = "unsloth"
+        else:
+            notes.append("gradient checkpointing `unsloth` needs that backend: using plain `true`")
+    return _Choice(backend, "cuda" if cuda else "cpu", dtype, checkpointing, notes)
 
 
 def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedModel:
@@ -178,14 +169,14 @@ def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedM
         model.generation_config.pad_token_id = tokenizer.pad_id
     kinds = {type(parameter).__name__ for parameter in model.parameters()}
     if config.weights == "nf4" and "Params4bit" not in kinds:
-        how = how.with_notes("bitsandbytes could not quantise the weights: they are not in 4 bits")
+        how.notes.append("bitsandbytes could not quantise the weights: they are not in 4 bits")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         backend=how.backend,
         device=how.device,
         compute_dtype=how.compute_dtype,
-        notes=how.notes,
+        notes=tuple(how.notes),
     )
 
 
@@ -235,7 +226,7 @@ def _peft_adapter(model: Any, config: Config, how: _Choice) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    checkpointing = how.checkpointing == "true"
+    checkpointing = bool(how.checkpointing)
     kwargs = {"use_reentrant": False}
     if config.model.weights == "nf4":
         model = prepare_model_for_kbit_training(
@@ -285,7 +276,7 @@ def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
         "max_seq_length": config.model.max_length_tokens,
         "dtype": how.dtype,
         "load_in_4bit": config.model.weights == "nf4",
-        "use_gradient_checkpointing": _unsloth_checkpointing(how),
+        "use_gradient_checkpointing": how.checkpointing,
         "random_state": config.train.seed,
         "use_exact_model_name": True,
     }
@@ -304,17 +295,35 @@ def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
     return model
 
 
-def _unsloth_checkpointing(how: _Choice) -> str | bool:
-    return "unsloth" if how.checkpointing == "unsloth" else how.checkpointing == "true"
-
-
 def _unsloth_adapter(model: Any, config: Config, how: _Choice) -> Any:
     from unsloth import FastLanguageModel
 
     return FastLanguageModel.get_peft_model(
         model,
         **_lora(model, config),
-        use_gradient_checkpointing=_unsloth_checkpointing(how),
+        use_gradient_checkpointing=how.checkpointing,
         random_state=config.train.seed,
         max_seq_length=config.model.max_length_tokens,
     )
+
+
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, notes: Mapping[str, object] | None = None
+) -> None:
+    """Save a model or an adapter with its tokenizer, under the final name only when whole.
+
+    Args:
+        model: Of transformers or peft.
+        tokenizer: Its transformers tokenizer.
+        folder: Target; replaced if it exists.
+        notes: Written as JSON files, by file name.
+    """
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(str(temporary))
+    tokenizer.save_pretrained(str(temporary))
+    for name, value in (notes or {}).items():
+        write_json(temporary / name, value)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)

@@ -8,10 +8,8 @@ plan; LoRA then teaches it to plan through the same code that trains the real mo
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.models.families import ModelShape
@@ -34,35 +32,13 @@ _WORDS = (
 _MERGED = r"_[A-Za-z]+| ?[A-Za-z]+|\p{N}{1,3}| ?[^\sA-Za-z\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 
-@dataclass(frozen=True, kw_only=True)
-class NanoShape:
-    """Size of a small Llama; a hidden size that 256 divides keeps real K-quants possible."""
-
-    vocab_pieces: int = 1536
-    hidden: int = 256
-    intermediate: int = 256
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    max_position_tokens: int = 16384
-
-    @property
-    def model_shape(self) -> ModelShape:
-        """The same as sizes that memory is estimated from."""
-        return ModelShape(
-            hidden=self.hidden,
-            intermediate=self.intermediate,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
-            vocab=self.vocab_pieces,
-            tied=True,
-        )
-
-
-RANDOM_SHAPE = NanoShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2)
+NANO_SHAPE = ModelShape(
+    hidden=256, intermediate=256, layers=3, heads=4, kv_heads=2, head_dim=64, vocab=1536, tied=True
+)
+"""A hidden size that 256 divides keeps real K-quants possible."""
+RANDOM_SHAPE = replace(NANO_SHAPE, hidden=64, intermediate=128, layers=2, head_dim=16)
 """Of the base that is not trained at all."""
+_MAX_POSITION_TOKENS = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +51,6 @@ class PretrainSpec:
     batch: int = 16
     learning_rate: float = 3e-3
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class PretrainProgress:
-    """What a progress display needs while the base is trained."""
-
-    step: int
-    steps: int
-    loss: float
-    seconds: float
 
 
 def train_bpe_tokenizer(texts: Sequence[str], vocab_pieces: int) -> Any:
@@ -123,7 +89,7 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_pieces: int) -> Any:
     )
 
 
-def random_llama(shape: NanoShape, tokenizer: Any, seed: int) -> Any:
+def random_llama(shape: ModelShape, tokenizer: Any, seed: int) -> Any:
     """Build a Llama in fp32 with random weights and the vocabulary of a tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -137,7 +103,7 @@ def random_llama(shape: NanoShape, tokenizer: Any, seed: int) -> Any:
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=shape.max_position_tokens,
+            max_position_embeddings=_MAX_POSITION_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -151,8 +117,8 @@ def pretrain(
     rows: Sequence[EncodedRow],
     pad_id: int,
     spec: PretrainSpec,
-    on_progress: Callable[[PretrainProgress], None] = lambda _: None,
-) -> None:
+    on_progress: Callable[[int, int], None] = lambda _step, _steps: None,
+) -> float:
     """Train all weights in place, with loss on completions.
 
     Args:
@@ -160,7 +126,10 @@ def pretrain(
         rows: Encoded single-call rows.
         pad_id: Token that fills rows up; its labels are ignored.
         spec: Steps, batch and learning rate.
-        on_progress: Called every few steps.
+        on_progress: Called every few steps with the step and their number.
+
+    Returns:
+        The loss of the last batch before its step, in nats per supervised token.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -176,7 +145,6 @@ def pretrain(
         cycle_momentum=False,
     )
     model.train()
-    started = time.perf_counter()
     for step, (input_ids_BT, labels_BT) in enumerate(_batches(rows, pad_id, spec), start=1):
         # Padding stands on the right, where a causal model does not look: no mask is needed.
         hidden_BTH = model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
@@ -189,10 +157,9 @@ def pretrain(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0 or step == spec.steps:
-            on_progress(
-                PretrainProgress(step, spec.steps, loss.item(), time.perf_counter() - started)
-            )
+            on_progress(step, spec.steps)
     model.eval()
+    return float(loss.detach())
 
 
 def _batches(
@@ -200,6 +167,7 @@ def _batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ids and labels of `spec.steps` batches of similar length, in seeded random order."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     rng = random.Random(spec.seed)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
@@ -210,13 +178,6 @@ def _batches(
             order = rng.sample(starts, len(starts))
         start = order.pop()
         chosen = [rows[i] for i in by_length[start : start + spec.batch]]
-        longest = max(len(row.input_ids) for row in chosen)
-        ids = [[*row.input_ids, *[pad_id] * (longest - len(row.input_ids))] for row in chosen]
-        labels = [[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in chosen]
-        yield torch.tensor(ids), torch.tensor(labels)
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save a small model with its tokenizer in the hub's layout, so that it loads like any base."""
-    model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+        ids = [torch.tensor(row.input_ids) for row in chosen]
+        labels = [torch.tensor(row.labels) for row in chosen]
+        yield pad_sequence(ids, True, pad_id), pad_sequence(labels, True, IGNORED)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.runs import Run, write_json
+from tinyagent_fast.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,26 +62,6 @@ def read_best(run: Run) -> Best | None:
     if not path.exists():
         return None
     return Best(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def save_adapter(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> None:
-    """Save adapter and tokenizer under their final name only when whole.
-
-    Args:
-        model: A PEFT model.
-        tokenizer: Its transformers tokenizer.
-        folder: Target; replaced if it exists.
-        notes: Written as JSON files, by file name.
-    """
-    temporary = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(str(temporary))
-    tokenizer.save_pretrained(str(temporary))
-    for name, value in notes.items():
-        write_json(temporary / name, value)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

@@ -24,7 +24,7 @@ from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.bases import resolve_base
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.libraries import prepare_libraries
-from tinyagent_fast.models.loading import LoadedModel, load_for_training
+from tinyagent_fast.models.loading import LoadedModel, load_for_training, save_model
 from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.templates import template_hash
@@ -37,7 +37,6 @@ from tinyagent_fast.training.best import (
     Evaluation,
     load_adapter_weights,
     read_best,
-    save_adapter,
 )
 from tinyagent_fast.training.inputs import (
     RunExamples,
@@ -186,7 +185,7 @@ def _prepare(config: Config, display: Display, resume: Run | None) -> _Session:
                 config,
                 examples.train,
                 [example.query for example in examples.test],
-                lambda progress: update(progress.step, progress.steps),
+                update,
             )
         )
     folder = resolve_tokenizer_folder(base, config.model.revision)
@@ -474,7 +473,7 @@ def _plan_success(
         return new
 
     def save(folder: Path, best: Best) -> None:
-        save_adapter(loaded.model, loaded.tokenizer.hf, folder, {"best.json": asdict(best)})
+        save_model(loaded.model, loaded.tokenizer.hf, folder, {"best.json": asdict(best)})
 
     return PlanSuccess(
         run,
@@ -502,7 +501,7 @@ def _keep_best(session: _Session) -> bool:
     run, loaded, display = session.run, session.loaded, session.display
     best = read_best(run)
     if best is None:
-        save_adapter(loaded.model, loaded.tokenizer.hf, run.adapter, {})
+        save_model(loaded.model, loaded.tokenizer.hf, run.adapter)
         display.say("no evaluation was made: the last adapter is kept")
     else:
         shutil.rmtree(run.adapter, ignore_errors=True)

@@ -379,9 +379,9 @@ def base_shape(base: str) -> ModelShape:
     if base == BASE_MODEL:
         return _TINYLLAMA_32K
     if base in ("nano", "random"):
-        from tinyagent_fast.models.nano import RANDOM_SHAPE, NanoShape
+        from tinyagent_fast.models.nano import NANO_SHAPE, RANDOM_SHAPE
 
-        return (NanoShape() if base == "nano" else RANDOM_SHAPE).model_shape
+        return NANO_SHAPE if base == "nano" else RANDOM_SHAPE
     path = Path(base) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
