@@ -318,7 +318,7 @@ def test_a_file_that_cannot_be_run_is_named_with_llama_cpps_own_reason(
     text.write_text("no model")
     cases = {
         tmp_path / "absent.gguf": "it is no file",
-        text: "does not begin as a GGUF file does",
+        text: "expected 'GGUF'",
         cut(tmp_path, tiny_gguf["f16"]): "corrupted or incomplete",
     }
     for path, reason in cases.items():

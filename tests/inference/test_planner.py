@@ -117,26 +117,25 @@ def test_an_adapter_is_loaded_on_its_runs_base_by_plain_transformers(
     run: Run, tiny_base: Path
 ) -> None:
     config = run.config()
-    model, base, adapter = model_in_torch(find_source(), config)
-    assert (base, adapter) == (str(tiny_base), run.adapter)
-    assert model.backend == "transformers"
+    model = model_in_torch(find_source(), config)
+    assert (model.base, model.backend) == (str(tiny_base), "transformers")
     assert model.prompt_format == config.model.prompt_format
 
 
 def test_a_merged_folder_tells_its_precision_and_its_export_the_prompt_format(run: Run) -> None:
     source = find_source(run.path / "export" / "merged")
-    assert model_in_torch(source, run.config())[0].prompt_format == "alpaca"
+    assert model_in_torch(source, run.config()).prompt_format == "alpaca"
     (run.path / "export" / "export.json").write_text('{"prompt_format": "flat"}', encoding="utf-8")
-    model = model_in_torch(source, run.config())[0]
+    model = model_in_torch(source, run.config())
     assert (model.weights, model.prompt_format) == ("fp32", "flat")
 
 
 def test_a_merged_folder_from_elsewhere_is_asked_with_its_own_template(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"torch_dtype": "bfloat16"}', encoding="utf-8")
     source = find_source(tmp_path)
-    assert model_in_torch(source, Config())[0].prompt_format == "alpaca"
+    assert model_in_torch(source, Config()).prompt_format == "alpaca"
     (tmp_path / "chat_template.jinja").write_text("", encoding="utf-8")
-    model = model_in_torch(source, Config())[0]
+    model = model_in_torch(source, Config())
     assert (model.weights, model.prompt_format) == ("bf16", "chat")
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -138,18 +139,8 @@ class _Task:
     display: Display
 
 
-def chosen_engine(options: EvalOptions) -> EngineName:
-    """Say which engine is meant.
-
-    Args:
-        options: What to evaluate.
-
-    Returns:
-        The engine.
-
-    Raises:
-        ConfigError: `auto` cannot tell by the model.
-    """
+def _chosen_engine(options: EvalOptions) -> EngineName:
+    """Say which engine is meant, for `auto` by the model."""
     if options.engine in ("gguf", "vllm"):
         return options.engine
     if options.engine != "auto" or options.model is None:
@@ -163,16 +154,16 @@ def chosen_engine(options: EvalOptions) -> EngineName:
     )
 
 
-def check_options(options: EvalOptions) -> None:
+def check_options(options: EvalOptions) -> EngineName:
     """Refuse what the engine would have to ignore; needs no torch.
 
-    Args:
-        options: What to evaluate.
+    Returns:
+        The engine that is meant.
 
     Raises:
         ConfigError: An option is given that the engine cannot honour, or one contradicts another.
     """
-    engine = chosen_engine(options)
+    engine = _chosen_engine(options)
     given = {
         "model": options.model,
         "adapter": options.adapter,
@@ -202,6 +193,7 @@ def check_options(options: EvalOptions) -> None:
             "it answers several queries at once in a single process",
             "start it without torchrun",
         )
+    return engine
 
 
 def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResult]:
@@ -219,15 +211,30 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         ModelError: A model cannot be loaded, or a prompt does not fit.
         DataError: The test file is faulty.
     """
-    check_options(options)
-    engine = chosen_engine(options)
-    init_processes()  # takes this process's GPU before any library looks for one
+    engine = check_options(options)
+    processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = _config(run, options)
-    task = _prepare(run, config, options, engine, display)
+    from tinyagent_fast.models.libraries import prepare_libraries
+
+    backend = config.model.backend if engine == "torch" else "transformers"
+    prepare_libraries(replace(config.model, backend=backend))
+    from tinyagent_fast.data.generation.catalogue import plan_tools
+    from tinyagent_fast.training.inputs import load_test_examples
+
+    examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
+    task = _Task(
+        run=run,
+        config=config,
+        options=options,
+        examples=examples,
+        test_sha256=test_sha256,
+        tools=plan_tools(config.data.catalogue),
+        display=display,
+    )
     subjects = {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](task)
     names = ", ".join(subject.name for subject in subjects)
-    display.say(f"run {run.path.name}: {len(task.examples)} test queries, {names}")
+    display.say(f"run {run.path.name}: {len(examples)} test queries, {names}")
     results = {subject.name: _evaluate(task, subject) for subject in subjects}
     if engine == "gguf":
         _compare_files(task, subjects, results)
@@ -249,28 +256,6 @@ def _config(run: Run, options: EvalOptions) -> Config:
     config = replace(config, data=data, model=model, eval=replace(config.eval, **changes))
     check_config(config)
     return config
-
-
-def _prepare(
-    run: Run, config: Config, options: EvalOptions, engine: EngineName, display: Display
-) -> _Task:
-    from tinyagent_fast.models.libraries import prepare_libraries
-
-    others = replace(config.model, backend="transformers")
-    prepare_libraries(config.model if engine == "torch" else others)
-    from tinyagent_fast.data.generation.catalogue import plan_tools
-    from tinyagent_fast.training.inputs import load_test_examples
-
-    examples, test_sha256 = init_processes().main_process_first(lambda: load_test_examples(config))
-    return _Task(
-        run=run,
-        config=config,
-        options=options,
-        examples=examples,
-        test_sha256=test_sha256,
-        tools=plan_tools(config.data.catalogue),
-        display=display,
-    )
 
 
 def _evaluate(task: _Task, subject: _Subject) -> EvaluationResult:
@@ -375,23 +360,16 @@ def _gguf_files(task: _Task) -> list[_Subject]:
     longest_tokens = max(map(len, encode_prompts(tokenizer, task.examples)), default=0)
     slots = task.options.eval.batch or min(_SLOTS, config.eval.batch)
 
-    def opener(path: Path) -> Callable[[], Engine]:
-        def open_engine() -> Engine:
-            from tinyagent_fast.inference.llama_cpp import (
-                LlamaCppEngine,
-                LlamaCppSettings,
-                LlamaServer,
-            )
+    def open_engine(path: Path) -> Engine:
+        from tinyagent_fast.inference import llama_cpp
 
-            settings = LlamaCppSettings(
-                model=path,
-                slots=slots,
-                context_tokens_per_slot=longest_tokens + config.eval.max_new_tokens + _SPARE_TOKENS,
-                threads=task.options.threads,
-            )
-            return LlamaCppEngine(LlamaServer(settings), tokenizer)
-
-        return open_engine
+        settings = llama_cpp.LlamaCppSettings(
+            model=path,
+            slots=slots,
+            context_tokens_per_slot=longest_tokens + config.eval.max_new_tokens + _SPARE_TOKENS,
+            threads=task.options.threads,
+        )
+        return llama_cpp.LlamaCppEngine(llama_cpp.LlamaServer(settings), tokenizer)
 
     return [
         _Subject(
@@ -400,7 +378,7 @@ def _gguf_files(task: _Task) -> list[_Subject]:
             folder=(task.options.out or task.run.path) / f"eval-gguf-{path.stem}",
             made_with={},
             settings=replace(config.eval, batch=slots),
-            open=opener(path),
+            open=partial(open_engine, path),
             path=path,
         )
         for path in paths

@@ -20,7 +20,7 @@ from tinyagent_fast.evaluation.scoring import (
     score_all,
     summarise,
 )
-from tinyagent_fast.inference.engine import Engine, Prompt
+from tinyagent_fast.inference.engine import Completion, Engine, Prompt
 from tinyagent_fast.inference.parity import ParityReport, compare_batches
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
@@ -92,17 +92,38 @@ def evaluate_examples(
         Metrics, predictions and how they came about.
     """
     started = time.perf_counter()
+    limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
     identity = {**engine.identity(), **made_with, "max_new_tokens": settings.max_new_tokens}
     file = PredictionFile(folder)
     there = processes.on_main_process(lambda: file.start(identity))
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
-    _say_kept(kept, len(there) - kept, say)
-    parity, notes = None, engine.notes(_prompts(missing)) if missing else []
-    for note in notes:
-        say(note)
+    if kept:
+        say(f"{kept} predictions are there, made with the same things; they are kept")
+    if len(there) > kept:
+        say(f"{len(there) - kept} predictions of other queries are there; no figure counts them")
+    parity: ParityReport | None = None
+    notes: Sequence[str] = ()
     if missing:
-        parity = _generate(engine, missing, settings, file, kept, on_progress, say, processes)
+        prompts = _prompts(missing)
+        notes = engine.notes(prompts)
+        for note in notes:
+            say(note)
+        batch, sample = settings.batch, settings.parity_prompts
+        parity = processes.on_main_process(
+            lambda: compare_batches(engine, prompts, batch=batch, sample=sample, **limits)
+        )
+        say(parity.sentence())
+        mine = processes.shard(missing)
+        part = file.part(processes.rank) if processes.count > 1 else file
+        completions = engine.generate(_prompts(mine), batch=parity.safe_batch, **limits)
+        for here, (index, completion) in enumerate(completions, start=1):
+            part.append([_prediction(mine[index], completion)])  # as soon as it is there
+            # The other processes are about as far.
+            done = min(len(examples), kept + here * processes.count)
+            on_progress(done, len(examples))
+        processes.wait()
+        processes.on_main_process(file.gather_parts)
     by_key = {prediction.key: prediction for prediction in file.read()}
     plans = score_all((by_key[example.key] for example in examples), tools)
     result = EvaluationResult(
@@ -126,54 +147,13 @@ def _prompts(examples: Sequence[Example]) -> list[Prompt]:
     return [Prompt(system=example.system, user=example.user) for example in examples]
 
 
-def _say_kept(kept: int, others: int, say: Callable[[str], None]) -> None:
-    if kept:
-        say(f"{kept} predictions are there, made with the same things; they are kept")
-    if others:
-        say(f"{others} predictions of other queries are there; no figure counts them")
-
-
-def _generate(
-    engine: Engine,
-    examples: Sequence[Example],
-    settings: EvalConfig,
-    file: PredictionFile,
-    done: int,
-    on_progress: Callable[[int, int], None],
-    say: Callable[[str], None],
-    processes: Processes,
-) -> ParityReport:
-    """Compare batches, then sweep; each plan is appended as soon as it is there."""
-    limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
-    parity = processes.on_main_process(
-        lambda: compare_batches(
-            engine,
-            _prompts(examples),
-            batch=settings.batch,
-            sample=settings.parity_prompts,
-            **limits,
-        )
+def _prediction(example: Example, completion: Completion) -> Prediction:
+    return Prediction(
+        key=example.key,
+        query=example.query,
+        label=example.output,
+        prediction=completion.text,
+        stop_reason=completion.stop_reason,
+        new_tokens=completion.new_tokens,
+        seconds=round(completion.seconds, 4),
     )
-    say(parity.sentence())
-    mine = processes.shard(examples)
-    part = file.part(processes.rank) if processes.count > 1 else file
-    completions = engine.generate(_prompts(mine), batch=parity.safe_batch, **limits)
-    for here, (index, completion) in enumerate(completions, start=1):
-        part.append(
-            [
-                Prediction(
-                    key=mine[index].key,
-                    query=mine[index].query,
-                    label=mine[index].output,
-                    prediction=completion.text,
-                    stop_reason=completion.stop_reason,
-                    new_tokens=completion.new_tokens,
-                    seconds=round(completion.seconds, 4),
-                )
-            ]
-        )
-        # The other processes are about as far.
-        on_progress(min(done + len(examples), done + here * processes.count), done + len(examples))
-    processes.wait()
-    processes.on_main_process(file.gather_parts)
-    return parity

@@ -6,7 +6,6 @@ it for ids and probabilities, and `LlamaCppEngine` writes plans with it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.export.record import sha256_of
 from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.templates import prompt_messages
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _STOP_REASONS: Mapping[str, StopReason] = {"word": "stop", "eos": "eos", "limit": "length"}
 _REQUEST_S = 3600.0
 _INSTALL = "pip install xllamacpp (on Linux it needs the system package libgomp1 too)"
+_NO_ROOM = "shorten the prompt, or give each slot more context, up to what the model was made for"
 _GREEDY: Mapping[str, Any] = {
     "temperature": 0,
     "top_k": 1,
@@ -73,16 +74,14 @@ class LlamaServer:
     def __init__(self, settings: LlamaCppSettings) -> None:
         """Serve a GGUF file on a free port of this machine.
 
-        Args:
-            settings: The file and how it is served.
-
         Raises:
-            ModelError: The file is missing or is no GGUF, llama.cpp cannot load it, or xllamacpp
-                is not installed.
+            ModelError: There is no such file, llama.cpp cannot load it, or xllamacpp is not
+                installed.
         """
         import httpx
 
-        _check_file(settings.model)
+        if not settings.model.is_file():
+            raise ModelError(f"model {settings.model}", "it is no file", "name a .gguf file")
         self.settings = settings
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         self._process = _start(settings, self._log)
@@ -94,8 +93,6 @@ class LlamaServer:
             self.vocab_size = int(models["data"][0]["meta"]["n_vocab"])
             """Tokens of the vocabulary, unused ones included."""
             properties = self.request("GET", "/props")
-            self.chat_template = str(properties["chat_template"])
-            """The template in the file, or llama.cpp's default where it has none."""
             self.context_tokens = int(properties["default_generation_settings"]["n_ctx"])
             """Room of one slot; llama.cpp allows no more than the model was made for."""
             self._letter_id = self.tokenize("a")[-1]
@@ -144,7 +141,7 @@ class LlamaServer:
             f"model {self.settings.model}",
             f"llama.cpp cannot load it: {answer.get('error', 'the process ended')}"
             + self._last_words(),
-            "export the file anew; it may be cut, or made for another llama.cpp",
+            "name a .gguf file; export it anew if it may be cut, or was made for another llama.cpp",
         )
 
     def _last_words(self) -> str:
@@ -182,7 +179,7 @@ class LlamaServer:
 
         Args:
             text: Any text.
-            special: Whether special tokens are read from the text, as the server does in prompts.
+            special: Whether special tokens are read from it, as the server does in prompts.
             bos: Whether BOS is put in front, where the file asks for one.
         """
         body = {"content": text, "parse_special": special, "add_special": bos}
@@ -222,7 +219,7 @@ class LlamaServer:
         body = {"messages": [dict(message) for message in messages], "verbose": True}
         body |= self._sampling(max_new_tokens, stop, grammar)
         raw = self.request("POST", "/v1/chat/completions", body)["__verbose"]
-        return self._completion(raw, str(raw["content"]), max_new_tokens)
+        return self._completion(raw, raw["content"], max_new_tokens)
 
     def complete_ids(
         self,
@@ -249,10 +246,10 @@ class LlamaServer:
         body = {"prompt": list(ids), **self._sampling(max_new_tokens, stop, grammar)}
         if on_text is None:
             raw = self.request("POST", "/completion", body)
-            return self._completion(raw, str(raw["content"]), max_new_tokens)
+            return self._completion(raw, raw["content"], max_new_tokens)
         text = ""
         for message in self._events("/completion", body):
-            piece = str(message.get("content", ""))
+            piece = message.get("content", "")
             text += piece
             on_text(piece)
             if message.get("stop"):
@@ -262,8 +259,7 @@ class LlamaServer:
     def next_logprobs(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Measure how probable each token of the vocabulary is after some ids.
 
-        Each call goes to the same slot, so a prompt that extends the last one costs only the
-        tokens that it adds.
+        Each call goes to the same slot, so ids that extend the last ones cost only what they add.
 
         Args:
             ids: What stands before, at least one token.
@@ -271,9 +267,6 @@ class LlamaServer:
         Returns:
             Natural logarithms of the probabilities, by token id, whatever the sampling; minus
             infinity where the probability is zero in float32.
-
-        Raises:
-            ModelError: The ids do not fit.
         """
         import numpy as np
 
@@ -322,8 +315,7 @@ class LlamaServer:
                 f"an answer broken off after {new_tokens} of {max_new_tokens} tokens",
                 f"with its prompt of {prompt_tokens} tokens it fills the context of "
                 f"{self.context_tokens} tokens",
-                "shorten the prompt, or give each slot more context, up to what the model was "
-                "made for",
+                _NO_ROOM,
             )
         return Completion(
             text=text,
@@ -347,12 +339,7 @@ class LlamaServer:
         with suppress(ValueError, KeyError, TypeError):
             error = json.loads(said)["error"]
             message, kind = str(error["message"]), str(error["type"])
-        fix = "correct what is sent"
-        if kind == "exceed_context_size_error":
-            fix = (
-                "shorten the prompt, or give each slot more context, up to what the model was "
-                "made for"
-            )
+        fix = _NO_ROOM if kind == "exceed_context_size_error" else "correct what is sent"
         name = self.settings.model.name
         return ModelError(f"{name}: llama.cpp refuses a request to {path}", message, fix)
 
@@ -363,12 +350,7 @@ class LlamaCppEngine:
     name = "llama.cpp"
 
     def __init__(self, server: LlamaServer, tokenizer: PromptTokenizer | None = None) -> None:
-        """Use a running server.
-
-        Args:
-            server: It serves the file.
-            tokenizer: The run's; if given, prompts are compared with those of training.
-        """
+        """Use a running server; with the run's tokenizer, prompts are compared with training's."""
         self.server = server
         self.tokenizer = tokenizer
 
@@ -380,22 +362,15 @@ class LlamaCppEngine:
     def identity(self) -> Mapping[str, Any]:
         """Name the file by its content, and the llama.cpp that runs it."""
         settings = self.server.settings
-        digest = hashlib.sha256()
-        with settings.model.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
         return {
             "engine": self.name,
             "xllamacpp": version("xllamacpp"),
-            "model_sha256": digest.hexdigest(),
+            "model_sha256": sha256_of(settings.model),
             "cache_type": settings.cache_type,
         }
 
     def notes(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Count prompts that the file's template and vocabulary turn into other ids than training.
-
-        Without a tokenizer to compare with there is nothing to say.
-        """
+        """Count prompts that the file encodes otherwise than training, if a tokenizer is given."""
         if self.tokenizer is None:
             return []
         trained = encode_prompts(self.tokenizer, prompts)
@@ -488,13 +463,3 @@ def _start(settings: LlamaCppSettings, log: IO[bytes]) -> subprocess.Popen[bytes
         process.stdin.write(json.dumps(wanted).encode() + b"\n")
         process.stdin.flush()
     return process
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"model {path}", "it is no file", "name a .gguf file")
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(
-                f"model {path}", "it does not begin as a GGUF file does", "name a .gguf file"
-            )

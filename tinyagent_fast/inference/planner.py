@@ -105,13 +105,7 @@ class PlanStream:
     """One plan being written: iterate over its pieces once, then ask for the result."""
 
     def __init__(self, planner: Planner, request: str, built: BuiltPrompt) -> None:
-        """Prepare; the model starts when the first piece is asked for.
-
-        Args:
-            planner: Writes it.
-            request: What the user typed.
-            built: What the model is asked.
-        """
+        """Prepare; the model starts when the first piece is asked for."""
         self.request = request
         self.built = built
         self.text = ""
@@ -159,12 +153,7 @@ class PlanStream:
                         raise item
                     if isinstance(item, Completion):
                         self.text = item.text
-                        self.result = PlannedRequest(
-                            request=self.request,
-                            built=self.built,
-                            completion=item,
-                            tools=planner.tools,
-                        )
+                        self.result = planner.planned(self.request, self.built, item)
                         return
                     self.text += item
                     yield item
@@ -230,15 +219,38 @@ class Planner:
         Raises:
             ModelError: The prompt does not fit into the model's context.
         """
-        return self._plan_all([(request, self.prompts.build(request, system))])[0]
+        return self.plan_batch([request], system)[0]
 
-    def plan_batch(self, requests: Sequence[str]) -> list[PlannedRequest]:
+    def plan_batch(
+        self, requests: Sequence[str], system: str | None = None
+    ) -> list[PlannedRequest]:
         """Answer many requests, several of them together, and give them in their order.
+
+        Args:
+            requests: What should be done.
+            system: A system text for all of them; None leaves the choice to `prompts`.
 
         Raises:
             ModelError: A prompt does not fit into the model's context.
         """
-        return self._plan_all([(request, self.prompts.build(request)) for request in requests])
+        asked = [self.prompts.build(request, system) for request in requests]
+        with self.turn():
+            done = dict(
+                self.engine.generate(
+                    [built.prompt for built in asked],
+                    stop=self.stop,
+                    max_new_tokens=self.max_new_tokens,
+                    batch=self.batch,
+                )
+            )
+        return [
+            self.planned(request, built, done[index])
+            for index, (request, built) in enumerate(zip(requests, asked, strict=True))
+        ]
+
+    def planned(self, request: str, built: BuiltPrompt, done: Completion) -> PlannedRequest:
+        """Put a request and what was written for it together."""
+        return PlannedRequest(request=request, built=built, completion=done, tools=self.tools)
 
     def stream(self, request: str, system: str | None = None) -> PlanStream:
         """Begin a plan whose text is taken piece by piece.
@@ -283,19 +295,6 @@ class Planner:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
-
-    def _plan_all(self, asked: Sequence[tuple[str, BuiltPrompt]]) -> list[PlannedRequest]:
-        prompts = [built.prompt for _, built in asked]
-        with self.turn():
-            done = dict(
-                self.engine.generate(
-                    prompts, stop=self.stop, max_new_tokens=self.max_new_tokens, batch=self.batch
-                )
-            )
-        return [
-            PlannedRequest(request=request, built=built, completion=done[index], tools=self.tools)
-            for index, (request, built) in enumerate(asked)
-        ]
 
 
 @dataclass(frozen=True)
@@ -435,22 +434,19 @@ def _open_engine(
 ) -> tuple[Engine, str]:
     """Load the model; the second value says what runs it."""
     if name == "gguf":
-        from tinyagent_fast.inference.llama_cpp import (
-            LlamaCppEngine,
-            LlamaCppSettings,
-            LlamaServer,
-        )
+        from tinyagent_fast.inference import llama_cpp
 
-        settings = LlamaCppSettings(
-            model=source.path,
-            slots=batch,
-            context_tokens_per_slot=_CONTEXT_TOKENS,
-            threads=threads,
+        server = llama_cpp.LlamaServer(
+            llama_cpp.LlamaCppSettings(
+                model=source.path,
+                slots=batch,
+                context_tokens_per_slot=_CONTEXT_TOKENS,
+                threads=threads,
+            )
         )
-        server = LlamaServer(settings)
         said = f"llama.cpp, context of {server.context_tokens} tokens"
-        return LlamaCppEngine(server), said
-    model, base, adapter = model_in_torch(source, config)
+        return llama_cpp.LlamaCppEngine(server), said
+    model = model_in_torch(source, config)
     from tinyagent_fast.models.libraries import prepare_libraries
 
     prepare_libraries(model)
@@ -467,32 +463,22 @@ def _open_engine(
     from tinyagent_fast.models.loading import load_for_generation
 
     disable_progress_bar()
-    loaded = load_for_generation(replace(config, model=model), base, adapter)
+    adapter = source.path if source.kind == "adapter" else None
+    loaded = load_for_generation(replace(config, model=model), model.base, adapter)
     notes = "".join(f"; {note}" for note in loaded.notes)
     said = f"{loaded.backend} on {loaded.device}, {loaded.compute_dtype}{notes}"
     return TorchEngine(loaded, threads=threads), said
 
 
-def model_in_torch(source: PlannerSource, config: Config) -> tuple[ModelConfig, str, Path | None]:
-    """Say how an adapter or a merged folder is loaded.
+def model_in_torch(source: PlannerSource, config: Config) -> ModelConfig:
+    """Say how an adapter's base or a merged folder is loaded.
 
-    Args:
-        source: The adapter or folder.
-        config: Its run's config, or a plain one.
-
-    Returns:
-        The model's config, the base's folder or hub name, and the adapter put on it. The backend is
-        plain transformers, which keeps keys and values from request to request.
+    The backend is plain transformers, which keeps keys and values from request to request. A merged
+    folder's precision and prompt format are told by what lies in and beside it.
     """
-    if source.kind == "folder":
-        return _merged_model(source), str(source.path), None
-    assert source.run is not None
-    base = source.run.base_of(config)
-    return replace(config.model, backend="transformers"), base, source.path
-
-
-def _merged_model(source: PlannerSource) -> ModelConfig:
-    """Tell a merged folder's precision and prompt format from what lies in and beside it."""
+    if source.kind == "adapter":
+        assert source.run is not None
+        return replace(config.model, base=source.run.base_of(config), backend="transformers")
     try:
         content = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
         dtype = str(content.get("dtype") or content.get("torch_dtype"))

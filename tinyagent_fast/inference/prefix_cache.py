@@ -38,30 +38,14 @@ class Prefix:
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def followed_by(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values behind those of a layer.
-
-        Args:
-            layer: Which layer.
-            key: Of the tokens that follow, 1KTD.
-            value: As key.
-
-        Returns:
-            Keys and values of the prefix and of those tokens.
-        """
+        """Put keys and values 1KTD of further tokens behind those of a layer."""
         if not self.tokens:
             return key.contiguous(), value.contiguous()
         keys, values = self.layers[layer]
         return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
 
     def first(self, tokens: int) -> Prefix:
-        """Give the beginning.
-
-        Args:
-            tokens: Of how many tokens.
-
-        Returns:
-            A prefix of so many tokens, or of all if there are fewer.
-        """
+        """Give the first tokens, or all if there are fewer."""
         if tokens >= self.tokens:
             return self
         return Prefix(tokens, tuple((k[:, :, :tokens], v[:, :, :tokens]) for k, v in self.layers))
@@ -78,10 +62,7 @@ def compute_prefix(
     Args:
         forward: The model.
         ids: The tokens.
-        behind: What stands before them.
-
-    Returns:
-        Both together, which is what `RowBatch` attends to.
+        behind: What stands before them; the result holds both.
     """
     if not ids:
         return behind
@@ -186,13 +167,9 @@ class RowBatch:
         )
 
     def step(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Run new tokens of every row; `keep` says afterwards how many of them stay.
+        """Run one new token or more of every row, and give the token that follows each.
 
-        Args:
-            tokens: One or more for each row.
-
-        Returns:
-            For each of them the token that follows it.
+        `keep` says afterwards how many of them stay.
         """
         width = max(map(len, tokens))
         filled = [[*row, *[0] * (width - len(row))] for row in tokens]
@@ -209,20 +186,11 @@ class RowBatch:
         return [ids[at * width : at * width + len(row)] for at, row in enumerate(tokens)]
 
     def keep(self, row: int, count: int) -> None:
-        """Keep the first tokens that the last `step` was given for a row, and forget the others.
-
-        Args:
-            row: Which.
-            count: How many.
-        """
+        """Keep the first tokens that the last `step` was given for a row, and forget the others."""
         self.lengths[row] += count
 
     def drop(self, row: int) -> None:
-        """Take a row out; the last row takes its place.
-
-        Args:
-            row: Which.
-        """
+        """Take a row out; the last row takes its place."""
         last = len(self.lengths) - 1
         used = self.lengths[last]
         if row != last:
@@ -232,14 +200,7 @@ class RowBatch:
         self.lengths.pop()
 
     def as_prefix(self, row: int) -> Prefix:
-        """Copy what is known of a row, for prompts that begin like it.
-
-        Args:
-            row: Which.
-
-        Returns:
-            The batch's prefix and the row's tokens.
-        """
+        """Copy the batch's prefix and a row's tokens, for prompts that begin like it."""
         used = self.lengths[row]
         layers = [
             self.prefix.followed_by(at, *(stored[row, None, :, :used] for stored in layer))

@@ -7,6 +7,7 @@ its own `generate`, padded on the left. All ways write the same plans.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +19,7 @@ import torch
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
 from tinyagent_fast.inference.grouping import common_tokens, group_prompts
-from tinyagent_fast.inference.lookup import PromptLookup, agreeing_tokens
+from tinyagent_fast.inference.lookup import PromptLookup
 from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix, RowBatch, compute_prefix
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
@@ -40,12 +41,8 @@ _PLAN_TOKENS = 150
 def generating(loaded: LoadedModel) -> Iterator[None]:
     """Switch a model to generation and put everything back, so training goes on as if untouched.
 
-    Args:
-        loaded: The model, in training or not.
-
-    Yields:
-        Nothing; inside, the model is in evaluation mode with its KV cache on, without gradients,
-        and computes in its own 16 bits where it has them.
+    Inside, it is in evaluation mode with its KV cache on, without gradients, and computes in its
+    own 16 bits where it has them.
     """
     model, unsloth = loaded.model, loaded.backend == "unsloth"
     was_training = model.training
@@ -92,7 +89,7 @@ class TorchEngine:
         """Use a loaded model, whose weights stay as they are while the engine is used.
 
         Args:
-            loaded: In evaluation mode or in training.
+            loaded: The model, also one in training.
             lookup_tokens: Guesses from the prompt that each step checks at once; plans stay the
                 same. The model's own `generate` goes without them.
             shared_prefix: False lets every model use its own `generate`, to compare with.
@@ -101,7 +98,8 @@ class TorchEngine:
         self.loaded = loaded
         self.lookup_tokens = lookup_tokens
         self.shared_prefix = shared_prefix
-        self._kept = _Kept()
+        self._kept: tuple[Sequence[int], Prefix] = ((), NO_PREFIX)
+        """The tokens of the last single prompt and its answer, with their keys and values."""
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -166,23 +164,24 @@ class TorchEngine:
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts that are token ids already; otherwise as `generate`."""
-        room_tokens = self._context_tokens()
-        _refuse_too_long(prompts, room_tokens)
-
-        def answer(index: int) -> _Answer:
-            prompt = prompts[index]
-            most = max_new_tokens
-            if room_tokens is not None:
-                most = min(most, room_tokens - len(prompt))
-            return _Answer(self.loaded.tokenizer, index, prompt, stop, most, on_token)
-
+        room = self._room_tokens(prompts)
+        all_answers = [
+            _Answer(
+                tokenizer=self.loaded.tokenizer,
+                index=index,
+                prompt=prompt,
+                stop=stop,
+                most_tokens=min(max_new_tokens, room - len(prompt)),
+                on_token=on_token,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
         if self.why_padded() is not None:
-            order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-            batches = self._padded([answer(index) for index in order], batch)
+            batches = self._padded(all_answers, batch)
         elif len(prompts) == 1:
-            batches = self._single(answer(0))
+            batches = self._single(all_answers[0])
         else:
-            batches = self._grouped([answer(index) for index in range(len(prompts))], batch)
+            batches = self._grouped(all_answers, batch)
         started = time.perf_counter()
         for answers in batches:
             seconds = (time.perf_counter() - started) / len(answers)
@@ -191,13 +190,23 @@ class TorchEngine:
 
     def close(self) -> None:
         """Forget the last prompt."""
-        self._kept = _Kept()
+        self._kept = ((), NO_PREFIX)
 
-    def _context_tokens(self) -> int | None:
+    def _room_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         """Tell how many tokens prompt and completion may have; Unsloth would cut the prompt."""
         model = self.loaded.model
-        loaded_for: int | None = getattr(model, "max_seq_length", None)
-        return loaded_for or getattr(model.config, "max_position_embeddings", None)
+        room: int = getattr(model, "max_seq_length", None) or getattr(
+            model.config, "max_position_embeddings", sys.maxsize
+        )
+        longest = max(map(len, prompts), default=0)
+        if longest >= room:
+            raise ModelError(
+                f"a prompt of {longest} tokens",
+                f"the model has a context of {room} tokens for the prompt and what it writes",
+                "shorten the request or the system text, or take a base model with a longer "
+                "context; with the backend unsloth, --model.max-length-tokens raises it",
+            )
+        return room
 
     def _grouped(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
         """Run each group of prompts over its prefix, which is computed once."""
@@ -222,12 +231,13 @@ class TorchEngine:
         """Run one prompt over what is kept of the last one, in chunks; keep what was computed."""
         forward, prompt = LlamaForward(self.loaded.model, self.loaded.backend), answer.prompt
         with generating(self.loaded):
-            answer.cached_tokens = min(common_tokens(self._kept.ids, prompt), len(prompt) - 1)
-            prefix = self._kept.prefix.first(answer.cached_tokens)
+            kept_ids, kept = self._kept
+            answer.cached_tokens = min(common_tokens(kept_ids, prompt), len(prompt) - 1)
+            prefix = kept.first(answer.cached_tokens)
             while len(prompt) - prefix.tokens > _CHUNK_TOKENS:
                 chunk = prompt[prefix.tokens : prefix.tokens + _CHUNK_TOKENS]
                 prefix = compute_prefix(forward, chunk, behind=prefix)
-                self._kept = _Kept(prompt[: prefix.tokens], prefix)
+                self._kept = (prompt[: prefix.tokens], prefix)
                 if answer.on_token is not None:
                     answer.on_token(answer.index, "")
             rows = self._rows(forward, prefix, [answer])
@@ -237,7 +247,7 @@ class TorchEngine:
                 # Guesses that the model agreed with may stand behind the end of the answer.
                 written = prompt + answer.ids
                 prefix = rows.as_prefix(0).first(len(written))
-                self._kept = _Kept(written[: prefix.tokens], prefix)
+                self._kept = (written[: prefix.tokens], prefix)
         yield [answer]
 
     def _rows(self, forward: LlamaForward, prefix: Prefix, answers: Sequence[_Answer]) -> RowBatch:
@@ -267,13 +277,14 @@ class TorchEngine:
             ]
             found = rows.step(fed)
             for row, (tokens, following) in enumerate(zip(fed, found, strict=True)):
-                kept = 1 + agreeing_tokens(tokens[1:], following)
+                kept = 1 + common_tokens(tokens[1:], following)
                 rows.keep(row, kept)
                 found[row] = following[:kept]
             written = found
 
     def _padded(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
         """Let the model's own `generate` complete the longest prompts first."""
+        answers = sorted(answers, key=lambda answer: -len(answer.prompt))
         for start in range(0, len(answers), batch):
             together = answers[start : start + batch]
             with generating(self.loaded):
@@ -306,15 +317,7 @@ class TorchEngine:
         )
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """The tokens of the last single prompt and its answer, with their keys and values."""
-
-    ids: Sequence[int] = ()
-    prefix: Prefix = NO_PREFIX
-
-
-@dataclass
+@dataclass(kw_only=True)
 class _Answer:
     """What is written behind one prompt, until it ends."""
 
@@ -373,15 +376,7 @@ class _Answer:
 
 
 def certain_length(text: str, stop: str) -> int:
-    """Count the characters that can be shown: no part of a stop string, no part of a character.
-
-    Args:
-        text: An answer so far, without the stop string.
-        stop: The stop string.
-
-    Returns:
-        How many characters from the start are certain.
-    """
+    """Count the characters that can be shown: no part of a stop string, no part of a character."""
     text = text.rstrip("\ufffd")
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
@@ -392,28 +387,8 @@ def certain_length(text: str, stop: str) -> int:
 def left_padded(
     rows: Sequence[list[int]], pad_id: int, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad prompts on the left, so that all end where generation begins.
-
-    Args:
-        rows: Token ids.
-        pad_id: The id that fills up.
-        device: Where the tensors go.
-
-    Returns:
-        input_ids_BT and attention_mask_BT.
-    """
+    """Pad prompts on the left, so that all end where generation begins: ids BT and mask BT."""
     longest = max(len(row) for row in rows)
     ids = [[pad_id] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _refuse_too_long(prompts: Sequence[Sequence[int]], room_tokens: int | None) -> None:
-    longest = max(map(len, prompts), default=0)
-    if room_tokens is not None and longest >= room_tokens:
-        raise ModelError(
-            f"a prompt of {longest} tokens",
-            f"the model has a context of {room_tokens} tokens for the prompt and what it writes",
-            "shorten the request or the system text, or take a base model with a longer context; "
-            "with the backend unsloth, --model.max-length-tokens raises it",
-        )

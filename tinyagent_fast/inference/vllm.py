@@ -24,16 +24,13 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(
-        self, folder: Path, tokenizer: PromptTokenizer, *, context_tokens: int, seed: int = 0
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: PromptTokenizer, *, context_tokens: int) -> None:
         """Load the model.
 
         Args:
             folder: A merged folder of `export`.
             tokenizer: Of the run.
             context_tokens: Room for prompt and plan together.
-            seed: Plans are greedy; vLLM asks for one anyway.
 
         Raises:
             ModelError: vLLM is not installed, or cannot load the folder.
@@ -54,7 +51,7 @@ class VllmEngine:
                 tokenizer=str(folder),
                 max_model_len=context_tokens,
                 enable_prefix_caching=True,
-                seed=seed,
+                seed=0,
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelError(
