@@ -198,8 +198,7 @@ def test_results_go_where_out_says(exported: Run, tmp_path: Path) -> None:
         ("--model model.safetensors", "it is no .gguf file"),
         ("--engine gguf --model merged", "name a .gguf file"),
         ("--model absent.gguf", "it is no file"),
-        ("--engine transformers --model a.gguf", "--adapter names another"),
-        ("--engine unsloth --backend transformers", "leave --backend out"),
+        ("--engine torch --model a.gguf", "--adapter names another"),
         ("--threads 0", "at least 1"),
     ],
 )
@@ -335,7 +334,7 @@ def test_flags_are_named_as_in_training_and_may_be_short(
     ("words", "folder", "name"),
     [
         ("", "eval", "adapter"),
-        ("--engine transformers", "eval", "adapter"),
+        ("--engine torch", "eval", "adapter"),
         ("--adapter none", "eval-base", "base"),
         ("--engine vllm", "eval-vllm", "merged"),
     ],

@@ -16,13 +16,7 @@ from tinyagent_fast.plans.drawing import printable
 
 
 def show_header(console: Console, title: str, facts: Mapping[str, str]) -> None:
-    """Print what a planner is.
-
-    Args:
-        console: Where to print.
-        title: Name of the command.
-        facts: Short names and values.
-    """
+    """Print what a planner is, by short names and values."""
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         table.add_row(Text(name, style="bold"), Text(printable(value)))
@@ -30,12 +24,7 @@ def show_header(console: Console, title: str, facts: Mapping[str, str]) -> None:
 
 
 def show_stream(console: Console, stream: PlanStream) -> None:
-    """Print a plan as it is written, then its drawing and what it cost.
-
-    Args:
-        console: Where to print.
-        stream: A plan that has not begun.
-    """
+    """Print a plan as it is written, then its drawing and what it cost."""
     # Closed here, not when memory is tidied up, since a plan that was broken off holds its turn.
     with console.status("reading the prompt") as status, closing(iter(stream)) as pieces:
         for piece in pieces:
@@ -49,12 +38,7 @@ def show_stream(console: Console, stream: PlanStream) -> None:
 
 
 def converse(console: Console, planner: Planner) -> None:
-    """Answer requests until the input ends.
-
-    Args:
-        console: Where to print.
-        planner: Writes the plans.
-    """
+    """Answer requests until the input ends."""
     with suppress(ImportError):
         import readline  # noqa: F401  (gives the prompt a history and line editing)
     console.print("Type a request; Ctrl-C breaks a plan off, Ctrl-D ends.", style="dim")

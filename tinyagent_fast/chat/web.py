@@ -56,14 +56,7 @@ _HEADERS = {
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take an address, before the model is loaded, which can take long.
-
-    Args:
-        host: Address or name to listen on.
-        port: 0 takes a free one.
-
-    Returns:
-        The listening socket.
+    """Take an address, before the model is loaded, which can take long; port 0 is a free one.
 
     Raises:
         ConfigError: The address cannot be had.
@@ -80,14 +73,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach an address.
-
-    Args:
-        host: Address or name to listen on.
-
-    Returns:
-        False for names other than localhost.
-    """
+    """Say whether only this machine can reach an address; names other than localhost count as no."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -100,13 +86,6 @@ def allows_host(header: str | None, host: str) -> bool:
     A page whose name is made to point here would send that name. Behind a wildcard address any
     literal address is fine, since rebinding needs a name. The port may differ, as it does through
     an SSH tunnel. (Starlette's TrustedHostMiddleware knows lists of names only.)
-
-    Args:
-        header: The header's value.
-        host: The address that the server listens on.
-
-    Returns:
-        True if the request is answered.
     """
     try:
         parts = urlsplit(f"//{header or ''}")

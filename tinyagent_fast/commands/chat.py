@@ -21,14 +21,7 @@ class ChatFlags(PlannerFlags):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Chat.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0, whatever the plans are worth.
-    """
+    """Chat; gives 0, whatever the plans are worth."""
     import tyro
 
     flags = tyro.cli(ChatFlags, args=list(arguments), prog="tinyagent-fast chat")
@@ -48,6 +41,6 @@ def run(arguments: Sequence[str]) -> int:
         show_header(console, "tinyagent-fast chat", planner.facts)
         if flags.once is not None:
             show_stream(console, planner.stream(flags.once))
-            return 0
-        converse(console, planner)
+        else:
+            converse(console, planner)
     return 0

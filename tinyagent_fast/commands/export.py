@@ -8,14 +8,7 @@ from tinyagent_fast.export.settings import ExportSettings
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Export a run.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0 when all files are made and all gates passed.
-    """
+    """Export a run; gives 0 when all files are made and all gates passed."""
     import tyro
 
     settings = tyro.cli(ExportSettings, args=list(arguments), prog="tinyagent-fast export")

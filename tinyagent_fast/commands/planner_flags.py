@@ -1,4 +1,4 @@
-"""Flags that `chat` and `serve` share: which model plans, and with which system text."""
+"""Flags that `chat` and `serve` share."""
 
 from __future__ import annotations
 
@@ -31,15 +31,7 @@ class PlannerFlags:
     """CPU threads; None leaves it to torch or llama.cpp."""
 
     def load(self) -> Planner:
-        """Open the planner that is meant.
-
-        Returns:
-            The planner.
-
-        Raises:
-            ConfigError: There is no such run, model or system text.
-            ModelError: The model cannot be loaded.
-        """
+        """Open the planner that is meant, for one request at a time."""
         from tinyagent_fast.inference import planner
 
         return planner.load(

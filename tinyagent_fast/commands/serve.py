@@ -19,14 +19,7 @@ class ServeFlags(PlannerFlags):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve until Ctrl-C.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0.
-    """
+    """Serve until Ctrl-C; gives 0."""
     import tyro
 
     flags = tyro.cli(ServeFlags, args=list(arguments), prog="tinyagent-fast serve")

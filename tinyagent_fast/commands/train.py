@@ -18,14 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train an adapter, together with the other processes of the launch if there are any.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0 when training has finished.
-    """
+    """Train an adapter, together with the other processes of the launch; gives 0 at its end."""
     processes = init_processes()
     with processes.main_process_reports():
         config, resumed = processes.on_main_process(lambda: _settings(arguments))
@@ -42,7 +35,10 @@ def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
         prog="tinyagent-fast train", add_help=False, allow_abbrev=False
     )
     parser.add_argument("--resume", metavar="RUN")
+    parser.add_argument("--runs", type=Path)
     known, rest = parser.parse_known_args(list(arguments))
+    if known.runs is not None:
+        rest += ["--runs", str(known.runs)]  # which is a part of the config too
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -56,7 +52,7 @@ def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
         console.print('another one: make train PRESET=l4 ARGS="--train.epochs 4"', markup=False)
         return preset
 
-    resumed = find_run(known.resume, _runs_folder(rest)) if known.resume else None
+    resumed = find_run(known.resume, known.runs or Path("runs")) if known.resume else None
     config = resolve_config(
         "train",
         rest,
@@ -65,17 +61,15 @@ def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
         more_flags="--resume RUN goes on with a run that was broken off.",
     )
     check_machine(config, console, automatic=automatic)
-    if resumed is None:
-        _download_if_absent(config, console)
+    if resumed is None and config.data.train == REAL_TRAIN and not REAL_TRAIN.exists():
+        from tinyagent_fast.commands import data_download
+
+        data_download.run([])
     return config, resumed
 
 
 def choose_preset() -> tuple[str, str]:
-    """Choose the preset for this machine.
-
-    Returns:
-        Its name and the reason, as a sentence for the user.
-    """
+    """Choose the preset for this machine; the second value is the reason, for the user."""
     import torch
 
     if not torch.cuda.is_available():
@@ -87,15 +81,10 @@ def choose_preset() -> tuple[str, str]:
 
 
 def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
-    """Look at this machine for a second, before anything takes long.
-
-    Args:
-        config: The resolved config.
-        console: Gets one line for each warning.
-        automatic: Whether the preset was chosen for this machine.
+    """Look at this machine for a second, before anything takes long, and print warnings.
 
     Raises:
-        TrainingError: The run cannot end well; what is wrong and how to repair it.
+        TrainingError: The run cannot end well.
     """
     from tinyagent_fast.doctor import quick_checks, read_machine, refuse_failures
 
@@ -105,20 +94,3 @@ def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
             text = f"warning: {found.name}: {found.text}; fix: {found.fix}"
             console.print(text, markup=False, soft_wrap=True)
     refuse_failures(findings)
-
-
-def _download_if_absent(config: Config, console: object) -> None:
-    """Fetch the published files when the config names them and they are not there."""
-    if config.data.train != REAL_TRAIN or REAL_TRAIN.exists():
-        return
-    from tinyagent_fast.commands import data_download
-
-    data_download.run([])
-
-
-def _runs_folder(arguments: Sequence[str]) -> Path:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    known, _ = parser.parse_known_args(list(arguments))
-    folder: Path = known.runs
-    return folder

@@ -87,10 +87,9 @@ class EvalOptions:
     """Run to evaluate: its name, its folder, or `latest`."""
     runs: Path = Path("runs")
     """Folder of all runs."""
-    engine: Literal["auto", "torch", "gguf", "vllm", "transformers", "unsloth"] = "auto"
+    engine: Literal["auto", "torch", "gguf", "vllm"] = "auto"
     """`torch` runs the adapter on its base, `gguf` the exported files in llama.cpp, `vllm` the
-    merged folder on CUDA; `auto` takes what `--model` is, and the adapter without it.
-    `transformers` is torch by its old name, `unsloth` is torch with that backend."""
+    merged folder on CUDA; `auto` takes what `--model` is, and the adapter without it."""
     model: Path | None = None
     """A .gguf file, or for vllm a merged folder; without it those that the run has exported."""
     adapter: str | None = None
@@ -141,9 +140,9 @@ class _Task:
 
 def _chosen_engine(options: EvalOptions) -> EngineName:
     """Say which engine is meant, for `auto` by the model."""
-    if options.engine in ("gguf", "vllm"):
+    if options.engine != "auto":
         return options.engine
-    if options.engine != "auto" or options.model is None:
+    if options.model is None:
         return "torch"
     if options.model.suffix == ".gguf":
         return "gguf"
@@ -154,15 +153,8 @@ def _chosen_engine(options: EvalOptions) -> EngineName:
     )
 
 
-def check_options(options: EvalOptions) -> EngineName:
-    """Refuse what the engine would have to ignore; needs no torch.
-
-    Returns:
-        The engine that is meant.
-
-    Raises:
-        ConfigError: An option is given that the engine cannot honour, or one contradicts another.
-    """
+def _check_options(options: EvalOptions) -> EngineName:
+    """Give the engine that is meant; refuse what it would have to ignore. Needs no torch."""
     engine = _chosen_engine(options)
     given = {
         "model": options.model,
@@ -174,12 +166,6 @@ def check_options(options: EvalOptions) -> EngineName:
     for name, reason in NOT_HONOURED[engine].items():
         if given[name] is not None:
             raise ConfigError(f"--{name} with --engine {engine}", reason, f"leave --{name} out")
-    if options.engine == "unsloth" and options.backend not in (None, "unsloth"):
-        raise ConfigError(
-            f"--engine unsloth --backend {options.backend}",
-            "the engine names another backend",
-            "leave --backend out",
-        )
     if engine == "gguf" and options.model is not None and options.model.suffix != ".gguf":
         raise ConfigError(
             f"--model {options.model}", "llama.cpp runs GGUF files", "name a .gguf file"
@@ -211,7 +197,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         ModelError: A model cannot be loaded, or a prompt does not fit.
         DataError: The test file is faulty.
     """
-    engine = check_options(options)
+    engine = _check_options(options)
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = _config(run, options)
@@ -250,9 +236,8 @@ def _config(run: Run, options: EvalOptions) -> Config:
         data = replace(data, test=options.test)
     elif (test := run.test_file()) is not None and test.exists():
         data = replace(data, test=test)  # also one that was generated
-    backend = "unsloth" if options.engine == "unsloth" else options.backend
-    if backend is not None:
-        model = replace(model, backend=backend)
+    if options.backend is not None:
+        model = replace(model, backend=options.backend)
     config = replace(config, data=data, model=model, eval=replace(config.eval, **changes))
     check_config(config)
     return config
