@@ -73,7 +73,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach an address; names other than localhost count as no."""
+    """Say whether only this machine can reach an address, as far as its name tells."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -17,14 +17,14 @@ from tinyagent_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinyagent_fast.config import Checkpointing, Config, Weights
-    from tinyagent_fast.training.memory import BatchChoice, MemoryEstimate, MemoryEstimator
+    from tinyagent_fast.training.memory import BatchChoice, MemoryEstimator
 
 _BATCHES = (1, 2, 4, 8, 16)
 _WEIGHTS: tuple[Weights, ...] = ("nf4", "bf16")
 _NAMES = {"false": "off", "true": "true", "unsloth": "unsloth"}
 _MARKS = {"fits": ("", "green"), "perhaps": (" ?", "yellow"), "no": (" x", "red")}
 _REACHED = (0.85, 0.70)
-"""Shares of a matmul rate between which good training kernels lie."""
+"""Shares of a matmul rate between which good training kernels lie, the best first."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,21 @@ _CARDS = {"t4": _Card(14.6, 24), "l4": _Card(22.16, 57), "a100": _Card(40.0, 265
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Estimate memory and hours.
-
-    Args:
-        arguments: Flags of the command: those of `train`, and what describes card and rows.
-
-    Returns:
-        0, also where nothing fits: the table says so.
-    """
+    """Estimate memory and hours; gives 0, also where nothing fits: the table says so."""
     flags, rest = _flags(arguments)
     config = resolve_config("memory", rest, lambda: _preset_for(flags), more_flags=_FLAGS_HELP)
     from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, base_shape, row_lengths
 
     card = _card(flags, config)
+    # `auto` is what it is on a machine with a GPU that was set up by the Makefile.
+    backend = "unsloth" if config.model.backend == "auto" else config.model.backend
+    backend = "transformers" if config.train.qat != "off" else backend
     lengths, counted = row_lengths(config, flags.lengths)
     estimator = MemoryEstimator(
         config=config,
         shape=base_shape(config.model.base),
         lengths=lengths,
-        backend=_backend(config),
+        backend=backend,
         usable_gib=card.gib - RESERVE_GIB,
     )
     found = estimator.recommend()
@@ -86,7 +82,10 @@ def run(arguments: Sequence[str]) -> int:
         },
         "tflops": card.tflops,
         "hours_per_epoch": {
-            _NAMES[how]: _hours(estimator.flops_per_epoch(how), card.tflops)
+            _NAMES[how]: [
+                round(estimator.flops_per_epoch(how) / (card.tflops * share * 3.6e15), 2)
+                for share in _REACHED
+            ]
             for how in _checkpointings(estimator)
         },
     }
@@ -136,13 +135,6 @@ def _card(flags: argparse.Namespace, config: Config) -> _Card:
     return _Card(flags.gpu_gib or card.gib, flags.tflops or card.tflops)
 
 
-def _backend(config: Config) -> str:
-    """Take `auto` for what it is on a machine with a GPU that was set up by the Makefile."""
-    if config.train.qat != "off":
-        return "transformers"
-    return "unsloth" if config.model.backend == "auto" else config.model.backend
-
-
 def _checkpointings(estimator: MemoryEstimator) -> tuple[Checkpointing, ...]:
     return ("false", "true", "unsloth") if estimator.backend == "unsloth" else ("false", "true")
 
@@ -157,6 +149,8 @@ def _every_estimate(estimator: MemoryEstimator) -> list[dict[str, Any]]:
             for batch in _BATCHES:
                 got = of_weights.estimate(batch, how)
                 parts = {name: round(gib, 3) for name, gib in asdict(got).items()}
+                perhaps = got.fits(estimator.usable_gib, error_share=0.0)
+                unless = "perhaps" if perhaps else "no"
                 rows.append(
                     {
                         "batch": batch,
@@ -164,16 +158,10 @@ def _every_estimate(estimator: MemoryEstimator) -> list[dict[str, Any]]:
                         "checkpointing": _NAMES[how],
                         **parts,
                         "total_gib": round(got.total_gib, 3),
-                        "fits": _verdict(got, estimator.usable_gib),
+                        "fits": "fits" if got.fits(estimator.usable_gib) else unless,
                     }
                 )
     return rows
-
-
-def _verdict(got: MemoryEstimate, usable_gib: float) -> str:
-    if got.fits(usable_gib):
-        return "fits"
-    return "perhaps" if got.fits(usable_gib, error_share=0.0) else "no"
 
 
 def _command(rest: Sequence[str], config: Config, found: BatchChoice) -> str:
@@ -192,11 +180,6 @@ def _command(rest: Sequence[str], config: Config, found: BatchChoice) -> str:
     for name, value in ours.items():
         words += [name, value]
     return f"tinyagent-fast train {shlex.join(words)}"
-
-
-def _hours(flops: float, tflops: float) -> list[float]:
-    """Give the hours at the best and the worst share of the card's rate."""
-    return [round(flops / (tflops * share * 1e12 * 3600), 2) for share in _REACHED]
 
 
 def _show(answer: dict[str, Any], config: Config) -> None:
