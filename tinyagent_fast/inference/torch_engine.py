@@ -195,8 +195,8 @@ class TorchEngine:
     def _room_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         """Tell how many tokens prompt and completion may have; Unsloth would cut the prompt."""
         model = self.loaded.model
-        loaded_for: int | None = getattr(model, "max_seq_length", None)
-        room: int = loaded_for or getattr(model.config, "max_position_embeddings", sys.maxsize)
+        context: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
+        room: int = getattr(model, "max_seq_length", None) or context
         longest = max(map(len, prompts), default=0)
         if longest >= room:
             raise ModelError(
