@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.cli import main
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.evaluation.scoring import Prediction, score_all
 from tinyagent_fast.reports.flips import (
     ComparedPlanner,
     Flip,
@@ -62,7 +62,7 @@ def test_flips_are_the_queries_that_one_alone_gets_right(
     winners = Counter(flip.winner for flip in got.flips)
     assert winners["A"] == sum(a and not b for a, b in outcomes)
     assert winners["B"] == sum(b and not a for a, b in outcomes)
-    assert all(flip.cause == "missing_tool" and flip.wrong == WRONG for flip in got.flips)
+    assert all(flip.loser.score.failure == "missing_tool" for flip in got.flips)
     for side in ("A", "B"):
         by_calls = {c.group: c.only_a if side == "A" else c.only_b for c in got.by_calls}
         assert sum(by_calls.values()) == winners[side]
@@ -92,18 +92,13 @@ def test_queries_of_one_alone_are_refused_or_counted() -> None:
         flipped_plans(a, planner("b", [True], first=9), None, common=True)
 
 
-def flip(winner: str, at: int) -> Flip:
-    return Flip(
-        key=str(at), query="", label="", winner=winner, wrong="", cause="", tools=(), calls=0
-    )
-
-
 @pytest.mark.parametrize(
     ("of_a", "of_b", "shown"),
     [(30, 30, (12, 12)), (30, 2, (22, 2)), (3, 30, (3, 21)), (2, 1, (2, 1))],
 )
 def test_shown_flips_come_from_both_sides(of_a: int, of_b: int, shown: tuple[int, int]) -> None:
-    flips = [flip("A", at) for at in range(of_a)] + [flip("B", at) for at in range(of_b)]
+    (plan,) = score_all(planner("a", [False]).predictions)
+    flips = [Flip("A", plan)] * of_a + [Flip("B", plan)] * of_b
     winners = Counter(one.winner for one in chosen_flips(flips, 24))
     assert (winners["A"], winners["B"]) == shown
 

@@ -139,7 +139,7 @@ def test_the_page_has_every_part(full_run: Run) -> None:
         "TinyAgent-7B with ToolRAG",
         "84.95 %",
         "Plan success on 4 validation queries",
-        "Memory",
+        "success_dag",
         "Success by number of calls",
         "Success by tool",
         "Why plans fail",

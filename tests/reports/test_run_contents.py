@@ -15,7 +15,7 @@ from tinyagent_fast.errors import UserError
 from tinyagent_fast.evaluation.scoring import FAILURE_CODES, Prediction, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.presets import preset_config
-from tinyagent_fast.reports.reading import RunContents, read_run
+from tinyagent_fast.reports.reading import RunContents, number, read_run
 from tinyagent_fast.reports.tables import (
     PUBLISHED_TEST_QUERIES,
     cause_rows,
@@ -36,7 +36,8 @@ def told(contents: RunContents, words: str) -> bool:
 def test_a_run_with_nothing_but_its_config_says_what_is_missing(bare_run: Run) -> None:
     contents = read_run(bare_run)
     assert contents.main is None
-    assert contents.steps == contents.validations == ()
+    assert not contents.steps
+    assert not contents.validations
     for words in ("history.jsonl is missing", "data.json is missing", "eval/, test/after/"):
         assert told(contents, words)
     assert told(contents, "nothing was exported")
@@ -49,13 +50,13 @@ def test_everything_that_is_there_is_read(full_run: Run) -> None:
     assert contents.main.name == "test/after"
     assert contents.main.metrics.success == Proportion(2, 10)
     assert set(contents.evaluations) == {"test/before", "test/after", "eval-gguf-a-q4_k_m"}
-    assert [step.step for step in contents.steps] == [10, 20, 30, 40]
-    assert contents.steps[0].memory_gib == 3.5
+    assert list(contents.steps) == [10, 20, 30, 40]
+    assert contents.steps[10]["loss"] == 0.2
     assert [v.success for v in contents.validations] == [Proportion(1, 4), Proportion(3, 4)]
     assert contents.timings_s == {"steps": 65.0, "all": 130.2}
     assert contents.export is not None
-    assert [file.evaluation for file in contents.export.files] == ["eval-gguf-a-q4_k_m"]
-    assert contents.export.files[0].success == Proportion(3, 4)
+    assert [file.path for file in contents.export.artefacts] == ["gguf/a-q4_k_m.gguf"]
+    assert contents.export.success == {"q4_k_m": Proportion(3, 4)}
     assert contents.export.verdict() == "All 1 gates passed."
 
 
@@ -114,7 +115,7 @@ def test_broken_and_repeated_lines_of_history_are_counted(full_run: Run) -> None
     contents = read_run(full_run)
     assert told(contents, "2 lines cannot be read")
     assert told(contents, "1 records of repeated steps")
-    assert contents.steps[-1].loss is None
+    assert number(contents.steps[40], "loss") is None
 
 
 def test_failed_and_skipped_gates_are_not_called_passed(full_run: Run) -> None:

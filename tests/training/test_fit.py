@@ -14,11 +14,11 @@ import pytest
 
 from tinyagent_fast.config import Config, EvalConfig
 from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
+from tinyagent_fast.reports.charts import plot_training
 from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training import fit
 from tinyagent_fast.training.best import Best, Evaluation, is_better, read_best
 from tinyagent_fast.training.callbacks import PlanSuccess
-from tinyagent_fast.training.plots import plot_training
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 MakeConfig = Callable[..., Config]

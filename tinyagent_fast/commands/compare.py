@@ -87,7 +87,8 @@ def _text(compared: FlippedPlans) -> Iterator[str]:
         if flips:
             yield from ("", f"right in {side} only:")
             for flip in flips[:_SHOWN_QUERIES]:
-                yield f"  {' '.join(flip.query.split())}  [{flip.cause}]"
+                query = " ".join(flip.loser.prediction.query.split())
+                yield f"  {query}  [{flip.loser.score.failure}]"
             yield from _more(len(flips) - _SHOWN_QUERIES)
 
 

@@ -11,6 +11,7 @@ from tinyagent_fast.evaluation.scoring import (
     FAILURE_CODES,
     PROBLEMS,
     Metrics,
+    Prediction,
     ScoredPlan,
 )
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
@@ -125,7 +126,7 @@ def success_by_calls(metrics: Metrics) -> FactTable:
 def failing_plan(plan: ScoredPlan, tools: Mapping[str, Tool] | None) -> str:
     """Write a failing plan under its label, with the reason, as Markdown."""
     row = plan.prediction
-    why = f"{plan.score.failure}: {plain(explain_failure(row.label, row.prediction, tools))}"
+    why = f"{plan.score.failure}: {plain(explain_failure(row, tools))}"
     texts = fenced(f"{row.label}\n--- predicted\n{row.prediction}")
     return f"### {plain(row.query)}\n\n{why}\n\n{texts}\n"
 
@@ -142,24 +143,15 @@ def fenced(value: str) -> str:
     return f"{fence}text\n{printable(value)}\n{fence}"
 
 
-def explain_failure(label: str, prediction: str, tools: Mapping[str, Tool] | None) -> str:
-    """Say in one sentence why a prediction is not its label.
-
-    Args:
-        label: The plan that was wanted, as text.
-        prediction: The planner's output.
-        tools: Tools by name; None stands for TinyAgent's own.
-
-    Returns:
-        A sentence for a report.
-    """
+def explain_failure(row: Prediction, tools: Mapping[str, Tool] | None) -> str:
+    """Say in one sentence why a prediction is not its label; `tools` as for `score_pair`."""
     known = TINYAGENT if tools is None else tools
     try:
-        wanted = plan_dag(parse_plan(label))
+        wanted = plan_dag(parse_plan(row.label))
     except (PlanError, DagError) as error:
         return f"The label itself is at fault: {_meaning(error)}."
     try:
-        plan = parse_plan(prediction)
+        plan = parse_plan(row.prediction)
         found = plan_dag(plan)
     except (PlanError, DagError) as error:
         return f"The plan is at fault: {_meaning(error)}."

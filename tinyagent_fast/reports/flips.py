@@ -7,9 +7,10 @@ in runs and folders, and says where the two disagree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, DataError
@@ -34,22 +35,29 @@ class ComparedPlanner:
     predictions: tuple[Prediction, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Flip:
-    """A query that one planner gets right and the other wrong; `cause` is why the other fails."""
+    """A query that one planner, "A" or "B", gets right and the other wrong."""
 
-    key: str
-    query: str
-    label: str
     winner: str
-    wrong: str
-    cause: str
-    tools: tuple[str, ...]
-    calls: int
+    loser: ScoredPlan
+
+    def to_json(self) -> dict[str, object]:
+        """Give plain values."""
+        row, score = self.loser.prediction, self.loser.score
+        return {
+            "key": row.key,
+            "query": row.query,
+            "label": row.label,
+            "winner": self.winner,
+            "wrong": row.prediction,
+            "cause": score.failure,
+            "tools": list(count_calls(row.label)),
+            "calls": score.label_steps,
+        }
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlipCount:
+class FlipCount(NamedTuple):
     """How often each planner alone is right in a group of queries."""
 
     group: str
@@ -100,9 +108,9 @@ class FlippedPlans:
             "b": str(self.b.folder),
             **self.paired.to_json(),
             "left_out": self.left_out,
-            "flips_by_tool": [dict(vars(count)) for count in self.by_tool],
-            "flips_by_calls": [dict(vars(count)) for count in self.by_calls],
-            "flips": [{**vars(flip), "tools": list(flip.tools)} for flip in self.flips],
+            "flips_by_tool": [count._asdict() for count in self.by_tool],
+            "flips_by_calls": [count._asdict() for count in self.by_calls],
+            "flips": [flip.to_json() for flip in self.flips],
         }
 
 
@@ -208,48 +216,38 @@ def flipped_plans(
         for side in (a, b)
     )
     paired = compare_plans(plans_a, plans_b)
-    flips = (*_flips("A", paired.only_a, plans_b), *_flips("B", paired.only_b, plans_a))
-    labels = [plan.prediction.label for plan in plans_a]
+    right = {"A": frozenset(paired.only_a), "B": frozenset(paired.only_b)}
+    flips = tuple(
+        Flip(winner, plan)
+        for winner, losers in (("A", plans_b), ("B", plans_a))
+        for plan in losers
+        if plan.prediction.key in right[winner]
+    )
     return FlippedPlans(
         a=a,
         b=b,
         tools=tools,
         paired=paired,
         flips=flips,
-        by_tool=_counts(labels, flips, lambda label: count_calls(label).keys()),
-        by_calls=_counts(labels, flips, lambda label: [_calls_text(label)]),
+        by_tool=_counts(plans_a, flips, lambda plan: count_calls(plan.prediction.label)),
+        by_calls=_counts(plans_a, flips, lambda plan: [_calls_text(plan.score.label_steps)]),
         left_out=len(alone),
     )
 
 
-def _flips(winner: str, keys: Iterable[str], losers: Sequence[ScoredPlan]) -> Iterator[Flip]:
-    by_key = {plan.prediction.key: plan for plan in losers}
-    for plan in map(by_key.__getitem__, keys):
-        wanted = count_calls(plan.prediction.label)
-        yield Flip(
-            key=plan.prediction.key,
-            query=plan.prediction.query,
-            label=plan.prediction.label,
-            winner=winner,
-            wrong=plan.prediction.prediction,
-            cause=plan.score.failure or "",
-            tools=tuple(wanted),
-            calls=wanted.total(),
-        )
-
-
-def _calls_text(label: str) -> str:
-    count = count_calls(label).total()
+def _calls_text(count: int) -> str:
     return f"{count} call{'' if count == 1 else 's'}"
 
 
 def _counts(
-    labels: Iterable[str], flips: Iterable[Flip], groups: Callable[[str], Iterable[str]]
+    plans: Iterable[ScoredPlan],
+    flips: Iterable[Flip],
+    groups: Callable[[ScoredPlan], Iterable[str]],
 ) -> tuple[FlipCount, ...]:
     """Count flips in groups of queries, the most flipped group first."""
-    queries = Counter(group for label in labels for group in groups(label))
+    queries = Counter(group for plan in plans for group in groups(plan))
     only_a, only_b = (
-        Counter(group for flip in flips if flip.winner == side for group in groups(flip.label))
+        Counter(group for flip in flips if flip.winner == side for group in groups(flip.loser))
         for side in ("A", "B")
     )
     flipped = only_a + only_b

@@ -25,6 +25,7 @@ from tinyagent_fast.evaluation.report import (
     headline,
     plain,
 )
+from tinyagent_fast.evaluation.scoring import ScoredPlan
 from tinyagent_fast.plans.drawing import draw_plan, mark_differences, printable
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.reports.charts import run_charts
@@ -42,51 +43,40 @@ from tinyagent_fast.reports.tables import (
 _MARKDOWN_PLANS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     """One failing plan beside its label."""
 
-    query: str
-    tag: str
-    """Short name of the cause."""
-    label: str
-    prediction: str
+    plan: ScoredPlan
     tools: Mapping[str, Tool] | None
     names: tuple[str, str] = ("label", "prediction")
+    tag: str = ""
+    """Stands before the cause."""
 
     @property
     def reason(self) -> str:
         """Why the plan fails, in one sentence."""
-        return explain_failure(self.label, self.prediction, self.tools)
+        return explain_failure(self.plan.prediction, self.tools)
 
     def drawings(self) -> Iterator[tuple[str, Markup]]:
         """Draw both plans with their differences marked; gives names and `svg` elements."""
-        label, prediction = (draw_plan(text, self.tools) for text in (self.label, self.prediction))
+        row = self.plan.prediction
+        label, prediction = (draw_plan(text, self.tools) for text in (row.label, row.prediction))
         for name, plan in zip(self.names, mark_differences(label, prediction), strict=True):
             yield name, Markup(plan.to_svg(name))
 
 
 def run_page(contents: RunContents) -> str:
     """Write the HTML report of a run; one with nothing but its config gives one too."""
-    failing = gallery(contents.main.plans if contents.main else (), GALLERY_CASES)
-    cases = [
-        Case(
-            query=plan.prediction.query,
-            tag=plan.score.failure or "",
-            label=plan.prediction.label,
-            prediction=plan.prediction.prediction,
-            tools=contents.tools,
-        )
-        for plan in failing
-    ]
+    failing = gallery(contents.main.plans if contents.main else ())
     template = _templates().get_template("run.html.j2")
     return template.render(
         contents=contents,
         gain=training_gain(contents),
         results=list(result_tables(contents)),
-        charts=list(run_charts(contents)),
-        cases=cases,
-        causes=Counter(case.tag for case in cases),
+        charts=list(run_charts(contents.steps, contents.validations)),
+        cases=[Case(plan, contents.tools) for plan in failing],
+        causes=Counter(plan.score.failure for plan in failing),
         others=list(other_tables(contents)),
         config=dump_config(contents.config),
     )
@@ -141,7 +131,7 @@ def compare_page(compared: FlippedPlans) -> str:
                 title=f"Flips by {group}",
                 note=note,
                 head=(group, "queries", "right in A only", "right in B only"),
-                rows=tuple((c.group, c.queries, c.only_a, c.only_b) for c in counts),
+                rows=counts,
             )
             for group, counts in (
                 ("number of calls", compared.by_calls),
@@ -152,16 +142,22 @@ def compare_page(compared: FlippedPlans) -> str:
     every = FactTable(
         title="All flipped queries",
         head=("right in", "query", "calls", "why the other fails"),
-        rows=tuple((f"{f.winner} only", f.query, f.calls, f.cause) for f in compared.flips),
+        rows=tuple(
+            (
+                f"{flip.winner} only",
+                flip.loser.prediction.query,
+                flip.loser.score.label_steps,
+                flip.loser.score.failure or "",
+            )
+            for flip in compared.flips
+        ),
     )
     cases = [
         Case(
-            query=flip.query,
-            tag=f"right in {flip.winner} only: {flip.cause}",
-            label=flip.label,
-            prediction=flip.wrong,
+            plan=flip.loser,
             tools=compared.tools,
             names=("label", f"plan of {'B' if flip.winner == 'A' else 'A'}"),
+            tag=f"right in {flip.winner} only: ",
         )
         for flip in chosen_flips(compared.flips, GALLERY_CASES)
     ]

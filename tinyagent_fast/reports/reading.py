@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import plan_tools
@@ -19,22 +19,9 @@ from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.predictions import MAIN_EVALUATIONS, PredictionFile
 from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
 from tinyagent_fast.evaluation.statistics import Proportion
-from tinyagent_fast.export.record import sha256_of
+from tinyagent_fast.export.record import Artefact, ExportRecord, sha256_of
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run
-
-_MEMORY_KEYS = ("memory_gib", "peak_gib", "peak_reserved_gib")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """One logged step of training; None where nothing was recorded."""
-
-    step: int
-    loss: float | None
-    learning_rate: float | None
-    tokens_per_s: float | None
-    memory_gib: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +31,7 @@ class ValidationRecord:
     step: int
     loss: float | None
     success: Proportion
+    success_dag: float | None
     best: bool
 
 
@@ -58,41 +46,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportedFile:
-    """One exported file; `success` is that on validation prompts, if a gate measured it."""
-
-    path: str
-    quant: str
-    size_bytes: int
-    bits_per_weight: float | None
-    success: Proportion | None
-
-    @property
-    def evaluation(self) -> str:
-        """Name of the file's evaluation on test queries."""
-        return f"eval-gguf-{Path(self.path).stem}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateOutcome:
-    """One check of the export."""
-
-    name: str
-    passed: bool
-    rule: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Export:
-    """What an export made; `passed` is None where the gates were switched off."""
+    """What an export made; `passed` is None where the gates were switched off.
 
-    files: tuple[ExportedFile, ...]
-    gates: tuple[GateOutcome, ...]
+    `success` is that on validation prompts by quant, where a gate measured it.
+    """
+
+    artefacts: tuple[Artefact, ...]
+    success: Mapping[str, Proportion]
+    gates: tuple[tuple[str, bool, str], ...]
+    """Name, whether it passed, and its rule."""
     passed: bool | None
 
     def verdict(self) -> str:
         """Say in one sentence how the gates came out."""
-        failed = [gate.name for gate in self.gates if not gate.passed]
+        failed = [name for name, passed, _ in self.gates if not passed]
         if failed:
             return f"{len(failed)} of {len(self.gates)} gates failed: {', '.join(failed)}."
         if self.passed is None or not self.gates:
@@ -107,7 +75,8 @@ class RunContents:
     name: str
     config: Config
     tools: Mapping[str, Tool] | None
-    steps: tuple[StepRecord, ...]
+    steps: Mapping[int, Mapping[str, Any]]
+    """Records of logged steps."""
     validations: tuple[ValidationRecord, ...]
     evaluations: Mapping[str, Evaluation]
     export: Export | None
@@ -129,15 +98,12 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
         run: The run; only its config.yaml must be there.
         catalogue: YAML catalogue of the tools that plans may call, instead of the run's.
 
-    Returns:
-        What is there.
-
     Raises:
         UserError: The config cannot be read, or the catalogue that its plans are scored with.
     """
     notes: list[str] = []
     config = run.config()
-    steps, validations = _read_history(run.history_path, notes)
+    steps, validations = read_history(run, notes)
     folders = list(_evaluation_folders(run.path))
     tools = plan_tools(catalogue or config.data.catalogue) if folders else None
     data = _read_object(run.path / "data.json", notes)
@@ -187,11 +153,11 @@ def child(record: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 
 def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         notes.append(f"{path.name} is missing")
         return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read and is left out: {error}")
         return {}
@@ -201,23 +167,30 @@ def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
     return value
 
 
-def _read_history(
-    path: Path, notes: list[str]
-) -> tuple[tuple[StepRecord, ...], tuple[ValidationRecord, ...]]:
-    """Read history.jsonl; where a resumed run measured a step again, the later record counts."""
-    if not path.exists():
+def read_history(
+    run: Run, notes: list[str]
+) -> tuple[Mapping[int, Mapping[str, Any]], tuple[ValidationRecord, ...]]:
+    """Read history.jsonl; where a resumed run measured a step again, the later record counts.
+
+    Args:
+        run: The run.
+        notes: Gets what is missing or cannot be read.
+
+    Returns:
+        The records of logged steps by number, and the validations, both in the order of steps.
+    """
+    if not run.history_path.exists():
         notes.append("history.jsonl is missing: there are no curves")
-        return (), ()
-    steps: dict[int, StepRecord] = {}
+        return {}, ()
+    steps: dict[int, Mapping[str, Any]] = {}
     validations: dict[int, ValidationRecord] = {}
     unread = again = 0
-    for record in _json_lines(path):
-        at = number(record, "step")
-        event = record.get("event")
-        validation = _validation(int(at), record) if at is not None else None
+    for record in _json_lines(run.history_path):
+        at, event = number(record, "step"), record.get("event")
+        validation = None if at is None else _validation(int(at), record)
         if event == "step" and at is not None:
             again += int(at) in steps
-            steps[int(at)] = _step(int(at), record)
+            steps[int(at)] = record
         elif event == "evaluation" and validation is not None:
             again += validation.step in validations
             validations[validation.step] = validation
@@ -229,14 +202,7 @@ def _read_history(
         notes.append(f"history.jsonl: {again} records of repeated steps replace earlier ones")
     if not validations:
         notes.append("history.jsonl has no evaluation on validation queries")
-    return _in_order(steps), _in_order(validations)
-
-
-_Record = TypeVar("_Record")
-
-
-def _in_order(records: Mapping[int, _Record]) -> tuple[_Record, ...]:
-    return tuple(record for _, record in sorted(records.items()))
+    return dict(sorted(steps.items())), tuple(validations[step] for step in sorted(validations))
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, object]]:
@@ -250,17 +216,6 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, object]]:
             yield value if isinstance(value, dict) else {}
 
 
-def _step(step: int, record: Mapping[str, object]) -> StepRecord:
-    memory = (number(record, key) for key in _MEMORY_KEYS)
-    return StepRecord(
-        step=step,
-        loss=number(record, "loss"),
-        learning_rate=number(record, "learning_rate"),
-        tokens_per_s=number(record, "tokens_per_s"),
-        memory_gib=next((value for value in memory if value is not None), None),
-    )
-
-
 def _validation(step: int, record: Mapping[str, object]) -> ValidationRecord | None:
     samples, success = number(record, "samples"), number(record, "success")
     if not samples or success is None or not 0 <= success <= 1:
@@ -269,6 +224,7 @@ def _validation(step: int, record: Mapping[str, object]) -> ValidationRecord | N
         step=step,
         loss=number(record, "loss"),
         success=Proportion(round(success * samples), int(samples)),
+        success_dag=number(record, "success_dag"),
         best=record.get("best") is True,
     )
 
@@ -324,41 +280,18 @@ def _doubts(
 
 
 def _read_export(run: Path, notes: list[str]) -> Export | None:
-    path = run / "export" / "export.json"
-    if not path.exists():
+    if not (run / "export" / "export.json").exists():
         notes.append(f"nothing was exported; `tinyagent-fast export --run {run.name}` does it")
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        successes = content.get("success_on_validation", {})
+        record = ExportRecord(run / "export")
+        measured, gates = record.content["success_on_validation"], record.content["gates"]
         return Export(
-            files=tuple(
-                _exported_file(artefact, successes)
-                for artefact in content["artefacts"]
-                if artefact["kind"] != "importance"
-            ),
-            gates=tuple(
-                GateOutcome(name=gate["name"], passed=gate["passed"] is True, rule=gate["rule"])
-                for gate in content["gates"]
-            ),
-            passed=content["passed"],
+            artefacts=tuple(a for a in record.artefacts if a.kind != "importance"),
+            success={q: Proportion(s["count"], s["total"]) for q, s in measured.items()},
+            gates=tuple((gate["name"], gate["passed"] is True, gate["rule"]) for gate in gates),
+            passed=record.content["passed"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         notes.append(f"export/export.json cannot be read and is left out: {error!r}")
         return None
-
-
-def _exported_file(
-    artefact: Mapping[str, object], successes: Mapping[str, Mapping[str, int]]
-) -> ExportedFile:
-    quant, size = str(artefact["quant"]), artefact["size_bytes"]
-    success = successes.get(quant) if artefact["kind"] == "gguf" else None
-    if not isinstance(size, int):
-        raise TypeError(f"size_bytes is {size!r}")
-    return ExportedFile(
-        path=str(artefact["path"]),
-        quant=quant,
-        size_bytes=size,
-        bits_per_weight=number(child(artefact, "details"), "bits_per_weight"),
-        success=Proportion(success["count"], success["total"]) if success else None,
-    )

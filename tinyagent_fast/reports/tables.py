@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_plans
@@ -12,7 +14,7 @@ from tinyagent_fast.evaluation.scoring import FAILURE_CODES, ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.plans.grammar import read_plan
 from tinyagent_fast.plans.tools import JOIN
-from tinyagent_fast.reports.reading import Evaluation, RunContents, child, number
+from tinyagent_fast.reports.reading import Evaluation, Export, RunContents, child, number
 
 GALLERY_CASES = 24
 """Most failing cases that a page shows."""
@@ -76,10 +78,6 @@ def result_tables(contents: RunContents) -> Iterator[FactTable]:
 def comparability(contents: RunContents, evaluation: Evaluation) -> str:
     """Say whether an evaluation may be held against the published results.
 
-    Args:
-        contents: The run.
-        evaluation: The evaluation that gave the headline.
-
     Returns:
         A sentence that begins with the verdict.
     """
@@ -116,9 +114,6 @@ def count_calls(plan: str) -> Counter[str]:
 
 def tool_rows(plans: Iterable[ScoredPlan]) -> list[tuple[str, int, Proportion, int, int]]:
     """Sum up plans by the tools that they should call, or do.
-
-    Args:
-        plans: Of one evaluation.
 
     Returns:
         For each tool: the queries whose label calls it, their success, and the queries (of all)
@@ -163,25 +158,16 @@ def cause_rows(
 def gallery(plans: Iterable[ScoredPlan], most: int = GALLERY_CASES) -> list[ScoredPlan]:
     """Choose failing cases in turn from every cause, so that rare causes are seen too.
 
-    Args:
-        plans: Of one evaluation.
-        most: How many at most.
-
     Returns:
-        Grouped by cause, the most frequent first; within a cause in the order of the file.
+        At most so many, grouped by cause, the most frequent first; within a cause as in the file.
     """
     causes: defaultdict[str, list[ScoredPlan]] = defaultdict(list)
     for plan in plans:
         if plan.score.failure is not None:
             causes[plan.score.failure].append(plan)
-    # The nth case of every cause comes before the n+1st of any.
-    turns = sorted(
-        (turn, at) for at, code in enumerate(causes) for turn in range(len(causes[code]))
-    )
-    share = Counter(at for _, at in turns[:most])
-    chosen = {code: cases[: share[at]] for at, (code, cases) in enumerate(causes.items())}
-    frequent_first = sorted(causes, key=lambda code: (-len(causes[code]), code))
-    return [plan for code in frequent_first for plan in chosen[code]]
+    in_turn = (plan for turn in zip_longest(*causes.values()) for plan in turn if plan is not None)
+    chosen = islice(in_turn, most)
+    return sorted(chosen, key=lambda plan: (-len(causes[code := plan.score.failure or ""]), code))
 
 
 def training_gain(contents: RunContents) -> str:
@@ -200,14 +186,14 @@ def training_gain(contents: RunContents) -> str:
 def other_tables(contents: RunContents) -> Iterator[FactTable]:
     """Write what stands after the failing cases: files, evaluations, circumstances."""
     if contents.export is not None:
-        yield _export_table(contents)
+        yield _export_table(contents, contents.export)
         if contents.export.gates:
             yield FactTable(
                 title="Gates of the export",
                 head=("gate", "outcome", "rule"),
                 rows=tuple(
-                    (gate.name, "pass" if gate.passed else "FAIL", gate.rule)
-                    for gate in contents.export.gates
+                    (name, "pass" if passed else "FAIL", rule)
+                    for name, passed, rule in contents.export.gates
                 ),
             )
     if contents.evaluations:
@@ -234,30 +220,31 @@ def other_tables(contents: RunContents) -> Iterator[FactTable]:
         )
 
 
-def _export_table(contents: RunContents) -> FactTable:
-    assert contents.export is not None
+def _export_table(contents: RunContents, export: Export) -> FactTable:
     rows: list[tuple[Cell, ...]] = []
-    for file in contents.export.files:
-        tested, points = contents.evaluations.get(file.evaluation), ""
+    for file in export.artefacts:
+        tested, points = contents.evaluations.get(f"eval-gguf-{Path(file.path).stem}"), ""
         if tested is not None and contents.main is not None:
             try:
                 points = compare_plans(contents.main.plans, tested.plans).points()
             except DataError:
                 points = f"other queries than {contents.main.name}"
+        bits = number(file.details, "bits_per_weight")
+        validated = export.success.get(file.quant) if file.kind == "gguf" else None
         rows.append(
             (
                 file.path,
                 file.quant,
                 f"{file.size_bytes / 1e6:,.1f}\u00a0MB",
-                "" if file.bits_per_weight is None else f"{file.bits_per_weight:.2f}",
-                file.success or "not measured",
+                "" if bits is None else f"{bits:.2f}",
+                validated or "not measured",
                 tested.metrics.success if tested else "not measured",
                 points,
             )
         )
     return FactTable(
         title="Exported files",
-        note=f"{contents.export.verdict()} Success on test queries comes from "
+        note=f"{export.verdict()} Success on test queries comes from "
         f"tinyagent-fast eval --run {contents.name} --engine gguf.",
         head=(
             *("file", "type", "size", "bits per weight"),

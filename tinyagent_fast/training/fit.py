@@ -30,6 +30,7 @@ from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.reports.charts import plot_training
 from tinyagent_fast.runs import Run, create_run, refuse_taken_name, write_json
 from tinyagent_fast.shared_prefix.training import check_same_loss, decide_shared_prefix
 from tinyagent_fast.training.best import (
@@ -52,7 +53,6 @@ from tinyagent_fast.training.memory import (
     usable_gib,
     with_batch,
 )
-from tinyagent_fast.training.plots import plot_training
 from tinyagent_fast.training.preflight import preflight
 from tinyagent_fast.training.resume import (
     forget_after,
