@@ -324,7 +324,7 @@ def test_without_a_gpu_a_small_model_is_all_right_and_a_large_one_is_slow() -> N
     [
         (None, "550.54.15", "requirements.txt"),
         ("13.0", "550.54.15", "requirements.txt"),
-        ("12.8", "470.82", "install driver 525"),
+        ("12.8", "470.82", "driver 525 or newer"),
         ("12.8", "525.60.13", None),
         ("13.0", "580.1", None),
         ("99.1", "1.0", None),
@@ -350,10 +350,16 @@ def test_torch_is_compared_with_the_driver(
         assert fix is None or fix in str(found.fix)
 
 
-def test_bf16_is_missed_only_where_it_is_asked_for() -> None:
-    assert doctor.check_bf16(preset_config("a100"), L4).status == "ok"
-    assert doctor.check_bf16(preset_config("l4"), T4).status == "ok"
-    assert doctor.check_bf16(preset_config("a100"), T4).status == "warning"
+@pytest.mark.parametrize(
+    ("preset", "machine", "status"),
+    [("a100", WITH_L4, "ok"), ("l4", WITH_T4, "ok"), ("a100", WITH_T4, "warning")],
+)
+def test_bf16_is_missed_only_where_it_is_asked_for(
+    preset: str, machine: Machine, status: str
+) -> None:
+    found = doctor.check_gpu(preset_config(preset), machine, automatic=False)
+    assert found.status == status
+    assert ("no bf16" in found.text) == (machine is WITH_T4)
 
 
 def test_a_batch_that_may_not_fit_is_named_with_one_that_does() -> None:
@@ -492,9 +498,8 @@ def test_what_is_downloaded_already_needs_no_space(tmp_path: Path) -> None:
     assert sizes["data"] == 734_000_000
     assert sizes["base"] == pytest.approx(2.2e9, rel=0.05)
     cached(tmp_path, *BASE)
-    cached(tmp_path, *DATASET)
     left = {what for what, _, _ in doctor.disk_uses(config)}
-    assert set(sizes) - left == {"base", "data in the hub's cache"}
+    assert set(sizes) - left == {"base"}
     (found,) = doctor.check_disk(preset_config("smoke"))  # one disk, one line
     assert found.status == "ok"
 
@@ -543,9 +548,9 @@ def test_a_test_file_that_was_lost_is_downloaded_again(tiny_data: Path, tmp_path
     [
         (b"  \n", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
-        (b"[1, 2]", "no JSON object"),
+        (b"[1, 2]", "not a JSON object"),
         (b'{"a": {"input": "x"', "cut off"),
-        (None, "is no file"),
+        (None, "is a folder"),
     ],
 )
 def test_a_damaged_file_fails_at_once(tmp_path: Path, content: bytes | None, problem: str) -> None:
@@ -606,9 +611,9 @@ def test_the_hub_is_asked_only_if_that_is_wanted(monkeypatch: pytest.MonkeyPatch
     asked: list[str] = []
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **_: asked.append(url))
     config = preset_config("l4")
-    doctor.all_checks(config, LAPTOP, automatic=False)
+    doctor.find_out(config, LAPTOP, automatic=False)
     assert asked == []
-    found = doctor.all_checks(config, LAPTOP, automatic=False, online=True)
+    found = doctor.find_out(config, LAPTOP, automatic=False, online=True)
     assert [f.status for f in found if f.name == "hub"] == ["ok", "ok"]
     assert "TinyLlama" in asked[0]
     assert "TinyAgent-dataset" in asked[1]
@@ -663,7 +668,7 @@ def test_a_failure_is_shown_with_its_fix_and_gives_exit_code_1(
 ) -> None:
     code, out, _ = call("doctor", "--preset", "smoke", "--data.train", "missing.json")
     assert code == 1
-    assert "missing.json is not there" in out
+    assert "missing.json: there is no such file" in out
     assert "fix: name another file with --data.train" in out
     code, out, _ = call("doctor", "--preset", "smoke", "--data.train", "missing.json", "--json")
     assert code == 1
@@ -725,7 +730,7 @@ def test_train_stops_before_anything_heavy(
     monkeypatch.setattr("tinyagent_fast.models.libraries.prepare_libraries", too_early)
     code, _, err = call("train", "--preset", "smoke", "--data.train", "missing.json")
     assert code == 2
-    assert "data: missing.json is not there" in err
+    assert "data: missing.json: there is no such file" in err
     assert trained == []
 
 
@@ -735,7 +740,7 @@ def test_train_prints_a_line_for_each_warning_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = [Finding("b", "warning", "slow " * 40, "mend [b]"), Finding("c", "warning", "x", "y")]
-    monkeypatch.setattr(doctor, "quick_checks", lambda *_, **__: found)
+    monkeypatch.setattr(doctor, "find_out", lambda *_, **__: found)
     code, out, err = call("train", "--preset", "smoke")
     assert code == 0, err
     lines = [line for line in out.splitlines() if line.startswith("warning: ")]

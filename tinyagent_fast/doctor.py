@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.errors import ModelError, TrainingError
+from tinyagent_fast.data.cache import cache_folder
+from tinyagent_fast.data.download import DATASET_REPOSITORY
+from tinyagent_fast.data.reading import check_head, is_incomplete
+from tinyagent_fast.errors import DataError, ModelError, TrainingError
 from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ _GIB = 2**30
 _ROOT = Path(__file__).resolve().parents[1]
 _DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of them is there where an NVIDIA driver runs; the last is that of Linux under Windows."""
-_OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+_OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
 """Oldest Linux driver by major version of CUDA.
 
 Source: docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html.
@@ -82,41 +85,32 @@ def refuse_failures(findings: Sequence[Finding]) -> None:
         )
 
 
-def quick_checks(config: Config, machine: Machine, *, automatic: bool) -> list[Finding]:
-    """Look at everything that shows in a second.
+def find_out(
+    config: Config, machine: Machine, *, automatic: bool, quick: bool = True, online: bool = False
+) -> list[Finding]:
+    """Make every check that takes about a second.
 
     Args:
         config: The run's config.
         machine: This machine.
-        automatic: Whether its preset was chosen by what torch can use.
-
-    Returns:
-        All findings, in the order in which they are shown.
+        automatic: Whether the config's preset was chosen by what torch can use.
+        quick: False makes the check of llama.cpp too.
+        online: Asks the hub, too.
     """
-    found = [check_packages(machine), check_gpu(config, machine, automatic=automatic)]
-    if found[0].status == "failure":
+    packages = check_packages(machine)
+    found = [packages, check_gpu(config, machine, automatic=automatic)]
+    if packages.status == "failure":
         return found  # the other checks would stumble over what is missing
-    if machine.usable_gpu is not None:
-        found.append(check_bf16(config, machine.usable_gpu))
     found += [check_memory(config, machine), check_backend(config, machine)]
-    return [*found, *check_disk(config), check_base(config), *check_data(config)]
-
-
-def all_checks(
-    config: Config, machine: Machine, *, automatic: bool, online: bool = False
-) -> list[Finding]:
-    """Look at what `quick_checks` does, at llama.cpp and, if `online` is set, at the hub."""
-    found = quick_checks(config, machine, automatic=automatic)
-    if found[0].status != "failure":
-        found.append(check_export(machine))
-        found += check_hub(config) if online else []
-    return found
+    found += [*check_disk(config), check_base(config), *check_data(config)]
+    found += [] if quick else [check_export(machine)]
+    return [*found, *(check_hub(config) if online else [])]
 
 
 # --- the machine
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Gpu:
     """The GPU that a run would take; None stands for what the driver does not say."""
 
@@ -158,9 +152,6 @@ def read_machine(*, ask_torch: bool = False) -> Machine:
     Args:
         ask_torch: Also let torch compute on the GPU, in a process of its own; takes seconds. It is
             asked in any case where a driver runs and nvidia-smi is not installed.
-
-    Returns:
-        What it is.
     """
     gpu, problem = _ask_nvidia_smi()
     torch, cuda = _torch_build()
@@ -199,16 +190,11 @@ def _ask_nvidia_smi() -> tuple[Gpu | None, str | None]:
     if problem or len(cells) < 5:
         return None, f"nvidia-smi says: {problem or said or 'nothing'}"
     driver, total, free, capability, name = cells
+    # Cards that share the host's memory have [N/A] for it.
+    total_gib, free_gib = (float(mib) / 1024 if mib.isdigit() else None for mib in (total, free))
     numbers = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    gpu = Gpu(
-        name=name,
-        driver=driver,
-        # Cards that share the host's memory have [N/A] there.
-        total_gib=float(total) / 1024 if total.isdigit() else None,
-        free_gib=float(free) / 1024 if free.isdigit() else None,
-        capability=(int(numbers[1]), int(numbers[2])) if numbers else None,
-    )
-    return gpu, None
+    version = (int(numbers[1]), int(numbers[2])) if numbers else None
+    return Gpu(name, driver, total_gib, free_gib, version), None
 
 
 def _run(words: Sequence[str], *, timeout_s: float) -> tuple[str, str | None]:
@@ -249,18 +235,14 @@ def _why_unusable(gpu: Gpu, torch: str, cuda: str | None) -> str | None:
     """Say why this torch cannot use the GPU, as far as that is known without asking it."""
     if cuda is None:
         return f"{gpu.name} is here, but torch {torch} was built without CUDA"
-    oldest = _OLDEST_DRIVER.get(_major(cuda))
-    if oldest is not None and gpu.driver is not None and _major(gpu.driver) < oldest:
+    oldest = _OLDEST_DRIVER.get(cuda.partition(".")[0], 0)
+    driver = (gpu.driver or "").partition(".")[0]
+    if driver.isdigit() and int(driver) < oldest:
         return (
             f"torch {torch} is built for CUDA {cuda} and needs driver {oldest} or newer, "
             f"{gpu.name} has {gpu.driver}"
         )
     return None
-
-
-def _major(version: str) -> int:
-    first = version.partition(".")[0]
-    return int(first) if first.isdigit() else 0
 
 
 _COMPUTE = """
@@ -281,15 +263,9 @@ def _ask_torch(gpu: Gpu | None) -> tuple[Gpu | None, str | None]:
     said, problem = _run([sys.executable, "-c", _COMPUTE], timeout_s=120)
     if problem is not None:
         return gpu, f"{gpu.name if gpu else 'a driver'} is here, but torch says: {problem}"
-    name, total_gib, free_gib, major, minor = json.loads(said.splitlines()[-1])
-    seen = Gpu(
-        name=name,
-        driver=gpu.driver if gpu else None,
-        total_gib=total_gib,
-        free_gib=free_gib,
-        capability=(major, minor),
-    )
-    return seen, None
+    name, total_gib, free_gib, *capability = json.loads(said.splitlines()[-1])
+    driver = gpu.driver if gpu else None
+    return Gpu(name, driver, total_gib, free_gib, tuple(capability)), None
 
 
 def _memory_gib(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[float | None, float | None]:
@@ -367,14 +343,8 @@ def install_command(machine: Machine) -> str:
 def check_gpu(config: Config, machine: Machine, *, automatic: bool) -> Finding:
     """Say which GPU a run will take, and whether this torch can use it.
 
-    Args:
-        config: The run's config.
-        machine: With or without a GPU.
-        automatic: Whether its preset was chosen by what torch can use.
-
-    Returns:
-        A failure where something keeps torch from the GPU, unless a preset for the CPU was asked
-        for by name.
+    It is a failure if something keeps torch from the GPU, unless a preset for the CPU was asked
+    for by name, and a warning if bf16 is asked for and the GPU has none.
     """
     gpu, problem, small = machine.gpu, machine.gpu_problem, _is_small(config)
     if gpu is None:
@@ -388,27 +358,19 @@ def check_gpu(config: Config, machine: Machine, *, automatic: bool) -> Finding:
             return Finding("gpu", "warning", text, fix)
         return Finding("gpu", "ok", f"{text}: training runs on the CPU")
     if problem is not None:
-        oldest = _OLDEST_DRIVER[12]  # which the lock file is made for
-        old = gpu.driver is not None and _major(gpu.driver) < oldest
-        fix = f"install driver {oldest} or newer" if old else install_command(machine)
+        # The lock file is made for CUDA 12.
+        fix = f"{install_command(machine)}, with driver {_OLDEST_DRIVER['12']} or newer"
         fix += "; to train the small model without it: --preset cpu"
-        status: Status = "warning" if small and not automatic else "failure"
-        return Finding("gpu", status, problem, fix)
-    parts = [gpu.name]
-    parts += [f"{gpu.total_gib:.1f} GiB"] if gpu.total_gib is not None else []
-    parts += [f"compute capability {'.'.join(map(str, gpu.capability))}"] if gpu.capability else []
-    parts += [f"driver {gpu.driver}"] if gpu.driver else []
-    parts += [f"torch {machine.torch} for CUDA {machine.cuda}"] if machine.torch else []
-    return Finding("gpu", "ok", ", ".join(parts))
-
-
-def check_bf16(config: Config, gpu: Gpu) -> Finding:
-    """Say in which type the GPU computes; a warning where bf16 is asked for and cannot be had."""
+        return Finding("gpu", "warning" if small and not automatic else "failure", problem, fix)
+    text = gpu.name
+    text += f", {gpu.total_gib:.1f} GiB" if gpu.total_gib is not None else ""
+    text += f", compute capability {'.'.join(map(str, gpu.capability))}" if gpu.capability else ""
+    text += f", driver {gpu.driver}" if gpu.driver else ""
+    text += f", torch {machine.torch} for CUDA {machine.cuda}" if machine.torch else ""
+    text += ", no bf16: it computes in fp16" if gpu.bf16 is False else ""
     if gpu.bf16 is False and config.model.weights == "bf16":
-        text = "this GPU has none: weights are held in fp16"
-        return Finding("bf16", "warning", text, "--model.weights nf4 or fp16")
-    says = {True: "yes", False: "this GPU has none: it computes in fp16", None: "not known"}
-    return Finding("bf16", "ok", says[gpu.bf16])
+        return Finding("gpu", "warning", text, "--model.weights nf4 or fp16")
+    return Finding("gpu", "ok", text)
 
 
 def takes_unsloth(config: Config, machine: Machine) -> bool:
@@ -420,10 +382,9 @@ def takes_unsloth(config: Config, machine: Machine) -> bool:
 
 
 def check_backend(config: Config, machine: Machine) -> Finding:
-    """Say which backend trains, and warn where only a slow attention kernel is left to it.
+    """Say which backend trains, and warn where torch's own attention (SDPA) is slow.
 
-    Torch's own attention (SDPA) keeps up with the others where training needs no mask on a GPU
-    with bf16; it is slow on older GPUs, and with the dense masks of packed rows.
+    That is on GPUs without bf16, and with the dense masks of packed rows.
 
     Source: select_attention_backend in unsloth/utils/attention_dispatch.py (2026.10).
     """
@@ -447,7 +408,9 @@ def check_backend(config: Config, machine: Machine) -> Finding:
     return Finding("backend", "ok", backend)
 
 
-def _estimator(config: Config, *, backend: str, usable_gib: float) -> MemoryEstimator | None:
+def _estimator(
+    config: Config, backend: str = "transformers", usable_gib: float = 0.0
+) -> MemoryEstimator | None:
     """Estimate with rows of the longest length allowed; None where the base's size is not known."""
     from tinyagent_fast.training.memory import MemoryEstimator, base_shape, row_lengths
 
@@ -468,16 +431,15 @@ def _weights(estimator: MemoryEstimator) -> int:
 
 def _is_small(config: Config) -> bool:
     """Say whether a CPU can train the base model in a reasonable time."""
-    estimator = _estimator(config, backend="transformers", usable_gib=0.0)
+    estimator = _estimator(config)
     return estimator is not None and _weights(estimator) < _SMALL_WEIGHTS
 
 
 def check_memory(config: Config, machine: Machine) -> Finding:
     """Compare what a micro-batch is predicted to need with what is free, on the GPU or without one.
 
-    Returns:
-        A warning where it may not fit: it is an estimate, and training measures it before step 1. A
-        failure where a machine without a GPU surely has too little.
+    Where it may not fit there is a warning, as it is an estimate, and training measures it before
+    step 1; a machine without a GPU that surely has too little is a failure.
     """
     from tinyagent_fast.training.memory import ERROR_SHARE, RESERVE_GIB, with_batch
 
@@ -486,20 +448,16 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     total = gpu.total_gib if gpu else machine.memory_gib
     free = gpu.free_gib if gpu else machine.available_gib
     if total is None or free is None:
-        return Finding(
-            name, "ok", f"not known: {'the driver does not say' if gpu else 'no psutil'}"
-        )
+        return Finding(name, "ok", "how much is free is not known")
     text = f"{free:.1f} of {total:.1f} GiB free"
-    taken = total - free > 1.0  # what a desktop shows is less
     usable = min(free, total - RESERVE_GIB) if gpu else free - _LIBRARIES_GIB
     if gpu is None and model.weights in ("bf16", "fp16"):
         config = replace(config, model=replace(model, weights="fp32"))  # as training does on a CPU
     backend = "unsloth" if takes_unsloth(config, machine) else "transformers"
-    estimator = _estimator(config, backend=backend, usable_gib=usable)
+    estimator = _estimator(config, backend, usable)
     if estimator is None:
-        return Finding(
-            name, "ok", f"{text}; the size of {model.base} is not known before it is loaded"
-        )
+        text += f"; the size of {model.base} is not known before it is loaded"
+        return Finding(name, "ok", text)
     largest = estimator.largest_batch(model.gradient_checkpointing)
     if config.train.batch == "auto":
         estimator = replace(estimator, config=with_batch(config, largest.batch))
@@ -510,14 +468,13 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     )
     if predicted.fits(usable):
         return Finding(name, "ok", text)
-    fixes = ["end other programs" + " (nvidia-smi lists them)" * bool(gpu)] if taken else []
+    fixes = []
+    if total - free > 1.0:  # what a desktop shows is less
+        fixes.append("end other programs" + " (nvidia-smi lists them)" * bool(gpu))
     if largest.fits:
         fixes.append(f"--train.batch {largest.batch} --train.accumulation {largest.accumulation}")
-    fixes.append(
-        f"tinyagent-fast memory --gpu-gib {total:.0f} shows what fits"
-        if gpu
-        else "take a machine with more memory"
-    )
+    show = f"tinyagent-fast memory --gpu-gib {total:.0f} shows what fits"
+    fixes.append(show if gpu else "take a machine with more memory")
     too_small = gpu is None and predicted.total_gib * (1 - ERROR_SHARE) > total - _LIBRARIES_GIB
     status: Status = "failure" if too_small else "warning"
     return Finding(name, status, f"{text} may not fit", ", or ".join(fixes))
@@ -532,25 +489,25 @@ def disk_uses(config: Config) -> list[tuple[str, Path, float]]:
     Returns:
         Name, folder and GiB of each; a base model of unknown size is left out.
     """
-    from tinyagent_fast.data.cache import cache_folder
+    from huggingface_hub import constants
+
     from tinyagent_fast.training.memory import adapter_weights
 
-    data, base, runs = config.data, config.model.base, config.runs
+    data, runs = config.data, config.runs
     size = float(data.generated_entries * _GENERATED_BYTES)
     if data.train is not None:
         there = data.train.exists()
         size = data.train.stat().st_size if there else _PUBLISHED_BYTES.get(data.train, 0)
     uses = [("cache", cache_folder(), 2 * size)]  # entries, and rows as token ids
     if data.train is None or not data.train.exists():
+        # The hub's cache and this folder share one copy if they are on the same disk.
         uses.append(("data", data.train.parent if data.train else Path("data"), size))
-        if data.train is not None and not _dataset_is_cached():
-            uses.append(("data in the hub's cache", _hub_cache(), size))
-    estimator = _estimator(config, backend="transformers", usable_gib=0.0)
+    estimator = _estimator(config)
     if estimator is not None:
         weights, adapter = _weights(estimator), adapter_weights(estimator.shape, config.lora)
         if not _base_is_here(config):
-            uses.append(("base", _hub_cache(), 2 * weights))
-        elif base in ("nano", "random"):
+            uses.append(("base", Path(constants.HF_HUB_CACHE), 2 * weights))
+        elif config.model.base in ("nano", "random"):
             uses.append(("base", runs, 4 * weights))
         # Three checkpoints with AdamW's moments, and two copies of the adapter.
         moments = 2 if config.train.optimizer == "adamw_8bit" else 8
@@ -562,25 +519,22 @@ def disk_uses(config: Config) -> list[tuple[str, Path, float]]:
 def check_disk(config: Config) -> list[Finding]:
     """Compare what will be written with what is free on each disk that gets some of it."""
     disks: dict[int, dict[str, float]] = {}
-    folders: dict[int, Path] = {}
+    free_gib: dict[int, float] = {}
     for what, wanted, size_gib in disk_uses(config):
-        folder = _existing(wanted)
-        device = folder.stat().st_dev
-        folders[device] = folder
-        disks.setdefault(device, {})[what] = size_gib
-    return [
-        disk_finding(sizes_gib, shutil.disk_usage(folders[device]).free / _GIB)
-        for device, sizes_gib in disks.items()
-    ]
+        path = wanted.absolute()
+        folder = next(folder for folder in (path, *path.parents) if folder.exists())
+        disk = folder.stat().st_dev
+        free_gib[disk] = shutil.disk_usage(folder).free / _GIB
+        disks.setdefault(disk, {})[what] = size_gib
+    return [disk_finding(sizes_gib, free_gib[disk]) for disk, sizes_gib in disks.items()]
 
 
 def disk_finding(sizes_gib: Mapping[str, float], free_gib: float) -> Finding:
     """Say whether a disk is large enough: for training it must be, for an export it should be."""
     total = sum(sizes_gib.values())
     train = total - sizes_gib.get("export", 0.0)
-    text = f"{free_gib:.1f} GiB free, about {total:.1f} needed"
     parts = [f"{what} {size:.1f}" for what, size in sizes_gib.items() if size >= 0.05]
-    text += f" ({', '.join(parts)})" if parts else ""
+    text = f"{free_gib:.1f} GiB free, about {total:.1f} needed ({', '.join(parts) or 'little'})"
     if train > free_gib:
         where = "another disk: --runs FOLDER for runs, HF_HOME for the hub's cache"
         fix = f"free {train - free_gib:.1f} GiB, or use {where}"
@@ -589,18 +543,6 @@ def disk_finding(sizes_gib: Mapping[str, float], free_gib: float) -> Finding:
         fix = f"free {total - free_gib:.1f} GiB before an export, or export with --out or --quant"
         return Finding("disk", "warning", text, fix)
     return Finding("disk", "ok", text)
-
-
-def _existing(folder: Path) -> Path:
-    """Give the folder, or the nearest one above that is there."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 def _offline() -> bool:
@@ -615,12 +557,6 @@ def _is_cached(repo: str, name: str, kind: str, revision: str | None = None) -> 
 
     found = try_to_load_from_cache(repo, name, repo_type=kind, revision=revision)
     return isinstance(found, str)
-
-
-def _dataset_is_cached() -> bool:
-    from tinyagent_fast.data.download import DATASET_REPOSITORY
-
-    return _is_cached(DATASET_REPOSITORY, REAL_TRAIN.name, "dataset")
 
 
 def _base_is_here(config: Config) -> bool:
@@ -654,13 +590,13 @@ def check_base(config: Config) -> Finding:
 
 
 def check_data(config: Config) -> list[Finding]:
-    """Look whether the data files are there and whole; a missing or damaged one is a failure."""
+    """Look at both ends of the data files; `data check` reads all of them."""
     data, download = config.data, "tinyagent-fast data download"
     if data.train is None:
         text = f"{data.generated_entries:,} entries are generated on the spot"
         return [Finding("data", "ok", text)]
     if data.train == REAL_TRAIN and not REAL_TRAIN.exists():
-        if _offline() and not _dataset_is_cached():
+        if _offline() and not _is_cached(DATASET_REPOSITORY, REAL_TRAIN.name, "dataset"):
             text = f"{REAL_TRAIN} is not there, and HF_HUB_OFFLINE forbids to download it"
             fix = f"unset HF_HUB_OFFLINE and run {download}, or copy it as data/README.md says"
             return [Finding("data", "failure", text, fix)]
@@ -669,39 +605,20 @@ def check_data(config: Config) -> list[Finding]:
         return [Finding("data", "ok", text)]
     found = []
     for path in filter(None, (data.train, data.test)):
-        problem = damage(path)
-        if problem is None:
-            text = f"{path}: {path.stat().st_size / 1e6:,.1f} MB"
-            found.append(Finding("data", "ok", text))
+        try:
+            check_head(path)
+        except DataError as error:
+            problem = f"{error.what}: {error.why}"
         else:
+            problem = f"{path} is cut off: its JSON object is not closed" * is_incomplete(path)
+        if problem:
             named = "name another file with --data.train and --data.test"
             fix = download if path in _PUBLISHED_BYTES else named
-            found.append(Finding("data", "failure", f"{path} {problem}", fix))
+            found.append(Finding("data", "failure", problem, fix))
+        else:
+            size = path.stat().st_size / 1e6
+            found.append(Finding("data", "ok", f"{path}: {size:,.1f} MB"))
     return found
-
-
-def damage(path: Path) -> str | None:
-    """Look at both ends of a data file; `data check` reads all of it.
-
-    Returns:
-        What is wrong, to stand behind the file's name; None where it looks whole.
-    """
-    if not path.is_file():
-        return "is no file" if path.exists() else "is not there"
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(64).lstrip()
-            stream.seek(max(0, path.stat().st_size - 64))
-            tail = stream.read().rstrip()
-    except OSError as error:
-        return f"cannot be read: {error}"
-    if not head:
-        return "is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the data"
-    if not head.startswith(b"{"):
-        return "is no JSON object"
-    return None if tail.endswith(b"}") else "is cut off: its JSON object is not closed"
 
 
 # --- export and hub
@@ -726,8 +643,6 @@ def check_export(machine: Machine) -> Finding:
 
 def check_hub(config: Config) -> list[Finding]:
     """Ask the hub for what a run would download, or at least for the dataset."""
-    from tinyagent_fast.data.download import DATASET_REPOSITORY
-
     found = []
     if not _base_is_here(config):
         found.append(_ask_hub(config.model.base, "config.json", "model", config.model.revision))

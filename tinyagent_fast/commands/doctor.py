@@ -20,21 +20,14 @@ _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Check this machine.
-
-    Args:
-        arguments: Flags of the command: those of `train`, `--online` and `--json`.
-
-    Returns:
-        0, also with warnings; 1 with a failure, which would stop training or break it.
-    """
+    """Check this machine; exit code 1 for a failure, which would stop training or break it."""
     parser = argparse.ArgumentParser(
         prog="tinyagent-fast doctor", add_help=False, allow_abbrev=False
     )
     parser.add_argument("--online", action="store_true")
     parser.add_argument("--json", action="store_true")
     flags, rest = parser.parse_known_args(list(arguments))
-    from tinyagent_fast.doctor import all_checks, read_machine
+    from tinyagent_fast.doctor import find_out, read_machine
 
     if "-h" in rest or "--help" in rest:
         resolve_config("doctor", rest, lambda: "cpu", more_flags=_FLAGS_HELP)  # leaves here
@@ -47,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         return _preset(machine)
 
     config = resolve_config("doctor", rest, preset_of_this_machine, more_flags=_FLAGS_HELP)
-    found = all_checks(config, machine, automatic=automatic, online=flags.online)
+    found = find_out(config, machine, automatic=automatic, quick=False, online=flags.online)
     if flags.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
@@ -65,23 +58,15 @@ def _preset(machine: Machine) -> str:
 
 def _show(found: Sequence[Finding], config: Config, *, online: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
     title = f"preset {config.preset}: {config.model.base} in {config.model.weights}"
     console.print(title, markup=False, soft_wrap=True)
     for finding in found:
-        if console.is_terminal:
-            line = Table.grid(padding=(0, 1))
-            for width in (7, 10, None):
-                line.add_column(width=width)
-            status = Text(finding.status, _STYLES[finding.status])
-            line.add_row(status, Text(finding.name), Text(finding.text))
-            console.print(line)
-        else:
-            plain = f"{finding.status:<7} {finding.name:<10} {finding.text}"
-            console.print(plain, markup=False, soft_wrap=True)
+        line = Text(f"{finding.status:<7} {finding.name:<10} {finding.text}")
+        line.stylize(_STYLES[finding.status], end=len(finding.status))
+        console.print(line, soft_wrap=True)
         if finding.fix:
             # One unbroken line, so that a command can be copied.
             console.print(f"{'':19} fix: {finding.fix}", markup=False, soft_wrap=True)

@@ -86,9 +86,9 @@ def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
     Raises:
         TrainingError: The run cannot end well.
     """
-    from tinyagent_fast.doctor import quick_checks, read_machine, refuse_failures
+    from tinyagent_fast.doctor import find_out, read_machine, refuse_failures
 
-    findings = quick_checks(config, read_machine(), automatic=automatic)
+    findings = find_out(config, read_machine(), automatic=automatic)
     for found in findings:
         if found.status == "warning":
             text = f"warning: {found.name}: {found.text}; fix: {found.fix}"

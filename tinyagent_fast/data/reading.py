@@ -171,8 +171,8 @@ def check_head(path: Path) -> None:
     for mark, why, fix in _HEAD_PROBLEMS:
         if head.startswith(mark):
             raise DataError(f"{path}: is not a dataset file", why, fix)
-    if not head:
-        raise DataError(f"{path}: is empty", "it has no bytes", "fetch or export it again")
+    if not head.strip():
+        raise DataError(f"{path}: is empty", "it begins with no text", "fetch or export it again")
     if b"\0" in head:
         raise DataError(f"{path}: is not UTF-8 text", "it holds zero bytes", "save it as UTF-8")
     if not head.lstrip().startswith(b"{"):
