@@ -16,10 +16,10 @@ from gguf import GGUFReader, quants
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.errors import DataError, GateError, ModelError
+from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export import checkpoints, conversion
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
-from tinyagent_fast.export.importance import Importance
+from tinyagent_fast.export.importance import SOURCE, Importance
 from tinyagent_fast.export.quantising import GgmlLibrary, block_values, file_type, tensor_type
 from tinyagent_fast.export.settings import QUANT_NAMES
 from tinyagent_fast.models.families import LLAMA, ModelShape, Tensor
@@ -208,7 +208,7 @@ def quantise_with_llama_cpp(source: Path, target: Path, quant: str, by: Importan
     listed = [entry(n.encode(), a.ctypes.data_as(floats), a.size) for n, a in arrays.items()]
     params.imatrix = (entry * (len(listed) + 1))(*listed, entry(None, None, 0))
     extra = {
-        "quantize.imatrix.dataset": by.source,
+        "quantize.imatrix.dataset": SOURCE,
         "quantize.imatrix.entries_count": len(by.mean_squares),
         "quantize.imatrix.chunks_count": by.chunks,
     }
@@ -241,7 +241,7 @@ def test_llama_cpp_itself_writes_the_same_file(
         for tensor in GGUFReader(tmp_path / "f16.gguf").tensors
         if tensor.name.startswith("blk.") and len(tensor.shape) == 2
     }
-    by = Importance(weights, 1000, "rows")
+    by = Importance(weights, 1000)
     convert(tiny_merged, tmp_path / "ours.gguf", quant, importance=by)
     quantise_with_llama_cpp(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", quant, by)
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
@@ -406,7 +406,7 @@ def test_importance_lowers_the_error_where_inputs_are_large(
 ) -> None:
     name = "blk.0.ffn_up.weight"
     weights = np.where(np.arange(256) % 4 == 0, 50.0, 0.5).astype(np.float32)
-    importance = Importance({name: weights}, 2000, "some rows")
+    importance = Importance({name: weights}, 2000)
     exact, plain, weighed = (tmp_path / one for one in ("exact", "plain", "weighed"))
     convert(llama, exact, "f16")
     first = convert(llama, plain, quant)
@@ -423,14 +423,14 @@ def test_importance_lowers_the_error_where_inputs_are_large(
     assert "blk.1.ffn_up.weight" in second.without_importance
     assert "quantize.imatrix.dataset" not in keys(plain)
     found = keys(weighed)
-    assert found["quantize.imatrix.dataset"] == "some rows"
+    assert found["quantize.imatrix.dataset"] == SOURCE
     assert found["quantize.imatrix.entries_count"] == 1
     assert found["quantize.imatrix.chunks_count"] == 3
 
 
 @needs_ggml
 def test_importance_changes_nothing_in_types_that_do_not_weigh(llama: Path, tmp_path: Path) -> None:
-    importance = Importance({"blk.0.ffn_up.weight": np.arange(256, dtype=np.float32)}, 9, "rows")
+    importance = Importance({"blk.0.ffn_up.weight": np.arange(256, dtype=np.float32)}, 9)
     convert(llama, tmp_path / "plain", "q8_0")
     convert(llama, tmp_path / "weighed", "q8_0", importance=importance)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "weighed").read_bytes()
@@ -440,14 +440,9 @@ def test_importance_changes_nothing_in_types_that_do_not_weigh(llama: Path, tmp_
     "name", ["blk.0.ffn_up.weight", "blk.7.ffn_up.weight"], ids=["other width", "other layer"]
 )
 def test_importance_of_another_model_is_refused(llama: Path, tmp_path: Path, name: str) -> None:
-    importance = Importance({name: np.ones(128, dtype=np.float32)}, 10, "rows")
+    importance = Importance({name: np.ones(128, dtype=np.float32)}, 10)
     with pytest.raises(ModelError, match="collect it with this model"):
         convert(llama, tmp_path / "out.gguf", "q4_k_m", importance=importance)
-
-
-def test_a_source_name_that_llama_cpp_would_cut_is_refused() -> None:
-    with pytest.raises(DataError, match="longer than 127 bytes"):
-        Importance({"output.weight": np.ones(4, dtype=np.float32)}, 1, "x" * 128)
 
 
 def test_without_ggml_files_of_floats_are_made_and_others_refused_with_what_to_install(

@@ -40,7 +40,7 @@ from tinyagent_fast.export.checkpoints import (
     row_blocks,
     whole_file,
 )
-from tinyagent_fast.export.importance import Importance
+from tinyagent_fast.export.importance import SOURCE, Importance
 from tinyagent_fast.export.quantising import (
     WEIGHTED,
     WORST_RELATIVE_RMSE,
@@ -204,7 +204,7 @@ def convert_to_gguf(
             keys[key] = keys.pop(key)
         weighed = [one for one in targets if one.weights is not None]
         if importance is not None and weighed:
-            writer.add_string("quantize.imatrix.dataset", importance.source)
+            writer.add_string("quantize.imatrix.dataset", SOURCE)
             writer.add_uint32("quantize.imatrix.entries_count", len(importance.mean_squares))
             writer.add_uint32("quantize.imatrix.chunks_count", importance.chunks)
         zeros, offsets = _write(writer, targets, ggml, threads or cores or 1, on_progress)

@@ -15,12 +15,16 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
-from tinyagent_fast.errors import DataError, ModelError
+from tinyagent_fast.errors import DataError
+from tinyagent_fast.export.checkpoints import whole_file
 from tinyagent_fast.models.families import family_of
 
 _CHUNK_TOKENS = 512
-_SOURCE_BYTES = 127
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+
+
+SOURCE = "training prompts"
+"""What is measured on, as the files name it."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +35,6 @@ class Importance:
     """By GGUF name of the weight, one number per column."""
     tokens: int
     """Tokens that were averaged over."""
-    source: str
-    """What was measured on, in at most 127 bytes, as much as llama.cpp keeps."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that cannot be means of squares, and a source that would be cut."""
-        if len(self.source.encode()) > _SOURCE_BYTES:
-            raise DataError(
-                f"importance source {self.source!r}",
-                f"it is longer than {_SOURCE_BYTES} bytes",
-                "give a shorter name",
-            )
-        if self.tokens < 1:
-            raise DataError("importance of 0 tokens", "nothing was measured", "give some rows")
-        for name, one in self.mean_squares.items():
-            if not np.isfinite(one).all() or (one < 0).any() or not one.any():
-                raise DataError(
-                    f"importance of {name}",
-                    "its numbers are negative, infinite, NaN or all zero",
-                    "measure it again with a model that works",
-                )
 
     @property
     def chunks(self) -> int:
@@ -62,7 +46,6 @@ def collect_importance(
     model: Any,
     rows: Sequence[Sequence[int]],
     *,
-    source: str = "training prompts",
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Importance:
     """Run rows of token ids through a model and average the squares of each matrix's inputs.
@@ -73,18 +56,13 @@ def collect_importance(
     Args:
         model: A causal model of transformers with merged weights; its mode is not changed.
         rows: Token ids as the model sees them, each row by itself.
-        source: Name of the rows' origin, kept in the file.
         on_progress: Told how many rows are done, and of how many.
 
-    Returns:
-        Means over all tokens of all rows.
-
     Raises:
-        DataError: If there are no tokens.
-        ModelError: If it is of no family that can be exported.
+        DataError: There are no tokens, or a mean is not finite or all are zero.
+        ModelError: The model is of no family that can be exported.
 
-    Source:
-        llama.cpp, tools/imatrix/imatrix.cpp: collect_imatrix.
+    Source: llama.cpp, tools/imatrix/imatrix.cpp: collect_imatrix.
     """
     import torch
 
@@ -122,66 +100,39 @@ def collect_importance(
         for hook in hooks:
             hook.remove()
     means = {name: (one / tokens).numpy().astype(np.float32) for name, one in sums.items()}
-    return Importance(means, tokens, source)
+    for name, mean in means.items():
+        if not np.isfinite(mean).all() or not mean.any():
+            raise DataError(
+                f"importance of {name}",
+                "its numbers are infinite, NaN or all zero",
+                "measure it again with a model that works",
+            )
+    return Importance(means, tokens)
 
 
 def save_importance(importance: Importance, path: Path) -> None:
-    """Write an importance matrix as llama.cpp's tools do.
-
-    Args:
-        importance: What was measured.
-        path: File to write, `.gguf` by custom.
-    """
-    part = path.with_name(path.name + ".part")
-    writer = GGUFWriter(part, "")  # as by llama.cpp's tool, there is no key for an architecture
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [importance.source])
-    writer.add_uint32("imatrix.chunk_count", importance.chunks)
-    writer.add_uint32("imatrix.chunk_size", _CHUNK_TOKENS)
-    count = np.array([importance.tokens], dtype="<f4")
-    for name in sorted(importance.mean_squares):
-        sums = importance.mean_squares[name].astype(np.float64) * float(count[0])
-        writer.add_tensor(name + _SUMS, sums.astype("<f4"))
-        writer.add_tensor(name + _COUNTS, count)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.replace(path)
+    """Write an importance matrix as llama.cpp's tools do."""
+    with whole_file(path) as part:
+        writer = GGUFWriter(part, "")  # as by llama.cpp's tool, there is no key for an architecture
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [SOURCE])
+        writer.add_uint32("imatrix.chunk_count", importance.chunks)
+        writer.add_uint32("imatrix.chunk_size", _CHUNK_TOKENS)
+        count = np.array([importance.tokens], dtype="<f4")
+        for name in sorted(importance.mean_squares):
+            sums = importance.mean_squares[name].astype(np.float64) * float(count[0])
+            writer.add_tensor(name + _SUMS, sums.astype("<f4"))
+            writer.add_tensor(name + _COUNTS, count)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def load_importance(path: Path) -> Importance:
-    """Read an importance matrix that `save_importance` or llama.cpp's tool wrote.
-
-    Args:
-        path: GGUF file.
-
-    Returns:
-        The means.
-
-    Raises:
-        ModelError: If the file is not whole, or holds no importance matrix of dense layers.
-    """
-    try:
-        file = GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(
-            str(path), f"it is no whole GGUF file: {error}", "write it again"
-        ) from error
-    tensors = {tensor.name: tensor.data for tensor in file.tensors}
+    """Read an importance matrix that `save_importance` wrote."""
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
     names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
-    kind, datasets = (file.get_field(key) for key in ("general.type", "imatrix.datasets"))
-    if kind is None or kind.contents() != "imatrix" or not names:
-        raise ModelError(str(path), "it holds no importance matrix", "give one that does")
-    means: dict[str, NDArray[np.float32]] = {}
-    tokens = 0
-    for name in names:
-        counts = tensors.get(name + _COUNTS)
-        if counts is None or counts.size != 1 or counts.dtype != np.float32 or counts[0] < 1:
-            raise ModelError(
-                str(path), f"{name}{_COUNTS} is no count of tokens", "measure a dense model"
-            )
-        means[name] = np.array(tensors[name + _SUMS] / counts[0], np.float32)
-        tokens = max(tokens, round(float(counts[0])))
-    source = datasets.contents()[0] if datasets is not None else path.name
-    return Importance(means, tokens, str(source))
+    tokens = float(tensors[names[0] + _COUNTS][0])
+    means = {name: np.array(tensors[name + _SUMS] / tokens, np.float32) for name in names}
+    return Importance(means, round(tokens))

@@ -7,13 +7,13 @@ within that rounding, all others must be the base's, bit for bit.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from tinyagent_fast.export.checkpoints import (
     NewTensor,
     StoredTensor,
     open_checkpoint,
+    read_json,
     read_rows,
     row_blocks,
     stored_tensors,
@@ -32,12 +33,15 @@ from tinyagent_fast.export.checkpoints import (
 )
 from tinyagent_fast.runs import write_json, write_text
 
-MergedDtype = Literal["base", "f32", "f16", "bf16"]
-_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 _SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
-_PREFIX = "base_model.model."
+_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Settings of adapter_config.json that are empty, false or "none" in plain LoRA.
+_UNUSUAL = (
+    *("modules_to_save", "trainable_token_indices", "fan_in_fan_out", "use_dora", "lora_bias"),
+    *("layer_replication", "bias"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,7 @@ class LowRankUpdate:
     scale: float
 
     def rows(self, start: int, stop: int) -> Floats:
-        """Multiply out some rows of the update.
-
-        Args:
-            start: First output row.
-            stop: After the last output row.
-
-        Returns:
-            Rows x inputs in fp32.
-        """
+        """Multiply out output rows from `start` to before `stop`."""
         product_OI: Floats = self.b_OR[start:stop] @ self.a_RI
         product_OI *= np.float32(self.scale)
         return product_OI
@@ -75,12 +71,25 @@ def read_adapter(folder: Path) -> dict[str, LowRankUpdate]:
     Raises:
         ModelError: Files are missing, or the adapter holds more than plain LoRA updates.
     """
-    settings = _settings(folder)
-    tensors = stored_tensors(folder / "adapter_model.safetensors")
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config.exists() or not weights.exists():
+        raise ModelError(
+            f"adapter {folder}",
+            f"{config.name} or {weights.name} is missing",
+            "let training finish, or name another run",
+        )
+    settings = read_json(config)
+    unusual = [name for name in _UNUSUAL if settings.get(name) and settings[name] != "none"]
+    if settings.get("peft_type") != "LORA":
+        unusual.append("another peft_type")
+    if unusual:
+        raise _not_plain(folder, f"it uses {', '.join(unusual)}")
     halves: dict[str, dict[str, Floats]] = {}
-    for name, tensor in tensors.items():
-        stem, half = _split(name, folder)
-        halves.setdefault(stem, {})[half] = read_rows(tensor, 0, tensor.shape[0])
+    for name, tensor in stored_tensors(weights).items():
+        found = _MATRIX.fullmatch(name)
+        if found is None:
+            raise _not_plain(folder, f"it holds {name}, which is no LoRA matrix")
+        halves.setdefault(found[1], {})[found[2]] = read_rows(tensor, 0, tensor.rows)
     updates = {}
     for stem, pair in halves.items():
         if set(pair) != {"A", "B"}:
@@ -91,39 +100,6 @@ def read_adapter(folder: Path) -> dict[str, LowRankUpdate]:
         scale = _alpha(settings, stem) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         updates[f"{stem}.weight"] = LowRankUpdate(pair["A"], pair["B"], scale)
     return updates
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    if not path.exists() or not (folder / "adapter_model.safetensors").exists():
-        raise ModelError(
-            f"adapter {folder}",
-            "adapter_config.json or adapter_model.safetensors is missing",
-            "let training finish, or name another run",
-        )
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    unusual = {
-        "peft_type": settings.get("peft_type") != "LORA",
-        "bias": settings.get("bias", "none") != "none",
-        "modules_to_save": bool(settings.get("modules_to_save")),
-        "trainable_token_indices": bool(settings.get("trainable_token_indices")),
-        "fan_in_fan_out": bool(settings.get("fan_in_fan_out")),
-        "use_dora": bool(settings.get("use_dora")),
-        "lora_bias": bool(settings.get("lora_bias")),
-        "layer_replication": bool(settings.get("layer_replication")),
-    }
-    if any(unusual.values()):
-        raise _not_plain(folder, f"it uses {', '.join(k for k, is_so in unusual.items() if is_so)}")
-    return settings
-
-
-def _split(name: str, folder: Path) -> tuple[str, str]:
-    """Turn `base_model.model.X.lora_A.weight` into `X` and `A`."""
-    for half in ("A", "B"):
-        end = f".lora_{half}.weight"
-        if name.startswith(_PREFIX) and name.endswith(end):
-            return name[len(_PREFIX) : -len(end)], half
-    raise _not_plain(folder, f"it holds {name}, which is no LoRA matrix")
 
 
 def _alpha(settings: Mapping[str, Any], stem: str) -> float:
@@ -161,7 +137,7 @@ def merge_adapter(
     adapter_folder: Path,
     target: Path,
     *,
-    dtype: MergedDtype = "base",
+    dtype: str = "base",
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> MergeReport:
     """Write base + adapter as safetensors and prove the result.
@@ -170,19 +146,16 @@ def merge_adapter(
         base: Folder of the base model in 16 or 32 bits.
         adapter_folder: Folder of the adapter.
         target: Folder that gets config.json and the shards; its tokenizer comes separately.
-        dtype: Type of the merged weights; `base` keeps each weight's own.
+        dtype: Type of the merged weights: f32, f16, bf16, or `base` for each weight's own.
         on_progress: Called with bytes of the base done and in all; the proof counts as much again.
-
-    Returns:
-        The report.
 
     Raises:
         ModelError: The adapter does not belong to the base.
         GateError: A written weight is not base + update.
     """
     checkpoint, updates = open_checkpoint(base), read_adapter(adapter_folder)
-    for name in updates:
-        _refuse_stranger(checkpoint, adapter_folder, name, updates[name])
+    for name, update in updates.items():
+        _refuse_stranger(checkpoint, adapter_folder, name, update)
     tensors = list(checkpoint.tensors.values())
     done, total = 0, 2 * sum(tensor.size_bytes for tensor in tensors)
 
@@ -201,7 +174,9 @@ def merge_adapter(
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted({tensor.path for tensor in tensors}):
         shard = [
-            NewTensor(one.name, _DTYPES.get(dtype, one.dtype), one.shape, summed(one))
+            NewTensor(
+                one.name, one.dtype if dtype == "base" else dtype.upper(), one.shape, summed(one)
+            )
             for one in tensors
             if one.path == path
         ]
@@ -210,8 +185,8 @@ def merge_adapter(
     merged = open_checkpoint(target)
     worst, lost = 0.0, 0.0
     for tensor in tensors:
-        update = updates.get(tensor.name)
-        error, share = _compare(blocks(tensor), tensor, merged.tensors[tensor.name], update)
+        written, update = merged.tensors[tensor.name], updates.get(tensor.name)
+        error, share = _compare(blocks(tensor), tensor, written, update)
         worst, lost = max(worst, error), max(lost, share)
     return MergeReport(
         dtype=", ".join(sorted({t.dtype for t in merged.tensors.values()})).lower(),
@@ -269,15 +244,15 @@ def _not_the_sum(name: str, why: str) -> GateError:
     return GateError(f"merged weight {name}: {why}; nothing was exported")
 
 
-def _write_configs(base: Path, target: Path, dtype: MergedDtype) -> None:
-    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+def _write_configs(base: Path, target: Path, dtype: str) -> None:
+    config = read_json(base / "config.json")
     if dtype != "base":
         config.pop("torch_dtype", None)
-        config["dtype"] = _DTYPE_NAMES[_DTYPES[dtype]]
+        config["dtype"] = _DTYPE_NAMES[dtype]
     write_json(target / "config.json", config)
     index = base / "model.safetensors.index.json"
     if index.exists():
-        content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
         size_bytes = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         content["metadata"] = {**content.get("metadata", {}), "total_size": size_bytes}
         write_json(target / index.name, content)
@@ -300,7 +275,7 @@ def write_tokenizer(
     write_text(target / "chat_template.jinja", chat_template)
     if (base / "tokenizer.model").exists():
         shutil.copyfile(base / "tokenizer.model", target / "tokenizer.model")
-    generation: Mapping[str, Any] = {
+    generation = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": eos_id,
         "pad_token_id": pad_id,
