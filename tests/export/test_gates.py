@@ -79,14 +79,13 @@ def test_logits_must_be_equal_up_to_the_limit() -> None:
     assert same.max_abs == 0
     assert same.top1 == 1
     assert same.mean_kl == pytest.approx(0, abs=1e-7)
-    assert gates.same_logits("x", same).passed
+    assert gates.same_logits(same).passed
     # As large as what a wrong epsilon of the norms causes.
     wrong = gates.distribution_difference(expected, logprobs(1, noise=0.01))
-    assert not gates.same_logits("x", wrong).passed
-    assert gates.near_logits("x", wrong).passed
-    assert not gates.near_logits(
-        "x", gates.distribution_difference(expected, logprobs(1, noise=0.5))
-    ).passed
+    assert not gates.same_logits(wrong).passed
+    assert gates.near_logits(wrong).passed
+    far = gates.distribution_difference(expected, logprobs(1, noise=0.5))
+    assert not gates.near_logits(far).passed
 
 
 def test_values_that_are_not_finite_fail() -> None:
@@ -94,8 +93,8 @@ def test_values_that_are_not_finite_fail() -> None:
     broken = expected.copy()
     broken[3, 4] = np.nan
     found = gates.distribution_difference(expected, broken)
-    assert not gates.same_logits("x", found).passed
-    assert not gates.near_logits("x", found).passed
+    assert not gates.same_logits(found).passed
+    assert not gates.near_logits(found).passed
 
 
 def plans(right: int, n: int) -> tuple[ScoredPlan, ...]:

@@ -197,7 +197,7 @@ def test_a_planted_mistake_of_the_conversion_fails_the_gate(
 
     monkeypatch.setattr(pipeline, "convert_to_gguf", convert_wrongly)
     pipeline.convert(exported, tmp_path / "f32.gguf", QuantSpec("f32", "f32", False))
-    (gate,) = proof.f32_gates(exported, tmp_path / "f32.gguf", witness)
+    gate = proof.f32_gate(exported, tmp_path / "f32.gguf", witness)
     assert not gate.passed
     assert gate.figures["max_abs"] > 1e-3
 

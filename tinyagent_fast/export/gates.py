@@ -7,7 +7,7 @@ that a file passed, but by how much.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ MAX_KL = 1e-3
 """Mean Kullback-Leibler divergence of the f16 file, in nats; a healthy one has 1e-7 to 1e-5."""
 MIN_TOP1 = 0.95
 """Share of positions at which the f16 file's most probable token is the merged model's."""
+SUCCESS_OF = "success of "
+"""Begins the name of the gate on a file's success."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,7 @@ class Gate:
     figures: Mapping[str, Any]
 
     def sentence(self) -> str:
-        """Say the outcome in one line.
-
-        Returns:
-            For the terminal and the report.
-        """
+        """Say the outcome in one line."""
         figures = ", ".join(f"{key} {_short(value)}" for key, value in self.figures.items())
         return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {figures} (rule: {self.rule})"
 
@@ -60,15 +58,7 @@ def _short(value: object) -> str:
 
 
 def different_plans(first: Sequence[str], second: Sequence[str]) -> list[int]:
-    """Find the plans that call other tools or give other arguments.
-
-    Args:
-        first: Greedy texts.
-        second: Another model's, for the same prompts.
-
-    Returns:
-        Their indices; spelling alone makes no difference.
-    """
+    """Give the indices of plans that call other tools or give other arguments."""
     pairs = enumerate(zip(first, second, strict=True))
     return [at for at, (one, other) in pairs if canonical_plan(one) != canonical_plan(other)]
 
@@ -92,9 +82,6 @@ def same_answers(
             which the plans part, in log-probability.
         noise: Largest difference between the two models' log-probabilities. Two tokens nearer
             than twice that, once for each of them, are a near-tie, which may fall either way.
-
-    Returns:
-        The gate.
     """
     difference = abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-9)
     ties = [gap for gap in gaps if gap <= 2 * noise]
@@ -121,52 +108,33 @@ def same_answers(
 
 
 def same_ids(
-    name: str, pairs: Sequence[tuple[str, Sequence[int], Sequence[int]]], bos_id: int | None
+    name: str, triples: Sequence[tuple[str, Sequence[object], Sequence[object]]], bos_id: int | None
 ) -> Gate:
     """Hold two tokenizers' ids against one another.
 
     Args:
         name: Of the gate.
-        pairs: Text, ids of the run's tokenizer, ids of the file's.
-        bos_id: Must stand once and first in every sequence of prompts; none skips that.
-
-    Returns:
-        The gate.
+        triples: Text, ids of the run's tokenizer, ids of the file's.
+        bos_id: Must stand once and first in every sequence of prompts; None skips that.
     """
-    different = [text for text, ours, theirs in pairs if list(ours) != list(theirs)]
-    bos_wrong = 0
+    different = [text for text, ours, theirs in triples if list(ours) != list(theirs)]
+    figures: dict[str, Any] = {"texts": len(triples), "different": len(different)}
+    rule, bos_wrong = "equal ids", 0
     if bos_id is not None:
         bos_wrong = sum(
-            list(ids).count(bos_id) != 1 or ids[0] != bos_id for _, _, ids in pairs if len(ids)
+            list(ids).count(bos_id) != 1 or ids[0] != bos_id for _, _, ids in triples if len(ids)
         )
-    figures: dict[str, Any] = {"texts": len(pairs), "different": len(different)}
-    if bos_id is not None:
         figures["not exactly one BOS"] = bos_wrong
+        rule = "equal ids, exactly one BOS"
     if different:
         figures["first different"] = repr(different[0])
-    return Gate(
-        name=name,
-        passed=not different and not bos_wrong,
-        rule="equal ids" + ("" if bos_id is None else ", exactly one BOS"),
-        figures=figures,
-    )
+    return Gate(name=name, passed=not different and not bos_wrong, rule=rule, figures=figures)
 
 
 def same_texts(name: str, pairs: Sequence[tuple[str, str]]) -> Gate:
-    """Hold texts against one another, character by character.
-
-    Args:
-        name: Of the gate.
-        pairs: What it must be, and what it is.
-
-    Returns:
-        The gate.
-    """
-    different = [wanted for wanted, got in pairs if wanted != got]
-    figures: dict[str, Any] = {"texts": len(pairs), "different": len(different)}
-    if different:
-        figures["first different"] = repr(different[0])
-    return Gate(name=name, passed=not different, rule="equal texts", figures=figures)
+    """Hold what texts must be against what they are, character by character."""
+    gate = same_ids(name, [(wanted, wanted, got) for wanted, got in pairs], None)
+    return replace(gate, rule="equal texts")
 
 
 @dataclass(frozen=True)
@@ -190,9 +158,6 @@ def distribution_difference(
     Args:
         expected_PV: Positions x vocabulary, natural logarithm.
         got_PV: The other model's.
-
-    Returns:
-        The differences.
     """
     ours, theirs = expected_PV.astype(np.float64), got_PV.astype(np.float64)
     if not np.isfinite(theirs).all() or theirs.shape != ours.shape:
@@ -207,69 +172,40 @@ def distribution_difference(
     )
 
 
-def same_logits(name: str, found: DistributionDifference) -> Gate:
-    """Require equal logits of the f32 file.
-
-    Args:
-        name: Of the gate.
-        found: The measured difference.
-
-    Returns:
-        The gate.
-    """
+def same_logits(found: DistributionDifference) -> Gate:
+    """Require equal logits of the f32 file."""
     return Gate(
-        name=name,
+        name="f32 GGUF = merged model, every logit",
         passed=found.max_abs <= MAX_LOGIT_DIFFERENCE,
         rule=f"largest difference of a log-probability at most {MAX_LOGIT_DIFFERENCE:g}",
-        figures=dict(vars(found)),
+        figures=vars(found),
     )
 
 
-def near_logits(name: str, found: DistributionDifference) -> Gate:
-    """Require the f16 file's distributions to be as near as half precision lets them be.
-
-    Args:
-        name: Of the gate.
-        found: The measured difference.
-
-    Returns:
-        The gate.
-    """
+def near_logits(found: DistributionDifference) -> Gate:
+    """Require the f16 file's distributions to be as near as half precision lets them be."""
     return Gate(
-        name=name,
+        name="f16 GGUF, distributions",
         passed=found.mean_kl <= MAX_KL and found.top1 >= MIN_TOP1,
         rule=f"mean KL at most {MAX_KL:g} nats, top-1 equal at {100 * MIN_TOP1:.0f} % or more",
-        figures=dict(vars(found)),
+        figures=vars(found),
     )
 
 
-def success_gate(file: str) -> str:
-    """Name the gate on a file's success.
+def no_great_loss(file: str, paired: PairedComparison, max_loss_points: float) -> Gate:
+    """Refuse a file that surely loses more success than allowed.
+
+    In doubt it passes, and the figures say how large the doubt is.
 
     Args:
         file: Such as `q4_k_m`.
-
-    Returns:
-        The gate's name.
-    """
-    return f"success of {file}"
-
-
-def no_great_loss(name: str, paired: PairedComparison, max_loss_points: float) -> Gate:
-    """Refuse a file that surely loses more success than allowed.
-
-    Args:
-        name: Of the gate.
-        paired: First the reference, then the file, on the same prompts.
+        paired: First f16, then the file, on the same prompts.
         max_loss_points: Allowed loss in points of success.
-
-    Returns:
-        The gate; in doubt it passes, and the figures say how large the doubt is.
     """
     low, high = (100 * bound for bound in paired.interval_95)
     note = {} if paired.success_a.count else {"note": "f16 solves none, so nothing could be lost"}
     return Gate(
-        name=name,
+        name=SUCCESS_OF + file,
         passed=high >= -max_loss_points,
         rule=f"not surely more than {max_loss_points:g} points below f16",
         figures={

@@ -154,8 +154,8 @@ def merge_adapter(
         GateError: A written weight is not base + update.
     """
     checkpoint, updates = open_checkpoint(base), read_adapter(adapter_folder)
-    for name, update in updates.items():
-        _refuse_stranger(checkpoint, adapter_folder, name, update)
+    for name, one in updates.items():
+        _refuse_stranger(checkpoint, adapter_folder, name, one)
     tensors = list(checkpoint.tensors.values())
     done, total = 0, 2 * sum(tensor.size_bytes for tensor in tensors)
 

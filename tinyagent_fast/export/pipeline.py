@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from tinyagent_fast.export.companions import (
     write_companions,
 )
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
-from tinyagent_fast.export.gates import Gate, success_gate
+from tinyagent_fast.export.gates import SUCCESS_OF, Gate
 from tinyagent_fast.export.importance import (
     collect_importance,
     load_importance,
@@ -60,13 +59,16 @@ def run_export(export: Export) -> Path:
     if settings.fresh:
         record.update(artefacts=[])
     merged = _make_merged(export, identity)
+    gates: list[Gate] = []
     with tempfile.TemporaryDirectory(prefix=".work-", dir=export.folder) as work:
         f16 = _make_files(export, merged, Path(work))
-        gates = (
-            prove(export, Path(work), f16, partial(convert, export))
-            if settings.gates == "on"
-            else []
-        )
+        if settings.gates == "on":
+            f32 = Path(work) / "f32.gguf"
+            if f16 is not None:
+                convert(export, f32, QuantSpec("f32", "f32", False))
+            for gate in prove(export, f32, f16):
+                export.display.say(gate.sentence())
+                gates.append(gate)
     _finish(export, gates, time.perf_counter() - started)
     failed = [gate for gate in gates if not gate.passed]
     if failed:
@@ -238,7 +240,7 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
 def _recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:
     """Choose the file for users: fewest bits that kept its success, weighted where there is one."""
     failed = {gate.name for gate in gates if not gate.passed}
-    files = [a for a in artefacts if a.kind == "gguf" and success_gate(a.quant) not in failed]
+    files = [a for a in artefacts if a.kind == "gguf" and SUCCESS_OF + a.quant not in failed]
     files = files or [a for a in artefacts if a.kind == "gguf"]
 
     def bits(artefact: Artefact) -> tuple[int, bool]:

@@ -8,8 +8,7 @@ through transformers in fp32.
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyagent_fast.config import Config, EvalConfig, Weights
+from tinyagent_fast.config import Config, Weights
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.export import gates
 from tinyagent_fast.export.gates import DistributionDifference, Gate
-from tinyagent_fast.export.settings import QuantSpec
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.loading import LoadedModel, load_for_generation
@@ -41,33 +39,27 @@ _LOGIT_ROWS = 4
 _LOGIT_POSITIONS = 64
 _SLOTS = 4
 
-NextLogprobs = Callable[[Sequence[int]], NDArray[np.float32]]
+_NextLogprobs = Callable[[Sequence[int]], NDArray[np.float32]]
 """Gives the log-probabilities of all tokens after some ids."""
 
 
-def prove(
-    export: Export, work: Path, f16: Path | None, convert: Callable[[Path, QuantSpec], object]
-) -> list[Gate]:
+def prove(export: Export, f32: Path, f16: Path | None) -> Iterator[Gate]:
     """Run all gates, in the order in which mistakes can arise.
 
     Args:
         export: The export, with its files made.
-        work: Folder for the temporary f32 file.
+        f32: The f32 file that is made for its gate only.
         f16: The f16 file; None if no GGUF was asked for.
-        convert: Converts the merged folder to a file.
 
-    Returns:
+    Yields:
         Every gate, passed or not.
     """
     made, witness = merged_gates(export)
+    yield from made
     if f16 is not None:
-        f32 = work / "f32.gguf"
-        convert(f32, QuantSpec("f32", "f32", False))
-        made += f32_gates(export, f32, witness)
-        f32.unlink()
-        made += file_gates(export, f16, witness)
-        made += quant_gates(export, f16, witness)
-    return made
+        yield f32_gate(export, f32, witness)
+        yield from file_gates(export, f16, witness)
+        yield from quant_gates(export, f16, witness)
 
 
 # What the merged model says.
@@ -88,76 +80,51 @@ class Witness:
 
 
 def merged_gates(export: Export) -> tuple[list[Gate], Witness]:
-    """Compare the merged folder with the adapter on its base.
-
-    Args:
-        export: The export, merged.
-
-    Returns:
-        The gates, and what the merged model says.
-    """
+    """Compare the merged folder with the adapter on its base; keep what the merged model says."""
     examples = list(export.validation[: export.settings.gate_prompts])
     rows = encode(export.tokenizer, examples)
     details = next(a for a in export.record.artefacts if a.kind == "merged").details
-    made = [
-        Gate(
-            name="merged weights = base + update",
-            passed=True,  # merge_adapter stops the export otherwise
-            rule="within one rounding on every weight; others bit for bit the base's",
-            figures={
-                "weights": details["tensors"],
-                "adapted": details["adapted"],
-                "worst error by allowed": details["worst_error_ulp"],
-                "update lost to rounding": details["update_lost"],
-            },
-        )
-    ]
+    weights = Gate(
+        name="merged weights = base + update",
+        passed=True,  # merge_adapter stops the export otherwise
+        rule="within one rounding on every weight; others bit for bit the base's",
+        figures={
+            "weights": details["tensors"],
+            "adapted": details["adapted"],
+            "worst error by allowed": details["worst_error_ulp"],
+            "update lost to rounding": details["update_lost"],
+        },
+    )
     with reference_model(export.config, str(export.base), export.adapter) as loaded:
         adapter = _ask(export, loaded, examples, rows, "plans of the adapter")
     with reference_model(export.config, str(export.merged), None) as loaded:
         merged = _ask(export, loaded, examples, rows, "plans of the merged model")
-        noise = gates.distribution_difference(adapter.logprobs_PV, merged.logprobs_PV).max_abs
         different = gates.different_plans(adapter.plans, merged.plans)
-
-        def after(ids: Sequence[int]) -> NDArray[np.float32]:
-            last: NDArray[np.float32] = next_logprobs(loaded, ids, [len(ids) - 1])[0]
-            return last
-
-        gaps = _gaps(export.tokenizer, adapter, merged.plans, different, after)
-    made.append(
-        gates.same_answers(
-            "merged model = adapter on its base",
-            _coarsest(details["dtype"]),
-            (adapter.loss, merged.loss),
-            len(rows),
-            gaps,
-            noise,
+        gaps = _gaps(
+            export.tokenizer,
+            adapter,
+            merged.plans,
+            different,
+            lambda ids: _next_logprobs(loaded, ids, [len(ids) - 1])[0],
         )
+    answers = gates.same_answers(
+        "merged model = adapter on its base",
+        next(one for one in ("BF16", "F16", "F32") if one.lower() in details["dtype"].split(", ")),
+        (adapter.loss, merged.loss),
+        len(rows),
+        gaps,
+        gates.distribution_difference(adapter.logprobs_PV, merged.logprobs_PV).max_abs,
     )
+    made = [weights, answers]
     if export.config.model.weights == "nf4":
         made.append(_four_bit_figures(export, merged))
-    _announce(export, made)
     return made, merged
 
 
-def _announce(export: Export, made: Sequence[Gate]) -> None:
-    for gate in made:
-        export.display.say(gate.sentence())
-
-
 def encode(tokenizer: PromptTokenizer, examples: Sequence[Example]) -> list[EncodedRow]:
-    """Encode examples as training does.
-
-    Args:
-        tokenizer: Of the run.
-        examples: Plans.
-
-    Returns:
-        Their rows.
-    """
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
+    """Encode examples as training does."""
     return tokenizer.encode_rows(
-        [(e.key, render(e, tokenizer.prompt_format, chat)) for e in examples]
+        [(e.key, render(e, tokenizer.prompt_format, tokenizer.chat)) for e in examples]
     )
 
 
@@ -165,17 +132,7 @@ def encode(tokenizer: PromptTokenizer, examples: Sequence[Example]) -> list[Enco
 def reference_model(
     config: Config, base: str, adapter: Path | None, *, weights: Weights = "fp32"
 ) -> Iterator[LoadedModel]:
-    """Load a model for comparison and free it afterwards.
-
-    Args:
-        config: The run's config.
-        base: Folder of the base or of the merged model.
-        adapter: Put on it, or None.
-        weights: `fp32`, or what the run was trained on.
-
-    Yields:
-        The model, by plain transformers.
-    """
+    """Load a base or merged model by plain transformers, and free it afterwards."""
     import torch
 
     model = replace(config.model, backend="transformers", weights=weights, base=base)
@@ -198,11 +155,11 @@ def _ask(
 ) -> Witness:
     """Measure a model's loss and distributions, and let it complete the prompts greedily."""
     settings = export.config.eval
-    positions = spread_positions(rows[:_LOGIT_ROWS], _LOGIT_POSITIONS)
-    measured = []
-    for index, row in enumerate(rows[:_LOGIT_ROWS]):
-        spots = [spot for at, spot in positions if at == index]
-        measured.append(next_logprobs(loaded, row.input_ids, spots))
+    compared = rows[:_LOGIT_ROWS]
+    spots = [_spread_positions(row, max(2, _LOGIT_POSITIONS // len(compared))) for row in compared]
+    measured = [
+        _next_logprobs(loaded, row.input_ids, at) for row, at in zip(compared, spots, strict=True)
+    ]
     plans = [""] * len(rows)
     completions = TorchEngine(loaded).complete_tokens(
         [row.input_ids[: row.prompt_tokens] for row in rows],
@@ -219,43 +176,26 @@ def _ask(
         rows=rows,
         loss=mean_loss(loaded, rows),
         plans=plans,
-        positions=positions,
+        positions=[(index, spot) for index, at in enumerate(spots) for spot in at],
         logprobs_PV=np.concatenate(measured),
     )
 
 
 def mean_loss(loaded: LoadedModel, rows: Sequence[EncodedRow]) -> float:
-    """Measure the loss of rows.
-
-    Args:
-        loaded: The model.
-        rows: With labels.
-
-    Returns:
-        Nats per supervised token.
-    """
+    """Measure the loss of rows with labels, in nats per supervised token."""
     total, tokens = 0.0, 0
     for row in rows:
         spots = [at for at, label in enumerate(row.labels[1:]) if label != IGNORED]
-        logprobs_NV = next_logprobs(loaded, row.input_ids, spots)
+        logprobs_NV = _next_logprobs(loaded, row.input_ids, spots)
         total -= sum(float(logprobs_NV[n, row.labels[at + 1]]) for n, at in enumerate(spots))
         tokens += len(spots)
     return total / tokens
 
 
-def next_logprobs(
+def _next_logprobs(
     loaded: LoadedModel, ids: Sequence[int], positions: Sequence[int]
 ) -> NDArray[np.float32]:
-    """Give the distributions of the next token at positions of a row.
-
-    Args:
-        loaded: The model.
-        ids: Token ids.
-        positions: Each position's token is the last one that is read.
-
-    Returns:
-        Natural log-probabilities, positions x vocabulary.
-    """
+    """Give the log-probabilities of all tokens behind some positions: positions x vocabulary."""
     import torch
 
     with generating(loaded):
@@ -268,26 +208,16 @@ def next_logprobs(
     return found
 
 
-def spread_positions(rows: Sequence[EncodedRow], count: int) -> list[tuple[int, int]]:
-    """Choose positions at which distributions are compared: all over the rows, ends included.
+def _spread_positions(row: EncodedRow, count: int) -> list[int]:
+    """Choose positions all over a row: mistakes of RoPE show only far from its beginning.
 
-    Args:
-        rows: Encoded rows; mistakes of RoPE show only far from their beginnings.
-        count: How many positions in all.
-
-    Returns:
-        Pairs of row and position; the position's token is the last one read.
+    Half of them are in the completion, which is what the model was trained to write. The token at
+    a position is the last one that is read.
     """
-    each = max(2, count // len(rows))
-    chosen = []
-    for index, row in enumerate(rows):
-        last = len(row.input_ids) - 2
-        # Half of them in the completion, which is what the model was trained to write.
-        first = row.prompt_tokens - 1
-        spots = {round(first * k / (each - each // 2)) for k in range(each - each // 2)}
-        spots |= {first + round((last - first) * k / (each // 2)) for k in range(each // 2)}
-        chosen += [(index, spot) for spot in sorted(spots)]
-    return chosen
+    last, first = len(row.input_ids) - 2, row.prompt_tokens - 1
+    before, behind = count - count // 2, count // 2
+    spots = {round(first * k / before) for k in range(before)}
+    return sorted(spots | {first + round((last - first) * k / behind) for k in range(behind)})
 
 
 def _gaps(
@@ -295,7 +225,7 @@ def _gaps(
     witness: Witness,
     plans: Sequence[str],
     different: Sequence[int],
-    next_logprobs: NextLogprobs,
+    next_logprobs: _NextLogprobs,
 ) -> list[float]:
     """Measure how near the two tokens are at which a plan parts from the witness's.
 
@@ -325,32 +255,26 @@ def _gaps(
     return gaps
 
 
-def _coarsest(dtypes: str) -> str:
-    return next(name for name in ("BF16", "F16", "F32") if name.lower() in dtypes.split(", "))
-
-
 def _four_bit_figures(export: Export, merged: Witness) -> Gate:
     """Say how far the 4-bit base, on which the adapter was trained, is from the merged model."""
     with reference_model(export.config, str(export.base), export.adapter, weights="nf4") as loaded:
         trained = _ask(export, loaded, merged.examples, merged.rows, "plans on the 4-bit base")
-    different = gates.different_plans(trained.plans, merged.plans)
-    measured = gates.same_answers(
-        "merged model beside the 4-bit base it was trained on",
-        "F32",
-        (trained.loss, merged.loss),
-        len(merged.rows),
-        [float("inf")] * len(different),
-        0.0,
+    same = len(merged.rows) - len(gates.different_plans(trained.plans, merged.plans))
+    return Gate(
+        name="merged model beside the 4-bit base it was trained on",
+        passed=True,
+        rule="none: the two differ by design; for your eyes",
+        figures={
+            "loss": [round(trained.loss, 6), round(merged.loss, 6)],
+            "same plans": f"{same} of {len(merged.rows)}",
+        },
     )
-    figures = {k: v for k, v in measured.figures.items() if k in ("loss", "same plans")}
-    rule = "none: the two differ by design; for your eyes"
-    return replace(measured, passed=True, rule=rule, figures=figures)
 
 
 # What the files say, in llama.cpp.
 
 
-def _server_settings(export: Export, model: Path, **changes: Any) -> LlamaCppSettings:
+def _server(export: Export, model: Path, **changes: Any) -> LlamaServer:
     longest = export.config.model.max_length_tokens + export.config.eval.max_new_tokens
     plain = LlamaCppSettings(
         model=model,
@@ -358,7 +282,7 @@ def _server_settings(export: Export, model: Path, **changes: Any) -> LlamaCppSet
         context_tokens_per_slot=longest,
         threads=export.settings.threads,
     )
-    return replace(plain, **changes)
+    return LlamaServer(replace(plain, **changes))
 
 
 def _distributions(
@@ -372,149 +296,102 @@ def _distributions(
     return gates.distribution_difference(witness.logprobs_PV, np.stack(got))
 
 
-def f32_gates(export: Export, f32: Path, witness: Witness) -> list[Gate]:
-    """Compare the f32 file with an f32 KV cache, which hides no mistake of the conversion.
-
-    Args:
-        export: The export.
-        f32: The file.
-        witness: What the merged model says.
-
-    Returns:
-        The gate.
-    """
-    with LlamaServer(_server_settings(export, f32, slots=1, cache_type="f32")) as server:
+def f32_gate(export: Export, f32: Path, witness: Witness) -> Gate:
+    """Compare the f32 file with an f32 KV cache, which hides no mistake of the conversion."""
+    with _server(export, f32, slots=1, cache_type="f32") as server:
         found = _distributions(export, server, witness, "distributions of the f32 file")
-    made = [gates.same_logits("f32 GGUF = merged model, every logit", found)]
-    _announce(export, made)
-    return made
+    return gates.same_logits(found)
 
 
 def file_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
-    """Compare the f16 file as it ships: tokenizer, template, distributions.
-
-    Args:
-        export: The export.
-        f16: The file.
-        witness: What the merged model says.
-
-    Returns:
-        The gates.
-    """
-    tokenizer = export.tokenizer
-    special = tokenizer.prompt_format == "chat"
-    chat = tokenizer.chat if special else None
+    """Compare the f16 file as it ships: tokenizer, template, distributions."""
+    tokenizer, examples = export.tokenizer, witness.examples
     prompts = [
-        render_prompt(e.system, e.user, tokenizer.prompt_format, chat) for e in witness.examples
+        render_prompt(e.system, e.user, tokenizer.prompt_format, tokenizer.chat) for e in examples
     ]
-    with LlamaServer(_server_settings(export, f16, slots=1)) as server:
+    special = tokenizer.prompt_format == "chat"
+    with _server(export, f16, slots=1) as server:
         hard = [(t, tokenizer.encode_text(t), server.tokenize(t)) for t in HARD_STRINGS]
         ids = [
             (text, wanted, server.tokenize(text, special=special, bos=True))
             for text, wanted in zip(prompts, tokenizer.encode_prompts(prompts), strict=True)
         ]
-        rendered = [
-            server.apply_template(prompt_messages(e.system, e.user)) for e in witness.examples
-        ]
+        rendered = [server.apply_template(prompt_messages(e.system, e.user)) for e in examples]
         found = _distributions(export, server, witness, "distributions of the f16 file")
-    made = [
+    return [
         gates.same_ids("ids of hard strings", hard, None),
         gates.same_ids("ids of prompts", ids, tokenizer.bos_id),
         gates.same_texts("prompt template in the file", list(zip(prompts, rendered, strict=True))),
-        gates.near_logits("f16 GGUF, distributions", found),
+        gates.near_logits(found),
     ]
-    _announce(export, made)
-    return made
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What one GGUF file does on validation prompts."""
-
-    result: EvaluationResult
-    difference: DistributionDifference
-    """From the merged model's distributions."""
-    gaps: Sequence[float]
-    """Of the plans that differ from the witness's, as `same_answers` judges them."""
-
-    def figures(self) -> Mapping[str, Any]:
-        """Give plain values for export.json and the report."""
-        success = self.result.metrics.success
-        return {
-            **success.to_json(),
-            "text": percent(success),
-            "top1_as_merged": round(self.difference.top1, 4),
-            "mean_kl_nats": float(f"{self.difference.mean_kl:.3g}"),
-            "seconds": round(self.result.seconds, 1),
-        }
-
-
-def quant_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
-    """Measure plan success of every file on the same prompts, f16 being the reference.
+def quant_gates(export: Export, f16: Path, witness: Witness) -> Iterator[Gate]:
+    """Measure plan success of every file on the same prompts; the record gets the figures.
 
     Args:
         export: The export.
-        f16: The f16 file.
-        witness: What the merged model says.
+        f16: The f16 file, with which the others are compared.
+        witness: What the merged model says; f16 must write its plans.
 
-    Returns:
-        The gates; the record gets the figures.
+    Yields:
+        A gate for each file.
     """
-    examples = list(export.validation[: export.settings.quant_prompts])
-    reference = _measure(export, f16, examples, witness, "f16")
-    made = [
-        gates.same_answers(
-            "greedy plans of the f16 GGUF = merged model",
-            "F16",
-            (witness.loss, witness.loss),
-            len(witness.rows),
-            reference.gaps,
-            reference.difference.max_abs,
-        )
-    ]
-    _announce(export, made)
-    measured = {"f16": reference.figures()}
+    measured = {}
+    with _measured(export, f16, witness, "f16") as (reference, found, server):
+        measured["f16"] = _figures(reference, found)
+        texts = {p.key: p.prediction for p in reference.predictions}
+        plans = [texts[e.key] for e in witness.examples]
+        different = gates.different_plans(witness.plans, plans)
+        gaps = _gaps(export.tokenizer, witness, plans, different, server.next_logprobs)
+    yield gates.same_answers(
+        "greedy plans of the f16 GGUF = merged model",
+        "F16",
+        (witness.loss, witness.loss),
+        len(witness.rows),
+        gaps,
+        found.max_abs,
+    )
     for spec in export.specs:
         if spec.quant == "f16":
             continue
         path = export.folder / export.gguf_path(spec)
-        file = _measure(export, path, examples, witness, spec.name)
-        measured[spec.name] = file.figures()
-        paired = compare_plans(reference.result.plans, file.result.plans)
-        name = gates.success_gate(spec.name)
-        made.append(gates.no_great_loss(name, paired, export.settings.max_loss_points))
-        _announce(export, made[-1:])
+        with _measured(export, path, witness, spec.name) as (file, found, _):
+            measured[spec.name] = _figures(file, found)
+        paired = compare_plans(reference.plans, file.plans)
+        yield gates.no_great_loss(spec.name, paired, export.settings.max_loss_points)
     export.record.update(success_on_validation=measured)
-    return made
 
 
-def _measure(
-    export: Export, model: Path, examples: Sequence[Example], witness: Witness, name: str
-) -> _Measured:
-    settings: EvalConfig = replace(export.config.eval, batch=_SLOTS, parity_prompts=0)
-    digest = next(
-        (a.sha256 for a in export.record.artefacts if export.folder / a.path == model), None
-    )
-    with LlamaServer(_server_settings(export, model)) as server:
-        difference = _distributions(export, server, witness, f"distributions of {name}")
+@contextmanager
+def _measured(
+    export: Export, model: Path, witness: Witness, name: str
+) -> Iterator[tuple[EvaluationResult, DistributionDifference, LlamaServer]]:
+    """Evaluate a file and compare its distributions; its server stays until the end."""
+    examples = export.validation[: export.settings.quant_prompts]
+    with _server(export, model) as server:
+        found = _distributions(export, server, witness, f"distributions of {name}")
         with export.display.bar(f"plans of {name}", "plans") as update:
             result = evaluate_examples(
                 LlamaCppEngine(server, tokenizer=export.tokenizer),
                 examples,
-                settings,
+                replace(export.config.eval, batch=_SLOTS, parity_prompts=0),
                 export.folder / "proof" / name,
-                made_with={
-                    "model_sha256": digest or time.time(),
-                    "keys": [e.key for e in examples],
-                },
+                made_with={"keys": [e.key for e in examples]},
                 tools=export.tools,
                 title=f"{name} on validation prompts",
                 on_progress=update,
             )
-        texts = {p.key: p.prediction for p in result.predictions}
-        plans = [texts[e.key] for e in witness.examples]
-        different = gates.different_plans(witness.plans, plans)
-        # Of quantised files it is the success that counts.
-        wanted = different if name == "f16" else []
-        gaps = _gaps(export.tokenizer, witness, plans, wanted, server.next_logprobs)
-    return _Measured(result, difference, gaps)
+        yield result, found, server
+
+
+def _figures(result: EvaluationResult, found: DistributionDifference) -> dict[str, Any]:
+    """Give plain values for export.json and the report."""
+    success = result.metrics.success
+    return {
+        **success.to_json(),
+        "text": percent(success),
+        "top1_as_merged": round(found.top1, 4),
+        "mean_kl_nats": float(f"{found.mean_kl:.3g}"),
+        "seconds": round(result.seconds, 1),
+    }
