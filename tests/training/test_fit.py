@@ -17,7 +17,7 @@ from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingEr
 from tinyagent_fast.reports.charts import plot_training
 from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training import fit
-from tinyagent_fast.training.best import Best, Evaluation, is_better, read_best
+from tinyagent_fast.training.best import Best, Evaluation, read_best, why_better
 from tinyagent_fast.training.callbacks import PlanSuccess
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -264,7 +264,7 @@ def test_success_decides_then_loss_and_nan_never_wins(
     new: tuple[float, float], best: tuple[float, float] | None, expected: bool
 ) -> None:
     kept = None if best is None else Best(step=1, success=best[0], loss=best[1], reason="r")
-    assert is_better(evaluation(2, *new), kept) is expected
+    assert (why_better(evaluation(2, *new), kept) is not None) is expected
 
 
 def plan_success(
@@ -277,10 +277,10 @@ def plan_success(
         (folder / "best.json").write_text(json.dumps(vars(best)), encoding="utf-8")
 
     return PlanSuccess(
-        run,
-        lambda step: evaluation(step, *figures[step]),
-        save,
-        lambda *_: None,
+        run=run,
+        measure=lambda step: evaluation(step, *figures[step]),
+        save=save,
+        say=lambda _: None,
         every_steps=1,
         patience=patience,
     )

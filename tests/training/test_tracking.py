@@ -12,7 +12,7 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training import fit, tracking
-from tinyagent_fast.training.tracking import Tracking, check_tracker
+from tinyagent_fast.training.tracking import check_tracker, tracking_arguments
 
 pytestmark = pytest.mark.usefixtures("no_picture", "own_environment")
 MakeConfig = Callable[..., Config]
@@ -105,14 +105,14 @@ def test_what_a_tracker_keeps_here_is_in_the_run_s_folder_unless_a_variable_name
     import os
 
     run = Run(tmp_path)
-    Tracking(tracker="trackio", run=run).arguments()
+    tracking_arguments("trackio", run)
     assert os.environ["TRACKIO_DIR"] == str(tmp_path / "tracking")
     monkeypatch.setenv("WANDB_DIR", "elsewhere")
-    arguments = Tracking(tracker="wandb", run=run).arguments()
+    arguments = tracking_arguments("wandb", run)
     assert os.environ["WANDB_DIR"] == "elsewhere"
     assert arguments["run_name"] == tmp_path.name
     assert arguments["trackio_static_space_id"] is False
-    assert Tracking().arguments() == {"report_to": "none"}
+    assert tracking_arguments("off", run) == {"report_to": "none"}
 
 
 def test_tensorboard_s_own_files_hold_the_figures(tiny_config: MakeConfig, quiet: Any) -> None:

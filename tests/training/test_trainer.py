@@ -553,11 +553,11 @@ def test_the_measured_memory_is_told_beside_the_predicted() -> None:
         longest_batch_s=1.5,
         peak_gib=6.0,
         longest_batch_gib=5.0,
-        predicted_gib=5.6,
+        longest_batch_predicted_gib=5.6,
     )
     told = "; peak 6.00 GiB, for the longest batch 5.00 GiB, predicted 5.60 GiB (+12 %)"
     assert report.sentence().endswith(told)
-    without = replace(report, predicted_gib=None).sentence()
+    without = replace(report, longest_batch_predicted_gib=None).sentence()
     assert without.endswith(told.partition(", predicted")[0])
     assert "GiB" not in replace(report, peak_gib=None).sentence()
 

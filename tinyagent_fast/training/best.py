@@ -22,6 +22,14 @@ class Evaluation:
     samples: int
     seconds: float
 
+    def line(self, *, best: bool) -> str:
+        """Say what was measured, and whether it is the best so far."""
+        mark = "  <- best" if best else ""
+        return (
+            f"step {self.step:>6}  plan success {100 * self.success:.1f} % on {self.samples} "
+            f"validation queries, loss {self.loss:.4f} ({self.seconds:.1f} s){mark}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
@@ -33,27 +41,24 @@ class Best:
     reason: str
 
 
-def is_better(new: Evaluation, best: Best | None) -> bool:
-    """Decide whether an evaluation beats the best one: by success, ties by loss; NaN never wins."""
+def why_better(new: Evaluation, best: Best | None) -> str | None:
+    """Decide whether an evaluation beats the best one: by success, ties by loss; NaN never wins.
+
+    Returns:
+        Why it is better; None if it is not.
+    """
     if math.isnan(new.loss) or math.isnan(new.success):
-        return False
-    if best is None:
-        return True
-    if new.success != best.success:
-        return new.success > best.success
-    return new.loss < best.loss
-
-
-def reason_of(new: Evaluation, best: Best | None) -> str:
-    """Say why an evaluation is better than the best one so far."""
+        return None
     if best is None:
         return "first evaluation"
-    if new.success == best.success:
+    if new.success > best.success:
+        return f"success {new.success:.4f} higher than {best.success:.4f} at step {best.step}"
+    if new.success == best.success and new.loss < best.loss:
         return (
             f"equal success {new.success:.4f}, loss {new.loss:.4f} lower than {best.loss:.4f} "
             f"at step {best.step}"
         )
-    return f"success {new.success:.4f} higher than {best.success:.4f} at step {best.step}"
+    return None
 
 
 def read_best(run: Run) -> Best | None:

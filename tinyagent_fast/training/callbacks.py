@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from tinyagent_fast.distributed import ALONE, Processes
 from tinyagent_fast.runs import Run
-from tinyagent_fast.training.best import Best, Evaluation, is_better, read_best, reason_of
+from tinyagent_fast.training.best import Best, Evaluation, read_best, why_better
 from tinyagent_fast.training.trainer import refuse_non_finite
 
 # The loss scaler starts at 2 ** 16 and halves: after so many steps in a row it has no way left.
@@ -50,33 +50,23 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
             refuse_non_finite("gradient norm", norm, state.global_step + 1)
 
 
+@dataclass(eq=False, kw_only=True)
 class PlanSuccess(TrainerCallback):  # type: ignore[misc]
     """Measures plan success every so many steps and keeps the best adapter outside rotation."""
 
-    def __init__(
-        self,
-        run: Run,
-        measure: Callable[[int], Evaluation],
-        save: Callable[[Path, Best], None],
-        show: Callable[[Evaluation, bool], None],
-        *,
-        every_steps: int,
-        patience: int | None,
-        processes: Processes = ALONE,
-    ) -> None:
-        """Keep what is needed at each evaluation.
-
-        Args:
-            run: Holds history and the best adapter.
-            measure: Measures the model as it stands at a step.
-            save: Saves the adapter into a folder with its best.json.
-            show: Tells the user; the flag says whether it is the best so far.
-            every_steps: Optimizer steps between evaluations; the last step has one too.
-            patience: Evaluations without a better one after which training stops.
-            processes: All measure; the main one records, saves and decides.
-        """
-        self.run, self.measure, self.save, self.show = run, measure, save, show
-        self.every_steps, self.patience, self.processes = every_steps, patience, processes
+    run: Run
+    """Holds history and the best adapter."""
+    measure: Callable[[int], Evaluation]
+    """Measures the model as it stands at a step."""
+    save: Callable[[Path, Best], None]
+    """Saves the adapter into a folder with its best.json."""
+    say: Callable[[str], None]
+    every_steps: int
+    """Optimizer steps between evaluations; the last step has one too."""
+    patience: int | None
+    """Evaluations without a better one after which training stops."""
+    processes: Processes = ALONE
+    """All measure; the main one records, saves and decides."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when it is time."""
@@ -95,15 +85,15 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         if not self.processes.is_main_process:
             return new
         best = read_best(self.run)
-        better = is_better(new, best)
+        reason = why_better(new, best)
         # A resumed run measures steps again that a stopped one measured behind its checkpoint.
         again = best is not None and best.step == step
+        better = reason is not None
         self.run.append_history({"event": "evaluation", **asdict(new), "best": better or again})
-        if better:
-            reason = reason_of(new, best)
+        if reason is not None:
             kept = Best(step=step, success=new.success, loss=new.loss, reason=reason)
             self.save(self.run.best, kept)
-        self.show(new, better)
+        self.say(new.line(best=better))
         return new
 
     def _patience_is_over(self) -> bool:
@@ -113,28 +103,23 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         return self.patience is not None and sum(step > since for step in steps) >= self.patience
 
 
+@dataclass(eq=False, kw_only=True)
 class History(TrainerCallback):  # type: ignore[misc]
-    """Writes every logged step to history.jsonl and shows it."""
+    """Writes every logged step to history.jsonl, and says it with the time that is left."""
 
-    def __init__(
-        self,
-        run: Run,
-        tokens: Callable[[], Mapping[str, int]],
-        show: Callable[[Mapping[str, Any]], None],
-        processes: Processes = ALONE,
-    ) -> None:
-        """Keep where to write and what to call.
+    run: Run
+    tokens: Callable[[], Mapping[str, int]]
+    """Counts of tokens so far, by name. The speed is that of `tokens_seen`; a record has what came
+    of the others since the record before."""
+    say: Callable[[str], None]
+    processes: Processes = ALONE
+    """Their tokens are added up; the main one writes."""
 
-        Args:
-            run: The run.
-            tokens: Counts of tokens so far, by name. The speed is that of `tokens_seen`; a record
-                has what came of the others since the record before.
-            show: Called with each record.
-            processes: Their tokens are added up; the main one writes.
-        """
-        self.run, self.tokens, self.show, self.processes = run, tokens, show, processes
+    def __post_init__(self) -> None:
+        """Start with nothing counted."""
         self.last_time_s = 0.0
         self.last: dict[str, int] = {}
+        self.first_step, self.first_time_s = -1, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -151,6 +136,7 @@ class History(TrainerCallback):  # type: ignore[misc]
     def pause(self, seconds: float) -> None:
         """Leave time that was not spent on training out of tokens per second."""
         self.last_time_s += seconds
+        self.first_time_s += seconds
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Record loss, learning rate, gradient norm and tokens per second."""
@@ -173,40 +159,19 @@ class History(TrainerCallback):  # type: ignore[misc]
         self.last_time_s, self.last = now, tokens
         if self.processes.is_main_process:
             self.run.append_history(record)
-            self.show(record)
+            self._say_step(record, now)
 
-
-class StepLines:
-    """Says one line for each logged step, with the time that is left, and for each evaluation."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """Keep what prints a line."""
-        self.say = say
-        self._first: tuple[int, float] | None = None
-        self._paused_s = 0.0
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Say what history.jsonl has got of a step."""
-        now, left = time.perf_counter(), ""
-        if self._first is None:
-            self._first, self._paused_s = (record["step"], now), 0.0
-        first, started_s = self._first
-        done = record["step"] - first
+    def _say_step(self, record: Mapping[str, Any], now: float) -> None:
+        left = ""
+        if self.first_step < 0:
+            self.first_step, self.first_time_s = record["step"], now
+        done = record["step"] - self.first_step
         if done:
-            seconds = (now - started_s - self._paused_s) / done * (record["of"] - record["step"])
+            seconds = (now - self.first_time_s) / done * (record["of"] - record["step"])
             left = f"  left {_duration(seconds)}"
         self.say(
             f"step {record['step']:>6}/{record['of']}  loss {record['loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s{left}"
-        )
-
-    def evaluation(self, new: Evaluation, best: bool) -> None:
-        """Say what was measured, and whether it is the best so far."""
-        self._paused_s += new.seconds
-        mark = "  <- best" if best else ""
-        self.say(
-            f"step {new.step:>6}  plan success {100 * new.success:.1f} % on {new.samples} "
-            f"validation queries, loss {new.loss:.4f} ({new.seconds:.1f} s){mark}"
         )
 
 
@@ -216,19 +181,15 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+@dataclass(eq=False, kw_only=True)
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C into a saved checkpoint at the end of the step."""
 
-    def __init__(self, show: Callable[[str], None], processes: Processes = ALONE) -> None:
-        """Keep whom to tell.
-
-        Args:
-            show: Prints one line.
-            processes: They stop after the same step, whichever heard of it first.
-        """
-        self.show, self.processes = show, processes
-        self.interrupted = False
-        self._previous: Any = None
+    say: Callable[[str], None]
+    processes: Processes = ALONE
+    """They stop after the same step, whichever heard of it first."""
+    interrupted: bool = field(default=False, init=False)
+    _previous: Any = field(default=None, init=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen for Ctrl-C; only the main thread may."""
@@ -239,7 +200,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def _note(self, *_: Any) -> None:
         self.interrupted = True
-        self.show("Ctrl-C: saving a checkpoint after this step; once more stops at once")
+        self.say("Ctrl-C: saving a checkpoint after this step; once more stops at once")
         signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

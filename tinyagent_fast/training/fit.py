@@ -62,7 +62,7 @@ from tinyagent_fast.training.resume import (
     trainable_parameters,
     training_is_over,
 )
-from tinyagent_fast.training.tracking import Tracking, check_tracker
+from tinyagent_fast.training.tracking import check_tracker, track_evaluation, tracking_arguments
 from tinyagent_fast.training.trainer import (
     build_trainer,
     optimizer_steps,
@@ -72,21 +72,13 @@ from tinyagent_fast.training.trainer import (
 )
 
 if TYPE_CHECKING:
-    from tinyagent_fast.training.callbacks import History, PlanSuccess, StepLines
+    from tinyagent_fast.training.callbacks import History, PlanSuccess
 
 
 def train(config: Config, console: Console | None = None, *, resume: Run | None = None) -> Run:
-    """Train an adapter as a config says.
+    """Train an adapter as a config says; its arguments are those of `api.train`.
 
     Started by a launcher in several processes, they train together and each returns the run.
-
-    Args:
-        config: All settings; its data files must be there (`tinyagent-fast data download`).
-        console: Where progress is printed; None takes the standard output.
-        resume: A run to go on with, from its last checkpoint; its config must be the same.
-
-    Returns:
-        The run; its `adapter` folder holds the adapter with the highest plan success.
 
     Raises:
         UserError: Anything that a user can repair, before the first step wherever possible.
@@ -350,12 +342,7 @@ def _header(session: _Session) -> dict[str, str]:
 
 def _fit(session: _Session, checkpoint: Path | None) -> None:
     """Check everything on real batches, then make the steps."""
-    from tinyagent_fast.training.callbacks import (
-        History,
-        StepGuard,
-        StepLines,
-        StopOnInterrupt,
-    )
+    from tinyagent_fast.training.callbacks import History, StepGuard, StopOnInterrupt
 
     config, loaded, display, run = session.config, session.loaded, session.display, session.run
     processes, rows = session.processes, session.rows.train.dataset()
@@ -366,7 +353,6 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
     if processes.is_main_process:
         write_json(decision_path, asdict(shared))
     display.say(f"shared prefixes {shared.sentence()}")
-    tracking = Tracking(tracker=config.track, run=run)
     trainer = build_trainer(
         loaded,
         rows,
@@ -374,7 +360,7 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         output_dir=run.checkpoints,
         shared_prefix=shared.on,
         processes=processes,
-        tracking=tracking,
+        tracking=tracking_arguments(config.track, run),
     )
     if loaded.device == "cpu":
         _choose_threads(session, trainer)
@@ -382,18 +368,17 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
     report = preflight(trainer, loaded, rows, prompts, config.eval.batch, session.estimator)
     display.say(report.sentence())
     if session.estimator is not None and processes.is_main_process:
-        write_json(run.path / "memory.json", {**session.estimator.to_json(), **report.memory()})
+        write_json(run.path / "memory.json", {**session.estimator.to_json(), **asdict(report)})
     if shared.on:
         difference = check_same_loss(trainer, loaded, rows)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     if config.eval.before_and_after and checkpoint is None:
         session.measure_test_queries("before")
-    lines = StepLines(display.say)
-    history = History(run, trainer.token_counts, lines.step, processes)
-    interrupt = StopOnInterrupt(display.say, processes)
+    history = History(run=run, tokens=trainer.token_counts, say=display.say, processes=processes)
+    interrupt = StopOnInterrupt(say=display.say, processes=processes)
     callbacks = [StepGuard(), history, interrupt]
     if config.train.evaluations and session.rows.validation is not None:
-        success = _plan_success(session, trainer, history, lines, tracking)
+        success = _plan_success(session, trainer, history)
         callbacks.append(success)
         if checkpoint is None:
             success.evaluate(0)
@@ -436,9 +421,7 @@ def _choose_threads(session: _Session, trainer: Any) -> None:
             )
 
 
-def _plan_success(
-    session: _Session, trainer: Any, history: History, lines: StepLines, tracking: Tracking
-) -> PlanSuccess:
+def _plan_success(session: _Session, trainer: Any, history: History) -> PlanSuccess:
     """Make the callback that measures plan success and keeps the best adapter."""
     from tinyagent_fast.training.callbacks import PlanSuccess
 
@@ -469,17 +452,17 @@ def _plan_success(
             samples=metrics.n,
             seconds=seconds,
         )
-        tracking.evaluation(trainer, new)
+        track_evaluation(trainer, new)
         return new
 
     def save(folder: Path, best: Best) -> None:
         save_model(loaded.model, loaded.tokenizer.hf, folder, {"best.json": asdict(best)})
 
     return PlanSuccess(
-        run,
-        measure,
-        save,
-        lines.evaluation,
+        run=run,
+        measure=measure,
+        save=save,
+        say=session.display.say,
         every_steps=steps_between(trainer.steps, config.train.evaluations),
         patience=config.train.early_stopping,
         processes=session.processes,

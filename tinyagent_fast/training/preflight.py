@@ -15,6 +15,7 @@ from tinyagent_fast.training.memory import GIB, MemoryEstimator
 from tinyagent_fast.training.trainer import collate, computed_tokens, rehearse
 
 _EVALUATION_TOKENS = 4
+_SHORT = ("out of memory", "alloc_failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class PreflightReport:
     """The most that was reserved on the GPU, by training and by generation."""
     longest_batch_gib: float | None = None
     """The most that was reserved for the longest batch; the optimizer's moments come later."""
-    predicted_gib: float | None = None
+    longest_batch_predicted_gib: float | None = None
 
     def sentence(self) -> str:
         """Say what was checked, and with a GPU what was measured beside what had been predicted."""
@@ -36,24 +37,13 @@ class PreflightReport:
             f"checked: {self.checked_rows} rows through the trainer's collator equal ours; longest "
             f"batch of {self.longest_batch_tokens} tokens in {self.longest_batch_s:.2f} s"
         )
-        if self.peak_gib is None:
+        measured, predicted = self.longest_batch_gib, self.longest_batch_predicted_gib
+        if measured is None or self.peak_gib is None:
             return text
-        text += f"; peak {self.peak_gib:.2f} GiB"
-        if self.longest_batch_gib is None:
+        text += f"; peak {self.peak_gib:.2f} GiB, for the longest batch {measured:.2f} GiB"
+        if predicted is None:
             return text
-        text += f", for the longest batch {self.longest_batch_gib:.2f} GiB"
-        if self.predicted_gib is None:
-            return text
-        error = 100 * (self.predicted_gib / self.longest_batch_gib - 1)
-        return f"{text}, predicted {self.predicted_gib:.2f} GiB ({error:+.0f} %)"
-
-    def memory(self) -> dict[str, float | None]:
-        """Give the measured memory beside the predicted, for memory.json."""
-        return {
-            "longest_batch_gib": self.longest_batch_gib,
-            "longest_batch_predicted_gib": self.predicted_gib,
-            "peak_gib": self.peak_gib,
-        }
+        return f"{text}, predicted {predicted:.2f} GiB ({100 * (predicted / measured - 1):+.0f} %)"
 
 
 def preflight(
@@ -74,9 +64,6 @@ def preflight(
         evaluation_batch: Prompts generated together.
         estimator: What the memory is predicted from; None predicts nothing.
 
-    Returns:
-        What was measured.
-
     Raises:
         TrainingError: The trainer's batch is not ours, the loss is not finite, or memory runs out.
     """
@@ -93,20 +80,29 @@ def preflight(
         inputs = rehearse(trainer, loaded, _longest_rows(trainer))
         train_s = time.perf_counter() - started
         train_gib = _reserved_gib() if cuda else None
-        _generate_for_longest(loaded, evaluation_prompts, evaluation_batch)
+        longest = sorted(evaluation_prompts, key=len)[-evaluation_batch:]
+        list(
+            TorchEngine(loaded).complete_tokens(
+                longest,
+                batch=evaluation_batch,
+                max_new_tokens=_EVALUATION_TOKENS,
+                stop=END_OF_PLAN,
+            )
+        )
     except RuntimeError as error:
         # cuBLAS and the driver report a lack of memory as an ordinary RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError) and not _names_memory(error):
+        said = str(error).lower()
+        if not (isinstance(error, torch.OutOfMemoryError) or any(w in said for w in _SHORT)):
             raise
         raise _out_of_memory(trainer, evaluation_batch, error, estimator) from error
-    computed = computed_tokens(inputs)
+    predicted = estimator.estimate(computed_tokens=computed_tokens(inputs)) if estimator else None
     return PreflightReport(
         checked_rows=checked,
         longest_batch_tokens=int(inputs["input_ids"].numel()),
         longest_batch_s=train_s,
         peak_gib=_reserved_gib() if cuda else None,
         longest_batch_gib=train_gib,
-        predicted_gib=estimator.estimate(computed_tokens=computed).total_gib if estimator else None,
+        longest_batch_predicted_gib=predicted.total_gib if predicted else None,
     )
 
 
@@ -119,11 +115,6 @@ def _reserved_gib() -> float:
 
 def check_collator(trainer: Any, rows: Any, pad_id: int) -> int:
     """Push rows through the trainer's own dataset and collator and compare with ours.
-
-    Args:
-        trainer: The trainer.
-        rows: The dataset that went into it.
-        pad_id: The id that fills up.
 
     Returns:
         How many rows were compared.
@@ -184,20 +175,6 @@ def _longest_rows(trainer: Any) -> list[int]:
         return list(range(min(batch_rows, len(trainer.train_dataset))))
     lengths = list(trainer.train_dataset["length"])
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_rows]
-
-
-def _names_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "out of memory" in text or "alloc_failed" in text
-
-
-def _generate_for_longest(loaded: LoadedModel, prompts: Sequence[list[int]], batch: int) -> None:
-    """Generate a few tokens for the longest validation prompts."""
-    longest = sorted(prompts, key=len)[-batch:]
-    for _ in TorchEngine(loaded).complete_tokens(
-        longest, batch=batch, max_new_tokens=_EVALUATION_TOKENS, stop=END_OF_PLAN
-    ):
-        pass
 
 
 def _out_of_memory(

@@ -35,15 +35,9 @@ def last_checkpoint(run: Run) -> Path:
 
 
 def training_is_over(run: Run, checkpoint: Path, steps: int) -> bool:
-    """Say whether a checkpoint is a run's last, because a trainer would make one step too many.
+    """Say whether a checkpoint is the last of a run's steps, or one where it stopped early.
 
-    Args:
-        run: The run.
-        checkpoint: Its newest checkpoint.
-        steps: Optimizer steps of the whole run.
-
-    Returns:
-        Whether all steps are made, or training was stopped early at the checkpoint.
+    A trainer that goes on from such a checkpoint would make one step too many.
     """
     step = _step_of(checkpoint)
     stops = [r["step"] for r in run.history() if r.get("event") == "early stop"]
@@ -55,11 +49,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def forget_after(run: Run, checkpoint: Path) -> int:
-    """Drop history of steps behind a checkpoint, because they are made once more.
-
-    Returns:
-        How many records were dropped.
-    """
+    """Drop history of steps behind a checkpoint, which are made once more; count the records."""
     step = _step_of(checkpoint)
     history = run.history()
     kept = [record for record in history if record.get("step", 0) <= step]
@@ -74,8 +64,7 @@ def refuse_changed_config(run: Run, config: Config) -> None:
     Raises:
         TrainingError: They differ; every difference is listed.
     """
-    before, now = _flat(to_mapping(run.config())), _flat(to_mapping(config))
-    _refuse(run, "config", before, now)
+    _refuse_difference(run, "config", to_mapping(run.config()), to_mapping(config))
 
 
 def trainable_parameters(model: Any) -> dict[str, list[int]]:
@@ -102,7 +91,7 @@ def remember_or_compare(
         plain = json.loads(json.dumps(now))
         if resumed and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            _refuse(run, name, _flat(before), _flat(plain))
+            _refuse_difference(run, name, before, plain)
         else:
             write_json(path, plain)
 
@@ -117,8 +106,10 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse(run: Run, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    absent = "(absent)"
+def _refuse_difference(
+    run: Run, what: str, then: Mapping[str, Any], today: Mapping[str, Any]
+) -> None:
+    before, now, absent = _flat(then), _flat(today), "(absent)"
     different = [
         f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}"
         for key in sorted({*before, *now})

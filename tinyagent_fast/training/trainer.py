@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,6 @@ from tinyagent_fast.shared_prefix.training import PackingCollator, prefix_order
 
 if TYPE_CHECKING:
     import torch
-
-    from tinyagent_fast.training.tracking import Tracking
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -50,7 +49,7 @@ def build_trainer(
     output_dir: Path,
     shared_prefix: bool = False,
     processes: Processes = ALONE,
-    tracking: Tracking | None = None,
+    tracking: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build the trainer; nothing of the rows is changed, cut or masked by it.
 
@@ -61,7 +60,7 @@ def build_trainer(
         output_dir: Folder for resumable checkpoints.
         shared_prefix: Whether beginnings that rows share are computed once.
         processes: They share the rows of each step.
-        tracking: Where figures go besides the run's folder.
+        tracking: Arguments that say where figures go besides the run's folder; None for nowhere.
 
     Returns:
         A `trl.SFTTrainer`. It counts tokens: `tokens_seen` are those of rows, padding apart,
@@ -150,7 +149,7 @@ def build_trainer(
 
 
 def _arguments(
-    loaded: LoadedModel, config: Config, output_dir: Path, tracking: Tracking | None
+    loaded: LoadedModel, config: Config, output_dir: Path, tracking: Mapping[str, Any] | None
 ) -> Any:
     """Translate our settings."""
     from trl import SFTConfig
@@ -188,7 +187,7 @@ def _arguments(
         disable_tqdm=True,
         dataset_num_proc=None,
         ddp_find_unused_parameters=False,  # every step uses the whole adapter
-        **(tracking.arguments() if tracking else {"report_to": "none"}),
+        **(tracking or {"report_to": "none"}),
     )
 
 
@@ -231,21 +230,16 @@ def _generator(seed: int) -> Any:
     return torch.Generator().manual_seed(seed)
 
 
+@dataclass(eq=False)
 class LengthGroupedOrder:
     """Rows of similar length together, in an order that depends on seed and epoch alone."""
 
-    def __init__(self, lengths: Sequence[int], group_rows: int, seed: int) -> None:
-        """Keep what the order is made from.
-
-        Args:
-            lengths: Tokens of each row.
-            group_rows: Rows of one optimizer step, which are taken together.
-            seed: With the epoch it decides the order, also when training is resumed.
-        """
-        self.lengths = list(lengths)
-        self.group_rows = group_rows
-        self.seed = seed
-        self.epoch = 0
+    lengths: Sequence[int]
+    """Tokens of each row."""
+    group_rows: int
+    """Rows of one optimizer step, which are taken together."""
+    seed: int
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, whose order comes next."""
@@ -280,17 +274,16 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tens
         input_ids, labels and attention_mask, each of shape B x T.
     """
     import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
+    from torch.nn.utils.rnn import pad_sequence
 
     def padded(column: str, fill: int) -> torch.Tensor:
-        return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])
+        return pad_sequence([torch.tensor(row[column]) for row in rows], True, fill)
 
-    mask = [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     return {
         "input_ids": padded("input_ids", pad_id),
         "labels": padded("labels", -100),
-        "attention_mask": torch.tensor(mask),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
     }
 
 
