@@ -1,15 +1,14 @@
 """Evaluate a run on its test file: one way for its adapter, its GGUF files and its merged folder.
 
-Each of them is a subject; all are evaluated alike, and GGUF files are compared in a table.
+All are evaluated alike, and GGUF files are compared in a table.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -40,6 +39,7 @@ _SLOTS = 8
 _SPARE_TOKENS = 64
 """For prompts that a file encodes with more tokens than the run's tokenizer does."""
 _ADAPTER = "adapter"
+_WEIGHTS = "adapter_model.safetensors"
 _MERGED = "the adapter is merged into what it runs"
 
 NOT_HONOURED: Mapping[EngineName, Mapping[str, str]] = {
@@ -110,24 +110,8 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """One model to evaluate."""
-
-    name: str
-    title: str
-    """Heading of its report."""
-    folder: Path
-    made_with: Mapping[str, object]
-    """What its predictions depend on besides engine, test file and settings."""
-    settings: EvalConfig
-    open: Callable[[], Engine]
-    path: Path | None = None
-    """Its GGUF file."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What every subject is given to do."""
+    """What every model is given to do."""
 
     run: Run
     config: Config
@@ -218,13 +202,8 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         tools=plan_tools(config.data.catalogue),
         display=display,
     )
-    subjects = {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](task)
-    names = ", ".join(subject.name for subject in subjects)
-    display.say(f"run {run.path.name}: {len(examples)} test queries, {names}")
-    results = {subject.name: _evaluate(task, subject) for subject in subjects}
-    if engine == "gguf":
-        _compare_files(task, subjects, results)
-    return results
+    display.say(f"run {run.path.name}: {len(examples)} test queries")
+    return {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](task)
 
 
 def _config(run: Run, options: EvalOptions) -> Config:
@@ -243,19 +222,29 @@ def _config(run: Run, options: EvalOptions) -> Config:
     return config
 
 
-def _evaluate(task: _Task, subject: _Subject) -> EvaluationResult:
-    processes, display, folder = init_processes(), task.display, subject.folder
+def _measure(
+    task: _Task,
+    name: str,
+    engine: Engine,
+    *,
+    title: str,
+    folder: Path,
+    made_with: Mapping[str, object],
+    settings: EvalConfig,
+) -> EvaluationResult:
+    """Evaluate one model, and close it."""
+    processes, display = init_processes(), task.display
     if task.options.fresh and processes.is_main_process:
         PredictionFile(folder).forget()
-    with closing(subject.open()) as engine, display.bar(subject.name, "plans") as update:
+    with closing(engine), display.bar(name, "plans") as update:
         result = evaluate_examples(
             engine,
             task.examples,
-            subject.settings,
+            settings,
             folder,
-            made_with={**subject.made_with, "test_sha256": task.test_sha256},
+            made_with={**made_with, "test_sha256": task.test_sha256},
             tools=task.tools,
-            title=subject.title,
+            title=title,
             on_progress=update,
             say=display.say,
             processes=processes,
@@ -263,49 +252,45 @@ def _evaluate(task: _Task, subject: _Subject) -> EvaluationResult:
     if processes.is_main_process:
         report = (folder / "report.md").read_text(encoding="utf-8")
         display.say(report.split("\n## The first")[0])
-        display.say(f"{subject.name}: {headline(result.metrics)}")
+        display.say(f"{name}: {headline(result.metrics)}")
         display.say(f"written: {folder}/metrics.json, predictions.jsonl, report.md")
     return result
 
 
-def _adapter(task: _Task) -> list[_Subject]:
-    """The run's adapter, another one, or the bare base, in torch."""
-    run, config = task.run, task.config
-    wanted = task.options.adapter or "best"
+def _adapter(task: _Task) -> dict[str, EvaluationResult]:
+    """Evaluate the run's adapter, another one, or the bare base, in torch."""
+    from tinyagent_fast.inference.torch_engine import TorchEngine
+    from tinyagent_fast.models.loading import load_for_generation
+
+    run, config, options = task.run, task.config, task.options
+    wanted = options.adapter or "best"
     adapter = None if wanted == "none" else run.find_adapter(wanted)
     base = run.base_of(config)
-    weights = adapter / "adapter_model.safetensors" if adapter else None
-
-    def open_engine() -> Engine:
-        from tinyagent_fast.inference.torch_engine import TorchEngine
-        from tinyagent_fast.models.loading import load_for_generation
-
-        loaded = load_for_generation(config, base, adapter)
-        for note in loaded.notes:
-            task.display.say(f"note: {note}")
-        return TorchEngine(
-            loaded, lookup_tokens=config.eval.lookup_tokens, threads=task.options.threads
-        )
-
-    return [
-        _Subject(
-            name=_ADAPTER if adapter else "base",
-            title=f"Run {run.path.name}",
-            folder=task.options.out or run.path / ("eval" if adapter else "eval-base"),
-            made_with={
-                "base": base,
-                "adapter_sha256": sha256_of(weights) if weights else None,
-                "prompt_format": config.model.prompt_format,
-                "weights": config.model.weights,
-            },
-            settings=config.eval,
-            open=open_engine,
-        )
-    ]
+    loaded = load_for_generation(config, base, adapter)
+    for note in loaded.notes:
+        task.display.say(f"note: {note}")
+    name = _ADAPTER if adapter else "base"
+    result = _measure(
+        task,
+        name,
+        TorchEngine(loaded, lookup_tokens=config.eval.lookup_tokens, threads=options.threads),
+        title=f"Run {run.path.name}",
+        folder=options.out or run.path / ("eval" if adapter else "eval-base"),
+        made_with={
+            "base": base,
+            "adapter_sha256": sha256_of(adapter / _WEIGHTS) if adapter else None,
+            "prompt_format": config.model.prompt_format,
+            "weights": config.model.weights,
+        },
+        settings=config.eval,
+    )
+    return {name: result}
 
 
-def _merged_folder(task: _Task) -> list[_Subject]:
-    """The folder that was named, or that of the run's export, in vLLM."""
+def _merged_folder(task: _Task) -> dict[str, EvaluationResult]:
+    """Evaluate the folder that was named, or that of the run's export, in vLLM."""
+    from tinyagent_fast.inference.vllm import VllmEngine
+
     run, config = task.run, task.config
     export = run.path / "export"
     recorded = [a.path for a in ExportRecord(export).artefacts if a.kind == "merged"]
@@ -316,58 +301,48 @@ def _merged_folder(task: _Task) -> list[_Subject]:
             "it holds no config.json, and vLLM runs merged folders",
             f"tinyagent-fast export --run {run.path.name} --to merged, or name one with --model",
         )
-
-    def open_engine() -> Engine:
-        from tinyagent_fast.inference.vllm import VllmEngine
-
-        room = config.model.max_length_tokens + config.eval.max_new_tokens
-        return VllmEngine(folder, _tokenizer(task), context_tokens=room)
-
-    return [
-        _Subject(
-            name="merged",
-            title=f"Run {run.path.name}, vLLM",
-            folder=task.options.out or run.path / "eval-vllm",
-            made_with={"merged_sha256": sha256_of(folder)},
-            settings=replace(config.eval, parity_prompts=0),
-            open=open_engine,
-        )
-    ]
+    room_tokens = config.model.max_length_tokens + config.eval.max_new_tokens
+    result = _measure(
+        task,
+        "merged",
+        VllmEngine(folder, _tokenizer(task), context_tokens=room_tokens),
+        title=f"Run {run.path.name}, vLLM",
+        folder=task.options.out or run.path / "eval-vllm",
+        made_with={"merged_sha256": sha256_of(folder)},
+        settings=replace(config.eval, parity_prompts=0),
+    )
+    return {"merged": result}
 
 
-def _gguf_files(task: _Task) -> list[_Subject]:
-    """The file that was named, or all that the run has exported, in llama.cpp."""
+def _gguf_files(task: _Task) -> dict[str, EvaluationResult]:
+    """Evaluate the file that was named, or all that the run has exported, in llama.cpp."""
+    from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
     from tinyagent_fast.prompts.builder import encode_prompts
 
-    config = task.config
-    paths = [task.options.model] if task.options.model else _exported_files(task)
+    config, options = task.config, task.options
+    paths = [options.model] if options.model else _exported_files(task)
     tokenizer = _tokenizer(task)
     longest_tokens = max(map(len, encode_prompts(tokenizer, task.examples)), default=0)
-    slots = task.options.eval.batch or min(_SLOTS, config.eval.batch)
-
-    def open_engine(path: Path) -> Engine:
-        from tinyagent_fast.inference import llama_cpp
-
-        settings = llama_cpp.LlamaCppSettings(
+    slots = options.eval.batch or min(_SLOTS, config.eval.batch)
+    results = {}
+    for path in paths:
+        settings = LlamaCppSettings(
             model=path,
             slots=slots,
             context_tokens_per_slot=longest_tokens + config.eval.max_new_tokens + _SPARE_TOKENS,
-            threads=task.options.threads,
+            threads=options.threads,
         )
-        return llama_cpp.LlamaCppEngine(llama_cpp.LlamaServer(settings), tokenizer)
-
-    return [
-        _Subject(
-            name=path.name,
+        results[path.name] = _measure(
+            task,
+            path.name,
+            LlamaCppEngine(LlamaServer(settings), tokenizer),
             title=path.name,
-            folder=(task.options.out or task.run.path) / f"eval-gguf-{path.stem}",
+            folder=(options.out or task.run.path) / f"eval-gguf-{path.stem}",
             made_with={},
             settings=replace(config.eval, batch=slots),
-            open=partial(open_engine, path),
-            path=path,
         )
-        for path in paths
-    ]
+    _compare_files(task, {path.name: path for path in paths}, results)
+    return results
 
 
 def _tokenizer(task: _Task) -> PromptTokenizer:
@@ -403,15 +378,14 @@ def _exported_files(task: _Task) -> list[Path]:
 
 
 def _compare_files(
-    task: _Task, subjects: Sequence[_Subject], results: Mapping[str, EvaluationResult]
+    task: _Task, paths: Mapping[str, Path], results: Mapping[str, EvaluationResult]
 ) -> None:
     """Write the table that compares GGUF files with the adapter, or with the f16 file."""
-    measured = {subject.name: results[subject.name].plans for subject in subjects}
+    measured = {name: result.plans for name, result in results.items()}
     adapter = _adapter_plans(task)
     reference = next((name for name in measured if Path(name).stem.endswith("f16")), None)
     if adapter is not None:
         reference, measured = _ADAPTER, {_ADAPTER: adapter, **measured}
-    paths = {subject.name: subject.path for subject in subjects}
     rows = []
     for name, plans in measured.items():
         path, compared = paths.get(name), None
@@ -443,7 +417,7 @@ def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
         say(f"note: {remedy}")
         return None
     made_with = json.loads(file.made_with_path.read_text(encoding="utf-8"))
-    weights = task.run.adapter / "adapter_model.safetensors"
+    weights = task.run.adapter / _WEIGHTS
     wanted = {
         "test_sha256": task.test_sha256,
         "max_new_tokens": task.config.eval.max_new_tokens,
