@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch_runs import load_plainly
 
 from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
@@ -18,8 +19,6 @@ from tinyagent_fast.evaluation.scoring import score_all, summarise
 from tinyagent_fast.inference.engine import Completion
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
-from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 SETTINGS = EvalConfig(batch=3, max_new_tokens=5, parity_prompts=2)
 MADE_WITH = {"adapter_sha256": "a1"}
@@ -43,16 +42,7 @@ def make_examples(count: int) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def loaded(tiny_base: Path) -> LoadedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return LoadedModel(
-        model=AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval(),
-        tokenizer=PromptTokenizer(load_tokenizer(tiny_base)),
-        backend="transformers",
-        device="cpu",
-        compute_dtype="float32",
-    )
+    return load_plainly(tiny_base)
 
 
 @pytest.fixture

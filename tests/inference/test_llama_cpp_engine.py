@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch_runs import load_plainly
 
 from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
@@ -23,8 +24,6 @@ from tinyagent_fast.inference.parity import compare_batches
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
-from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 SETTINGS = EvalConfig(batch=3, max_new_tokens=8, parity_prompts=2)
 ASKED: dict[str, Any] = {"max_new_tokens": 8, "stop": END_OF_PLAN}
@@ -60,16 +59,7 @@ def by_index(engine: Engine, prompts: Sequence[Prompt], batch: int) -> dict[int,
 
 @pytest.fixture(scope="module")
 def loaded(tiny_merged: Path) -> LoadedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return LoadedModel(
-        model=AutoModelForCausalLM.from_pretrained(tiny_merged, dtype=torch.float32).eval(),
-        tokenizer=PromptTokenizer(load_tokenizer(tiny_merged)),
-        backend="transformers",
-        device="cpu",
-        compute_dtype="float32",
-    )
+    return load_plainly(tiny_merged)
 
 
 @pytest.fixture(scope="module")

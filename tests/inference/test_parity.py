@@ -173,19 +173,9 @@ def test_a_report_can_be_written_as_json() -> None:
 
 
 def test_torch_gives_the_same_plans_one_by_one_and_together(tiny_base: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
+    from torch_runs import load_plainly
 
     from tinyagent_fast.inference.torch_engine import TorchEngine
-    from tinyagent_fast.models.loading import LoadedModel
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
-    from tinyagent_fast.prompts.tokens import PromptTokenizer
 
-    loaded = LoadedModel(
-        model=AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval(),
-        tokenizer=PromptTokenizer(load_tokenizer(tiny_base)),
-        backend="transformers",
-        device="cpu",
-        compute_dtype="float32",
-    )
-    assert compare(TorchEngine(loaded), count=9, batch=6).tried == ((6, 0),)
+    engine = TorchEngine(load_plainly(tiny_base))
+    assert compare(engine, count=9, batch=6).tried == ((6, 0),)

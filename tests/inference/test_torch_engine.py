@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_runs import load_plainly
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.inference.torch_engine import TorchEngine, certain_length
 from tinyagent_fast.models.loading import LoadedModel
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
-from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 STOP = "<END_OF_PLAN>"
 SYSTEM = "Plan with: open_note, send_sms" + ", create_note" * 30
@@ -24,16 +23,7 @@ TOKENS = 12
 
 @pytest.fixture(scope="module")
 def loaded(tiny_base: Path) -> LoadedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return LoadedModel(
-        model=AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval(),
-        tokenizer=PromptTokenizer(load_tokenizer(tiny_base)),
-        backend="transformers",
-        device="cpu",
-        compute_dtype="float32",
-    )
+    return load_plainly(tiny_base)
 
 
 def ask(

@@ -1,12 +1,14 @@
-"""Completions of a model at hand, as plain values that can be compared."""
+"""Models loaded plainly, and their completions as plain values that can be compared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
+from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 
@@ -16,6 +18,16 @@ class Written(NamedTuple):
     text: str
     stop_reason: str
     new_tokens: int
+
+
+def load_plainly(folder: Path) -> LoadedModel:
+    """Load a model for generation, in fp32 on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    loaded: LoadedModel = loaded_with(model, PromptTokenizer(load_tokenizer(folder)))
+    return loaded
 
 
 def loaded_with(model: Any, tokenizer: PromptTokenizer, backend: str = "transformers") -> Any:
