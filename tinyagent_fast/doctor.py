@@ -126,7 +126,7 @@ class Gpu:
         return None if self.capability is None else self.capability >= (8, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Machine:
     """Everything that the checks need to know of this machine."""
 
@@ -160,15 +160,7 @@ def read_machine(*, ask_torch: bool = False) -> Machine:
     hidden = gpu is None and any(path.exists() for path in _DRIVER_FILES)
     if cuda and problem is None and (hidden or (ask_torch and gpu is not None)):
         gpu, problem = _ask_torch(gpu)
-    total_gib, available_gib = _memory_gib()
-    return Machine(
-        gpu=gpu,
-        gpu_problem=problem,
-        torch=torch,
-        cuda=cuda,
-        memory_gib=total_gib,
-        available_gib=available_gib,
-    )
+    return Machine(gpu, problem, torch, cuda, *_memory_gib())
 
 
 def _ask_nvidia_smi() -> tuple[Gpu | None, str | None]:

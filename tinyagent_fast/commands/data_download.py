@@ -20,14 +20,7 @@ class DownloadFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Download.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0 when both files are there.
-    """
+    """Fetch both files, unless they are there."""
     import tyro
 
     from tinyagent_fast.data.download import download_dataset

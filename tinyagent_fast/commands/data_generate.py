@@ -23,14 +23,7 @@ class GenerateFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Generate.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0 when both files are written.
-    """
+    """Write both files; the published dataset has the same names, so none is replaced unasked."""
     import tyro
 
     both = tuple[
@@ -41,7 +34,13 @@ def run(arguments: Sequence[str]) -> int:
         spec, flags = tyro.cli(both, args=list(arguments), prog="tinyagent-fast data generate")
     except ValueError as error:
         raise ConfigError("data generate", str(error), "change the flag") from error
-    _keep_what_is_there(flags)
+    there = [n for n in ("training_data.json", "testing_data.json") if (flags.out / n).exists()]
+    if there and not flags.overwrite:
+        raise ConfigError(
+            f"data generate --out {flags.out}",
+            f"{' and '.join(there)} would be replaced",
+            "name another folder with --out, or add --overwrite",
+        )
     files = generate_dataset(spec, flags.out)
     for path, entries in ((files.train, spec.train_entries), (files.test, spec.test_entries)):
         print(f"{path}: {entries} entries, {path.stat().st_size / 1e6:.1f} MB")
@@ -52,14 +51,3 @@ def run(arguments: Sequence[str]) -> int:
         names.append(f"--data.catalogue {spec.catalogue}")
     print(f"train on them: make train ARGS='{' '.join(names)}'")
     return 0
-
-
-def _keep_what_is_there(flags: GenerateFlags) -> None:
-    """Refuse to replace files unasked: the published dataset has the same names."""
-    there = [n for n in ("training_data.json", "testing_data.json") if (flags.out / n).exists()]
-    if there and not flags.overwrite:
-        raise ConfigError(
-            f"data generate --out {flags.out}",
-            f"{' and '.join(there)} would be replaced",
-            "name another folder with --out, or add --overwrite",
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
@@ -14,14 +14,7 @@ _ROWS = 3
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Show rows.
-
-    Args:
-        arguments: Flags of the command: those of `train`, and `--rows`.
-
-    Returns:
-        0 when they are shown.
-    """
+    """Show rows; the flags are those of `train`, and `--rows`."""
     parser = argparse.ArgumentParser(
         prog="tinyagent-fast preview", add_help=False, allow_abbrev=False
     )
@@ -46,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     if hf is None:
         hf = load_tokenizer(resolve_tokenizer_folder(config.model.base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)
-    chosen = [examples.train[i] for i in range(min(known.rows, len(examples.train)))]
+    chosen = islice(examples.train, known.rows)
     rows = tokenizer.encode_rows(
         [(e.key, render(e, config.model.prompt_format, tokenizer.chat)) for e in chosen]
     )

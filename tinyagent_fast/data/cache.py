@@ -52,13 +52,13 @@ def cached_table(
         folder: Its name must stand for everything that the table depends on.
         columns: Type of each column, as `datasets.Features` takes it.
         fill: Called with a function that adds one row (a dict); returns what to keep beside the
-            rows, as values for JSON.
+            rows, as values for JSON. Its errors leave nothing behind.
 
     Returns:
         The rows as a memory-mapped `datasets.Dataset`, and what `fill` returned.
 
     Raises:
-        DataError: The folder cannot be written. Errors of `fill` leave nothing behind.
+        DataError: The folder cannot be written.
     """
     try:
         found = _open_table(folder)
@@ -173,20 +173,14 @@ class ExampleTable(Sequence[Example]):
 
 
 def load_examples(
-    path: str | Path,
-    *,
-    on_bad_entry: OnBadEntry,
-    points: Points = "plan",
+    path: str | Path, *, on_bad_entry: OnBadEntry, points: Points = "plan"
 ) -> ExampleTable:
     """Return the examples of a data file, from the cache if it has them, else after reading it.
 
     Args:
         path: The JSON data file.
-        on_bad_entry: "error" or "skip", see `reading.read_entries`.
+        on_bad_entry: See `reading.read_entries`; what is skipped is logged on cached starts too.
         points: Which points become examples; "all" includes replan points.
-
-    Returns:
-        The table. Skipped entries are logged as a warning, on cached starts too.
 
     Raises:
         DataError: The file cannot be used, has no such point, changed while it was read, or the

@@ -97,15 +97,9 @@ class _Fields:
 
 
 def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
-    """Check one decoded entry of the file and turn it into an `Entry`.
+    """Check one decoded entry of the file: an `Entry`, or all of its problems.
 
-    Args:
-        key: The entry's key in the file.
-        value: The decoded JSON value under that key; fields that the schema does not name are
-            ignored.
-
-    Returns:
-        The entry, or all of its problems.
+    Fields that the schema does not name are ignored.
     """
     if not isinstance(value, dict):
         return [EntryProblem(key, "", f"must be an object, not {_json_name(value)}")]
@@ -166,9 +160,8 @@ def _example(item: object, at: int, query: str, fields: _Fields) -> Example | No
 def parse_messages(raw_input: object) -> list[tuple[str, str]]:
     """Read the messages of a point from any of the forms that data files use.
 
-    Args:
-        raw_input: A text with the Python repr of a message list, a text with the same list in
-            JSON, that list itself, or a plain text, which is taken as one user message.
+    These are a text with the Python repr of a message list or with the same list in JSON, that list
+    itself, or a plain text, which is taken as one user message.
 
     Returns:
         Role (system, user or assistant; "human" is read as "user") and text of each message.

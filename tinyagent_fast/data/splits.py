@@ -14,7 +14,7 @@ from itertools import combinations
 
 from tinyagent_fast.config import Leaks
 from tinyagent_fast.data.schema import short_text
-from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.errors import DataError
 
 _SEPARATORS = re.compile(r"[\W_]+")
 
@@ -27,7 +27,7 @@ class Split:
     validation: list[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Repeats:
     """Rows of one split whose query an earlier row of the same split has."""
 
@@ -37,7 +37,7 @@ class Repeats:
     normalised: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Leak:
     """Queries that two splits share, as distinct queries and as rows of either side."""
 
@@ -80,19 +80,9 @@ def split_validation(
         validation_entries: How many entries to set aside, exactly.
         seed: Another seed chooses other entries.
 
-    Returns:
-        The row numbers of both sides.
-
     Raises:
-        ConfigError: `validation_entries` is negative.
         DataError: Too few entries, or repeated queries that do not add up to that number.
     """
-    if validation_entries < 0:
-        raise ConfigError(
-            f"validation_entries = {validation_entries}",
-            "a number of entries cannot be negative",
-            "set 0 for no validation, or more",
-        )
     normalised = [normalise_query(query) for query in queries]
     groups: dict[str, set[str]] = {}
     for key, query in zip(entry_keys, normalised, strict=True):
@@ -141,10 +131,7 @@ def without_leaks(
         rows: The rows to train on.
         queries: The query of each row of the training file.
         held_out: The queries of the whole test file.
-        policy: What to do with such rows.
-
-    Returns:
-        The rows that may be trained on, in order.
+        policy: The setting.
 
     Raises:
         DataError: There are such rows, and the policy is "error"; or no other row is left.
@@ -167,35 +154,16 @@ def without_leaks(
 
 
 def leak_report(splits: Mapping[str, Sequence[str]]) -> LeakReport:
-    """Count the queries that repeat within a split or are in two of them.
-
-    Args:
-        splits: The queries of each split, one per row or entry, by the split's name.
-
-    Returns:
-        The counts; pairs in the order of the mapping.
-    """
+    """Count the queries, one per row or entry, that repeat in a split or stand in two of them."""
     exact = {name: set(queries) for name, queries in splits.items()}
     normal = {name: Counter(map(normalise_query, queries)) for name, queries in splits.items()}
     between = []
     for first, second in combinations(splits, 2):
         shared = normal[first].keys() & normal[second].keys()
-        leak = Leak(
-            first=first,
-            second=second,
-            exact=len(exact[first] & exact[second]),
-            normalised=len(shared),
-            rows_in_first=sum(normal[first][query] for query in shared),
-            rows_in_second=sum(normal[second][query] for query in shared),
-        )
-        between.append(leak)
+        rows = (sum(normal[name][query] for query in shared) for name in (first, second))
+        between.append(Leak(first, second, len(exact[first] & exact[second]), len(shared), *rows))
     within = [
-        Repeats(
-            name=name,
-            rows=len(queries),
-            exact=len(queries) - len(exact[name]),
-            normalised=len(queries) - len(normal[name]),
-        )
-        for name, queries in splits.items()
+        Repeats(name, len(rows), len(rows) - len(exact[name]), len(rows) - len(normal[name]))
+        for name, rows in splits.items()
     ]
     return LeakReport(within=tuple(within), between=tuple(between))

@@ -61,13 +61,7 @@ def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], rng: rand
 
 
 def joiner_prompt(query: str, calls: Sequence[str], observations: Sequence[str]) -> str:
-    """Write the one user message that asks for a verdict on a plan's results.
-
-    Args:
-        query: The user's request.
-        calls: Rendered calls without join.
-        observations: What each call gave back.
-    """
+    """Write the one user message that asks for a verdict on what each call (join left out) gave."""
     steps = "\n".join(
         f"{call}\nObservation: {seen}" for call, seen in zip(calls, observations, strict=True)
     )
