@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -15,11 +14,9 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import (
-    ComparedRow,
     PairedComparison,
     bootstrap_interval,
     compare_plans,
-    comparison_table,
 )
 from tinyagent_fast.evaluation.scoring import Prediction, score_all
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
@@ -140,35 +137,3 @@ def test_predictions_with_different_labels_are_never_compared() -> None:
     a = predictions([True])
     with pytest.raises(DataError, match="different labels"):
         compare(a, [replace(a[0], label=WRONG)])
-
-
-def test_a_sentence_has_difference_interval_p_and_identical_plans() -> None:
-    got = compare(*pair([(True, False)] * 3 + [(True, True)] * 17))
-    assert got.sentence("f16", "q4_k_m") == (
-        "q4_k_m against f16: -15.0 (-30.0 to +0.0) points, McNemar p = 0.25, "
-        "17 of 20 plans identical"
-    )
-
-
-def test_a_table_has_a_line_for_each_planner_and_survives_json() -> None:
-    compared = compare(*pair([(True, False), (True, True)]))
-    rows = [
-        ComparedRow(name="adapter", size_bytes=None, success=Proportion(2, 2), seconds=3.0),
-        ComparedRow(
-            name="a.gguf",
-            size_bytes=1_500_000,
-            success=Proportion(1, 2),
-            seconds=1.25,
-            comparison=compared,
-        ),
-    ]
-    table = comparison_table(rows, "adapter")
-    lines = table.splitlines()
-    assert len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| adapter |  | 100.0 % (34.2 - 100.0) | reference |")
-    assert lines[3].startswith("| a.gguf | 1.5 MB | 50.0 %")
-    assert "-50.0 (-100.0 to +0.0) | 1 | 1 of 2 | 1.2 s |" in lines[3]
-    written = json.loads(json.dumps([row.to_json() for row in rows]))
-    assert written[0]["comparison"] is None
-    assert written[1]["comparison"]["only_a"] == ["k0"]
-    assert "(none)" in comparison_table(rows[:1], None)

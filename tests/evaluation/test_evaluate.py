@@ -107,6 +107,10 @@ def test_all_exported_files_are_evaluated_and_compared_with_f16(
     written = (exported.path / "eval-gguf.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     assert all(line in printed for line in written.splitlines()[2:])
+    f16, f32 = ([cell.strip() for cell in line.split("|")] for line in written.splitlines()[-2:])
+    assert f16[4:7] == ["reference", "", ""]
+    assert f32[4].startswith("+0.0 (")
+    assert f32[6] == f"{second['comparison']['identical_texts']} of 3"
     assert "all 3 prompts have the token ids of training" in printed
     assert "adds the adapter to the table" in printed
 

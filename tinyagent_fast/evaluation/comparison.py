@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.scoring import ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
 
@@ -53,13 +52,6 @@ class PairedComparison:
             f"{100 * value + 0.0:+.1f}" for value in (self.difference, *self.interval_95)
         )
         return f"{share} ({low} to {high})"
-
-    def sentence(self, a: str, b: str) -> str:
-        """Say the outcome in one line, given the names of both planners."""
-        return (
-            f"{b} against {a}: {self.points()} points, McNemar p = {self.mcnemar_p:.3g}, "
-            f"{self.identical_texts} of {self.n} plans identical"
-        )
 
 
 def compare_plans(a: Sequence[ScoredPlan], b: Sequence[ScoredPlan]) -> PairedComparison:
@@ -144,47 +136,3 @@ def _convolved(a: Sequence[float], b: Sequence[float]) -> list[float]:
             for j, y in others:
                 result[i + j] += x * y
     return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedRow:
-    """One planner in a table; the reference has no comparison."""
-
-    name: str
-    size_bytes: int | None
-    success: Proportion
-    seconds: float
-    comparison: PairedComparison | None = None
-
-    def to_json(self) -> dict[str, object]:
-        """Give plain values."""
-        return {
-            **vars(self),
-            "success": self.success.to_json(),
-            "comparison": self.comparison.to_json() if self.comparison else None,
-        }
-
-
-def comparison_table(rows: Sequence[ComparedRow], reference: str | None) -> str:
-    """Write planners below one another, each with its difference to a reference.
-
-    Args:
-        rows: The planners.
-        reference: Name of the row that the others were compared with, if any.
-
-    Returns:
-        A Markdown table.
-    """
-    lines = [
-        f"| engine | size | success | points against {reference or '(none)'} | McNemar p "
-        "| same plans | generation |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        size = "" if row.size_bytes is None else f"{row.size_bytes / 1e6:,.1f} MB"
-        compared = ["reference" if row.name == reference else "", "", ""]
-        if (it := row.comparison) is not None:
-            compared = [it.points(), f"{it.mcnemar_p:.3g}", f"{it.identical_texts} of {it.n}"]
-        cells = [row.name, size, percent(row.success), *compared, f"{row.seconds:.1f} s"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

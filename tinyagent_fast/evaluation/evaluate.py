@@ -17,9 +17,9 @@ import tyro
 from tinyagent_fast.config import Backend, Config, EvalConfig, check_config
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
-from tinyagent_fast.evaluation.comparison import ComparedRow, compare_plans, comparison_table
+from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.evaluation.report import headline
+from tinyagent_fast.evaluation.report import Cell, FactTable, headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.evaluation.scoring import ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
@@ -386,25 +386,32 @@ def _compare_files(
     reference = next((name for name in measured if Path(name).stem.endswith("f16")), None)
     if adapter is not None:
         reference, measured = _ADAPTER, {_ADAPTER: adapter, **measured}
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
+    records = []
     for name, plans in measured.items():
-        path, compared = paths.get(name), None
+        size = path.stat().st_size if (path := paths.get(name)) else None
+        success = Proportion(sum(plan.score.success for plan in plans), len(plans))
+        seconds = sum(plan.prediction.seconds or 0.0 for plan in plans)
+        compared, told = None, ("reference" if name == reference else "", "", "")
         if reference is not None and name != reference:
             compared = compare_plans(measured[reference], plans)
-        rows.append(
-            ComparedRow(
-                name=name,
-                size_bytes=path.stat().st_size if path else None,
-                success=Proportion(sum(plan.score.success for plan in plans), len(plans)),
-                seconds=sum(plan.prediction.seconds or 0.0 for plan in plans),
-                comparison=compared,
-            )
-        )
+            same = f"{compared.identical_texts} of {compared.n}"
+            told = (compared.points(), f"{compared.mcnemar_p:.3g}", same)
+        shown = "" if size is None else f"{size / 1e6:,.1f} MB"
+        rows.append((name, shown, success, *told, f"{seconds:.1f} s"))
+        record = {"name": name, "size_bytes": size, "success": success.to_json()}
+        compared_json = compared.to_json() if compared else None
+        records.append({**record, "seconds": seconds, "comparison": compared_json})
+    against = f"points against {reference or '(none)'}"
+    table = FactTable(
+        title=f"GGUF files of {task.run.path.name}",
+        head=("engine", "size", "success", against, "McNemar p", "same plans", "generation"),
+        rows=tuple(rows),
+    ).to_markdown()
     folder = task.options.out or task.run.path
-    table = comparison_table(rows, reference)
-    write_text(folder / "eval-gguf.md", f"# GGUF files of {task.run.path.name}\n\n{table}")
+    write_text(folder / "eval-gguf.md", table)
     facts = {"test_sha256": task.test_sha256, "queries": len(task.examples), "reference": reference}
-    write_json(folder / "eval-gguf.json", {**facts, "rows": [row.to_json() for row in rows]})
+    write_json(folder / "eval-gguf.json", {**facts, "rows": records})
     task.display.say(table)
     task.display.say(f"written: {folder}/eval-gguf.md, eval-gguf.json")
 

@@ -12,28 +12,27 @@ from fractions import Fraction
 from statistics import NormalDist
 
 
-def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Bound a share by the Wilson score interval, which holds for few cases and near 0 and 1.
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Bound a share by the 95 % Wilson score interval, which holds for few cases and near 0 and 1.
 
     Args:
         successes: Number of successes; a sum of scores between 0 and 1 may be given too (`Mean`).
         n: Number of cases.
-        confidence: Probability that such an interval covers the true share.
 
     Returns:
         Lower and upper bound; (0, 1) without any case.
 
     Raises:
-        ValueError: If the counts or the confidence make no sense.
+        ValueError: If the counts make no sense.
 
     Source:
         E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
     """
-    if n < 0 or not 0 <= successes <= max(n, 0) or not 0 < confidence < 1:
-        raise ValueError(f"no interval for {successes} of {n} at confidence {confidence}")
+    if n < 0 or not 0 <= successes <= max(n, 0):
+        raise ValueError(f"no interval for {successes} of {n}")
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf(0.975)
     share = successes / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
