@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.evaluation.evaluate import EvalOptions
-from tinyagent_fast.export.settings import ExportSettings, check_settings, quant_specs
+from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run
 
@@ -96,35 +96,23 @@ def export_run(
     """
     settings = settings or ExportSettings()
     check_settings(settings)
-    quant_specs(settings)
     found = run if isinstance(run, Run) else find_run(run, settings.runs)
     adapter = found.find_adapter(settings.adapter)
     config = found.config()
-    most = max(settings.gate_prompts, settings.quant_prompts)
-    config = replace(config, eval=replace(config.eval, sample=most))
     from tinyagent_fast.models.libraries import prepare_libraries
 
     # The reference is plain transformers, whatever backend has trained the adapter.
     prepare_libraries(replace(config.model, backend="transformers"))
     from rich.console import Console
 
-    from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.display import Display
     from tinyagent_fast.export.pipeline import run_export
-    from tinyagent_fast.export.preparation import prepare_export, resolve_model_folder
+    from tinyagent_fast.export.preparation import prepare_export
     from tinyagent_fast.export.publishing import publish
 
     display = Display(console or Console(highlight=False))
     display.say(f"run {found.path.name}, adapter {adapter}")
-    export = prepare_export(
-        found,
-        config,
-        settings,
-        base=resolve_model_folder(found.base_of(config), config.model.revision),
-        adapter=adapter,
-        tools=plan_tools(config.data.catalogue),
-        display=display,
-    )
+    export = prepare_export(found, config, settings, adapter, display)
     folder = run_export(export)
     if settings.push_to_hub is not None:
         repository, content = settings.push_to_hub, export.record.content

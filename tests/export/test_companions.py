@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.export.companions import CompanionFacts, go_template, write_companions
+from tinyagent_fast.export.companions import go_template, write_companions
 from tinyagent_fast.plans.gbnf import plan_grammar
 from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool, tools_by_name
 from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
@@ -23,18 +23,16 @@ from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
 FORMATS: tuple[PromptFormat, ...] = ("alpaca", "flat")
 
 
-def facts(**changes: Any) -> CompanionFacts:
+def written(folder: Path, **changes: Any) -> list[Path]:
     plain: dict[str, Any] = {
         "name": "planner",
         "gguf_files": ["gguf/planner-f16.gguf", "gguf/planner-q8_0.gguf"],
         "recommended_gguf": "gguf/planner-q8_0.gguf",
         "prompt_format": "alpaca",
-        "stop": "<END_OF_PLAN>",
-        "tokenizer_folder": "merged",
         "tools": None,
         "example_prompt": render_prompt("the tools", "Question: who?", "alpaca"),
     }
-    return CompanionFacts(**(plain | changes))
+    return write_companions(folder, **(plain | changes))
 
 
 def render_go(template: str, values: Mapping[str, str]) -> str:
@@ -72,7 +70,7 @@ def test_ollamas_template_renders_as_training_did(
 def test_the_modelfile_holds_the_template_and_greedy_settings(
     tmp_path: Path, prompt_format: PromptFormat
 ) -> None:
-    write_companions(tmp_path, facts(prompt_format=prompt_format, context_tokens=4096))
+    written(tmp_path, prompt_format=prompt_format)
     text = (tmp_path / "Modelfile").read_text()
     template = text.split('"""')[1]
     assert text.count('"""') == 2
@@ -83,12 +81,12 @@ def test_the_modelfile_holds_the_template_and_greedy_settings(
         'PARAMETER stop "<END_OF_PLAN>"',
         "PARAMETER temperature 0",
         "PARAMETER repeat_penalty 1",
-        "PARAMETER num_ctx 4096",
+        "PARAMETER num_ctx 8192",
     ]
 
 
 def test_the_chat_format_has_no_modelfile_and_the_readme_says_why(tmp_path: Path) -> None:
-    paths = write_companions(tmp_path, facts(prompt_format="chat", example_prompt="<|user|>who?"))
+    paths = written(tmp_path, prompt_format="chat", example_prompt="<|user|>who?")
     assert "Modelfile" not in {path.name for path in paths}
     assert not (tmp_path / "Modelfile").exists()
     readme = (tmp_path / "README.md").read_text()
@@ -98,7 +96,7 @@ def test_the_chat_format_has_no_modelfile_and_the_readme_says_why(tmp_path: Path
 
 
 def test_all_files_are_written_and_returned(tmp_path: Path) -> None:
-    paths = write_companions(tmp_path, facts())
+    paths = written(tmp_path)
     assert {path.name for path in paths} == {
         "README.md",
         "llama-server.sh",
@@ -107,23 +105,23 @@ def test_all_files_are_written_and_returned(tmp_path: Path) -> None:
         "Modelfile",
     }
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
-    assert write_companions(tmp_path, facts()) == paths
+    assert written(tmp_path) == paths
 
 
 def test_the_grammar_is_that_of_the_tools(tmp_path: Path) -> None:
-    write_companions(tmp_path, facts())
+    written(tmp_path)
     assert (tmp_path / "plan.gbnf").read_text() == plan_grammar(TINYAGENT)
     own = tools_by_name([Tool("water", (Parameter("plant", "str"),))])
-    write_companions(tmp_path, facts(tools=own))
+    written(tmp_path, tools=own)
     assert (tmp_path / "plan.gbnf").read_text() == plan_grammar(own)
 
 
 def test_the_apps_keys_are_texts_because_the_app_takes_their_length(tmp_path: Path) -> None:
-    write_companions(tmp_path, facts(port=50007))
+    written(tmp_path)
     assert json.loads((tmp_path / "Configuration.json").read_text()) == {
         "provider": "local",
         "localModelName": "planner",
-        "localPort": "50007",
+        "localPort": "50002",
         "localCtxLen": "8192",
         "localTokenizerNameOrPath": str(tmp_path.resolve() / "merged"),
     }
@@ -145,7 +143,7 @@ def test_the_command_line_gives_every_slot_the_whole_context(
     folder, programs = tmp_path / "my export", tmp_path / "bin"
     folder.mkdir()
     programs.mkdir()
-    write_companions(folder, facts(name="it's $HOME", recommended_gguf="gguf/a b.gguf"))
+    written(folder, name="it's $HOME", recommended_gguf="gguf/a b.gguf")
     script = folder / "llama-server.sh"
     assert script.stat().st_mode & stat.S_IXUSR
     stand_in = programs / "llama-server"
@@ -167,7 +165,7 @@ def test_the_command_line_gives_every_slot_the_whole_context(
 def test_the_readme_shows_the_format_byte_by_byte_and_every_file(
     tmp_path: Path, prompt_format: PromptFormat
 ) -> None:
-    write_companions(tmp_path, facts(prompt_format=prompt_format))
+    written(tmp_path, prompt_format=prompt_format)
     text = (tmp_path / "README.md").read_text()
     block = text.split("```python\n")[1].split("```")[0]
     shown: dict[str, str] = {}
@@ -183,7 +181,7 @@ def test_the_readme_shows_the_format_byte_by_byte_and_every_file(
 
 def test_a_long_example_is_cut_and_the_readme_says_so(tmp_path: Path) -> None:
     long = "BEGIN" + "x" * 4000 + "MIDDLE" + "y" * 4000 + "END"
-    write_companions(tmp_path, facts(example_prompt=long))
+    written(tmp_path, example_prompt=long)
     text = (tmp_path / "README.md").read_text()
     assert f"An example of {len(long):,} characters" in text
     assert "BEGIN" in text
@@ -192,7 +190,7 @@ def test_a_long_example_is_cut_and_the_readme_says_so(tmp_path: Path) -> None:
 
 
 def test_the_readmes_python_and_json_can_be_read(tmp_path: Path) -> None:
-    write_companions(tmp_path, facts())
+    written(tmp_path)
     text = (tmp_path / "README.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "README.md", "exec")
@@ -204,6 +202,6 @@ def test_the_readmes_python_and_json_can_be_read(tmp_path: Path) -> None:
     ("name", "wanted"), [("my run!", "my-run"), ("../x", "x"), ("\u00e9", "planner")]
 )
 def test_ollama_is_given_a_name_it_allows(tmp_path: Path, name: str, wanted: str) -> None:
-    write_companions(tmp_path, facts(name=name))
+    written(tmp_path, name=name)
     for file in ("README.md", "Modelfile"):
         assert f"ollama create {wanted} -f Modelfile" in (tmp_path / file).read_text()

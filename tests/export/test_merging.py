@@ -14,6 +14,7 @@ from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export import merging
 from tinyagent_fast.export.checkpoints import open_checkpoint, read_rows
 from tinyagent_fast.export.merging import merge_adapter, read_adapter, write_tokenizer
+from tinyagent_fast.prompts.templates import render_prompt
 
 
 @pytest.fixture(scope="module")
@@ -161,15 +162,19 @@ def test_the_merged_folder_loads_in_plain_transformers_with_its_tokenizer_and_te
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tinyagent_fast.prompts.tokenizers import load_tokenizer
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     merge_adapter(tiny_base, adapter, tmp_path / "merged")
-    tokenizer = load_tokenizer(tiny_base)
-    template = "{{ bos_token }}{{ messages[0]['content'] }}"
-    write_tokenizer(tiny_base, tokenizer, tmp_path / "merged", template, 2, 0)
+    tokenizer = PromptTokenizer(load_tokenizer(tiny_base))
+    write_tokenizer(tiny_base, tokenizer, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
     loaded = AutoTokenizer.from_pretrained(str(tmp_path / "merged"))
-    messages = [{"role": "user", "content": "1. join()"}]
-    ids = loaded.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert ids == [tokenizer.bos_token_id, *tokenizer.encode("1. join()", add_special_tokens=False)]
+    ids = loaded.apply_chat_template(
+        [{"role": "user", "content": "who?"}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert ids == tokenizer.encode_prompt(render_prompt(None, "who?", "alpaca"))
     assert model.generation_config.eos_token_id == 2
-    assert tokenizer.chat_template is None
+    assert tokenizer.hf.chat_template is None

@@ -17,7 +17,7 @@ from tinyagent_fast.errors import GateError
 from tinyagent_fast.export import pipeline, proof
 from tinyagent_fast.export.checkpoints import open_checkpoint
 from tinyagent_fast.export.pipeline import run_export
-from tinyagent_fast.export.preparation import Export, prepare_export, resolve_model_folder
+from tinyagent_fast.export.preparation import Export, prepare_export
 from tinyagent_fast.export.record import ExportRecord
 from tinyagent_fast.export.settings import ExportSettings, QuantSpec
 from tinyagent_fast.runs import Run
@@ -58,11 +58,9 @@ def prepared(run: Run, quiet: Any, **flags: Any) -> Export:
     )
     return prepare_export(
         run,
-        replace(config, eval=replace(config.eval, sample=4, max_new_tokens=24)),
+        replace(config, eval=replace(config.eval, max_new_tokens=24)),
         settings,
-        resolve_model_folder(config.model.base),
         run.adapter,
-        None,
         Display(quiet),
     )
 

@@ -72,12 +72,8 @@ def chat_template(prompt_format: PromptFormat, base_template: str | None, *, bos
     Args:
         prompt_format: `alpaca`, `flat`, or `chat` for the base model's own template.
         base_template: The base model's template; needed for `chat` only.
-        bos: Whether the template writes BOS itself. True for a Hugging Face folder, whose readers
-            add none to a rendered chat; false for a GGUF, where the tokenizer adds it.
-
-    Returns:
-        The template. That of `chat` is the base's own; if `bos` is true and
-        it does not begin with BOS, it is wrapped so that its text does, exactly once.
+        bos: Whether the template writes BOS itself, exactly once. True for a Hugging Face folder,
+            whose readers add none to a rendered chat; False for a GGUF, where the tokenizer does.
 
     Raises:
         ModelError: The format is `chat` and the base has no template.

@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.export.gates import Gate
 from tinyagent_fast.export.settings import QUANT_NAMES
 from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, plan_grammar
+from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
 from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
 from tinyagent_fast.runs import Run, write_text
@@ -28,75 +28,85 @@ from tinyagent_fast.runs import Run, write_text
 CARD = "MODEL_CARD.md"
 """Publishing sends it along as the repository's README."""
 
+MERGED = "merged"
+"""The folder of the merged model in an export's folder."""
+
+_CONTEXT_TOKENS = 8192
+_PORT = 50002
 _EXCERPT_CHARS = 300
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompanionFacts:
-    """What the companions of one export say."""
-
-    name: str
-    """Name under which servers offer the model."""
-    gguf_files: Sequence[str]
-    """Relative to the export's folder."""
-    recommended_gguf: str
-    prompt_format: PromptFormat
-    stop: str
-    """The text after which a plan is complete."""
-    context_tokens: int = 8192
-    port: int = 50002
-    tokenizer_folder: str
-    """Relative to the export's folder."""
-    tools: Mapping[str, Tool] | None
-    """Tools of the grammar; None stands for TinyAgent's own."""
-    example_prompt: str
-    """One rendered prompt, without BOS."""
-
-
-def write_companions(folder: Path, facts: CompanionFacts) -> list[Path]:
+def write_companions(
+    folder: Path,
+    *,
+    name: str,
+    gguf_files: Sequence[str],
+    recommended_gguf: str,
+    prompt_format: PromptFormat,
+    tools: Mapping[str, Tool] | None,
+    example_prompt: str,
+) -> list[Path]:
     """Write what other programs need to serve the model as it was trained.
 
     Args:
-        folder: The export's folder.
-        facts: What they say.
+        folder: The export's folder, to which all paths are relative.
+        name: Name under which servers offer the model.
+        gguf_files: All of them.
+        recommended_gguf: The one to serve.
+        prompt_format: Of the run.
+        tools: Tools of the grammar; None stands for TinyAgent's own.
+        example_prompt: One rendered prompt, without BOS.
 
     Returns:
         The files. There is no Modelfile for the `chat` format: Ollama has templates of another
         language, and the base's own cannot be translated.
     """
-    plain = facts.prompt_format != "chat"
+    plain = prompt_format != "chat"
     context = {
-        **vars(facts),
-        "both": render_prompt("{system}", "{user}", facts.prompt_format) if plain else None,
-        "alone": render_prompt(None, "{user}", facts.prompt_format) if plain else None,
-        "ollama_template": go_template(facts.prompt_format) if plain else None,
+        "name": name,
+        "gguf_files": gguf_files,
+        "recommended_gguf": recommended_gguf,
+        "prompt_format": prompt_format,
+        "example_prompt": example_prompt,
+        "stop": END_OF_PLAN,
+        "context_tokens": _CONTEXT_TOKENS,
+        "port": _PORT,
+        "tokenizer_folder": MERGED,
+        "both": render_prompt("{system}", "{user}", prompt_format) if plain else None,
+        "alone": render_prompt(None, "{user}", prompt_format) if plain else None,
+        "ollama_template": go_template(prompt_format) if plain else None,
         # Ollama allows nothing else in a name.
-        "ollama_name": re.sub(r"[^A-Za-z0-9_.-]+", "-", facts.name).strip("-._") or "planner",
+        "ollama_name": re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "planner",
         "excerpt_chars": _EXCERPT_CHARS,
         "max_text_units": MAX_TEXT_UNITS,
+    }
+    # The TinyAgent app takes the length of each value, so all are texts.
+    # Source: src/tiny_agent/config.py of github.com/SqueezeAILab/TinyAgent.
+    app_keys = {
+        "provider": "local",
+        "localModelName": name,
+        "localPort": str(_PORT),
+        "localCtxLen": str(_CONTEXT_TOKENS),
+        "localTokenizerNameOrPath": str((folder / MERGED).resolve()),
     }
     texts = {
         "README.md": _render("README.md", context),
         "llama-server.sh": _render("llama-server.sh", context),
-        "plan.gbnf": plan_grammar(TINYAGENT if facts.tools is None else facts.tools),
-        "Configuration.json": json.dumps(_app_keys(folder, facts), indent=2) + "\n",
+        "plan.gbnf": plan_grammar(TINYAGENT if tools is None else tools),
+        "Configuration.json": json.dumps(app_keys, indent=2) + "\n",
     }
     if plain:
         texts["Modelfile"] = _render("Modelfile", context)
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    for file, text in texts.items():
+        write_text(folder / file, text)
     (folder / "llama-server.sh").chmod(0o755)
-    return [folder / name for name in texts]
+    return [folder / file for file in texts]
 
 
 def go_template(prompt_format: PromptFormat) -> str:
     """Write the prompt format in the template language of Ollama.
 
-    Args:
-        prompt_format: `alpaca` or `flat`.
-
-    Returns:
-        A Go template. Ollama cannot tell an empty system text from none.
+    Ollama cannot tell an empty system text from none.
 
     Source: template/template.go of github.com/ollama/ollama (the variables, and that a request's
         system text is an empty string when there is none).
@@ -106,29 +116,8 @@ def go_template(prompt_format: PromptFormat) -> str:
     return f"{{{{ if .System }}}}{both}{{{{ else }}}}{alone}{{{{ end }}}}{{{{ .Response }}}}"
 
 
-def _app_keys(folder: Path, facts: CompanionFacts) -> dict[str, str]:
-    """Name the TinyAgent app's keys; it takes the length of each value, so all are texts.
-
-    Source: src/tiny_agent/config.py of github.com/SqueezeAILab/TinyAgent.
-    """
-    return {
-        "provider": "local",
-        "localModelName": facts.name,
-        "localPort": str(facts.port),
-        "localCtxLen": str(facts.context_tokens),
-        "localTokenizerNameOrPath": str((folder / facts.tokenizer_folder).resolve()),
-    }
-
-
 def export_report(content: Mapping[str, Any]) -> str:
-    """Write what was made, what it is worth, and every gate with its figures.
-
-    Args:
-        content: What export.json holds.
-
-    Returns:
-        Markdown.
-    """
+    """Write in Markdown what export.json holds: what was made, what it is worth, and every gate."""
     gates = [Gate(**gate) for gate in content["gates"]]
     success = content.get("success_on_validation", {})
     return _render("report.md", {**content, "gates": gates, "success_on_validation": success})
@@ -141,9 +130,6 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
         run: The run; its evaluations are quoted.
         config: Its config.
         content: What export.json holds.
-
-    Returns:
-        Markdown with the hub's YAML header.
     """
     base = str(content["base"])
     on_hub = "/" in base and not base.startswith((".", "/"))

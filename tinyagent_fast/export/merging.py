@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinyagent_fast.errors import GateError, ModelError
+from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.checkpoints import (
     VALUE_BYTES,
     Checkpoint,
@@ -31,6 +32,7 @@ from tinyagent_fast.export.checkpoints import (
     stored_tensors,
     write_safetensors,
 )
+from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import write_json, write_text
 
 _DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -258,27 +260,24 @@ def _write_configs(base: Path, target: Path, dtype: str) -> None:
         write_json(target / index.name, content)
 
 
-def write_tokenizer(
-    base: Path, tokenizer: Any, target: Path, chat_template: str, eos_id: int, pad_id: int
-) -> None:
+def write_tokenizer(base: Path, tokenizer: PromptTokenizer, target: Path) -> None:
     """Put tokenizer, chat template and generation config beside merged weights.
 
     Args:
         base: Folder of the base; its tokenizer.model, if any, is copied for other converters.
-        tokenizer: The transformers tokenizer of the run.
+        tokenizer: Of the run.
         target: The merged folder.
-        chat_template: Jinja with `bos_token` in it, as transformers and vLLM need it.
-        eos_id: Token that ends a completion.
-        pad_id: Token that fills batches up.
     """
-    tokenizer.save_pretrained(str(target))
-    write_text(target / "chat_template.jinja", chat_template)
+    hf = tokenizer.hf
+    hf.save_pretrained(str(target))
+    template = chat_template(tokenizer.prompt_format, hf.chat_template, bos=True)
+    write_text(target / "chat_template.jinja", template)
     if (base / "tokenizer.model").exists():
         shutil.copyfile(base / "tokenizer.model", target / "tokenizer.model")
     generation = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
     }
     write_json(target / "generation_config.json", generation)

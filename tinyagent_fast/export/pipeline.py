@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.companions import (
     CARD,
-    CompanionFacts,
+    MERGED,
     export_report,
     model_card,
     write_companions,
@@ -26,9 +26,9 @@ from tinyagent_fast.export.importance import (
     save_importance,
 )
 from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
-from tinyagent_fast.export.preparation import MERGED, Export
+from tinyagent_fast.export.preparation import Export
 from tinyagent_fast.export.proof import encode, prove, reference_model
-from tinyagent_fast.export.record import Artefact, key_of, sha256_of
+from tinyagent_fast.export.record import Artefact, Kind, Work, key_of, sha256_of
 from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
@@ -39,13 +39,7 @@ IMPORTANCE = "importance.gguf"
 
 
 def run_export(export: Export) -> Path:
-    """Make all files, then prove them.
-
-    Args:
-        export: From `prepare_export`.
-
-    Returns:
-        The export's folder.
+    """Make all files, then prove them; give the export's folder.
 
     Raises:
         GateError: A gate failed; the files stay, and export.json says which.
@@ -61,14 +55,10 @@ def run_export(export: Export) -> Path:
     merged = _make_merged(export, identity)
     gates: list[Gate] = []
     with tempfile.TemporaryDirectory(prefix=".work-", dir=export.folder) as work:
-        f16 = _make_files(export, merged, Path(work))
-        if settings.gates == "on":
-            f32 = Path(work) / "f32.gguf"
-            if f16 is not None:
-                convert(export, f32, QuantSpec("f32", "f32", False))
-            for gate in prove(export, f32, f16):
-                export.display.say(gate.sentence())
-                gates.append(gate)
+        f32, f16 = _make_files(export, merged, Path(work)) if export.specs else (None, None)
+        for gate in prove(export, f32, f16) if settings.gates == "on" else ():
+            export.display.say(gate.sentence())
+            gates.append(gate)
     _finish(export, gates, time.perf_counter() - started)
     failed = [gate for gate in gates if not gate.passed]
     if failed:
@@ -94,13 +84,7 @@ def _identity(export: Export) -> dict[str, Any]:
     }
 
 
-def _make(
-    export: Export,
-    path: str,
-    kind: Literal["merged", "gguf", "importance"],
-    depends: Sequence[object],
-    work: Callable[[Path], tuple[str, Mapping[str, Any]]],
-) -> Artefact:
+def _make(export: Export, path: str, kind: Kind, depends: Sequence[object], work: Work) -> Artefact:
     """Make an artefact or keep it, and say which."""
     artefact, was_there = export.record.make(path, kind, key_of(depends), work)
     how = "was there, whole: kept" if was_there else f"{artefact.seconds:.1f} s"
@@ -109,40 +93,34 @@ def _make(
 
 
 def _make_merged(export: Export, identity: Mapping[str, Any]) -> Artefact:
+    dtype = export.settings.merged_dtype
+
     def work(path: Path) -> tuple[str, Mapping[str, Any]]:
         with export.display.bar("merging, then reading it back", "bytes") as update:
             report = merge_adapter(
-                export.base,
-                export.adapter,
-                path,
-                dtype=export.settings.merged_dtype,
-                on_progress=update,
+                export.base, export.adapter, path, dtype=dtype, on_progress=update
             )
-        tokenizer = export.tokenizer
-        template = chat_template(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=True)
-        write_tokenizer(
-            export.base, tokenizer.hf, path, template, tokenizer.eos_id, tokenizer.pad_id
-        )
+        write_tokenizer(export.base, export.tokenizer, path)
         return report.dtype, asdict(report)
 
-    return _make(export, MERGED, "merged", [identity, export.settings.merged_dtype], work)
+    return _make(export, MERGED, "merged", [identity, dtype], work)
 
 
-def _make_files(export: Export, merged: Artefact, work: Path) -> Path | None:
-    """Make the GGUF files; give the f16 one, which the gates need and which may be temporary."""
-    if not export.specs:
-        return None
+def _make_files(export: Export, merged: Artefact, work: Path) -> tuple[Path, Path]:
+    """Make the GGUF files; give an f32 and an f16 one for the gates, where need be temporary."""
     importance = None
     if any(spec.importance for spec in export.specs):
         importance = _make_importance(export, merged)
-    f16 = work / "f16.gguf"
+    f32, f16 = work / "f32.gguf", work / "f16.gguf"
     for spec in export.specs:
         artefact = _make_gguf(export, spec, merged, importance if spec.importance else None)
         if spec.quant == "f16":
             f16 = export.folder / artefact.path
-    if not f16.exists() and export.settings.gates == "on":
-        convert(export, f16, QuantSpec("f16", "f16", False))
-    return f16
+    if export.settings.gates == "on":
+        convert(export, f32, QuantSpec("f32", "f32", False))
+        if not f16.exists():
+            convert(export, f16, QuantSpec("f16", "f16", False))
+    return f32, f16
 
 
 def _make_importance(export: Export, merged: Artefact) -> Artefact:
@@ -176,16 +154,7 @@ def _make_gguf(
 
 
 def convert(export: Export, path: Path, spec: QuantSpec) -> ConversionReport:
-    """Convert the merged folder to one GGUF file.
-
-    Args:
-        export: The export, merged, with its importance matrix if the file needs it.
-        path: The file.
-        spec: What it is.
-
-    Returns:
-        What was written.
-    """
+    """Convert the merged folder to one GGUF file, with its importance matrix if it needs it."""
     tokenizer = export.tokenizer
     template = chat_template(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False)
     with export.display.bar(f"converting to {spec.name}", "bytes") as update:
@@ -208,26 +177,23 @@ def convert(export: Export, path: Path, spec: QuantSpec) -> ConversionReport:
 
 def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
     """Write companions and report, and close the record."""
-    record, display = export.record, export.display
-    tokenizer = export.tokenizer
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
-    example = export.validation[0] if len(export.validation) else export.training[0]
+    record, tokenizer = export.record, export.tokenizer
+    example = (export.validation or export.training)[0]
     files = [a.path for a in record.artefacts if a.kind == "gguf"]
     if files:
-        facts = CompanionFacts(
+        written = write_companions(
+            export.folder,
             name=export.stem,
             gguf_files=files,
             recommended_gguf=_recommended(record.artefacts, gates),
             prompt_format=tokenizer.prompt_format,
-            stop=END_OF_PLAN,
-            tokenizer_folder=MERGED,
             tools=export.tools,
             example_prompt=render_prompt(
-                example.system, example.user, tokenizer.prompt_format, chat
+                example.system, example.user, tokenizer.prompt_format, tokenizer.chat
             ),
         )
-        for path in write_companions(export.folder, facts):
-            display.say(f"{path.name}: written")
+        for path in written:
+            export.display.say(f"{path.name}: written")
     record.update(
         gates=[vars(gate) for gate in gates],
         passed=all(gate.passed for gate in gates) if gates else None,

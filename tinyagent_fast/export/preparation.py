@@ -4,48 +4,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyagent_fast.config import Config
+from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
+from tinyagent_fast.export.companions import MERGED
 from tinyagent_fast.export.record import ExportRecord
-from tinyagent_fast.export.settings import (
-    BITS_PER_WEIGHT,
-    FEWEST_BITS,
-    ExportSettings,
-    QuantSpec,
-    quant_specs,
-)
+from tinyagent_fast.export.settings import ExportSettings, QuantSpec, quant_specs
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.tokenizers import hub_folder, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training.inputs import load_run_examples
 
-MERGED = "merged"
 _GIB = 2**30
-
-
-def resolve_model_folder(base: str, revision: str | None = None) -> Path:
-    """Find the folder with a base model's weights: local, in the hub's cache, or downloaded.
-
-    Args:
-        base: A local folder, or a model's name on the hub.
-        revision: Revision on the hub.
-
-    Returns:
-        A local folder.
-
-    Raises:
-        ModelError: There is no such folder and the hub does not give the files.
-    """
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
-    # Training has put it into the cache, so an export needs no network.
-    return hub_folder("base model", base, revision, patterns, cached_first=True)
+_BITS_PER_WEIGHT = {
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9,
+}  # fmt: skip
+"""Of whole files, for estimates of their size."""
+_BASE_FILES = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +48,7 @@ class Export:
     training: Sequence[Example]
     """Plans from which the importance matrix is measured."""
     tools: Mapping[str, Tool] | None
+    """Tools that plans may call; None stands for TinyAgent's own."""
     record: ExportRecord
     display: Display
 
@@ -80,45 +63,28 @@ class Export:
         return self.folder / MERGED
 
     def gguf_path(self, spec: QuantSpec) -> str:
-        """Name a GGUF file, relative to the folder.
-
-        Args:
-            spec: What it is.
-        """
+        """Name a GGUF file, relative to the folder."""
         return f"gguf/{self.stem}-{spec.name}.gguf"
 
 
 def prepare_export(
-    run: Run,
-    config: Config,
-    settings: ExportSettings,
-    base: Path,
-    adapter: Path,
-    tools: Mapping[str, Tool] | None,
-    display: Display,
+    run: Run, config: Config, settings: ExportSettings, adapter: Path, display: Display
 ) -> Export:
-    """Read what an export needs and refuse what cannot end well.
-
-    Args:
-        run: The run.
-        config: Its config; eval.sample says how many validation plans there are for the gates.
-        settings: The flags.
-        base: Local folder of the base model.
-        adapter: Folder of the adapter.
-        tools: Tools that plans may call; none stands for TinyAgent's own.
-        display: Where progress is shown.
-
-    Returns:
-        The export, with its folder made.
+    """Read what an export needs, make its folder, and refuse what cannot end well.
 
     Raises:
         UserError: Flags, files, disk or memory do not allow it.
     """
-    specs = quant_specs(settings)
+    config = replace(config, eval=replace(config.eval, sample=settings.quant_prompts))
+    # Training has put the base into the cache, so an export needs no network.
+    base = hub_folder(
+        "base model", run.base_of(config), config.model.revision, _BASE_FILES, cached_first=True
+    )
     folder = settings.out or run.path / "export"
     folder.mkdir(parents=True, exist_ok=True)
     with display.bar("reading data"):
         examples = load_run_examples(config)
+    rows = min(settings.importance_rows, len(examples.train))
     export = Export(
         run=run,
         config=config,
@@ -126,11 +92,11 @@ def prepare_export(
         base=base,
         adapter=adapter,
         stem=settings.name or run.path.name,
-        specs=specs,
+        specs=quant_specs(settings),
         tokenizer=PromptTokenizer(load_tokenizer(base), config.model.prompt_format),
         validation=examples.validation,
-        training=_spread(examples.train, settings.importance_rows),
-        tools=tools,
+        training=[examples.train[k * len(examples.train) // rows] for k in range(rows)],
+        tools=plan_tools(config.data.catalogue),
         record=ExportRecord(folder),
         display=display,
     )
@@ -174,13 +140,7 @@ def refuse_full_disk(folder: Path, needed_bytes: Mapping[str, int]) -> str:
 
 
 def refuse_small_memory(needed_bytes: int) -> str:
-    """Compare what the gates need in memory with what is available, before any work.
-
-    Args:
-        needed_bytes: Their peak.
-
-    Returns:
-        One line that says needed and available.
+    """Compare the gates' peak of memory with what is available, and say both in a line.
 
     Raises:
         ModelError: Too little is available.
@@ -198,11 +158,6 @@ def refuse_small_memory(needed_bytes: int) -> str:
     return line
 
 
-def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    count = min(count, len(examples))
-    return [examples[k * len(examples) // count] for k in range(count)]
-
-
 def _values(checkpoint: Checkpoint) -> int:
     return sum(tensor.values for tensor in checkpoint.tensors.values())
 
@@ -210,15 +165,14 @@ def _values(checkpoint: Checkpoint) -> int:
 def _needed_bytes(export: Export, checkpoint: Checkpoint) -> dict[str, int]:
     """Estimate the size of every artefact that is not there yet."""
     values, dtype = _values(checkpoint), export.settings.merged_dtype.upper()
-    merged = sum(
-        tensor.values * VALUE_BYTES[tensor.dtype if dtype == "BASE" else dtype]
-        for tensor in checkpoint.tensors.values()
-    )
-    sizes = {MERGED: merged}
-    for spec in export.specs:
-        sizes[export.gguf_path(spec)] = int(
-            values * BITS_PER_WEIGHT.get(spec.quant, FEWEST_BITS) / 8
+    sizes = {
+        MERGED: sum(
+            tensor.values * VALUE_BYTES[tensor.dtype if dtype == "BASE" else dtype]
+            for tensor in checkpoint.tensors.values()
         )
+    }
+    for spec in export.specs:
+        sizes[export.gguf_path(spec)] = int(values * _BITS_PER_WEIGHT[spec.quant] / 8)
     needed = {
         path: 0 if (export.folder / path).exists() and not export.settings.fresh else size
         for path, size in sizes.items()

@@ -43,20 +43,20 @@ _NextLogprobs = Callable[[Sequence[int]], NDArray[np.float32]]
 """Gives the log-probabilities of all tokens after some ids."""
 
 
-def prove(export: Export, f32: Path, f16: Path | None) -> Iterator[Gate]:
+def prove(export: Export, f32: Path | None, f16: Path | None) -> Iterator[Gate]:
     """Run all gates, in the order in which mistakes can arise.
 
     Args:
         export: The export, with its files made.
-        f32: The f32 file that is made for its gate only.
-        f16: The f16 file; None if no GGUF was asked for.
+        f32: A file that is made for its gate only; None if no GGUF was asked for.
+        f16: The f16 file; None likewise.
 
     Yields:
         Every gate, passed or not.
     """
     made, witness = merged_gates(export)
     yield from made
-    if f16 is not None:
+    if f32 is not None and f16 is not None:
         yield f32_gate(export, f32, witness)
         yield from file_gates(export, f16, witness)
         yield from quant_gates(export, f16, witness)

@@ -15,16 +15,10 @@ from tinyagent_fast.export.companions import CARD
 _COMPANIONS = ("Modelfile", "llama-server.sh", "plan.gbnf", "export.json", "report.md")
 
 
-def files_to_publish(folder: Path, content: Mapping[str, Any]) -> dict[str, Path]:
-    """List what goes out: the card, the merged folder at the top, GGUF files, companions.
+def _files_to_publish(folder: Path, content: Mapping[str, Any]) -> dict[str, Path]:
+    """List what goes out, by place: card, merged folder at the top, GGUF files, companions.
 
-    Args:
-        folder: The export's folder.
-        content: What export.json holds.
-
-    Returns:
-        Files by their place in the repository; the app's Configuration.json stays, because it
-        holds a path of this machine.
+    The app's Configuration.json stays, because it holds a path of this machine.
     """
     places = {"README.md": folder / CARD, "SERVING.md": folder / "README.md"}
     places |= {name: folder / name for name in _COMPANIONS}
@@ -68,7 +62,7 @@ def publish(
             "it is no owner/name",
             "for example: --push-to-hub me/sid",
         )
-    files = files_to_publish(folder, content)
+    files = _files_to_publish(folder, content)
     sizes = {place: path.stat().st_size for place, path in files.items()}
     for place, size in sizes.items():
         say(f"  {size / 2**20:10,.1f} MiB  {place}")

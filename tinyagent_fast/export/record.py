@@ -17,6 +17,10 @@ from typing import Any, Literal
 
 from tinyagent_fast.runs import write_json
 
+Kind = Literal["merged", "gguf", "importance"]
+Work = Callable[[Path], tuple[str, Mapping[str, Any]]]
+"""Makes an artefact at a path; gives its `quant` and details."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
@@ -24,7 +28,7 @@ class Artefact:
 
     path: str
     """Relative to the export's folder."""
-    kind: Literal["merged", "gguf", "importance"]
+    kind: Kind
     quant: str
     """`f16`, `q4_k_m` and so on; the dtypes of a merged folder."""
     sha256: str
@@ -39,11 +43,7 @@ class ExportRecord:
     """The record of one export folder, written after every artefact and every gate."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there.
-
-        Args:
-            folder: The export's folder; export.json may be absent.
-        """
+        """Read what is in the export's folder; export.json may be absent."""
         self.folder = folder
         self.path = folder / "export.json"
         self.content: dict[str, Any] = {"artefacts": [], "gates": [], "passed": None}
@@ -56,28 +56,18 @@ class ExportRecord:
         return [Artefact(**item) for item in self.content["artefacts"]]
 
     def update(self, **facts: Any) -> None:
-        """Set top-level facts and write the file.
-
-        Args:
-            facts: Plain values by name.
-        """
+        """Set top-level facts, which are plain values, and write the file."""
         self.content.update(facts)
         write_json(self.path, self.content)
 
-    def make(
-        self,
-        path: str,
-        kind: Literal["merged", "gguf", "importance"],
-        made_from: str,
-        work: Callable[[Path], tuple[str, Mapping[str, Any]]],
-    ) -> tuple[Artefact, bool]:
+    def make(self, path: str, kind: Kind, made_from: str, work: Work) -> tuple[Artefact, bool]:
         """Keep an artefact, or make it under a temporary name.
 
         Args:
             path: Of the file or folder, relative to the export's folder.
             kind: Of artefact.
             made_from: Hash of what it depends on.
-            work: Makes it at the path given; returns its `quant` and details.
+            work: Makes it.
 
         Returns:
             The artefact, and whether it was there, whole and made from the same things.
@@ -111,14 +101,7 @@ class ExportRecord:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash a file, or a folder by the names and contents of its files.
-
-    Args:
-        path: File or folder.
-
-    Returns:
-        Hex digits.
-    """
+    """Hash a file, or a folder by the names and contents of its files."""
     digest = hashlib.sha256()
     for file in _files(path):
         if path.is_dir():
@@ -130,14 +113,7 @@ def sha256_of(path: Path) -> str:
 
 
 def key_of(parts: Iterable[object]) -> str:
-    """Name what something depends on.
-
-    Args:
-        parts: Plain values.
-
-    Returns:
-        The first 20 hex digits of their sha256.
-    """
+    """Name plain values that something depends on by 20 hex digits of their sha256."""
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:20]
 
 

@@ -10,9 +10,6 @@ from tinyagent_fast.errors import ConfigError
 
 QUANT_NAMES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 IMATRIX = "-imatrix"
-BITS_PER_WEIGHT = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7}
-"""Of whole files, for estimates of their size; what is not listed takes `FEWEST_BITS`."""
-FEWEST_BITS = 4.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +64,7 @@ class QuantSpec:
 
 
 def quant_specs(settings: ExportSettings) -> list[QuantSpec]:
-    """Read the list of GGUF files.
-
-    Args:
-        settings: Its `to` and `quant`.
-
-    Returns:
-        One entry a file, f16 first where it is asked for; none without `gguf`.
+    """Read the list of GGUF files: f16 first where it is asked for, no file without `gguf`.
 
     Raises:
         ConfigError: A name is unknown or occurs twice, or nothing would be made.
@@ -102,13 +93,10 @@ def quant_specs(settings: ExportSettings) -> list[QuantSpec]:
 
 
 def check_settings(settings: ExportSettings) -> None:
-    """Refuse numbers that make no sense.
-
-    Args:
-        settings: The flags.
+    """Refuse flags that make no sense.
 
     Raises:
-        ConfigError: Lists every problem.
+        ConfigError: Lists every problem with a number; or nothing would be made.
     """
     counts = {
         "gate-prompts": settings.gate_prompts,
@@ -136,6 +124,7 @@ def check_settings(settings: ExportSettings) -> None:
         raise ConfigError(
             f"{len(problems)} flag(s) cannot be used", "\n       ".join(problems), "correct them"
         )
+    quant_specs(settings)
 
 
 def _unknown(flag: str, words: list[str], known: tuple[str, ...]) -> ConfigError:
