@@ -99,10 +99,14 @@ def test_all_exported_files_are_evaluated_and_compared_with_f16(
     assert (first["name"], first["comparison"]) == ("tiny-f16.gguf", None)
     assert second["comparison"]["n"] == 3
     assert second["size_bytes"] > 1.5 * first["size_bytes"]
+    said = "all 3 prompts have the token ids of training"
     for stem in ("tiny-f16", "tiny-f32"):
         folder = exported.path / f"eval-gguf-{stem}"
         assert len(PredictionFile(folder).read()) == 3
-        assert (folder / "metrics.json").exists()
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["generation"]["notes"] == [said]
+        made_with = json.loads((folder / "made_with.json").read_text(encoding="utf-8"))
+        assert made_with["engine"] == "llama.cpp"
         assert (folder / "report.md").exists()
     written = (exported.path / "eval-gguf.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
@@ -111,7 +115,7 @@ def test_all_exported_files_are_evaluated_and_compared_with_f16(
     assert f16[4:7] == ["reference", "", ""]
     assert f32[4].startswith("+0.0 (")
     assert f32[6] == f"{second['comparison']['identical_texts']} of 3"
-    assert "all 3 prompts have the token ids of training" in printed
+    assert said in printed
     assert "adds the adapter to the table" in printed
 
 

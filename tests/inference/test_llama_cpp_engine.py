@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,7 @@ from typing import Any
 import pytest
 from torch_runs import load_plainly
 
-from tinyagent_fast.config import EvalConfig
-from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.evaluation.running import evaluate_examples
 from tinyagent_fast.inference.engine import Engine, Prompt
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
 from tinyagent_fast.inference.parity import compare_batches
@@ -25,27 +20,15 @@ from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 
-SETTINGS = EvalConfig(batch=3, max_new_tokens=8, parity_prompts=2)
 ASKED: dict[str, Any] = {"max_new_tokens": 8, "stop": END_OF_PLAN}
 
 
-def make_examples(count: int, query: str = "open note") -> list[Example]:
+def make_prompts(count: int) -> list[Prompt]:
+    systems = (" other tools:\n1. open_note", "tools")
     return [
-        Example(
-            key=f"k{at}/0",
-            entry_key=f"k{at}",
-            kind="plan",
-            query=f"{query} {at}",
-            system="tools" if at % 2 else " other tools:\n1. open_note",
-            user=f"Question: {query}" + " please" * at,
-            output='1. open_note("n", "")\n2. join()',
-        )
+        Prompt(system=systems[at % 2], user="Question: open note" + " please" * at)
         for at in range(count)
     ]
-
-
-def make_prompts(count: int) -> list[Prompt]:
-    return [Prompt(system=e.system, user=e.user) for e in make_examples(count)]
 
 
 def by_index(engine: Engine, prompts: Sequence[Prompt], batch: int) -> dict[int, Any]:
@@ -207,20 +190,3 @@ def test_completions_depend_on_the_files_content_and_not_on_its_name(
     with copy.open("ab") as stream:
         stream.write(b"\0")
     assert identity_of(copy) != identity_of(original)
-
-
-def test_an_evaluation_of_a_file_is_resumed_scored_and_says_what_it_saw(
-    engine: LlamaCppEngine, tmp_path: Path
-) -> None:
-    examples, lines = make_examples(5), list[str]()
-    evaluate_examples(engine, examples[:2], SETTINGS, tmp_path, made_with={})
-    result = evaluate_examples(engine, examples, SETTINGS, tmp_path, made_with={}, say=lines.append)
-    assert (result.reused, result.metrics.n) == (2, 5)
-    assert [p.key for p in result.predictions] == [e.key for e in examples]
-    assert "all 3 prompts have the token ids of training" in lines
-    assert any(line.startswith("batch 3 = batch 1 on 2") for line in lines)
-    written = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert written["generation"]["notes"] == ["all 3 prompts have the token ids of training"]
-    made_with = json.loads((tmp_path / "made_with.json").read_text(encoding="utf-8"))
-    assert made_with["engine"] == "llama.cpp"
-    assert len(PredictionFile(tmp_path).read()) == 5
