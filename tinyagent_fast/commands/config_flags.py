@@ -50,12 +50,13 @@ def resolve_config(
             "a resumed run has its config already",
             "leave them out",
         )
-    if "-h" in rest or "--help" in rest:
-        default_preset = _cpu
+    # Help comes at once, without a look at the machine.
+    asks_help = "-h" in rest or "--help" in rest
+    default: Callable[[], str] = (lambda: "cpu") if asks_help else default_preset
     if known.config is not None:
-        start = load_config(known.config, preset=named, default=default_preset)
+        start = load_config(known.config, preset=named, default=default)
     elif start is None:
-        start = preset_config(named or default_preset())
+        start = preset_config(named or default())
     config = tyro.cli(
         Config,
         default=start,
@@ -68,17 +69,9 @@ def resolve_config(
 
 
 def _description(more_flags: str) -> str:
-    presets = ", ".join(f"{name} ({_first_line(name)})" for name in PRESETS)
+    first_lines = {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()}
+    presets = ", ".join(f"{name} ({line.rstrip('.')})" for name, line in first_lines.items())
     return (
         "Flags override --config FILE, which overrides --preset NAME. "
         f"Presets: {presets}.{more_flags and ' '}{more_flags}"
     )
-
-
-def _cpu() -> str:
-    """Choose a preset without looking at the machine, for a help that comes at once."""
-    return "cpu"
-
-
-def _first_line(preset: str) -> str:
-    return (PRESETS[preset].__doc__ or "").splitlines()[0].rstrip(".")

@@ -386,7 +386,9 @@ def find_source(
     path = Path(source)
     if isinstance(source, str) and (runs / source / "config.yaml").exists():
         path = runs / source
-    own = Run(path.resolve()) if (path / "config.yaml").exists() else _run_around(path)
+    whole = path.resolve()
+    around = (Run(folder) for folder in (whole, *whole.parents[:4]))
+    own = next((run for run in around if run.config_path.exists()), None)
     if named and own and named.path != own.path:
         raise ConfigError(
             f"model {path} with run {run}",
@@ -396,7 +398,7 @@ def find_source(
     run_or_none = own or named
     if path.suffix == ".gguf":
         return PlannerSource("gguf", path, run_or_none)
-    if own and own.path == path.resolve():
+    if own and own.path == whole:
         return PlannerSource("adapter", own.find_adapter("best"), own)
     if (path / "adapter_config.json").exists():
         if run_or_none is None:
@@ -414,12 +416,6 @@ def find_source(
         "adapter_config.json (an adapter) or config.json (a merged model)",
         "name one of these",
     )
-
-
-def _run_around(path: Path) -> Run | None:
-    """Find the run whose folder a file or folder lies in."""
-    parents = path.resolve().parents[:4]
-    return next((Run(folder) for folder in parents if (folder / "config.yaml").exists()), None)
 
 
 def _shown(path: Path) -> str:
