@@ -22,7 +22,6 @@ class ScriptedWriter:
     `gate`, if given, lets each piece through.
     """
 
-    name = "scripted"
     compute_dtype = "float32"
 
     def __init__(self, answers: Mapping[str, Sequence[str]] | Sequence[str]) -> None:

@@ -220,7 +220,6 @@ def test_what_cannot_be_meant_is_refused(
 class Observed:
     """Stands in for all engines, and sees what each was given."""
 
-    name = "observed"
     compute_dtype = "float32"
 
     def __init__(self) -> None:

@@ -69,11 +69,9 @@ def engine(server: LlamaServer, loaded: LoadedModel) -> LlamaCppEngine:
 
 def test_both_engines_write_the_same_plans(engine: LlamaCppEngine, loaded: LoadedModel) -> None:
     prompts = make_prompts(6)
-    torch_engine = TorchEngine(loaded)
-    wanted = by_index(torch_engine, prompts, 3)
+    wanted = by_index(TorchEngine(loaded), prompts, 3)
     assert by_index(engine, prompts, 4) == wanted
     assert len({text for text, *_ in wanted.values()}) > 1
-    assert {engine.name, torch_engine.name} == {"llama.cpp", "transformers"}
     assert engine.compute_dtype == "float32"
 
 

@@ -17,8 +17,6 @@ from tinyagent_fast.plans.grammar import END_OF_PLAN
 class Writer:
     """An engine whose texts depend on the batch, and on nothing but the prompt otherwise."""
 
-    name = "stand-in"
-
     def __init__(self, text: Callable[[Prompt, int], str], compute_dtype: str = "float32") -> None:
         self.text = text
         self.compute_dtype = compute_dtype

@@ -42,11 +42,6 @@ class Engine(Protocol):
     """A model that completes prompts greedily."""
 
     @property
-    def name(self) -> str:
-        """What reports call it."""
-        ...
-
-    @property
     def compute_dtype(self) -> str:
         """What it computes in, such as `float32`; in 16 bits near-ties can fall either way."""
         ...

@@ -347,8 +347,6 @@ class LlamaServer:
 class LlamaCppEngine:
     """A GGUF file, asked with its own chat template, as when it is served."""
 
-    name = "llama.cpp"
-
     def __init__(self, server: LlamaServer, tokenizer: PromptTokenizer | None = None) -> None:
         """Use a running server; with the run's tokenizer, prompts are compared with training's."""
         self.server = server
@@ -363,7 +361,7 @@ class LlamaCppEngine:
         """Name the file by its content, and the llama.cpp that runs it."""
         settings = self.server.settings
         return {
-            "engine": self.name,
+            "engine": "llama.cpp",
             "xllamacpp": version("xllamacpp"),
             "model_sha256": sha256_of(settings.model),
             "cache_type": settings.cache_type,

@@ -104,11 +104,6 @@ class TorchEngine:
             torch.set_num_threads(threads)
 
     @property
-    def name(self) -> str:
-        """The backend that built the model."""
-        return self.loaded.backend
-
-    @property
     def compute_dtype(self) -> str:
         """What the model computes in."""
         return self.loaded.compute_dtype
@@ -119,14 +114,14 @@ class TorchEngine:
 
     def notes(self, prompts: Sequence[Prompt] = ()) -> list[str]:
         """Say which way the model runs; prompts are encoded as in training."""
-        reason = self.why_padded()
+        reason = self._why_padded()
         if reason is not None:
             without = ", without guesses from the prompt" if self.lookup_tokens else ""
             return [f"decoding: left padding: {reason}{without}"]
         guesses = f", {self.lookup_tokens} guesses a step" if self.lookup_tokens else ""
         return [f"decoding: shared prefix{guesses}"]
 
-    def why_padded(self) -> str | None:
+    def _why_padded(self) -> str | None:
         """Say why prefixes are not shared; None where they are."""
         if not self.shared_prefix:
             return "asked for"
@@ -176,7 +171,7 @@ class TorchEngine:
             )
             for index, prompt in enumerate(prompts)
         ]
-        if self.why_padded() is not None:
+        if self._why_padded() is not None:
             batches = self._padded(all_answers, batch)
         elif len(prompts) == 1:
             batches = self._single(all_answers[0])

@@ -22,8 +22,6 @@ _HANDED_OVER = 256
 class VllmEngine:
     """A merged model in vLLM; prompts go in as the token ids of training."""
 
-    name = "vllm"
-
     def __init__(self, folder: Path, tokenizer: PromptTokenizer, *, context_tokens: int) -> None:
         """Load the model.
 
@@ -70,7 +68,7 @@ class VllmEngine:
         """Name vLLM's version; the folder's hash is known to who exported it."""
         from importlib.metadata import version
 
-        return {"engine": self.name, "vllm": version("vllm")}
+        return {"engine": "vllm", "vllm": version("vllm")}
 
     def notes(self, prompts: Sequence[Prompt]) -> list[str]:
         """Say that batches are vLLM's own."""
