@@ -109,9 +109,6 @@ def bootstrap_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
         only_b: Examples that only the second planner gets right.
         n: All examples, at least one.
 
-    Returns:
-        The 95 % interval of the second's share less the first's.
-
     Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     draw = [only_a / n, (n - only_a - only_b) / n, only_b / n]

@@ -59,7 +59,7 @@ class PredictionFile:
             made_with: Adapter, data and settings.
 
         Returns:
-            The predictions that are there already, by key.
+            The predictions that are kept, by key.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.gather_parts()
@@ -84,13 +84,10 @@ class PredictionFile:
                 stream.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
 
     def read(self, *, repair: bool = False) -> list[Prediction]:
-        """Read all predictions.
+        """Read all predictions in file order.
 
         Args:
             repair: Cut off a last line that a stop has left half-written.
-
-        Returns:
-            The predictions in file order.
 
         Raises:
             DataError: The file is missing, or a line is no prediction.

@@ -71,16 +71,7 @@ class ReferenceScores:
 def reference_scores(
     label: str, prediction: str, known_tools: Collection[str] = TINYAGENT
 ) -> ReferenceScores:
-    """Score a prediction as the published metric does, and keep what goes wrong.
-
-    Args:
-        label: The plan that was wanted, as text.
-        prediction: The planner's output.
-        known_tools: Names of the tools; join is always known.
-
-    Returns:
-        Success, tool recall and the errors of the original.
-    """
+    """Score a prediction as the published metric does; join is always a known tool."""
     shapes: _Shapes = {}
     wanted, wanted_dag, label_error = _read(label, known_tools, shapes)
     found, found_dag, prediction_error = _read(prediction, known_tools, shapes)

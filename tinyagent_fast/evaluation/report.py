@@ -76,14 +76,7 @@ def markdown_report(
     plans: Sequence[ScoredPlan],
     tools: Mapping[str, Tool] | None,
 ) -> str:
-    """Write the figures and the first failing plans as Markdown.
-
-    Args:
-        title: Heading.
-        metrics: The figures.
-        plans: What they were computed from.
-        tools: Tools by name; None stands for TinyAgent's own.
-    """
+    """Write the figures of plans, and the first failing plans, as Markdown."""
     figures: list[tuple[Cell, ...]] = [
         ("success (the published metric)", metrics.success),
         ("success_dag (pure graph isomorphism)", metrics.success_dag),

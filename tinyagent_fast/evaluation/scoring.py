@@ -166,16 +166,13 @@ def score_pair(
     *,
     truncated: bool = False,
 ) -> PairScore:
-    """Score one prediction.
+    """Score one prediction; no text makes this raise.
 
     Args:
         label: The plan that was wanted, as text.
         prediction: The planner's output.
         tools: All tools of the dataset by name; None stands for TinyAgent's own.
         truncated: Whether the length limit ended the generation.
-
-    Returns:
-        The scores; no text makes this raise.
     """
     tools = TINYAGENT if tools is None else tools
     published = reference_scores(label, prediction, tools)

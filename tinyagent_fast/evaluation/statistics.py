@@ -15,18 +15,13 @@ from statistics import NormalDist
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """Bound a share by the 95 % Wilson score interval, which holds for few cases and near 0 and 1.
 
-    Args:
-        successes: Number of successes; a sum of scores between 0 and 1 may be given too (`Mean`).
-        n: Number of cases.
-
-    Returns:
-        Lower and upper bound; (0, 1) without any case.
+    A sum of scores between 0 and 1 may be given for the successes too (`Mean`). Without any case
+    the bounds are 0 and 1.
 
     Raises:
         ValueError: If the counts make no sense.
 
-    Source:
-        E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
+    Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
     """
     if n < 0 or not 0 <= successes <= max(n, 0):
         raise ValueError(f"no interval for {successes} of {n}")
@@ -53,19 +48,12 @@ def mcnemar_exact_p(only_a: int, only_b: int) -> float:
     Returns:
         The two-sided p-value of the exact (binomial) McNemar test; 1.0 if they never disagree.
 
-    Raises:
-        ValueError: If a count is negative.
-
-    Source:
-        Q. McNemar, Psychometrika 12 (1947), 153-157; exact form of the test.
+    Source: Q. McNemar, Psychometrika 12 (1947), 153-157; exact form of the test.
     """
     if only_a < 0 or only_b < 0:
         raise ValueError(f"counts cannot be negative: {only_a}, {only_b}")
     n, fewer = only_a + only_b, min(only_a, only_b)
-    tail, term = 0, 1
-    for k in range(fewer + 1):
-        tail += term
-        term = term * (n - k) // (k + 1)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
     return min(1.0, float(Fraction(2 * tail, 2**n)))
 
 

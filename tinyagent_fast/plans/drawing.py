@@ -45,11 +45,7 @@ _UNPRINTABLE = re.compile(
 def printable(value: object) -> str:
     r"""Write characters that steer a terminal, turn text round or fit in no file as escapes.
 
-    Args:
-        value: Any value; its `str` is taken.
-
-    Returns:
-        The text; line breaks and tabs stay, other control characters become `\x1b` and the like.
+    Line breaks and tabs stay, other control characters become `\x1b` and the like.
     """
 
     def escape(match: re.Match[str]) -> str:
@@ -280,9 +276,6 @@ def _columns(layers: Sequence[int], edges: set[Edge]) -> list[list[_Slot]]:
     Args:
         layers: Layer of each step.
         edges: The references.
-
-    Returns:
-        The slots of each layer.
     """
     columns: list[list[_Slot]] = [[] for _ in range(max(layers, default=-1) + 1)]
     for step, layer in enumerate(layers):
@@ -517,12 +510,7 @@ def mark_differences(
 ) -> tuple[PlanDrawing, PlanDrawing]:
     """Mark the steps and references of each plan that the other one lacks.
 
-    Args:
-        label: The plan that was wanted.
-        prediction: The plan that was predicted.
-
-    Returns:
-        Both with marks. If they are the same graph, nothing is marked; if not, something is.
+    If they are the same graph, nothing is marked; if not, something is.
     """
     if same_dag(_dag(label), _dag(prediction)):
         return label, prediction

@@ -115,12 +115,8 @@ def parse_plan(text: str) -> Plan:
 def read_plan(text: str) -> PlanReading:
     """Read as much of a plan as there is, and list every problem instead of stopping at one.
 
-    Args:
-        text: The output of a planner, or a label.
-
-    Returns:
-        The steps that could be read, in order, and the problems. A last line that begins like a
-        step and has no end is not a problem of its own when join is missing: the text was cut.
+    A last line that begins like a step and has no end is not a problem of its own when join is
+    missing: the text was cut.
     """
     if len(text) > MAX_PLAN_CHARS:
         return PlanReading((), (PlanError("too_long", f"{len(text):,} characters"),))
@@ -227,11 +223,8 @@ def _shown(text: str) -> str:
 def render_plan(plan: Plan) -> str:
     """Write a plan as text, without `END_OF_PLAN`, so that `parse_plan` reads the same plan.
 
-    Args:
-        plan: The plan; arguments are strings, numbers, bools, None, lists, tuples and dicts.
-
-    Returns:
-        One line per step and per thought, no line break at the end.
+    Arguments are strings, numbers, bools, None, lists, tuples and dicts. There is one line per
+    step and per thought, and no line break at the end.
 
     Raises:
         ValueError: If an argument has no literal form or a thought is not one trimmed line.
@@ -313,8 +306,7 @@ def parse_joiner(text: str) -> JoinerAnswer:
     `Finish(Replanning is done)` is one. Unlike the app, a missing action is told apart from
     Finish, and an action without parentheses has an empty message.
 
-    Source:
-        SqueezeAILab/TinyAgent, src/utils/plan_utils.py.
+    Source: SqueezeAILab/TinyAgent, src/utils/plan_utils.py.
     """
     thought, action, message = "", None, ""
     for line in text.split("\n"):
@@ -329,14 +321,7 @@ def parse_joiner(text: str) -> JoinerAnswer:
 
 
 def canonical_plan(text: str) -> str:
-    """Reduce a text to its plan, so that spelling makes no difference.
-
-    Args:
-        text: What a model wrote.
-
-    Returns:
-        The plan as `render_plan` writes it; a text that is no plan stays as it is.
-    """
+    """Write the plan of a text as `render_plan` does; a text that is no plan stays as it is."""
     try:
         return render_plan(parse_plan(text))
     except PlanError:

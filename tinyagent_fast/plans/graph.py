@@ -62,11 +62,7 @@ def plan_dag(plan: Plan) -> Dag:
     every step number, is taken as plain text ("at most $500"), as the executor takes it; had a
     reference been meant, the edge is missing and the comparison shows it.
 
-    Args:
-        plan: The plan; join may be missing.
-
-    Returns:
-        The graph; node i is step i of the plan.
+    Node i is step i of the plan; join may be missing.
 
     Raises:
         DagError: If a number occurs twice or a reference cannot be followed.
@@ -131,11 +127,7 @@ def same_dag(a: Dag, b: Dag) -> bool:
 
 
 def surroundings(a: Dag, b: Dag) -> tuple[list[int], list[int]]:
-    """Number the nodes of two graphs by label and by all that is before and after them.
-
-    Returns:
-        The numbers of both graphs' nodes; nodes with the same surroundings have the same number.
-    """
+    """Number the nodes of two graphs alike if label and all before and after them are the same."""
     both = _Comparison(a, b)
     numbers = both.refined(range(len(both.labels)), both.first_colours())
     found = [numbers[node] for node in range(len(both.labels))]

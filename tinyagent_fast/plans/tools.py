@@ -105,10 +105,6 @@ def accepts(parameter: Parameter, value: object) -> bool:
     is no int, an int is no bool, and only a list of strings is a list[str]: a tuple is not, and
     neither is a bare string, although TinyAgent's executor wraps one in a list. That repair
     happens in the app; a report on what the planner learned must still show the slip.
-
-    Args:
-        parameter: The parameter the argument is given for.
-        value: The argument as read from the plan.
     """
     if isinstance(value, str):
         return parameter.type == "str" or _WHOLE_REFERENCE.fullmatch(value) is not None
@@ -129,11 +125,6 @@ def call_problems(
     name: str, arguments: Sequence[object], tools: Mapping[str, Tool]
 ) -> Iterator[tuple[str, str]]:
     """Hold a call against the signature of its tool.
-
-    Args:
-        name: Name of the tool.
-        arguments: As read from the plan.
-        tools: All tools by name.
 
     Yields:
         For each problem its kind, `unknown_tool`, `wrong_arity` or `wrong_argument_type`, and

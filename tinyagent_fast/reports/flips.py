@@ -119,27 +119,18 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[ComparedPlanner, Compared
 
     A run may hold several evaluations: the first kind that both have is taken.
 
-    Args:
-        a: Run by name, folder or predictions file.
-        b: The same for the other side.
-        runs: Folder of all runs.
-
-    Returns:
-        Both, each with the folder that was taken.
-
     Raises:
         UserError: Nothing is there, or it cannot be read.
     """
     found = []
     for name in (a, b):
-        files = find_predictions(runs / name) or find_predictions(Path(name))
-        if not files:
+        found.append(find_predictions(runs / name) or find_predictions(Path(name)))
+        if not found[-1]:
             raise ConfigError(
                 f"compare {name}",
                 f"neither {runs / name} nor {name} holds predictions.jsonl, eval/ or test/after/",
                 f"make them with `tinyagent-fast eval --run {name}`, or name a folder with them",
             )
-        found.append(files)
     common = next((kind for kind in found[0] if kind in found[1]), None)
     planners = []
     for name, files in zip((a, b), found, strict=True):
@@ -164,9 +155,6 @@ def tools_of_both(
         b: The other side.
         catalogue: YAML catalogue; None takes that of the runs the predictions lie in.
 
-    Returns:
-        Tools by name; None stands for TinyAgent's own.
-
     Raises:
         UserError: The runs have different tools, or a catalogue cannot be read.
     """
@@ -189,16 +177,7 @@ def flipped_plans(
     *,
     common: bool = False,
 ) -> FlippedPlans:
-    """Compare two planners.
-
-    Args:
-        a: One side.
-        b: The other side.
-        tools: Tools by name; None stands for TinyAgent's own.
-        common: Compare on the queries that both planned for, and count the others.
-
-    Returns:
-        The comparison.
+    """Compare two planners; with `common` on the queries that both planned for.
 
     Raises:
         DataError: They have different queries and `common` is not set, or no query in common.
@@ -258,15 +237,7 @@ def _counts(
 
 
 def chosen_flips(flips: Sequence[Flip], most: int) -> list[Flip]:
-    """Choose flips of both directions, half of each where both have enough.
-
-    Args:
-        flips: All flips.
-        most: How many at most.
-
-    Returns:
-        First those that A alone gets right, then B's, each in their order.
-    """
+    """Choose so many flips at most, half of each direction where both have enough, A's first."""
     of_a, of_b = ([f for f in flips if f.winner == side] for side in ("A", "B"))
     shown_a = of_a[: max(most // 2, most - len(of_b))]
     return [*shown_a, *of_b[: most - len(shown_a)]]
