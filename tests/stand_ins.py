@@ -11,7 +11,7 @@ from typing import Any
 from tinyagent_fast.chat.web import PlannerServer, listen
 from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
 from tinyagent_fast.inference.planner import Planner
-from tinyagent_fast.prompts.builder import PromptBuilder, SystemText
+from tinyagent_fast.prompts.builder import ChosenText, PromptBuilder
 
 WAIT_S = 20.0
 
@@ -78,7 +78,7 @@ class ScriptedWriter:
 
 
 def planner_with(writer: ScriptedWriter) -> Planner:
-    prompts = PromptBuilder(system=SystemText("tools", "a test"), question=("Q: ", ""))
+    prompts = PromptBuilder(system=ChosenText("tools", "a test"), question=("Q: ", ""))
     return Planner(writer, prompts, facts={"model": "scripted"})
 
 

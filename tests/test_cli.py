@@ -136,7 +136,11 @@ def test_a_misspelt_flag_is_refused_with_the_one_that_was_meant(
         ("evaluate", "`eval`"),
         ("data chek", "`data check`"),
         ("generate", "`data generate`"),
-        ("data", "`data check` or `data roundtrip` or `data generate` or `data download`"),
+        (
+            "data",
+            "`data check` or `data roundtrip` or `data retrieval` or `data generate` or "
+            "`data download`",
+        ),
     ],
 )
 def test_an_unknown_command_is_refused_with_the_one_that_was_meant(

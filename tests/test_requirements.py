@@ -23,6 +23,7 @@ PYTHONS = ("3.10", "3.11", "3.12")
 
 # Import names that differ from the name of the distribution they come from.
 DISTRIBUTION_OF = {"google": "protobuf", "PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTION_OF |= {"sklearn": "scikit-learn"}
 # Need CUDA, or come with unsloth: never in the lock for a machine without a GPU.
 GPU_ONLY = frozenset({"torchao", "torchvision", "triton", "unsloth", "unsloth-zoo", "xformers"})
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "preview": ("preview", "show rows with their supervised tokens in colour"),
     "data check": ("data_check", "report on a data file: counts, lengths, leaks, faults"),
     "data roundtrip": ("data_roundtrip", "take system prompts apart and put them together again"),
+    "data retrieval": ("data_retrieval", "train a tool retriever, and say how well it finds tools"),
     "data generate": ("data_generate", "write a generated dataset in the published schema"),
     "data download": ("data_download", "download the published dataset"),
 }

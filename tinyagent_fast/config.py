@@ -25,6 +25,7 @@ Checkpointing = Literal["unsloth", "true", "false"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
 Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
+Prompts = Literal["as-is", "retrieved"]
 Leaks = Literal["drop", "keep", "error"]
 QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 Tracker = Literal["off", "tensorboard", "trackio", "wandb"]
@@ -50,6 +51,11 @@ class DataConfig:
     leaks: Leaks = "drop"
     """What to do with training rows whose query stands in the test file too: leave them out and
     count them, train on them, or stop."""
+    prompts: Prompts = "as-is"
+    """System prompts of plans as the file has them, or rewritten: tools and examples that a
+    retriever chooses by the query, and the tools that the plan calls."""
+    retrieval_recall: float = 0.98
+    """Share of queries for which the retriever should find all tools; higher lists more tools."""
     validation_entries: int = 1000
     """Entries taken out of the training file for validation."""
     limit_entries: int | None = None
@@ -199,6 +205,7 @@ _MAY_BE_ZERO = frozenset(
 )
 """Counts that may be 0; every other one must be at least 1."""
 _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    "data.retrieval-recall": ("in (0, 1)", lambda value: 0 < value < 1),
     "train.learning-rate": ("in (0, 1)", lambda value: 0 < value < 1),
     "train.warmup": ("a share in [0, 1)", lambda value: 0 <= value < 1),
     "train.epochs": ("more than 0", lambda value: value > 0),
@@ -228,6 +235,8 @@ def check_config(config: Config) -> None:
             "train.evaluations needs eval.sample and data.validation-entries above 0 "
             "(or set train.evaluations to 0)"
         )
+    if config.data.prompts == "retrieved" and config.data.points == "join":
+        problems.append("data.prompts retrieved needs data.points plan or all")
     if train.qat != "off" and config.model.weights == "nf4":
         problems.append("train.qat needs model.weights in 16 or 32 bits, not nf4")
     if train.qat != "off" and config.model.backend == "unsloth":

@@ -1,7 +1,8 @@
 """Run folders: everything a run was made from and gave, under `runs/<name>/`.
 
 config.yaml, environment.json, data.json (hashes and counts), history.jsonl, samples/, checkpoints/,
-best/ (the chosen adapter and best.json), adapter/ (a copy to use), training.png, eval/.
+best/ (the chosen adapter and best.json), adapter/ (a copy to use), training.png, eval/,
+retriever.json and .npz.
 """
 
 from __future__ import annotations
@@ -125,8 +126,15 @@ class Run:
         Returns:
             Its path, where nothing may lie any more; None if the run has none.
         """
-        recorded = self._data_record().get("test_file")
-        named = recorded["path"] if recorded else self.config().data.test
+        return self._data_file("test_file", self.config().data.test)
+
+    def train_file(self) -> Path | None:
+        """Find the training file of this run, as `test_file` does."""
+        return self._data_file("train_file", self.config().data.train)
+
+    def _data_file(self, name: str, configured: Path | None) -> Path | None:
+        recorded = self._data_record().get(name)
+        named = recorded["path"] if recorded else configured
         return None if named is None else self.locate(named)
 
     def _data_record(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tinyagent_fast.cli import main
 from tinyagent_fast.evaluation.evaluate import NOT_HONOURED
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.inference.engine import Completion, Prompt
+from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.runs import Run, create_run
 
 MAX_NEW_TOKENS = 6
@@ -358,6 +359,31 @@ def test_what_is_evaluated_decides_the_folder(
     metrics = json.loads((run.path / folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["success"]["total"] == 3
     assert f"{name}: plan success" in capsys.readouterr().out
+
+
+def test_retrieved_prompts_are_other_predictions_than_those_as_they_are(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_with = PredictionFile(run.path / "eval-base").made_with_path
+    assert evaluate(run, "--adapter", "none") == 0
+    assert "retriever" not in json.loads(made_with.read_text(encoding="utf-8"))
+    assert evaluate(run, "--adapter", "none", "--prompts", "retrieved") == 0
+    said = capsys.readouterr().out
+    assert "prompts rewritten: all tools retrieved for" in said
+    assert "of 3 queries" in said
+    saved = load_retriever(run.path)
+    assert saved is not None
+    assert json.loads(made_with.read_text(encoding="utf-8"))["retriever"] == saved.facts()
+
+
+def test_retrieved_prompts_need_a_retriever_or_the_training_file(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = run.config().data.test
+    record = {"train_file": {"path": "gone.json"}, "test_file": {"path": str(test)}}
+    (run.path / "data.json").write_text(json.dumps(record), encoding="utf-8")
+    assert evaluate(run, "--adapter", "none", "--prompts", "retrieved") == 2
+    assert "its training file is not here" in capsys.readouterr().err
 
 
 def test_vllm_needs_a_merged_folder_and_says_how_to_make_one(

@@ -90,6 +90,7 @@ def test_an_export_makes_and_proves_every_file(exported: Export) -> None:
     assert len(set(names)) == 11
     there = {path.name for path in exported.folder.iterdir()}
     assert {"merged", "gguf", "Modelfile", "README.md", "plan.gbnf", "report.md"} <= there
+    assert {"retriever.json", "retriever.npz"} <= there
     assert not [name for name in there if name.startswith(".work") or name.endswith(".part")]
     report = (exported.folder / "report.md").read_text(encoding="utf-8")
     assert "All gates passed." in report

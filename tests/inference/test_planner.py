@@ -16,7 +16,7 @@ from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.inference.planner import Planner, find_source, load, model_in_torch
-from tinyagent_fast.prompts.builder import PromptBuilder, SystemText
+from tinyagent_fast.prompts.builder import ChosenText, PromptBuilder
 from tinyagent_fast.runs import Run
 
 PLAN = ['1. open_note("a", "")\n', '2. open_note("$1", "")\n', "3. join()"]
@@ -223,7 +223,7 @@ def test_a_plan_ends_at_the_stop_string_that_the_planner_was_given() -> None:
             return super().generate(prompts, **how)
 
     writer = Asked(PLAN)
-    prompts = PromptBuilder(system=SystemText(None, "a test"))
+    prompts = PromptBuilder(system=ChosenText(None, "a test"))
     Planner(writer, prompts, stop="<END_OF_RESPONSE>", max_new_tokens=7).plan("go")
     assert (writer.how["stop"], writer.how["max_new_tokens"]) == ("<END_OF_RESPONSE>", 7)
 

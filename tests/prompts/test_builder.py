@@ -14,7 +14,7 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.prompts.builder import NearestQuery, PromptBuilder, SystemText, prompt_builder
+from tinyagent_fast.prompts.builder import ChosenText, NearestQuery, PromptBuilder, prompt_builder
 from tinyagent_fast.runs import Run
 
 
@@ -130,7 +130,7 @@ def test_a_run_finds_its_test_file_from_any_folder(
 
 
 def with_text(text: str | None, tools: dict[str, Tool] | None = None) -> PromptBuilder:
-    return PromptBuilder(system=SystemText(text, "a test"), tools=tools)
+    return PromptBuilder(system=ChosenText(text, "a test"), tools=tools)
 
 
 def test_the_tools_that_every_request_may_use_are_listed() -> None:
@@ -158,8 +158,8 @@ def test_a_prompt_that_was_built_is_read_back_into_its_parts(
 
 def test_a_retriever_chooses_system_text_and_tools_for_each_request() -> None:
     builder = PromptBuilder(
-        system=SystemText(None, "chosen by request"),
-        retrieve=lambda request: SystemText(f"Use {request}_it()", f"for {request}"),
+        system=ChosenText(None, "chosen by request"),
+        retrieve=lambda request: ChosenText(f"Use {request}_it()", f"for {request}"),
         tools={"a_it": Tool("a_it", ()), "b_it": Tool("b_it", ())},
     )
     built = builder.build("b")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -84,8 +83,17 @@ def test_examples_are_written_in_the_form_of_those_that_were_there() -> None:
 
 
 def test_a_text_gets_another_date() -> None:
-    dated = parse(composed(["find_city"], [])).dated(datetime(2026, 2, 3, 4, 5))
+    dated = parse(composed(["find_city"], [])).dated("Tuesday 2026-02-03 04:05")
     assert "Now it is Tuesday 2026-02-03 04:05\n" in render(dated)
+
+
+def test_a_text_takes_the_lines_of_another_that_belong_to_no_tool() -> None:
+    whole = parse(composed(list(NAMES), []))
+    later = composed(["search"], []).replace("Monday 2024-01-01", "Friday 2025-01-03")
+    expected = later.replace("Be brief", "Be kind")
+    assert render(whole.with_own_lines(parse(expected)).restricted(["search"])) == expected
+    more = parse(expected.replace("Rules:\n", "Rules:\n - One more.\n"))
+    assert render(whole.with_own_lines(more).restricted(["search"])) == later
 
 
 def test_a_text_of_another_build_is_one_part() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tinyagent_fast.config import Config, EvalConfig
 from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
+from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.reports.charts import plot_training
 from tinyagent_fast.runs import Run, create_run
 from tinyagent_fast.training import fit
@@ -68,6 +69,7 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
     names = {path.name for path in run.path.iterdir()}
     assert names >= {"config.yaml", "environment.json", "data.json", "parameters.json"}
     assert names >= {"history.jsonl", "samples", "checkpoints", "best", "adapter", "training.png"}
+    assert names >= {"retriever.json", "retriever.npz"}
     assert (run.path.parent / "latest").resolve() == run.path.resolve()
     assert [e["step"] for e in evaluations_of(run)] == [0, 2, 4]
     assert [r["step"] for r in run.history() if r["event"] == "step"] == [1, 2, 3, 4]
@@ -81,6 +83,19 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
     assert "rows through the trainer's collator equal ours" in text
     assert "before training: plan success" in text
     assert "after training: plan success" in text
+
+
+def test_a_run_with_retrieved_prompts_keeps_the_retriever_that_made_them(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(data={"prompts": "retrieved"}, train={"max_steps": 1})
+    run = fit.train(config, quiet)
+    retriever = load_retriever(run.path)
+    assert retriever is not None
+    data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+    assert data["retriever"] == retriever.facts()
+    assert "prompts" in quiet.file.getvalue()
+    assert retriever.figures.sentence() in " ".join(quiet.file.getvalue().split())
 
 
 def test_the_adapter_folder_is_the_best_one_and_loads_for_generation(

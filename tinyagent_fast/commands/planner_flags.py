@@ -23,8 +23,9 @@ class PlannerFlags:
     """A .gguf file, a merged folder or an adapter instead of the run's own adapter."""
     system: str = "auto"
     """`nearest` takes for each request the system text of the run's most similar test query,
-    `first` that of the first one for all requests, `auto` the nearest where the test file is
-    there, and none elsewhere; anything else is a text file."""
+    `first` that of the first one for all requests; `auto` lets the tool retriever of the run or
+    model write it, takes the nearest where there is none and the test file is there, and none
+    elsewhere; anything else is a text file."""
     max_new_tokens: int | None = None
     """Tokens after which a plan is broken off; None takes the run's, or 300."""
     threads: int | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tinyagent_fast.config import Backend, Config, EvalConfig, check_config
+from tinyagent_fast.config import Backend, Config, EvalConfig, Prompts, check_config
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.evaluation.comparison import compare_plans
@@ -97,6 +97,9 @@ class EvalOptions:
     folder."""
     test: Path | None = None
     """Another test file in the published schema."""
+    prompts: Prompts | None = None
+    """System prompts as the test file has them, or with the tools that the run's retriever finds;
+    None takes what the run was trained with."""
     eval: EvalChanges = field(default_factory=EvalChanges)
     backend: Backend | None = None
     """Another backend than the run's."""
@@ -117,7 +120,8 @@ class _Task:
     config: Config
     options: EvalOptions
     examples: Sequence[Example]
-    test_sha256: str
+    about_test: Mapping[str, object]
+    """Its test file and how its prompts were made, as predictions record it."""
     tools: Mapping[str, Tool] | None
     display: Display
 
@@ -190,15 +194,29 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
     backend = config.model.backend if engine == "torch" else "transformers"
     prepare_libraries(replace(config.model, backend=backend))
     from tinyagent_fast.data.generation.catalogue import plan_tools
-    from tinyagent_fast.training.inputs import load_test_examples
+    from tinyagent_fast.training.inputs import load_test_examples, retriever_of_run
 
     examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
+    about_test: dict[str, object] = {"test_sha256": test_sha256}
+    if config.data.prompts == "retrieved":
+        retriever = processes.main_process_first(lambda: retriever_of_run(run))
+        if retriever is None or retriever.system is None:
+            raise ConfigError(
+                "--prompts retrieved",
+                "the run has no tool retriever, and its training file is not here"
+                if retriever is None
+                else "the system prompts of the run's training file have no tool list",
+                "evaluate with --prompts as-is",
+            )
+        display.say(f"prompts rewritten: {retriever.measure(examples).sentence()}")
+        examples = retriever.rewrite(examples)
+        about_test["retriever"] = retriever.facts()
     task = _Task(
         run=run,
         config=config,
         options=options,
         examples=examples,
-        test_sha256=test_sha256,
+        about_test=about_test,
         tools=plan_tools(config.data.catalogue),
         display=display,
     )
@@ -217,6 +235,7 @@ def _config(run: Run, options: EvalOptions) -> Config:
         data = replace(data, test=test)  # also one that was generated
     if options.backend is not None:
         model = replace(model, backend=options.backend)
+    data = replace(data, prompts=options.prompts or data.prompts)
     config = replace(config, data=data, model=model, eval=replace(config.eval, **changes))
     check_config(config)
     return config
@@ -242,7 +261,7 @@ def _measure(
             task.examples,
             settings,
             folder,
-            made_with={**made_with, "test_sha256": task.test_sha256},
+            made_with={**made_with, **task.about_test},
             tools=task.tools,
             title=title,
             on_progress=update,
@@ -410,7 +429,7 @@ def _compare_files(
     ).to_markdown()
     folder = task.options.out or task.run.path
     write_text(folder / "eval-gguf.md", table)
-    facts = {"test_sha256": task.test_sha256, "queries": len(task.examples), "reference": reference}
+    facts = {**task.about_test, "queries": len(task.examples), "reference": reference}
     write_json(folder / "eval-gguf.json", {**facts, "rows": records})
     task.display.say(table)
     task.display.say(f"written: {folder}/eval-gguf.md, eval-gguf.json")
@@ -426,7 +445,8 @@ def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
     made_with = json.loads(file.made_with_path.read_text(encoding="utf-8"))
     weights = task.run.adapter / _WEIGHTS
     wanted = {
-        "test_sha256": task.test_sha256,
+        "retriever": None,
+        **task.about_test,
         "max_new_tokens": task.config.eval.max_new_tokens,
         "adapter_sha256": sha256_of(weights) if weights.exists() else None,
     }

@@ -33,6 +33,7 @@ from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import environment, write_text
+from tinyagent_fast.training.inputs import retriever_of_run
 from tinyagent_fast.version import __version__
 
 IMPORTANCE = "importance.gguf"
@@ -193,6 +194,9 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
             ),
         )
         for path in written:
+            export.display.say(f"{path.name}: written")
+    if (retriever := retriever_of_run(export.run)) is not None:
+        for path in retriever.save(export.folder):
             export.display.say(f"{path.name}: written")
     record.update(
         gates=[vars(gate) for gate in gates],

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.config import Config, ModelConfig, PromptFormat, Weights
 from tinyagent_fast.data.generation.catalogue import plan_tools
@@ -25,6 +25,9 @@ from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_pla
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import BuiltPrompt, PromptBuilder, prompt_builder
 from tinyagent_fast.runs import Run, find_run
+
+if TYPE_CHECKING:
+    from tinyagent_fast.prompts.retrieval import ToolRetriever
 
 EngineName = Literal["auto", "torch", "gguf", "vllm"]
 
@@ -335,8 +338,9 @@ def load(
         run: Run whose system texts and tools are used, for a model outside any run.
         runs: Folder of all runs.
         system: `nearest` takes for each request the system text of the run's most similar test
-            query, `first` that of the first one for all requests, `auto` the nearest where the test
-            file is there, and none elsewhere; anything else is a text file.
+            query, `first` that of the first one for all requests; `auto` lets the tool retriever of
+            the run or model write it, takes the nearest where there is none and the test file is
+            there, and none elsewhere; anything else is a text file.
         max_new_tokens: Tokens after which a plan is broken off; None takes the run's, or 300.
         threads: CPU threads; None leaves it to torch or llama.cpp.
         batch: Requests that `plan_batch` answers together; llama.cpp reserves memory for each.
@@ -361,7 +365,8 @@ def load(
             "leave --engine out",
         )
     config = found.run.config() if found.run else Config()
-    prompts = prompt_builder(system, found.run, plan_tools(config.data.catalogue))
+    retriever = _retriever(found) if system == "auto" else None
+    prompts = prompt_builder(system, found.run, plan_tools(config.data.catalogue), retriever)
     facts = {"model": _shown(found.path), "system text": prompts.system.source}
     if (named := prompts.describe_tools()) is not None:
         facts["it names"] = f"{named}; for others: --system nearest or FILE"
@@ -416,6 +421,17 @@ def find_source(
         "adapter_config.json (an adapter) or config.json (a merged model)",
         "name one of these",
     )
+
+
+def _retriever(source: PlannerSource) -> ToolRetriever | None:
+    """Find the tool retriever beside an exported model, or that of the run."""
+    from tinyagent_fast.prompts.retrieval import load_retriever
+    from tinyagent_fast.training.inputs import retriever_of_run
+
+    for folder in source.path.resolve().parents[:2]:
+        if (found := load_retriever(folder)) is not None:
+            return found
+    return None if source.run is None else retriever_of_run(source.run)
 
 
 def _shown(path: Path) -> str:

@@ -1,8 +1,8 @@
 """A request becomes the prompt that a planner is asked, and a prompt is read back into its parts.
 
 Published data carries tools and examples in its system texts, so a planner is only tried fairly
-with one of those: a file, or texts of the run's own test queries. Whatever else chooses tools for a
-request, such as a retriever, is one more `Retriever`.
+with such a text: one that the run's tool retriever writes for the request, one of the run's test
+queries, or a file.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
+from tinyagent_fast.prompts.system_text import render
 from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import Run
 
 if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
+    from tinyagent_fast.prompts.retrieval import ToolRetriever
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 _WORD = re.compile(r"\w+")
@@ -30,14 +33,14 @@ _DEFAULT_QUESTION = ("Question: ", "")
 
 
 @dataclass(frozen=True)
-class SystemText:
+class ChosenText:
     """A system text, or None for prompts without one, and where it comes from in words."""
 
     text: str | None
     source: str
 
 
-Retriever = Callable[[str], SystemText]
+Retriever = Callable[[str], ChosenText]
 """Chooses the system text, and with it the tools that it names, by the request."""
 
 
@@ -64,7 +67,7 @@ class PromptParts:
 class PromptBuilder:
     """Makes prompts of requests, and reads them."""
 
-    system: SystemText
+    system: ChosenText
     """For every request; with `retrieve` only its source counts, which says how that chooses."""
     retrieve: Retriever | None = None
     """Chooses the system text by the request."""
@@ -82,7 +85,7 @@ class PromptBuilder:
         """
         before, after = self.question
         if system is not None:
-            chosen = SystemText(system, "a text given with the request")
+            chosen = ChosenText(system, "a text given with the request")
         else:
             chosen = self.system if self.retrieve is None else self.retrieve(request)
         prompt = Prompt(system=chosen.text, user=f"{before}{request}{after}")
@@ -139,12 +142,12 @@ class NearestQuery:
             word: math.log(1 + len(examples) / count) ** 2 for word, count in counts.items()
         }
 
-    def __call__(self, request: str) -> SystemText:
+    def __call__(self, request: str) -> ChosenText:
         """Give the text of the nearest query, the first of several that are equally near."""
         words = _words(request)
         scores = [self._likeness(words, other) for other in self._words]
         example = self.examples[scores.index(max(scores))]
-        return SystemText(example.system, f"that of the test query {example.query!r}")
+        return ChosenText(example.system, f"that of the test query {example.query!r}")
 
     def _likeness(self, words: set[str], other: set[str]) -> float:
         """Compare two sets of words by the cosine of their weights."""
@@ -155,19 +158,43 @@ class NearestQuery:
         return sum(self._weights.get(word, 0.0) for word in words)
 
 
+class RetrievedTools:
+    """Writes a system text with the tools that a retriever finds for a request, dated now."""
+
+    def __init__(self, retriever: ToolRetriever) -> None:
+        """Take a retriever.
+
+        Args:
+            retriever: One with a system text.
+        """
+        self.retriever = retriever
+
+    def __call__(self, request: str) -> ChosenText:
+        """Retrieve tools and write the text."""
+        tools = self.retriever.retrieve(request)
+        now = f"{datetime.now():%A %Y-%m-%d %H:%M}"
+        text = self.retriever.system_text(request, tools).dated(now)
+        return ChosenText(render(text), f"{len(tools)} tools retrieved for it: {', '.join(tools)}")
+
+
 def _words(text: str) -> set[str]:
     return set(_WORD.findall(text.lower()))
 
 
 def prompt_builder(
-    system: str = "auto", run: Run | None = None, tools: Mapping[str, Tool] | None = None
+    system: str = "auto",
+    run: Run | None = None,
+    tools: Mapping[str, Tool] | None = None,
+    retriever: ToolRetriever | None = None,
 ) -> PromptBuilder:
     """Make the builder that a user asked for.
 
     Args:
-        system: `nearest`, `first`, a text file, or `auto`: nearest where there is a test file.
+        system: `nearest`, `first`, a text file, or `auto`: written by the retriever if there is one
+            with a system text, else nearest where there is a test file.
         run: The run whose test file has the texts; None if the model lies in no run.
         tools: All tools by name; None stands for TinyAgent's own.
+        retriever: That of the run or model.
 
     Returns:
         The builder.
@@ -179,19 +206,22 @@ def prompt_builder(
     question = _question(examples[0]) if examples else _DEFAULT_QUESTION
     retrieve: Retriever | None = None
     if system not in ("auto", "first", "nearest"):
-        text = SystemText(_read(Path(system)), f"file {system}")
+        text = ChosenText(_read(Path(system)), f"file {system}")
+    elif system == "auto" and retriever is not None and retriever.system is not None:
+        text = ChosenText(None, "written for each request, with the tools retrieved for it")
+        retrieve = RetrievedTools(retriever)
     elif examples and system == "first":
-        text = SystemText(examples[0].system, f"that of the first test query of {file}")
+        text = ChosenText(examples[0].system, f"that of the first test query of {file}")
     elif examples:
         source = f"that of the most similar test query of {file}, for each request"
-        text, retrieve = SystemText(None, source), NearestQuery(examples)
+        text, retrieve = ChosenText(None, source), NearestQuery(examples)
     else:
         missing = f"the run's test file {file} is not here" if file else "no test file is known"
         if system == "nearest":
             fix = "name a run with --run, or a --system FILE"
             raise ConfigError("--system nearest", missing, fix)
         advice = "name a --system FILE for a planner that was trained with one"
-        text = SystemText(None, f"none: {missing}; {advice}")
+        text = ChosenText(None, f"none: {missing}; {advice}")
     return PromptBuilder(system=text, retrieve=retrieve, question=question, tools=tools)
 
 

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from tinyagent_fast.data.schema import plan_steps
@@ -119,24 +118,22 @@ class SystemText:
             own: The other text.
 
         Returns:
-            The text; as it was if the two do not have equally many such lines.
+            The text; where the two do not have equally many such lines only the time is taken.
         """
         bound = {line.text for line in self.guidelines if line.tools}
         free = [g for g in own.guidelines if not g.tools and g.text not in bound]
         if len(free) != sum(not line.tools for line in self.guidelines):
-            return self
+            told = _MOMENT.search("".join(line.text for line in free))
+            return self.dated(told[0]) if told else self
         lines = iter(free)
         return replace(
             self, guidelines=tuple(g if g.tools else next(lines) for g in self.guidelines)
         )
 
-    def dated(self, moment: datetime) -> SystemText:
-        """Let the line that tells the time tell another one; weekdays are in English."""
-        lines = tuple(
-            replace(g, text=_MOMENT.sub(f"{moment:%A %Y-%m-%d %H:%M}", g.text))
-            for g in self.guidelines
-        )
-        return replace(self, guidelines=lines)
+    def dated(self, moment: str) -> SystemText:
+        """Let the line that tells the time tell another one, such as `Monday 2024-01-01 10:00`."""
+        lines = (replace(g, text=_MOMENT.sub(moment, g.text)) for g in self.guidelines)
+        return replace(self, guidelines=tuple(lines))
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for JSON."""

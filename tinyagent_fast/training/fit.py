@@ -44,6 +44,7 @@ from tinyagent_fast.training.inputs import (
     RunRows,
     encode_run_rows,
     load_run_examples,
+    retriever_of_run,
 )
 from tinyagent_fast.training.memory import (
     ERROR_SHARE,
@@ -219,6 +220,8 @@ def _prepare(config: Config, display: Display, resume: Run | None) -> _Session:
             resumed=resume is not None,
         )
     )
+    if examples.retriever is not None and processes.is_main_process:
+        examples.retriever.save(session.run.path)
     display.header("tinyagent-fast train", _header(session))
     for note in loaded.notes:
         display.say(f"note: {note}")
@@ -336,6 +339,8 @@ def _header(session: _Session) -> dict[str, str]:
             f"longest micro-batch, {usable:.1f} GiB usable"
             + ("" if fits else "; it may not fit (tinyagent-fast memory says more)")
         )
+    if (retriever := session.examples.retriever) is not None:
+        lines["prompts"] = f"rewritten: {retriever.figures.sentence()}, by cross-validation"
     lines["rate"] = f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}"
     return lines
 
@@ -476,6 +481,8 @@ def _finish(session: _Session) -> None:
         load_adapter_weights(session.loaded.model, run.adapter)
     if session.config.eval.before_and_after:
         session.measure_test_queries("after")
+    with session.display.bar("tool retriever"):
+        session.processes.on_main_process(lambda: retriever_of_run(run) is not None)
     session.display.say(f"run folder: {run.path}; next: make eval RUN={run.path.name}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tinyagent_fast.config import Config
 from tinyagent_fast.data import generation, splits
 from tinyagent_fast.data.cache import ExampleTable, Points, cache_folder, load_examples
-from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
+from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, plan_tools
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import (
@@ -24,9 +24,18 @@ from tinyagent_fast.data.splits import (
 )
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans import grammar
+from tinyagent_fast.plans.tools import TINYAGENT
+from tinyagent_fast.prompts.retrieval import (
+    RewrittenExamples,
+    ToolRetriever,
+    called_tools,
+    load_retriever,
+    train_retriever,
+)
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import Run
 
 GENERATED = Path("data/generated")
 
@@ -55,6 +64,8 @@ class RunExamples:
     leaks: LeakReport
     left_out_as_leaks: int
     """Training rows that were left out because their query stands in the test file."""
+    retriever: ToolRetriever | None = None
+    """It has rewritten all prompts; None where they are as in the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +179,7 @@ def load_run_examples(config: Config) -> RunExamples:
         "read": {"train": asdict(table.report), "test": asdict(test.report) if test else None},
         "leaks": asdict(leaks),
     }
-    return RunExamples(
+    examples = RunExamples(
         files=files,
         train=train,
         validation=validation,
@@ -177,6 +188,71 @@ def load_run_examples(config: Config) -> RunExamples:
         leaks=leaks,
         left_out_as_leaks=leaked,
     )
+    return examples if data.prompts == "as-is" else _with_retrieved_tools(examples, config)
+
+
+def _with_retrieved_tools(examples: RunExamples, config: Config) -> RunExamples:
+    """Train a retriever on the training plans, and rewrite the prompts of all plans.
+
+    Training rows list what is retrieved for a query that the retriever has not seen, as at
+    inference, and the tools of their plan; the others list what is retrieved.
+    """
+    retriever, retrieved = _train_retriever(examples.train, config)
+    of_plans = iter(retrieved)
+    listed = [
+        (*called_tools(e.output), *next(of_plans)) if e.kind == "plan" else ()
+        for e in examples.train
+    ]
+    return replace(
+        examples,
+        train=RewrittenExamples(examples.train, retriever, listed),
+        validation=retriever.rewrite(examples.validation),
+        test=retriever.rewrite(examples.test),
+        summary={**examples.summary, "retriever": retriever.facts()},
+        retriever=retriever,
+    )
+
+
+def _train_retriever(
+    train: Sequence[Example], config: Config
+) -> tuple[ToolRetriever, list[tuple[str, ...]]]:
+    return train_retriever(
+        [example for example in train if example.kind == "plan"],
+        recall=config.data.retrieval_recall,
+        known=plan_tools(config.data.catalogue) or TINYAGENT,
+    )
+
+
+def retriever_of_run(run: Run) -> ToolRetriever | None:
+    """Read the tool retriever of a run, or train and save it from the run's training queries.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The retriever; None if there is none and the training file is not here or has one plan.
+
+    Raises:
+        DataError: Its files or the training file are damaged.
+    """
+    saved = load_retriever(run.path)
+    train, test = run.train_file(), run.test_file()
+    if saved is not None or train is None or not train.exists():
+        return saved
+    config = run.config()
+    data = replace(
+        config.data,
+        train=train,
+        test=test if test is not None and test.exists() else None,
+        points="plan",
+        prompts="as-is",
+    )
+    examples = load_run_examples(replace(config, data=data))
+    if len(examples.train) < 2:
+        return None
+    retriever, _ = _train_retriever(examples.train, config)
+    retriever.save(run.path)
+    return retriever
 
 
 def load_test_examples(config: Config) -> tuple[Sequence[Example], str]:
@@ -250,6 +326,7 @@ def encode_run_rows(
         model.max_length_tokens,
         asdict(data, dict_factory=lambda items: {k: str(v) for k, v in items}),
         config.eval.sample,
+        examples.summary.get("retriever"),
     ]
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:20]
     folder = cache_folder() / "rows"

@@ -1,0 +1,62 @@
+"""`data retrieval`: how well are the tools found that the plans of a file call?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalFlags:
+    """Flags of `data retrieval`."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """Training file in the published schema."""
+    test: Path | None = None
+    """Data file whose plans are measured too; its queries are not trained on."""
+    recall: float = 0.98
+    """Share of queries for which all tools should be found; higher lists more tools."""
+    catalogue: Path | None = None
+    """YAML file with tools of your own; None takes TinyAgent's 16."""
+    out: Path | None = None
+    """Folder for the trained retriever, such as that of a model; None writes nothing."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train a retriever and measure it.
+
+    Args:
+        arguments: Flags of the command.
+
+    Returns:
+        0 when it has been measured.
+    """
+    flags = tyro.cli(RetrievalFlags, args=list(arguments), prog="tinyagent-fast data retrieval")
+    from tinyagent_fast.data.cache import load_examples
+    from tinyagent_fast.data.generation.catalogue import plan_tools
+    from tinyagent_fast.data.splits import without_leaks
+    from tinyagent_fast.errors import ConfigError
+    from tinyagent_fast.plans.tools import TINYAGENT
+    from tinyagent_fast.prompts.retrieval import train_retriever
+
+    if not 0 < flags.recall < 1:
+        raise ConfigError(f"--recall {flags.recall:g}", "it is a share in (0, 1)", "such as 0.98")
+    train = load_examples(flags.file, on_bad_entry="error")
+    test = load_examples(flags.test, on_bad_entry="error") if flags.test else None
+    held_out = test.column("query") if test else []
+    queries = train.column("query")
+    rows = without_leaks(range(len(queries)), queries, held_out, "drop")
+    known = plan_tools(flags.catalogue) or TINYAGENT
+    retriever, _ = train_retriever(train.select(rows), recall=flags.recall, known=known)
+    print(f"{flags.file}, cross-validation: {retriever.figures.sentence()}")
+    if test is not None:
+        print(f"{flags.test}: {retriever.measure(test).sentence()}")
+    if flags.out is not None:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        for path in retriever.save(flags.out):
+            print(f"written: {path}")
+    return 0
