@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.export import checkpoints
 from tinyagent_fast.export.checkpoints import (
     NewTensor,
     open_checkpoint,
@@ -194,15 +193,6 @@ def test_llama_3_frequencies_are_divided_as_transformers_divides_them(
     )
 
 
-def test_a_small_block_gives_the_same_file(
-    llama_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = llama_folder()
-    whole = convert(folder, tmp_path / "whole.gguf", "f16").path
-    monkeypatch.setattr(checkpoints, "BLOCK_BYTES", 4096)
-    assert convert(folder, tmp_path / "small.gguf", "f16").path.read_bytes() == whole.read_bytes()
-
-
 def test_keys_tell_the_models_sizes_its_template_and_what_is_added(
     llama_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -257,17 +247,6 @@ def test_an_output_matrix_beside_tied_embeddings_is_left_out_and_said(
     report = convert(folder, tmp_path / "m.gguf")
     assert sum(report.types.values()) == 11
     assert report.notes == ("lm_head.weight is left out: config.json ties it to the embeddings",)
-
-
-def test_progress_ends_with_all_bytes(llama_folder: Callable[..., Path], tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    folder = llama_folder()
-    convert(folder, tmp_path / "m.gguf", on_progress=lambda done, total: seen.append((done, total)))
-    total = sum(4 * t.values for t in open_checkpoint(folder).tensors.values())
-    assert {whole for _, whole in seen} == {total}
-    done = [part for part, _ in seen]
-    assert done == sorted(done)
-    assert done[-1] == total
 
 
 # What is refused.
@@ -346,15 +325,19 @@ def test_weights_that_are_not_finite_are_refused(
     assert target.read_text() == "what was there before"
 
 
+@pytest.mark.parametrize("quant", ["f16", "q8_0"])
 def test_weights_too_large_for_f16_are_refused_there_and_taken_in_bf16(
-    llama_folder: Callable[..., Path], tmp_path: Path
+    quant: str, llama_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     def large(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
         return confident(random, shape) * np.float32(1e6)
 
+    if quant == "q8_0":
+        pytest.importorskip("xllamacpp")
     folder = llama_folder(draw=large)
     with pytest.raises(ModelError, match=r"beyond the largest f16 number(.|\n)*bf16 or f32"):
-        convert(folder, tmp_path / "m.gguf", "f16")
+        convert(folder, tmp_path / "m.gguf", quant)
+    assert list(tmp_path.iterdir()) == []
     assert convert(folder, tmp_path / "m.gguf", "bf16").notes == ()
 
 
@@ -390,24 +373,26 @@ def peak_mib():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
+quant, *sources = sys.argv[1:]
 sizes = []
-for source in map(Path, sys.argv[1:]):
-    convert_to_gguf(source, source / "m.gguf", quant="f16", name="m", chat_template=None,
-                    extra={})
+for source in map(Path, sources):
+    convert_to_gguf(source, source / "m.gguf", quant=quant, name="m", chat_template=None, extra={})
     sizes.append(peak_mib())
 print(*sizes)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
+@pytest.mark.parametrize("quant", ["f16", "q8_0"])
 def test_a_tensor_larger_than_a_block_is_never_held_whole(
-    llama_folder: Callable[..., Path],
+    quant: str, llama_folder: Callable[..., Path]
 ) -> None:
-    small = llama_folder()
-    large = llama_folder(intermediate_size=131072)  # three matrices of 32 MiB as float32
-    command = [sys.executable, "-c", MEASURE, str(small), str(large)]
+    if quant == "q8_0":
+        pytest.importorskip("xllamacpp")
+    folders = [llama_folder(), llama_folder(intermediate_size=262144)]  # matrices of 64 MiB as f32
+    command = [sys.executable, "-c", MEASURE, quant, *map(str, folders)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     before, after = map(float, done.stdout.split())
     assert before > 20
-    # Measured: 32, for blocks and what rounding makes of them; a whole tensor would take 80.
-    assert after - before < 48
+    # Measured: 32, for blocks and what rounding makes of them.
+    assert after - before < 48, f"{after - before} MiB more than for a small model"

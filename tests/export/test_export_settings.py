@@ -36,9 +36,9 @@ def test_what_cannot_be_made_is_refused(settings: ExportSettings, message: str) 
 
 def test_all_faulty_numbers_are_named_at_once() -> None:
     settings = ExportSettings(
-        gate_prompts=0, quant_prompts=-1, threads=-1, max_loss_points=101, name="a/b"
+        gate_prompts=0, quant_prompts=-1, threads=-1, max_loss_points=101, name="a/b", dry_run=True
     )
-    with pytest.raises(ConfigError, match="6 flag") as caught:
+    with pytest.raises(ConfigError, match="7 flag") as caught:
         check_settings(settings)
-    for word in ("gate-prompts", "threads", "max-loss-points", "--name"):
+    for word in ("gate-prompts", "threads", "max-loss-points", "--name", "--push-to-hub"):
         assert word in str(caught.value)

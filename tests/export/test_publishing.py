@@ -12,7 +12,6 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ConfigError, GateError, ModelError
 from tinyagent_fast.export.companions import model_card
 from tinyagent_fast.export.publishing import publish
-from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.runs import Run
 
 
@@ -158,8 +157,3 @@ def test_a_missing_token_is_the_users_to_repair(
 def test_a_repository_needs_an_owner_and_a_name(folder: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="owner/name"):
         publish(folder, content(), name, dry_run=True, say=lambda _: None)
-
-
-def test_a_dry_run_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--push-to-hub"):
-        check_settings(ExportSettings(dry_run=True))

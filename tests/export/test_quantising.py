@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -60,19 +58,15 @@ def chosen(name: str, quant: str, *, layers: int = 22, tied: bool = False) -> st
 def test_the_outer_and_every_third_layer_get_more_bits_where_it_matters(
     part: str, quant: str, usual: str
 ) -> None:
-    for layer in range(22):
-        expected = "Q6_K" if layer in BETTER_OF_22 else usual
-        assert chosen(f"blk.{layer}.{part}.weight", quant) == expected
+    for layers, better in ((22, BETTER_OF_22), (2, {1})):
+        for layer in range(layers):
+            expected = "Q6_K" if layer in better else usual
+            assert chosen(f"blk.{layer}.{part}.weight", quant, layers=layers) == expected
 
 
-@pytest.mark.parametrize("part", ["attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up"])
-def test_the_other_matrices_of_a_layer_are_stored_alike(part: str) -> None:
-    assert {chosen(f"blk.{layer}.{part}.weight", "q4_k_m") for layer in range(22)} == {"Q4_K"}
-
-
-def test_a_model_of_two_layers_has_more_bits_only_in_the_second() -> None:
-    types = [chosen(f"blk.{layer}.attn_v.weight", "q4_k_m", layers=2) for layer in range(2)]
-    assert types == ["Q4_K", "Q6_K"]
+def test_the_other_matrices_of_a_layer_are_stored_alike() -> None:
+    for part in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up"):
+        assert {chosen(f"blk.{layer}.{part}.weight", "q4_k_m") for layer in range(22)} == {"Q4_K"}
 
 
 def test_the_output_layer_gets_more_bits_also_when_it_is_the_embedding() -> None:
@@ -271,30 +265,6 @@ def test_a_model_with_rows_of_192_falls_back_and_says_so(
     assert len(report.fallbacks) == sum(report.types.values()) - report.types["F32"]
 
 
-PEAK = """
-import resource, sys
-from pathlib import Path
-from tinyagent_fast.export.conversion import convert_to_gguf
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-for source in sys.argv[1:]:
-    convert_to_gguf(Path(source), Path(source) / "m.gguf", quant="q8_0", name="m",
-                    chat_template=None, extra={}, threads=1)
-    print(peak())
-"""
-
-
-@needs_ggml
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in KiB on Linux only")
-def test_memory_holds_some_blocks_and_not_the_largest_tensor(
-    llama_folder: Callable[..., Path],
-) -> None:
-    folders = [llama_folder(), llama_folder(intermediate_size=262144)]  # matrices of 64 MiB as f32
-    command = [sys.executable, "-c", PEAK, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    small, large = map(int, done.stdout.split())
-    assert large - small < 48, f"{large - small} MiB more than for a small model"
-
-
 # What is found and refused.
 
 
@@ -370,18 +340,6 @@ def test_a_library_that_quantises_otherwise_is_refused_before_it_starts(
 
 
 @needs_ggml
-def test_numbers_too_large_for_f16_cannot_be_quantised(
-    llama_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    def large(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-        return random.standard_normal(shape, np.float32) * np.float32(1e5)
-
-    with pytest.raises(ModelError, match="beyond the largest f16 number"):
-        convert(llama_folder(draw=large), tmp_path / "out.gguf", "q8_0")
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_ggml
 def test_tiny_rows_beside_usual_ones_pass(
     llama_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -439,9 +397,9 @@ def test_importance_changes_nothing_in_types_that_do_not_weigh(llama: Path, tmp_
 @pytest.mark.parametrize(
     "name", ["blk.0.ffn_up.weight", "blk.7.ffn_up.weight"], ids=["other width", "other layer"]
 )
-def test_importance_of_another_model_is_refused(llama: Path, tmp_path: Path, name: str) -> None:
+def test_importance_of_another_model_is_a_bug(llama: Path, tmp_path: Path, name: str) -> None:
     importance = Importance({name: np.ones(128, dtype=np.float32)}, 10)
-    with pytest.raises(ModelError, match="collect it with this model"):
+    with pytest.raises(AssertionError, match=f"importance of .*{name}"):
         convert(llama, tmp_path / "out.gguf", "q4_k_m", importance=importance)
 
 

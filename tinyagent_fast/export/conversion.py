@@ -261,8 +261,7 @@ def _plan(
             raise _refused(checkpoint, what, f"config.json asks for {wanted.shape}")
         kind, missed = tensor_type(wanted, quant, shape.layers)
         weights = means.pop(wanted.gguf, None)
-        if weights is not None and len(weights) != wanted.shape[-1]:
-            raise _strange_importance(wanted.gguf, len(weights), str(wanted.shape[-1]))
+        assert weights is None or len(weights) == wanted.shape[-1], f"importance of {wanted.gguf}"
         targets.append(
             _Target(
                 name=wanted.gguf,
@@ -280,17 +279,8 @@ def _plan(
             f"{len(left)} tensors that a {family.name} has not ({', '.join(sorted(left)[:3])})",
             "they would be left out, so the file would be another model",
         )
-    for name, weights in means.items():
-        raise _strange_importance(name, len(weights), "no such tensor")
+    assert not means, f"importance of {sorted(means)}, which the model has not"
     return targets, notes
-
-
-def _strange_importance(name: str, columns: int, there: str) -> ModelError:
-    return ModelError(
-        f"importance of {name} with {columns} columns",
-        f"the model has {there}",
-        "collect it with this model",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
