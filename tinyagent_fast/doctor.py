@@ -411,7 +411,7 @@ def _estimator(
     except ModelError:
         return None
     longest = config.model.max_length_tokens
-    lengths, _ = row_lengths(config, f"{longest},{longest}")
+    lengths, _ = row_lengths(config, (longest, longest))
     return MemoryEstimator(
         config=config, shape=shape, lengths=lengths, backend=backend, usable_gib=usable_gib
     )

@@ -9,14 +9,14 @@ import argparse
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tinyagent_fast.config import Checkpointing, Config, Weights
+    from tinyagent_fast.config import Config, Weights
     from tinyagent_fast.training.memory import BatchChoice, MemoryEstimator
 
 _BATCHES = (1, 2, 4, 8, 16)
@@ -27,20 +27,13 @@ _REACHED = (0.85, 0.70)
 """Shares of a matmul rate between which good training kernels lie, the best first."""
 
 
-@dataclass(frozen=True)
-class _Card:
-    """What torch sees of a card's memory, and the matrix products that it sustains.
+_CARDS = {"t4": (14.6, 24), "l4": (22.16, 57), "a100": (40.0, 265)}
+"""GiB that torch sees of a card, and the TFLOP/s of matrix products that it sustains.
 
-    Source: L4: torch-performance-test-data issue 120 (54.9-59.4 TFLOP/s on large products, against
-    121 in its data sheet). T4: developer forum of its maker, 24 of 65. A100: stas00/ml-engineering
-    and the same data, 265-271; its memory is the nominal one of the 40 GB card.
-    """
-
-    gib: float
-    tflops: float
-
-
-_CARDS = {"t4": _Card(14.6, 24), "l4": _Card(22.16, 57), "a100": _Card(40.0, 265)}
+Source: L4: torch-performance-test-data issue 120 (54.9-59.4 TFLOP/s on large products, against
+121 in its data sheet). T4: developer forum of its maker, 24 of 65. A100: stas00/ml-engineering
+and the same data, 265-271; its memory is the nominal one of the 40 GB card.
+"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,24 +42,25 @@ def run(arguments: Sequence[str]) -> int:
     config = resolve_config("memory", rest, lambda: _preset_for(flags), more_flags=_FLAGS_HELP)
     from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, base_shape, row_lengths
 
-    card = _card(flags, config)
+    gpu_gib, tflops = _CARDS[flags.card or (config.preset if config.preset in _CARDS else "l4")]
+    gpu_gib, tflops = flags.gpu_gib or gpu_gib, flags.tflops or tflops
     # `auto` is what it is on a machine with a GPU that was set up by the Makefile.
     backend = "unsloth" if config.model.backend == "auto" else config.model.backend
     backend = "transformers" if config.train.qat != "off" else backend
-    lengths, counted = row_lengths(config, flags.lengths)
+    lengths, counted = row_lengths(config, flags.lengths and _two_lengths(flags.lengths))
     estimator = MemoryEstimator(
         config=config,
         shape=base_shape(config.model.base),
         lengths=lengths,
         backend=backend,
-        usable_gib=card.gib - RESERVE_GIB,
+        usable_gib=gpu_gib - RESERVE_GIB,
     )
     found = estimator.recommend()
     answer = {
         "base": config.model.base,
         "shape": asdict(estimator.shape),
         "backend": estimator.backend,
-        "gpu_gib": card.gib,
+        "gpu_gib": gpu_gib,
         "usable_gib": estimator.usable_gib,
         "lengths": {**asdict(lengths), "source": counted},
         "row_tokens": estimator.row_tokens,
@@ -80,13 +74,13 @@ def run(arguments: Sequence[str]) -> int:
             "fits": found.fits,
             "command": _command(rest, config, found),
         },
-        "tflops": card.tflops,
+        "tflops": tflops,
         "hours_per_epoch": {
             _NAMES[how]: [
-                round(estimator.flops_per_epoch(how) / (card.tflops * share * 3.6e15), 2)
+                round(estimator.flops_per_epoch(how) / (tflops * share * 3.6e15), 2)
                 for share in _REACHED
             ]
-            for how in _checkpointings(estimator)
+            for how in estimator.checkpointings
         },
     }
     print(json.dumps(answer, indent=2)) if flags.json else _show(answer, config)
@@ -130,13 +124,18 @@ def _preset_for(flags: argparse.Namespace) -> str:
     return preset_of_card(flags.gpu_gib, capability_major=8)
 
 
-def _card(flags: argparse.Namespace, config: Config) -> _Card:
-    card = _CARDS[flags.card or (config.preset if config.preset in _CARDS else "l4")]
-    return _Card(flags.gpu_gib or card.gib, flags.tflops or card.tflops)
-
-
-def _checkpointings(estimator: MemoryEstimator) -> tuple[Checkpointing, ...]:
-    return ("false", "true", "unsloth") if estimator.backend == "unsloth" else ("false", "true")
+def _two_lengths(given: str) -> tuple[int, int]:
+    try:
+        mean, longest = (int(word) for word in given.split(","))
+    except ValueError:
+        mean = longest = 0
+    if not 0 < mean <= longest:
+        raise ConfigError(
+            f"--lengths {given}",
+            "it must be two whole numbers, the mean and the longest",
+            "such as --lengths 3490,4608",
+        )
+    return mean, longest
 
 
 def _every_estimate(estimator: MemoryEstimator) -> list[dict[str, Any]]:
@@ -145,7 +144,7 @@ def _every_estimate(estimator: MemoryEstimator) -> list[dict[str, Any]]:
     for weights in _WEIGHTS:
         model = replace(estimator.config.model, weights=weights)
         of_weights = replace(estimator, config=replace(estimator.config, model=model))
-        for how in _checkpointings(estimator):
+        for how in estimator.checkpointings:
             for batch in _BATCHES:
                 got = of_weights.estimate(batch, how)
                 parts = {name: round(gib, 3) for name, gib in asdict(got).items()}
@@ -223,16 +222,15 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
     found = answer["recommendation"]
     lines = [
         "",
-        f"not even one row fits for certain: {found['total_gib']:.1f} GiB; take a card with "
-        "more memory, --model.weights nf4, or shorter rows (--model.max-length-tokens with "
-        "--data.over-long drop)",
+        f"recommended: {found['batch']} x {found['accumulation']} rows, checkpointing "
+        f"{found['checkpointing']}, {config.model.weights}: {found['total_gib']:.1f} GiB",
+        f"  {found['command']}",
     ]
-    if found["fits"]:
-        lines = [
-            "",
-            f"recommended: {found['batch']} x {found['accumulation']} rows, checkpointing "
-            f"{found['checkpointing']}, {config.model.weights}: {found['total_gib']:.1f} GiB",
-            f"  {found['command']}",
+    if not found["fits"]:
+        lines[1:] = [
+            f"not even one row fits for certain: {found['total_gib']:.1f} GiB; take a card with "
+            "more memory, --model.weights nf4, or shorter rows (--model.max-length-tokens with "
+            "--data.over-long drop)"
         ]
     hours = ", ".join(
         f"{best:.1f}-{worst:.1f} with checkpointing {how}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
-from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.presets import PRESETS, REAL_TRAIN
 
@@ -112,6 +112,11 @@ class MemoryEstimator:
     """Memory of the card without what is reserved."""
 
     @property
+    def checkpointings(self) -> tuple[Checkpointing, ...]:
+        """What the backend can compute again, from nothing to what saves most memory."""
+        return ("false", "true", "unsloth") if self.backend == "unsloth" else ("false", "true")
+
+    @property
     def row_tokens(self) -> int:
         """Tokens of the longest row of a micro-batch, packed rows being filled up."""
         packed = self.config.train.batching == "packed"
@@ -180,11 +185,7 @@ class MemoryEstimator:
         )
 
     def largest_batch(self, checkpointing: Checkpointing, most: int | None = None) -> BatchChoice:
-        """Find the largest batch that fits and divides the rows of an optimizer step.
-
-        Args:
-            checkpointing: What is computed again.
-            most: Rows that the batch must not exceed.
+        """Find the largest batch, of `most` rows, that fits and divides those of an optimizer step.
 
         Returns:
             The batch, or a batch of one with `fits` false.
@@ -215,15 +216,12 @@ class MemoryEstimator:
         found = self.largest_batch("false")
         if found.fits and found.batch >= min(preset_batch(self.config), 2):
             return found
-        return self.largest_batch("unsloth" if self.backend == "unsloth" else "true")
+        return self.largest_batch(self.checkpointings[-1])
 
     def flops_per_epoch(self, checkpointing: Checkpointing) -> float:
         """Count the floating-point operations of an epoch's forward and backward passes.
 
         The base is frozen: its backward pass makes gradients of activations only.
-
-        Args:
-            checkpointing: Whether every layer's forward pass is made twice.
         """
         shape, rows = self.shape, self.lengths
         forwards = 1 if checkpointing == "false" else 2
@@ -402,18 +400,15 @@ _SAMPLE_ROWS = 256
 _LONGEST_ROWS = 64
 
 
-def row_lengths(config: Config, given: str | None) -> tuple[RowLengths, str]:
+def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengths, str]:
     """Find the lengths of a config's rows: as given, counted in its data, or as published.
 
     Args:
         config: The config.
-        given: `MEAN,LONGEST`, or None.
+        given: Tokens of the mean and of the longest row, or None.
 
     Returns:
         The lengths, and where they come from.
-
-    Raises:
-        ConfigError: What was given are not two lengths.
     """
     data, allowed = config.data, config.model.max_length_tokens
     if given is None and data.train is not None and _can_count(data.train, config.model.base):
@@ -423,7 +418,7 @@ def row_lengths(config: Config, given: str | None) -> tuple[RowLengths, str]:
         rows = max(1, data.generated_entries - data.validation_entries)
     rows = min(rows, data.limit_entries or rows)
     if given is not None:
-        (mean, longest), source = _parsed(given), "as given"
+        (mean, longest), source = given, "as given"
     elif config.model.base == BASE_MODEL or data.train == REAL_TRAIN:
         longest = min(_PUBLISHED.longest_tokens, allowed)
         mean = min(int(_PUBLISHED.mean_tokens), longest)
@@ -444,20 +439,6 @@ def _can_count(train: Path, base: str) -> bool:
     """Say whether tokens can be counted here, without asking a network."""
     tokenizer = any((Path(base) / f"tokenizer.{ext}").exists() for ext in ("json", "model"))
     return train.exists() and tokenizer and find_spec("transformers") is not None
-
-
-def _parsed(given: str) -> tuple[int, int]:
-    try:
-        mean, longest = (int(word) for word in given.split(","))
-    except ValueError:
-        mean = longest = 0
-    if not 0 < mean <= longest:
-        raise ConfigError(
-            f"--lengths {given}",
-            "it must be two whole numbers, the mean and the longest",
-            "such as --lengths 3490,4608",
-        )
-    return mean, longest
 
 
 def _counted(config: Config, train: Path) -> RowLengths:
