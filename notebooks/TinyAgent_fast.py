@@ -111,7 +111,7 @@ if IN_COLAB and USE_DRIVE:
 # Chosen from the GPU: `t4`, `l4` or `a100`, and `cpu` without one.
 
 # %%
-CHOOSE = "from tinyagent_fast.commands.train import choose_preset; print(*choose_preset(), sep='|')"
+CHOOSE = "from tinyagent_fast.presets import choose_preset; print(*choose_preset(), sep='|')"
 if "--preset" in FLAGS:
     PRESET = FLAGS[FLAGS.index("--preset") + 1]
     print(f"preset {PRESET}, as FLAGS says")

@@ -22,7 +22,7 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ConfigError, DataError, GateError, UserError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.scoring import Prediction
-from tinyagent_fast.presets import preset_config
+from tinyagent_fast.presets import choose_preset, preset_config
 from tinyagent_fast.runs import Run, create_run
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "trl", "peft", "numpy")
@@ -601,7 +601,7 @@ def test_the_preset_follows_the_device(
     )
     torch: Any = SimpleNamespace(cuda=cuda, set_num_threads=lambda _: None)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    chosen, reason = train.choose_preset()
+    chosen, reason = choose_preset()
     assert chosen == preset
     assert name in reason
     assert chosen in {"cpu", "t4", "l4", "a100"}

@@ -34,14 +34,7 @@ _FORMER_NAMES = {"plan": "memory"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: Without the program's name; None takes those of the process.
-
-    Returns:
-        The exit code.
-    """
+    """Run one command of the arguments after the program's name, and give its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -108,16 +101,12 @@ def _bug() -> int:
     return 3
 
 
-def _not_installed(name: str, error: ModuleNotFoundError) -> str:
+def _not_installed(command: str, error: ModuleNotFoundError) -> str:
     from tinyagent_fast.errors import UserError
 
-    return "error: " + str(
-        UserError(
-            f"tinyagent-fast {name}",
-            f"it needs the package {error.name!r}, which is not installed here",
-            "install the project with its `train` extra (make setup does)",
-        )
-    )
+    why = f"it needs the package {error.name!r}, which is not installed here"
+    fix = "install the project with its `train` extra (make setup does)"
+    return f"error: {UserError(f'tinyagent-fast {command}', why, fix)}"
 
 
 def _help() -> str:

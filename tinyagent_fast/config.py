@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,13 +195,8 @@ class Config:
 
 _ANY_NUMBER = frozenset({"data.seed", "train.seed"})
 _MAY_BE_ZERO = frozenset(
-    {
-        "data.validation-entries",
-        "train.evaluations",
-        "eval.sample",
-        "eval.parity-prompts",
-        "eval.lookup-tokens",
-    }
+    {"data.validation-entries", "train.evaluations"}
+    | {f"eval.{name}" for name in ("sample", "parity-prompts", "lookup-tokens")}
 )
 """Counts that may be 0; every other one must be at least 1."""
 _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
@@ -237,12 +232,13 @@ def check_config(config: Config) -> None:
         )
     if config.data.prompts == "retrieved" and config.data.points == "join":
         problems.append("data.prompts retrieved needs data.points plan or all")
-    if train.qat != "off" and config.model.weights == "nf4":
-        problems.append("train.qat needs model.weights in 16 or 32 bits, not nf4")
-    if train.qat != "off" and config.model.backend == "unsloth":
-        problems.append("train.qat needs model.backend transformers: its kernels round nothing")
-    if train.qat != "off" and config.lora.dropout:
-        problems.append("train.qat needs lora.dropout 0: the sum with the base is rounded")
+    if train.qat != "off":
+        if config.model.weights == "nf4":
+            problems.append("train.qat needs model.weights in 16 or 32 bits, not nf4")
+        if config.model.backend == "unsloth":
+            problems.append("train.qat needs model.backend transformers: its kernels round nothing")
+        if config.lora.dropout:
+            problems.append("train.qat needs lora.dropout 0: the sum with the base is rounded")
     if problems:
         raise ConfigError(
             f"{len(problems)} setting(s) cannot be used",
@@ -264,16 +260,13 @@ def _wanted(name: str, value: object) -> str | None:
     return None if value >= least else f"{least} or more"
 
 
-def to_mapping(config: Any) -> dict[str, Any]:
-    """Turn a config dataclass into nested dicts of strings, numbers, booleans and None."""
-    plain: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            plain[item.name] = to_mapping(value)
-        else:
-            plain[item.name] = str(value) if isinstance(value, Path) else value
-    return plain
+def to_mapping(config: Config) -> dict[str, Any]:
+    """Turn a config into nested dicts of strings, numbers, booleans and None."""
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: str(v) if isinstance(v, Path) else v for name, v in items}
+
+    return asdict(config, dict_factory=plain)
 
 
 def dump_config(config: Config) -> str:

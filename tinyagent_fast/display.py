@@ -45,35 +45,31 @@ class Display:
         Yields:
             A function to call with what is done and the total.
         """
-        started = time.perf_counter()
-        seen = [0, 0]
-        if not self.console.is_terminal:
-            told = [started]
+        started = told = time.perf_counter()
+        done = 0
+        progress = Progress(
+            TextColumn(label),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        task = progress.add_task(label, total=None)
 
-            def note(done: int, total: int) -> None:
-                seen[:] = [done, total]
-                if time.perf_counter() - told[0] > _LINE_EVERY_S:
-                    told[0] = time.perf_counter()
-                    self.say(f"{label}: {done}/{total} {unit}")
+        def update(now_done: int, total: int) -> None:
+            nonlocal done, told
+            done = now_done
+            progress.update(task, completed=done, total=total)
+            if progress.disable and time.perf_counter() - told > _LINE_EVERY_S:
+                told = time.perf_counter()
+                self.say(f"{label}: {done}/{total} {unit}")
 
-            yield note
-        else:
-            columns = (TextColumn(label), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            with Progress(
-                *columns,
-                TextColumn(unit),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            ) as progress:
-                task = progress.add_task(label, total=None)
-
-                def update(done: int, total: int) -> None:
-                    seen[:] = [done, total]
-                    progress.update(task, completed=done, total=total)
-
-                yield update
-        count = f"{seen[0]} {unit} " if seen[0] else ""
+        with progress:
+            yield update
+        count = f"{done} {unit} " if done else ""
         seconds = time.perf_counter() - started
         self.timings_s[label] = round(seconds, 2)
         self.say(f"{label}: {count}in {seconds:.1f} s")

@@ -71,11 +71,7 @@ class Processes:
         return result
 
     def main_process_first(self, work: Callable[[], T]) -> T:
-        """Let the main process work, then the others, who find the files that it has left.
-
-        Returns:
-            Each process's own result.
-        """
+        """Let the main process work, then the others, who find what it left; each has a result."""
         done: list[T] = []
         self.on_main_process(lambda: done.append(work()))
         return done[0] if done else work()
@@ -111,20 +107,12 @@ class Processes:
         return reduced
 
     def shard(self, items: Sequence[T]) -> list[T]:
-        """Take this process's part of items that are in the same order in every process.
-
-        Returns:
-            Every `count`-th item, so that neighbours of similar length are spread.
-        """
+        """Take every `count`-th item, so that neighbours of similar length are spread."""
         return list(items[self.rank :: self.count])
 
     @contextmanager
     def main_process_reports(self) -> Iterator[None]:
-        """Hold back an error in another process until the main one has had time to report it.
-
-        Yields:
-            Nothing; a launcher ends all processes as soon as one has failed.
-        """
+        """Let the main process report an error first: one that fails makes a launcher end all."""
         try:
             yield
         except UserError:
@@ -146,10 +134,7 @@ ALONE = Processes()
 
 
 def launch_environment() -> Processes:
-    """Read what a launcher has set; needs no torch.
-
-    Returns:
-        This process's place; without a launcher the only one.
+    """Read this process's place from what a launcher has set; needs no torch.
 
     Raises:
         ConfigError: A launcher's variable is missing or is no number.
@@ -170,10 +155,7 @@ def launch_environment() -> Processes:
 
 
 def init_processes() -> Processes:
-    """Join the other processes of the launch, and take this process's GPU.
-
-    Returns:
-        This process's place; the same object at every call.
+    """Join the other processes of the launch, and take this process's GPU; once only.
 
     Raises:
         ConfigError: There are more processes than GPUs.

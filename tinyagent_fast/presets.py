@@ -17,7 +17,6 @@ from tinyagent_fast.config import (
     parse_config,
 )
 from tinyagent_fast.errors import ConfigError
-from tinyagent_fast.strict_yaml import load_yaml
 
 REAL_TRAIN = Path("data/training_data.json")
 REAL_TEST = Path("data/testing_data.json")
@@ -139,13 +138,7 @@ PRESETS: Mapping[str, Callable[[], Config]] = {
 
 
 def preset_config(name: str) -> Config:
-    """Make the config of a preset.
-
-    Args:
-        name: A key of `PRESETS`.
-
-    Returns:
-        Its config.
+    """Make the config of a preset, a key of `PRESETS`.
 
     Raises:
         ConfigError: No preset has that name.
@@ -160,16 +153,20 @@ def preset_config(name: str) -> Config:
     return PRESETS[name]()
 
 
+def choose_preset() -> tuple[str, str]:
+    """Choose the preset for this machine; the second value is the reason, for the user."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", "no CUDA device was found, so a small model learns generated data"
+    properties = torch.cuda.get_device_properties(0)
+    memory_gib = properties.total_memory / 2**30
+    preset = preset_of_card(memory_gib, properties.major)
+    return preset, f"{properties.name} with {memory_gib:.0f} GiB was found"
+
+
 def preset_of_card(memory_gib: float, capability_major: int) -> str:
-    """Choose the preset for a GPU.
-
-    Args:
-        memory_gib: Its memory.
-        capability_major: First number of its compute capability; 8 is the first with bf16.
-
-    Returns:
-        A preset's name.
-    """
+    """Choose the preset for a GPU; 8 is the first major compute capability with bf16."""
     preset = "t4" if memory_gib < 18 else "l4" if memory_gib < 36 else "a100"
     return preset if capability_major >= 8 else "t4"
 
@@ -194,17 +191,9 @@ def load_config(
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}", f"it cannot be read: {error}", "check it") from error
-    name = preset or _preset_in(text) or (default and default())
+    # A file that names no preset has the name that a plain config has.
+    named = parse_config(text, source=str(path)).preset
+    name = preset or (named if named != Config().preset else default and default())
     base = preset_config(name) if name else Config()
     # A file that was written for another preset must not rename the one that is taken.
     return replace(parse_config(text, base, str(path)), preset=base.preset)
-
-
-def _preset_in(text: str) -> str | None:
-    """Find the preset that a config file is written for; other mistakes in it are found later."""
-    try:
-        raw = load_yaml(text)
-    except ValueError:
-        return None
-    preset = raw.get("preset") if isinstance(raw, dict) else None
-    return None if preset == Config().preset or not isinstance(preset, str) else preset

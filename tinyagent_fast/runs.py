@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import count
@@ -94,12 +95,7 @@ class Run:
     def locate(self, recorded: str | Path) -> Path:
         """Find a path that the run recorded, also when the program runs in another folder now.
 
-        Args:
-            recorded: The path as the run's command was given it.
-
-        Returns:
-            The path as it is if it is there. Else the one in the folder that holds `runs/`, or in
-            the folder where the run was started, if it is there; else the path as it is.
+        It may be relative to the folder that holds `runs/`, or to where the run was started.
         """
         if not Path(recorded).exists():
             for folder in (self.path.resolve().parents[1], self._started_in()):
@@ -113,19 +109,11 @@ class Run:
         return Path(known.get("folder", ""))
 
     def base_of(self, config: Config) -> str:
-        """Find the base model: the folder that `nano` or `random` became, or the config's own.
-
-        Returns:
-            A folder or hub name.
-        """
+        """Find the base model, a folder or hub name: also what `nano` or `random` became."""
         return str(self.locate(self._data_record().get("base", config.model.base)))
 
     def test_file(self) -> Path | None:
-        """Find the test file of this run, also one that was generated for it.
-
-        Returns:
-            Its path, where nothing may lie any more; None if the run has none.
-        """
+        """Find the test file of this run, also a generated one; nothing may lie there any more."""
         return self._data_file("test_file", self.config().data.test)
 
     def train_file(self) -> Path | None:
@@ -146,13 +134,7 @@ class Run:
         return record
 
     def find_adapter(self, wanted: str = "best") -> Path:
-        """Find an adapter to use.
-
-        Args:
-            wanted: `best` for the run's own, or a folder.
-
-        Returns:
-            A folder with adapter weights.
+        """Find a folder with adapter weights: the run's `best`, or the one that is named.
 
         Raises:
             ConfigError: There are none.
@@ -186,10 +168,9 @@ class Run:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
+            record = None
+            with suppress(ValueError):
                 record = json.loads(line)
-            except ValueError:
-                record = None
             if not isinstance(record, dict):
                 raise ConfigError(
                     f"{self.history_path}, line {number}",
@@ -201,13 +182,7 @@ class Run:
 
 
 def create_run(config: Config) -> Run:
-    """Make a new run's folder and point `latest` to it.
-
-    Args:
-        config: The resolved config; its `name` is used, or preset and time.
-
-    Returns:
-        The run, with config.yaml and environment.json written.
+    """Make a new run's folder, with config.yaml and environment.json, and point `latest` to it.
 
     Raises:
         ConfigError: A run of that name exists, or no folder can have the name.
@@ -267,14 +242,7 @@ def _make_folder(path: Path) -> bool:
 
 
 def find_run(name: str, runs: Path = Path("runs")) -> Run:
-    """Find a run by name, by path, or as `latest`.
-
-    Args:
-        name: `latest`, a folder under `runs`, or a path.
-        runs: Folder of all runs.
-
-    Returns:
-        The run.
+    """Find a run by its name under `runs`, by its path, or as `latest`.
 
     Raises:
         ConfigError: There is none; the message lists those that are there.
@@ -312,33 +280,22 @@ def write_json(path: Path, value: object) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Record what a result depends on besides config and data.
-
-    Returns:
-        Versions, platform, GPU if torch is loaded and sees one, git commit and whether it is clean.
-    """
+    """Record what a result depends on besides config and data; a GPU only if torch is loaded."""
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)  # None: not installed
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": _package_versions(),
+        "versions": versions,
         "gpu": _gpu(),
         "git": _git(),
         "command": sys.argv,
         "folder": str(Path.cwd()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _package_versions() -> dict[str, str | None]:
-    """List the packages on which a result may depend; None for one that is not installed."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def _gpu() -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.config import Config
 from tinyagent_fast.distributed import init_processes
-from tinyagent_fast.presets import REAL_TRAIN, preset_of_card
+from tinyagent_fast.presets import REAL_TRAIN, choose_preset
 from tinyagent_fast.runs import Run, find_run
 
 if TYPE_CHECKING:
@@ -66,18 +66,6 @@ def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
 
         data_download.run([])
     return config, resumed
-
-
-def choose_preset() -> tuple[str, str]:
-    """Choose the preset for this machine; the second value is the reason, for the user."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu", "no CUDA device was found, so a small model learns generated data"
-    properties = torch.cuda.get_device_properties(0)
-    memory_gib = properties.total_memory / 2**30
-    preset = preset_of_card(memory_gib, properties.major)
-    return preset, f"{properties.name} with {memory_gib:.0f} GiB was found"
 
 
 def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
