@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_few_other_plans_in_16_bits_are_reported_and_the_batch_is_kept(
     assert (report.safe_batch, report.near_ties) == (8, plans)
     assert f"{plans} of 8 plans differ" in report.sentence()
     assert dtype in report.sentence()
-    written = report.to_json()
+    written = asdict(report)
     assert (written["near_ties"], written["compute_dtype"]) == (plans, dtype)
 
 
@@ -160,7 +161,7 @@ def test_the_sample_spreads_over_all_lengths() -> None:
 
 def test_a_report_can_be_written_as_json() -> None:
     report = compare(Writer(lambda prompt, _: prompt.user), count=3, batch=2)
-    assert json.loads(json.dumps(report.to_json())) == {
+    assert json.loads(json.dumps(asdict(report))) == {
         "prompts": 3,
         "asked_batch": 2,
         "safe_batch": 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class EvaluationResult:
             "generation": {
                 "reused_predictions": self.reused,
                 "seconds": round(self.seconds, 3),
-                "parity": self.parity.to_json() if self.parity else None,
+                "parity": asdict(self.parity) if self.parity else None,
                 "notes": list(self.notes),
             },
         }

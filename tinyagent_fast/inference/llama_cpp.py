@@ -178,7 +178,7 @@ class LlamaServer:
         """Encode text with the vocabulary in the file.
 
         Args:
-            text: Any text.
+            text: What to encode.
             special: Whether special tokens are read from it, as the server does in prompts.
             bos: Whether BOS is put in front, where the file asks for one.
         """
@@ -205,14 +205,7 @@ class LlamaServer:
     ) -> Completion:
         """Answer messages greedily through POST /v1/chat/completions, as any client would.
 
-        Args:
-            messages: Each with `role` and `content`.
-            max_new_tokens: Where the answer is broken off.
-            stop: Text that ends it.
-            grammar: GBNF that it has to follow.
-
-        Raises:
-            ModelError: The prompt does not fit, or the answer ran out of room.
+        Limits and errors are those of `complete_ids`; a message has `role` and `content`.
         """
         # `verbose` adds the raw text and why it ended; the standard fields trim the first and
         # call a stop string and EOS the same.
@@ -401,11 +394,7 @@ class LlamaCppEngine:
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts on the server's slots, those with the same beginning after one another.
 
-        Args as in `Engine`; `batch` is at most the number of slots, and `on_token` is called from
-        the thread of each slot.
-
-        Raises:
-            ModelError: A prompt does not fit into its slot, or the server is gone.
+        `batch` is at most the number of slots, and `on_token` is called from each slot's thread.
         """
 
         def answer(index: int) -> Completion:

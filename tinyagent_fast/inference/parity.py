@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from tinyagent_fast.inference.engine import Engine, Prompt
 from tinyagent_fast.plans.grammar import canonical_plan
@@ -34,11 +33,7 @@ class ParityReport:
         return self.safe_batch == self.asked_batch
 
     def sentence(self) -> str:
-        """Say the outcome in one line.
-
-        Returns:
-            For the terminal and the report.
-        """
+        """Say the outcome in one line."""
         if not self.prompts:
             return f"batch {self.asked_batch}: not compared with batch 1"
         kept = f"batch {self.safe_batch}"
@@ -53,10 +48,6 @@ class ParityReport:
             ties if self.near_ties else ""
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Give plain values for a JSON report."""
-        return asdict(self)
-
 
 def compare_batches(
     engine: Engine,
@@ -69,6 +60,8 @@ def compare_batches(
 ) -> ParityReport:
     """Generate a few prompts singly and together, and halve the batch until the plans agree.
 
+    An engine that computes in 16 bits may differ in few plans; see `ParityReport.near_ties`.
+
     Args:
         engine: What will complete the prompts.
         prompts: All prompts; a sample spread over their lengths is compared.
@@ -76,10 +69,6 @@ def compare_batches(
         max_new_tokens: As in the sweep.
         stop: As in the sweep.
         sample: How many prompts to compare; 0 skips.
-
-    Returns:
-        The report. An engine that computes in 16 bits may differ in few plans; see
-        `ParityReport.near_ties`.
     """
     dtype = engine.compute_dtype
     if not sample or batch == 1 or not prompts:
