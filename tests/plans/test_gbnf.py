@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyagent_fast.plans.gbnf import MAX_LIST_ITEMS, MAX_TEXT_UNITS, plan_grammar
+from tinyagent_fast.plans.gbnf import MAX_CALLS, MAX_LIST_ITEMS, MAX_TEXT_UNITS, plan_grammar
 from tinyagent_fast.plans.grammar import (
     END_OF_PLAN,
     Plan,
@@ -145,9 +145,8 @@ def _python_set(text: str) -> str:
 
 
 @cache
-def grammar_of(which: str, **options: Any) -> Grammar:
-    tools = {"test": TOOLS, "tinyagent": TINYAGENT, "any": None}[which]
-    return Grammar(plan_grammar(tools, **options))
+def grammar_of(which: str) -> Grammar:
+    return Grammar(plan_grammar({"test": TOOLS, "tinyagent": TINYAGENT}[which]))
 
 
 def accepted(text: str, which: str = "test") -> bool:
@@ -241,32 +240,14 @@ def test_lengths_are_bounded_at_the_stated_sizes() -> None:
     assert not accepted(plan_of_list(MAX_LIST_ITEMS + 1))
 
 
-def test_a_plan_has_at_most_max_calls_and_ends_as_asked() -> None:
+def test_a_plan_has_at_most_so_many_calls() -> None:
     def plan(calls: int) -> str:
         lines = [f"{n}. ping()" for n in range(1, calls + 1)]
-        return "\n".join([*lines, f"{calls + 1}. join()"])
+        return "\n".join([*lines, f"{calls + 1}. join(){END_OF_PLAN}"])
 
-    assert accepted(plan(16) + END_OF_PLAN)
-    assert not accepted(plan(17) + END_OF_PLAN)
-    short = grammar_of("test", max_calls=2, end_of_plan=False)
-    assert [short.matches(plan(calls)) for calls in range(4)] == [True, True, True, False]
-    assert not short.matches(plan(1) + END_OF_PLAN)
-    assert Grammar(plan_grammar({})).matches(f"1. join(){END_OF_PLAN}")
-    assert Grammar(plan_grammar(TOOLS, max_calls=0)).matches(f"1. join(){END_OF_PLAN}")
-    with pytest.raises(ValueError, match="max_calls"):
-        plan_grammar(TOOLS, max_calls=-1)
-
-
-@pytest.mark.parametrize("name", ["joi", "j", "joins", "Join", "xjoin", "join_", "find", "_x1"])
-def test_without_tools_any_name_may_be_called(name: str) -> None:
-    plan = f'1. {name}("a", ["b", 2], None, -1.5, True)\n2. {name}("$1")\n3. join(){END_OF_PLAN}'
-    parse_plan(plan)
-    assert accepted(plan, "any")
-
-
-@pytest.mark.parametrize("name", ["join", "1x", "", "a b", "a.b"])
-def test_without_tools_join_still_ends_the_plan_and_names_are_names(name: str) -> None:
-    assert not accepted(f'1. {name}("a")\n2. join(){END_OF_PLAN}', "any")
+    assert accepted(plan(MAX_CALLS))
+    assert not accepted(plan(MAX_CALLS + 1))
+    assert Grammar(plan_grammar({})).matches(plan(0))
 
 
 # What a string may hold: no reference by accident, and only control characters with an escape.
@@ -310,14 +291,14 @@ def test_every_plan_as_it_is_rendered_is_accepted(plan: Plan) -> None:
     assert accepted(text)
 
 
-def faults(plan: Plan, tools: Mapping[str, Tool] | None) -> list[str]:
-    """Say what a plan has that the grammar must not let through."""
+def faults(plan: Plan) -> list[str]:
+    """Say what a plan of TinyAgent's tools has that the grammar must not let through."""
     found = []
     for position, step in enumerate(plan.steps, start=1):
         if step.number != position or any(not 0 < n < position for n in references(step.arguments)):
             found.append(f"{position}: number or reference")
-        tool = None if tools is None else tools.get(step.tool)
-        if tools is not None and step.tool != "join":
+        tool = TINYAGENT.get(step.tool)
+        if step.tool != "join":
             parameters = () if tool is None else tool.parameters
             if tool is None or len(parameters) != len(step.arguments):
                 found.append(f"{position}: tool or arity")
@@ -338,29 +319,26 @@ def server(tiny_gguf: dict[str, Path]) -> Iterator[Any]:
         yield running
 
 
-@pytest.mark.parametrize("which", ["tinyagent", "any"])
-def test_every_text_that_llama_cpp_samples_at_temperature_1_is_a_plan(
-    server: Any, which: str
-) -> None:
-    tools = TINYAGENT if which == "tinyagent" else None
+def test_every_text_that_llama_cpp_samples_at_temperature_1_is_a_plan(server: Any) -> None:
+    grammar = plan_grammar(TINYAGENT)
     whole, referring = 0, 0
     for seed in range(10):
         sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": seed}
         # Quotes and dollars more often than at random: short strings, and many references.
         sampling["logit_bias"] = [['"', 5.0], ["\n", 6.0], ["$", 5.0], ["1", 3.0]]
-        body = {"prompt": "Plan:\n", "n_predict": 6000, "grammar": plan_grammar(tools), **sampling}
+        body = {"prompt": "Plan:\n", "n_predict": 6000, "grammar": grammar, **sampling}
         answer = server.request("POST", "/completion", body)
         if answer["stop_type"] == "limit":
             continue
         text = answer["content"]
         plan = parse_plan(text)
         whole += 1
-        assert faults(plan, tools) == []
+        assert faults(plan) == []
         assert text.endswith(END_OF_PLAN)
         plan_dag(plan)
         referring += any(references(step.arguments) for step in plan.steps)
         # Bytes that are no character arrive as U+FFFD, so the texts can be compared.
-        assert accepted(text, which)
+        assert accepted(text, "tinyagent")
     assert whole >= 6
     assert referring >= 1
 
@@ -380,6 +358,6 @@ def test_every_label_of_the_real_data_without_a_fault_is_accepted(real_data: Pat
                 plan = parse_plan(label)
             except PlanError:
                 continue
-            assert faults(plan, TINYAGENT) or render_plan(plan) != label, (key, label)
+            assert faults(plan) or render_plan(plan) != label, (key, label)
     assert labels > 200
     assert let_through >= 0.98 * labels

@@ -17,7 +17,7 @@ from tinyagent_fast.evaluation.scoring import (
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
 from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.plans.grammar import PLAN_ERRORS, PlanError, parse_plan
-from tinyagent_fast.plans.graph import DAG_ERRORS, DagError, plan_dag, same_dag, why_different
+from tinyagent_fast.plans.graph import DAG_ERRORS, plan_dag, same_dag, why_different
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool
 
 Cell = str | int | float | Proportion | Mean
@@ -141,12 +141,12 @@ def explain_failure(row: Prediction, tools: Mapping[str, Tool] | None) -> str:
     known = TINYAGENT if tools is None else tools
     try:
         wanted = plan_dag(parse_plan(row.label))
-    except (PlanError, DagError) as error:
+    except PlanError as error:
         return f"The label itself is at fault: {_meaning(error)}."
     try:
         plan = parse_plan(row.prediction)
         found = plan_dag(plan)
-    except (PlanError, DagError) as error:
+    except PlanError as error:
         return f"The plan is at fault: {_meaning(error)}."
     unknown = {step.tool for step in plan.steps if step.tool != JOIN and step.tool not in known}
     if unknown:
@@ -156,6 +156,6 @@ def explain_failure(row: Prediction, tools: Mapping[str, Tool] | None) -> str:
     return why_different(wanted, found)
 
 
-def _meaning(error: PlanError | DagError) -> str:
+def _meaning(error: PlanError) -> str:
     meaning = {**PLAN_ERRORS, **DAG_ERRORS}[error.code]
     return f"{meaning} ({error.message})"

@@ -11,7 +11,7 @@ that a server lets a model write, and a text that is cut there is no plan.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import JOIN, Parameter, Tool
@@ -21,6 +21,9 @@ MAX_TEXT_UNITS = 1023
 
 MAX_LIST_ITEMS = 32
 """Longest list."""
+
+MAX_CALLS = 16
+"""Longest plan, join not counted."""
 
 # A byte-level model can write what is no character: halves of a pair, numbers beyond the last one.
 _NEVER = r"\x00-\x1F\x7F\uD800-\uDFFF\U00110000-\U001FFFFF"
@@ -39,54 +42,33 @@ int ::= "0" | "-"? [1-9] [0-9]{{0,8}}
 bool ::= "True" | "False"
 """
 
-_ANY_TOOL = """\
-number ::= "-"? ("0" | [1-9] [0-9]{0,8}) ("." [0-9]{1,9})?
-"""
 
-
-def plan_grammar(
-    tools: Mapping[str, Tool] | None, *, max_calls: int = 16, end_of_plan: bool = True
-) -> str:
-    """Write the GBNF of all plans of some tools.
+def plan_grammar(tools: Mapping[str, Tool]) -> str:
+    """Write the GBNF of all plans of some tools, given by name; its first rule is `root`.
 
     Whatever is written under it can be read by `grammar.parse_plan`: lines are numbered from 1,
-    join comes last, every call has its tool's number and kinds of arguments, and `$k` names an
-    earlier line. Strings are written as `grammar.render_plan` writes them, without control
-    characters other than escaped line breaks and tabs. In a string, `$` before any other number or
-    before `{` is not possible, since an executor would take it for a reference: an amount is
-    written `$ 500` or `USD 500`.
-
-    Args:
-        tools: The tools that may be called, by name; None lets any name be called with strings,
-            numbers, bools, None and lists of these.
-        max_calls: Longest plan in calls, join not counted.
-        end_of_plan: Whether `<END_OF_PLAN>` must follow join.
-
-    Returns:
-        The grammar's text; its first rule is `root`.
-
-    Raises:
-        ValueError: `max_calls` is negative.
+    join comes last, followed by `<END_OF_PLAN>`, every call has its tool's number and kinds of
+    arguments, and `$k` names an earlier line. Strings are written as `grammar.render_plan` writes
+    them, without control characters other than escaped line breaks and tabs. In a string, `$`
+    before any other number or before `{` is not possible, since an executor would take it for a
+    reference: an amount is written `$ 500` or `USD 500`.
 
     Source: grammars/README.md of github.com/ggml-org/llama.cpp (the notation and its escapes).
     """
-    if max_calls < 0:
-        raise ValueError(f"max_calls is {max_calls}; a plan cannot have fewer than 0 calls")
-    longest = max_calls if tools is None or tools else 0
+    longest = MAX_CALLS if tools else 0
     lines = [
         f"# Plans of up to {longest} calls; the text of a string has up to {MAX_TEXT_UNITS} units.",
         "root ::= line-1",
-        f"join ::= {_quoted(JOIN + '()' + (END_OF_PLAN if end_of_plan else ''))}",
+        f"join ::= {_quoted(JOIN + '()' + END_OF_PLAN)}",
     ]
     for line in range(1, longest + 1):
         following = f'(join | call-{line} "\\n" line-{line + 1})'
         lines.append(f'line-{line} ::= thought? "{line}. " {following}')
         lines.extend(_argument_rules(line))
-        calls = _any_call(line) if tools is None else [_call(t, line) for t in tools.values()]
-        lines.append(f"call-{line} ::= " + " |\n  ".join(calls))
+        calls = " |\n  ".join(_call(tool, line) for tool in tools.values())
+        lines.append(f"call-{line} ::= {calls}")
     lines.append(f'line-{longest + 1} ::= thought? "{longest + 1}. " join')
-    shared = _SHARED + (_ANY_TOOL + _name_but(JOIN) if tools is None else "")
-    return "\n".join(lines) + "\n" + shared
+    return "\n".join(lines) + "\n" + _SHARED
 
 
 def _argument_rules(line: int) -> Iterator[str]:
@@ -105,11 +87,7 @@ def _argument_rules(line: int) -> Iterator[str]:
         f'str-{line} ::= "\\"" block-{line}{{0,{full}}} unit-{line}{{0,{rest}}} '
         f'dollar-{line}{{0,{_DOLLARS_IN_A_ROW}}} "\\""'
     )
-    yield f"strs-{line} ::= {_list_of(f'str-{line}')}"
-
-
-def _list_of(item: str) -> str:
-    return f'"[" ({item} (", " {item}){{0,{MAX_LIST_ITEMS - 1}}})? "]"'
+    yield f'strs-{line} ::= "[" (str-{line} (", " str-{line}){{0,{MAX_LIST_ITEMS - 1}}})? "]"'
 
 
 def _call(tool: Tool, line: int) -> str:
@@ -126,33 +104,6 @@ def _argument(parameter: Parameter, line: int) -> str:
     if parameter.nullable:
         choices.append('"None"')
     return choices[0] if len(choices) == 1 else f"({' | '.join(choices)})"
-
-
-def _any_call(line: int) -> list[str]:
-    """Write a call of any name; lists hold no lists, because the reader bounds how deep they go."""
-    scalar = f'(str-{line} | number | bool | "None")'
-    value = f"({scalar[1:-1]} | {_list_of(scalar)})"
-    return [f'name "(" ({value} (", " {value}){{0,15}})? ")"']
-
-
-def _name_but(word: str) -> str:
-    """Write the rule for every ASCII identifier other than one of lower-case letters."""
-    rule = ""
-    for position, letter in reversed(list(enumerate(word))):
-        first = "a-zA-Z_" if position == 0 else "a-zA-Z0-9_"
-        # What may stand here instead of the letter, and what must not stand alone after it.
-        others = "".join(_without(first, letter))
-        longer = f"{_quoted(letter)} " + (rule or "name-rest{1,47}")
-        rule = f"([{others}] name-rest{{0,47}} | {longer})" + ("?" if position else "")
-    return f"name-rest ::= [a-zA-Z0-9_]\nname ::= {rule}\n"
-
-
-def _without(ranges: str, letter: str) -> Iterable[str]:
-    yield ranges.replace("a-z", "")
-    if letter > "a":
-        yield f"a-{chr(ord(letter) - 1)}"
-    if letter < "z":
-        yield f"{chr(ord(letter) + 1)}-z"
 
 
 def _quoted(text: str) -> str:

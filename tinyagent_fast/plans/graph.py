@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tinyagent_fast.plans.grammar import Plan, Step, reference_uses
+from tinyagent_fast.plans.grammar import Plan, PlanError, Step, reference_uses
 
 DAG_ERRORS: dict[str, str] = {
     "duplicate_number": "two steps have the same number, so a reference to it has two meanings",
@@ -23,14 +23,8 @@ DAG_ERRORS: dict[str, str] = {
 """Every code of `DagError`, with its meaning."""
 
 
-class DagError(Exception):
+class DagError(PlanError):
     """A plan has no dependency graph; `code` is one of `DAG_ERRORS`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        """Keep the stable code apart from the message."""
-        self.code = code
-        self.message = message
-        super().__init__(f"{code}: {message}")
 
 
 @dataclass(frozen=True)
