@@ -11,43 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from published_entry import make_entry
 
 from tinyagent_fast.data.reading import PROBLEMS_KEPT, ReadReport, read_entries
 from tinyagent_fast.errors import DataError
 
 PEAK_MIB = 512
-
-
-def make_entry(query: str = "Call Ann", system: str = "Plan it.") -> dict[str, Any]:
-    messages = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": f"Question: {query}"},
-    ]
-    return {
-        "input": query,
-        "output": [
-            {
-                "type": "plan",
-                "raw_input": repr(messages),
-                "raw_output": '1. get_phone_number("Ann")\n2. join()',
-                "parsed_output": [
-                    {"tool_name": "get_phone_number", "tool_args": ["Ann"]},
-                    {"tool_name": "join", "tool_args": []},
-                ],
-                "id": "p",
-                "index": 0,
-            },
-            {
-                "type": "join",
-                "raw_input": "Follow the rules.",
-                "raw_output": "Action: Finish(Done)",
-                "parsed_output": {"thought": "", "action": "Finish", "message": "Done"},
-                "id": "j",
-                "index": 1,
-            },
-        ],
-        "closest_5_queries": ["Call Bob"],
-    }
 
 
 def write(path: Path, entries: dict[str, Any]) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published_entry import make_entry
 
 from tinyagent_fast.data.schema import (
     Entry,
@@ -19,38 +20,6 @@ from tinyagent_fast.data.schema import (
     plan_disagreement,
     plan_steps,
 )
-
-
-def make_entry(query: str = "Call Ann", system: str = "Plan it.") -> dict[str, Any]:
-    messages = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": f"Question: {query}"},
-    ]
-    return {
-        "input": query,
-        "output": [
-            {
-                "type": "plan",
-                "raw_input": repr(messages),
-                "raw_output": '1. get_phone_number("Ann")\n2. join()',
-                "parsed_output": [
-                    {"tool_name": "get_phone_number", "tool_args": ["Ann"]},
-                    {"tool_name": "join", "tool_args": []},
-                ],
-                "id": "p",
-                "index": 0,
-            },
-            {
-                "type": "join",
-                "raw_input": "Follow the rules.",
-                "raw_output": "Action: Finish(Done)",
-                "parsed_output": {"thought": "", "action": "Finish", "message": "Done"},
-                "id": "j",
-                "index": 1,
-            },
-        ],
-        "closest_5_queries": ["Call Bob"],
-    }
 
 
 def test_a_good_entry_becomes_typed_values() -> None:

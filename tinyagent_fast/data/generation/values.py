@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 
@@ -28,44 +29,36 @@ def _word_lists() -> dict[str, list[str]]:
     return lists
 
 
-def _word(kind: str, rng: random.Random) -> str:
-    return rng.choice(_word_lists()[kind])
+_PATTERNS = {
+    "event": "{subjects} {events}",
+    "file": "{subjects} {file_nouns}.pdf",
+    "path": "/docs/{subjects}{file_nouns}.pdf",
+    "note": "{subjects} {note_nouns}",
+    "folder": "{folders}",
+    "chore": "{chores}",
+}
+"""Kinds that are words of these lists."""
 
 
-def _event(rng: random.Random) -> str:
-    return f"{_word('subjects', rng)} {_word('events', rng)}"
+def _written(pattern: str, rng: random.Random) -> str:
+    """Replace each `{list}` by a word of that list, from left to right."""
+    return re.sub(r"\{(\w+)\}", lambda match: rng.choice(_word_lists()[match[1]]), pattern)
 
 
 def _person(rng: random.Random) -> str:
-    name = _word("first_names", rng)
-    return f"{name} {_word('last_names', rng)}" if rng.random() < 0.15 else name
-
-
-def _email(rng: random.Random) -> str:
-    return f"{_word('first_names', rng).lower()}@{_word('domains', rng)}"
-
-
-def _file(rng: random.Random) -> str:
-    return f"{_word('subjects', rng)} {_word('file_nouns', rng)}.pdf"
-
-
-def _path(rng: random.Random) -> str:
-    return f"/docs/{_word('subjects', rng)}{_word('file_nouns', rng)}.pdf"
-
-
-def _note(rng: random.Random) -> str:
-    return f"{_word('subjects', rng)} {_word('note_nouns', rng)}"
+    name = _written("{first_names}", rng)
+    return f"{name} {_written('{last_names}', rng)}" if rng.random() < 0.15 else name
 
 
 def _place(rng: random.Random) -> str:
     if rng.random() < 0.7:
-        return _word("places", rng)
-    street, city = _word("streets", rng), _word("cities", rng)
-    return f"{rng.randrange(1, 100)} {street}, {city}"
+        return _written("{places}", rng)
+    street_and_city = _written("{streets}, {cities}", rng)
+    return f"{rng.randrange(1, 100)} {street_and_city}"
 
 
 def _remark(rng: random.Random) -> Value:
-    remark = _word("remarks", rng)
+    remark = _written("{remarks}", rng)
     return Value(f'"{remark}"', remark)
 
 
@@ -88,17 +81,12 @@ _TRANSPORTS = (Value("by car", "d"), Value("on foot", "w"), Value("by public tra
 _PRIORITIES = (Value("high-priority", 1), Value("urgent", 1))
 
 BUILT_IN_VALUES: Mapping[str, Callable[[random.Random], str | Value]] = {
+    **{kind: partial(_written, pattern) for kind, pattern in _PATTERNS.items()},
     "person": _person,
-    "email": _email,
+    "email": lambda rng: _written("{first_names}@{domains}", rng).lower(),
     "phone": lambda rng: f"555-{rng.randrange(10_000):04d}",
-    "event": _event,
-    "subject": lambda rng: f"the {_event(rng).lower()}",
-    "file": _file,
-    "path": _path,
-    "note": _note,
-    "folder": lambda rng: _word("folders", rng),
+    "subject": lambda rng: f"the {_written(_PATTERNS['event'], rng).lower()}",
     "place": _place,
-    "chore": lambda rng: _word("chores", rng),
     "remark": _remark,
     "start": _start,
     "minutes": _minutes,
