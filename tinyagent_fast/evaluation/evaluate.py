@@ -173,10 +173,6 @@ def _check_options(options: EvalOptions) -> EngineName:
 def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResult]:
     """Evaluate a run, and write predictions, metrics and reports.
 
-    Args:
-        options: What to evaluate and how.
-        display: Where progress is shown.
-
     Returns:
         What was measured by name: `adapter`, `base`, `merged`, or the names of GGUF files.
 

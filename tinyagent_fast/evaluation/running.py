@@ -87,9 +87,6 @@ def evaluate_examples(
         on_progress: Called with predictions done and in all.
         say: Prints one line for the user.
         processes: Each generates its share; the first one writes what came of all.
-
-    Returns:
-        Metrics, predictions and how they came about.
     """
     started = time.perf_counter()
     limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
