@@ -42,3 +42,10 @@ def test_all_faulty_numbers_are_named_at_once() -> None:
         check_settings(settings)
     for word in ("gate-prompts", "threads", "max-loss-points", "--name", "--push-to-hub"):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sid", "a/b/c", "/sid"])
+def test_a_repository_needs_an_owner_and_a_name(name: str) -> None:
+    check_settings(ExportSettings(push_to_hub="me/sid"))
+    with pytest.raises(ConfigError, match="owner/name"):
+        check_settings(ExportSettings(push_to_hub=name))

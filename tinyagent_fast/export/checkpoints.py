@@ -75,11 +75,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a model folder and check that all its weights are there, whole and not quantised.
 
-    Args:
-        folder: Holds config.json and model.safetensors, or its shards with their index.
-
-    Returns:
-        The checkpoint; no weights are read yet.
+    No weights are read yet.
 
     Raises:
         ModelError: The folder holds no whole model in safetensors with float weights.
@@ -187,15 +183,9 @@ def _damaged(path: Path, why: str) -> ModelError:
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
-    """Read some rows of a tensor as float32, which holds all three formats exactly.
+    """Read rows from `start` to before `stop` as float32, which holds all three formats exactly.
 
-    Args:
-        tensor: A tensor of a checkpoint.
-        start: First row; an element for a tensor of one dimension.
-        stop: Row after the last one.
-
-    Returns:
-        The rows, in an array of their own.
+    A row is one element for a tensor of one dimension.
 
     Raises:
         ModelError: The file has become shorter since it was opened.
@@ -212,14 +202,9 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
 
 
 def row_blocks(tensor: StoredTensor, *, multiple_of_rows: int = 1) -> Iterator[tuple[int, Floats]]:
-    """Read a tensor in blocks of about `BLOCK_BYTES`, larger only where a single unit is larger.
+    """Read a tensor in blocks of about `BLOCK_BYTES`: give the first row of each, and its rows.
 
-    Args:
-        tensor: A tensor of a checkpoint.
-        multiple_of_rows: What must stay in one block, such as the rows of an attention head.
-
-    Yields:
-        First row of each block, and its rows.
+    `multiple_of_rows` stay in one block, such as the rows of an attention head.
     """
     unit_bytes = 4 * tensor.values // max(1, tensor.rows) * multiple_of_rows
     step = max(1, BLOCK_BYTES // max(1, unit_bytes)) * multiple_of_rows
@@ -228,15 +213,9 @@ def row_blocks(tensor: StoredTensor, *, multiple_of_rows: int = 1) -> Iterator[t
 
 
 def encode_values(block: Floats, dtype: str, name: str) -> NDArray[Any]:
-    """Round float32 values to a stored format, to the nearest with ties to even.
+    """Round float32 values to F32, F16 or BF16, to the nearest with ties to even.
 
-    Args:
-        block: Values.
-        dtype: F32, F16 or BF16.
-        name: Of their tensor, for messages.
-
-    Returns:
-        An array whose bytes are the stored ones.
+    Its bytes are the stored ones. The name is that of the tensor, for messages.
 
     Raises:
         ModelError: A finite value is too large for f16.
@@ -267,10 +246,6 @@ class NewTensor:
 
 def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write a safetensors file block by block; it gets its name only when it is whole.
-
-    Args:
-        path: Target.
-        tensors: In the order of writing.
 
     Raises:
         ModelError: A finite value is too large for f16.

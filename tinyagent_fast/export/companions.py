@@ -50,7 +50,7 @@ def write_companions(
 
     Args:
         folder: The export's folder, to which all paths are relative.
-        name: Name under which servers offer the model.
+        name: Under which servers offer the model.
         gguf_files: All of them.
         recommended_gguf: The one to serve.
         prompt_format: Of the run.
@@ -126,10 +126,7 @@ def export_report(content: Mapping[str, Any]) -> str:
 def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
     """Write what the model is, what it was made from, what was measured, and its limits.
 
-    Args:
-        run: The run; its evaluations are quoted.
-        config: Its config.
-        content: What export.json holds.
+    The run's evaluations are quoted; `content` is what export.json holds.
     """
     base = str(content["base"])
     on_hub = "/" in base and not base.startswith((".", "/"))

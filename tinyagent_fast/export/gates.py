@@ -110,12 +110,9 @@ def same_answers(
 def same_ids(
     name: str, triples: Sequence[tuple[str, Sequence[object], Sequence[object]]], bos_id: int | None
 ) -> Gate:
-    """Hold two tokenizers' ids against one another.
+    """Hold ids against one another; each text comes with those of the run and of the file.
 
-    Args:
-        name: Of the gate.
-        triples: Text, ids of the run's tokenizer, ids of the file's.
-        bos_id: Must stand once and first in every sequence of prompts; None skips that.
+    BOS must stand once and first in every sequence, unless its id is None.
     """
     different = [text for text, ours, theirs in triples if list(ours) != list(theirs)]
     figures: dict[str, Any] = {"texts": len(triples), "different": len(different)}
@@ -154,10 +151,6 @@ def distribution_difference(
     """Compare log-probabilities over the whole vocabulary.
 
     Log-probabilities are logits up to one constant a position, so differences mean the same.
-
-    Args:
-        expected_PV: Positions x vocabulary, natural logarithm.
-        got_PV: The other model's.
     """
     ours, theirs = expected_PV.astype(np.float64), got_PV.astype(np.float64)
     if not np.isfinite(theirs).all() or theirs.shape != ours.shape:
@@ -193,14 +186,9 @@ def near_logits(found: DistributionDifference) -> Gate:
 
 
 def no_great_loss(file: str, paired: PairedComparison, max_loss_points: float) -> Gate:
-    """Refuse a file that surely loses more success than allowed.
+    """Refuse a file, such as `q4_k_m`, that surely loses more success than allowed beside f16.
 
     In doubt it passes, and the figures say how large the doubt is.
-
-    Args:
-        file: Such as `q4_k_m`.
-        paired: First f16, then the file, on the same prompts.
-        max_loss_points: Allowed loss in points of success.
     """
     low, high = (100 * bound for bound in paired.interval_95)
     note = {} if paired.success_a.count else {"note": "f16 solves none, so nothing could be lost"}

@@ -51,12 +51,7 @@ def collect_importance(
     """Run rows of token ids through a model and average the squares of each matrix's inputs.
 
     A token embedding that is also the output layer is left out: half of its work is to be looked
-    up, which has no inputs to weigh.
-
-    Args:
-        model: A causal model of transformers with merged weights; its mode is not changed.
-        rows: Token ids as the model sees them, each row by itself.
-        on_progress: Told how many rows are done, and of how many.
+    up, which has no inputs to weigh. Each row is run by itself, and the mode stays as it is.
 
     Raises:
         DataError: There are no tokens, or a mean is not finite or all are zero.

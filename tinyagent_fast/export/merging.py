@@ -62,13 +62,9 @@ class LowRankUpdate:
 
 
 def read_adapter(folder: Path) -> dict[str, LowRankUpdate]:
-    """Read an adapter as plain matrices; not through peft, so that merging goes row by row in fp32.
+    """Read an adapter's updates by the names that their weights have in the base.
 
-    Args:
-        folder: Holds adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        Updates by the weight's name in the base.
+    Not through peft, so that merging goes row by row in fp32.
 
     Raises:
         ModelError: Files are missing, or the adapter holds more than plain LoRA updates.
@@ -261,12 +257,9 @@ def _write_configs(base: Path, target: Path, dtype: str) -> None:
 
 
 def write_tokenizer(base: Path, tokenizer: PromptTokenizer, target: Path) -> None:
-    """Put tokenizer, chat template and generation config beside merged weights.
+    """Put the run's tokenizer, chat template and generation config beside merged weights.
 
-    Args:
-        base: Folder of the base; its tokenizer.model, if any, is copied for other converters.
-        tokenizer: Of the run.
-        target: The merged folder.
+    The base's tokenizer.model, if any, is copied for other converters.
     """
     hf = tokenizer.hf
     hf.save_pretrained(str(target))

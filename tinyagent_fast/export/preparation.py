@@ -115,14 +115,9 @@ def prepare_export(
 
 
 def refuse_full_disk(folder: Path, needed_bytes: Mapping[str, int]) -> str:
-    """Compare what artefacts will take with what is free, before any work.
+    """Compare what artefacts will take with what is free, and say both in a line.
 
-    Args:
-        folder: Where they go.
-        needed_bytes: Size by artefact; those that are there already count 0.
-
-    Returns:
-        One line that says needed and free.
+    Those that are there already count 0.
 
     Raises:
         ModelError: The disk is too small.

@@ -44,16 +44,7 @@ _NextLogprobs = Callable[[Sequence[int]], NDArray[np.float32]]
 
 
 def prove(export: Export, f32: Path | None, f16: Path | None) -> Iterator[Gate]:
-    """Run all gates, in the order in which mistakes can arise.
-
-    Args:
-        export: The export, with its files made.
-        f32: A file that is made for its gate only; None if no GGUF was asked for.
-        f16: The f16 file; None likewise.
-
-    Yields:
-        Every gate, passed or not.
-    """
+    """Run all gates, in the order in which mistakes can arise; without GGUF files where None."""
     made, witness = merged_gates(export)
     yield from made
     if f32 is not None and f16 is not None:
@@ -227,17 +218,9 @@ def _gaps(
     different: Sequence[int],
     next_logprobs: _NextLogprobs,
 ) -> list[float]:
-    """Measure how near the two tokens are at which a plan parts from the witness's.
+    """Measure how near the two tokens are at which another model's plans part from the witness's.
 
-    Args:
-        tokenizer: Of the run.
-        witness: What one model says.
-        plans: The other model's plans.
-        different: Indices of the plans that differ.
-        next_logprobs: Asks the other model.
-
-    Returns:
-        A gap in log-probability for each plan that differs.
+    Gives a gap in the other model's log-probability for each index of a plan that differs.
     """
     gaps = []
     for at in different:
@@ -329,13 +312,7 @@ def file_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
 def quant_gates(export: Export, f16: Path, witness: Witness) -> Iterator[Gate]:
     """Measure plan success of every file on the same prompts; the record gets the figures.
 
-    Args:
-        export: The export.
-        f16: The f16 file, with which the others are compared.
-        witness: What the merged model says; f16 must write its plans.
-
-    Yields:
-        A gate for each file.
+    The f16 file must write the witness's plans, and the others are compared with it.
     """
     measured = {}
     with _measured(export, f16, witness, "f16") as (reference, found, server):

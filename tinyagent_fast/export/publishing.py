@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.errors import ConfigError, GateError, ModelError
+from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export.companions import CARD
 
 _COMPANIONS = ("Modelfile", "llama-server.sh", "plan.gbnf", "export.json", "report.md")
@@ -38,7 +38,7 @@ def publish(
     *,
     dry_run: bool,
     say: Callable[[str], None],
-) -> dict[str, Path]:
+) -> None:
     """Create a private repository and put the export there in one commit.
 
     Args:
@@ -48,20 +48,10 @@ def publish(
         dry_run: Say what would go, and send nothing; needs no token.
         say: Prints one line for the user.
 
-    Returns:
-        The files by their place in the repository.
-
     Raises:
-        ConfigError: The name is no `owner/name`.
         GateError: The export is not proved.
         ModelError: The hub refuses, for lack of a token or of rights.
     """
-    if repository.count("/") != 1 or not all(repository.split("/")):
-        raise ConfigError(
-            f"--push-to-hub {repository}",
-            "it is no owner/name",
-            "for example: --push-to-hub me/sid",
-        )
     files = _files_to_publish(folder, content)
     sizes = {place: path.stat().st_size for place, path in files.items()}
     for place, size in sizes.items():
@@ -70,13 +60,12 @@ def publish(
     line = f"{len(files)} files, {total:.2f} GiB for {repository} (private)"
     if dry_run:
         say(f"dry run: {line}; nothing was sent")
-        return files
+        return
     if content["passed"] is not True:
         raise GateError(f"{folder} is not proved (passed: {content['passed']}); nothing was sent")
     say(f"sending {line}")
     address = _send(files, repository)
     say(f"published: {address}")
-    return files
 
 
 def _send(files: Mapping[str, Path], repository: str) -> str:
