@@ -208,14 +208,6 @@ def test_a_line_of_the_history_that_was_cut_off_is_named(tmp_path: Path, line: s
     assert caught.value.fix == "delete that line"
 
 
-def test_every_path_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    paths = [run.config_path, run.history_path, run.checkpoints, run.best, run.adapter]
-    paths.append(run.evaluation)
-    assert {path.parent for path in paths} == {tmp_path}
-    assert len(set(paths)) == len(paths)
-
-
 def test_a_base_made_beside_the_runs_is_found_from_any_folder(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

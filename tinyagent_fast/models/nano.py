@@ -56,12 +56,8 @@ class PretrainSpec:
 def train_bpe_tokenizer(texts: Sequence[str], vocab_pieces: int) -> Any:
     """Train a byte-level BPE tokenizer, so that every text can be encoded and given back.
 
-    Args:
-        texts: What to train on.
-        vocab_pieces: Vocabulary size, special tokens included.
-
     Returns:
-        A transformers fast tokenizer with `<unk>`, `<s>` and `</s>`.
+        A transformers fast tokenizer of so many tokens, `<unk>`, `<s>` and `</s>` included.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -84,9 +84,6 @@ def rounded(weight_OI: torch.Tensor, grid: str) -> torch.Tensor:
     Args:
         weight_OI: Outputs x inputs.
         grid: A ggml type; rows that it cannot hold have another one by the recipe.
-
-    Returns:
-        The nearest weight on the grid, of the same shape and dtype.
     """
     if grid in ("F32", "F16", "BF16"):
         return weight_OI

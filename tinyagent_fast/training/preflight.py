@@ -15,7 +15,7 @@ from tinyagent_fast.training.memory import GIB, MemoryEstimator
 from tinyagent_fast.training.trainer import collate, computed_tokens, rehearse
 
 _EVALUATION_TOKENS = 4
-_SHORT = ("out of memory", "alloc_failed")
+_NO_MEMORY = ("out of memory", "alloc_failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def preflight(
     except RuntimeError as error:
         # cuBLAS and the driver report a lack of memory as an ordinary RuntimeError.
         said = str(error).lower()
-        if not (isinstance(error, torch.OutOfMemoryError) or any(w in said for w in _SHORT)):
+        if not (isinstance(error, torch.OutOfMemoryError) or any(w in said for w in _NO_MEMORY)):
             raise
         raise _out_of_memory(trainer, evaluation_batch, error, estimator) from error
     predicted = estimator.estimate(computed_tokens=computed_tokens(inputs)) if estimator else None

@@ -23,13 +23,7 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 
 def optimizer_steps(rows: int, train: TrainConfig, processes: int = 1) -> int:
-    """Count the optimizer steps of a run as the trainer does.
-
-    Args:
-        rows: Training rows, or packed rows.
-        train: Batch, accumulation, epochs and max_steps.
-        processes: How many take a batch each.
-    """
+    """Count the optimizer steps over rows, or packed rows, as the trainer does."""
     if train.max_steps is not None:
         return train.max_steps
     micro_batches = math.ceil(rows / (train.rows_per_batch * processes))
@@ -56,7 +50,7 @@ def build_trainer(
     Args:
         loaded: Model and tokenizer.
         rows: Dataset with input_ids, labels and length.
-        config: The run's config.
+        config: The run's config, with the batch as a number.
         output_dir: Folder for resumable checkpoints.
         shared_prefix: Whether beginnings that rows share are computed once.
         processes: They share the rows of each step.
@@ -71,6 +65,7 @@ def build_trainer(
     if loaded.backend == "unsloth":
         import unsloth  # noqa: F401  # patches trl, so it must come first
     # Imported and subclassed here, because Unsloth replaces it.
+    import torch
     from torch.utils.data import RandomSampler
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
@@ -107,7 +102,9 @@ def build_trainer(
             if order is not None:
                 return order
             if train.batching in ("shuffled", "packed"):
-                return RandomSampler(self.train_dataset, generator=_generator(train.seed))
+                return RandomSampler(
+                    self.train_dataset, generator=torch.Generator().manual_seed(train.seed)
+                )
             # The trainer deals batches to the processes in turn, so a step's rows are neighbours.
             group = train.rows_per_batch * processes.count * train.accumulation
             return LengthGroupedOrder(list(self.train_dataset["length"]), group, train.seed)
@@ -204,9 +201,9 @@ def refuse_non_finite(
 
     Args:
         name: `loss` or `gradient norm`.
-        value: A scalar tensor.
+        value: A scalar tensor, of which each process has one of its own.
         step: The optimizer step that was about to be made.
-        processes: Each has a value of its own.
+        processes: All of them.
 
     Raises:
         TrainingError: The value is not finite.
@@ -222,12 +219,6 @@ def refuse_non_finite(
             "look at the rows with `tinyagent-fast preview`, and start a new run with a lower "
             "--train.learning-rate; --resume goes on from the last checkpoint as the run is set",
         )
-
-
-def _generator(seed: int) -> Any:
-    import torch
-
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(eq=False)
@@ -253,7 +244,7 @@ class LengthGroupedOrder:
         """Yield every row's index once, in groups of similar length, the groups shuffled."""
         import torch
 
-        generator = _generator(self.seed + 1_000_003 * self.epoch)
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         shuffled: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
         # Stable, so that rows of equal length come in another order in every epoch.
         shuffled.sort(key=lambda index: self.lengths[index] // 8)
@@ -265,10 +256,6 @@ class LengthGroupedOrder:
 
 def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """Pad rows on the right: what every batch of the trainer must be equal to.
-
-    Args:
-        rows: With input_ids and labels.
-        pad_id: The id that fills up; its labels are ignored.
 
     Returns:
         input_ids, labels and attention_mask, each of shape B x T.
@@ -342,16 +329,7 @@ def _unsloth_does_not_compile() -> Iterator[None]:
 
 
 def validation_loss(trainer: Any, rows: Sequence[dict[str, Any]], pad_id: int) -> float:
-    """Measure the mean loss of a supervised token over rows, which processes share.
-
-    Args:
-        trainer: From `build_trainer`; its batch is taken.
-        rows: With input_ids and labels.
-        pad_id: The id that fills up.
-
-    Returns:
-        Loss in nats per supervised token.
-    """
+    """Measure the mean loss of a supervised token, in nats, over rows, which processes share."""
     total = tokens = 0.0
     processes: Processes = trainer.processes
     batch = trainer.args.per_device_train_batch_size
