@@ -132,7 +132,7 @@ class Machine:
 
     gpu: Gpu | None
     gpu_problem: str | None
-    """Why the installed torch cannot use the GPU, or why none is seen where there may be one."""
+    """Why the installed torch cannot use the GPU, or sees no GPU where there may be one."""
     torch: str | None
     """Version of torch; None where it is not installed."""
     cuda: str | None

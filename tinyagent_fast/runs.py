@@ -156,7 +156,7 @@ class Run:
             stream.write(json.dumps(record) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """Read the records of history.jsonl in order; none where the file is absent.
+        """Read the records of history.jsonl in order; an empty list where the file is absent.
 
         Raises:
             ConfigError: A line is no JSON object, such as one that was cut off by a full disk.

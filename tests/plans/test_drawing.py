@@ -350,3 +350,10 @@ def test_a_missing_call_takes_its_references_with_it() -> None:
     assert [step.mark for step in wanted.steps] == ["missing", "same", "same"]
     assert dict(wanted.edges) == {(0, 2): "missing", (1, 2): "same"}
     assert [step.mark for step in found.steps] == ["same", "same"]
+
+
+def test_many_problems_of_a_text_are_counted_in_a_terminal_and_all_listed_as_values() -> None:
+    drawing = draw_plan("nonsense\n" * 40)
+    assert len(drawing.problems) >= 40
+    lines = drawing.to_text().splitlines()
+    assert len(lines) < 8 and any("more problems" in line for line in lines)

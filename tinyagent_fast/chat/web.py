@@ -165,7 +165,7 @@ class PlannerServer:
         self._uvicorn.should_exit = True
 
     async def _give_page(self, _: Request) -> Response:
-        # Scripts and styles run only with this word, which nobody can know beforehand.
+        # A nonce: scripts and styles run only with this random word.
         nonce = secrets.token_urlsafe(16)
         policy = {"Content-Security-Policy": _POLICY.format(nonce=nonce)}
         return HTMLResponse(self._page.replace("@NONCE@", nonce), headers=policy)

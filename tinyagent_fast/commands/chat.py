@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
 
     flags = tyro.cli(ChatFlags, args=list(arguments), prog="tinyagent-fast chat")
     if flags.json and flags.once is None:
-        raise ConfigError("--json", "there is nobody to chat with", "add --once REQUEST")
+        raise ConfigError("--json", "it prints one answer and ends", "add --once REQUEST")
     if flags.once is not None and not flags.once.strip():
         raise ConfigError("--once", "the request is empty", "write what should be done")
     from rich.console import Console

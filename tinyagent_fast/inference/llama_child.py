@@ -42,7 +42,7 @@ def serve_here() -> None:
         return
     tell(url=server.listening_address)
     sys.stdin.read()
-    # Not the ordinary way out: it would wait for requests that nobody waits for any more.
+    # The ordinary way out would wait for requests whose callers have gone.
     os._exit(0)
 
 

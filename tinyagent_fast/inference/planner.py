@@ -101,7 +101,7 @@ class PlannedRequest:
 
 
 class _BrokenOff(Exception):
-    """Raised inside an engine to end a plan that nobody reads any more."""
+    """Raised inside an engine to end a plan whose reader has gone."""
 
 
 class PlanStream:
@@ -340,7 +340,7 @@ def load(
         system: `nearest` takes for each request the system text of the run's most similar test
             query, `first` that of the first one for all requests; `auto` lets the tool retriever of
             the run or model write it, takes the nearest where there is none and the test file is
-            there, and none elsewhere; anything else is a text file.
+            there, and no system text elsewhere; anything else is a text file.
         max_new_tokens: Tokens after which a plan is broken off; None takes the run's, or 300.
         threads: CPU threads; None leaves it to torch or llama.cpp.
         batch: Requests that `plan_batch` answers together; llama.cpp reserves memory for each.

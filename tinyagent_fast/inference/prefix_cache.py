@@ -72,7 +72,7 @@ def compute_prefix(
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         layers.append(behind.followed_by(layer, key, value))
         if layer == len(forward.layers) - 1:
-            return query.transpose(1, 2)  # nobody asks for the state behind it
+            return query.transpose(1, 2)  # the state behind it is not used
         return packed_attention(query, *layers[layer], blocks, kernel=kernel_for(query))
 
     positions = torch.arange(len(ids), device=forward.device)

@@ -321,6 +321,9 @@ def save_model(
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar of raw lines for a file or two
     model.save_pretrained(str(temporary))
     tokenizer.save_pretrained(str(temporary))
     for name, value in (notes or {}).items():

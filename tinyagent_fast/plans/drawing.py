@@ -33,6 +33,9 @@ Mark = Literal["same", "missing", "extra"]
 MAX_CALLS = 30
 """A plan that repeats itself without end is drawn so far; the remaining calls are counted."""
 
+MAX_PROBLEMS = 5
+"""More problems of the text as a whole are counted in the drawing for a terminal, not listed."""
+
 _NO_CALL = "no call that can be read"
 _UNFINISHED = ("no_join", "empty")  # no problems while the plan is being written
 _SIGN = {"same": "", "missing": "\u2212 ", "extra": "+ "}
@@ -126,8 +129,12 @@ class PlanDrawing:
         if self.joined:
             join = "join() waits for all calls" if self.steps else "join()"
             parts.append(Text(join, style="dim"))
-        for problem in self.problems:
+        shown = self.problems if len(self.problems) <= MAX_PROBLEMS else self.problems[:3]
+        for problem in shown:
             parts.append(Text(f"problem: {printable(problem)}", style=_PROBLEM))
+        if len(shown) < len(self.problems):
+            rest = len(self.problems) - len(shown)
+            parts.append(Text(f"{rest} more problems of this kind or others", style=_PROBLEM))
         return Group(*parts)
 
     def to_svg(self, name: str = "Plan") -> str:

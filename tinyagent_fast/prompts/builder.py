@@ -236,7 +236,7 @@ def encode_prompts(
 
 
 def _test_examples(run: Run) -> tuple[Path | None, Sequence[Example]]:
-    """Read the plans of a run's test file, if it is there; none is generated for this."""
+    """Read the plans of a run's test file, if it is there; no file is generated for this."""
     from tinyagent_fast.data.cache import load_examples
 
     config = run.config()

@@ -77,7 +77,7 @@ class RunRows:
 
 
 def data_files(config: Config) -> DataFiles:
-    """Find the run's files; generate them when none are named.
+    """Find the run's files; generate them when the config names no file.
 
     Args:
         config: The run's config.

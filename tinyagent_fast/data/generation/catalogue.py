@@ -129,7 +129,7 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
 
 
 def plan_tools(path: Path | None) -> Mapping[str, Tool] | None:
-    """Give a catalogue's tools by name; None stands for TinyAgent's own, which are None here too.
+    """Give a catalogue's tools by name; None, which stands for TinyAgent's own tools, stays None.
 
     Raises:
         DataError: The catalogue cannot be used.

@@ -189,7 +189,7 @@ class _EntryWriter:
         return [name for name in names if name in needed]
 
     def example(self, asked_for: Request) -> str:
-        """Solve another request than the one that is asked for, and none of the test file's."""
+        """Make an example for a prompt: neither the query itself nor a query of the test file."""
         forbidden = self.held_out | {normalise_query(asked_for.query)}
         asked = f"{_EXAMPLES_PER_PROMPT} examples asked for in each full prompt"
         request = self.new_request(Mix(), forbidden, asked)
