@@ -108,9 +108,23 @@ class Run:
         known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
         return Path(known.get("folder", ""))
 
+    def located(self, config: Config) -> Config:
+        """Name the run's data files, base and folder where they lie now.
+
+        Files that were generated and a base that was built for the run are named too, if they are
+        still there; else the config says how to make them again.
+        """
+        data, train, test = config.data, self.train_file(), self.test_file()
+        if train is not None and train.exists() and (test is None or test.exists()):
+            data = replace(data, train=train, test=test)
+        base = self.base_of(config)
+        model = replace(config.model, base=base) if Path(base).exists() else config.model
+        return replace(config, data=data, model=model, runs=self.path.resolve().parent)
+
     def base_of(self, config: Config) -> str:
-        """Find the base model, a folder or hub name: also what `nano` or `random` became."""
-        return str(self.locate(self._data_record().get("base", config.model.base)))
+        """Find the base model: its whole path, or its hub name; what `nano` became, too."""
+        base = self.locate(self._data_record().get("base", config.model.base))
+        return str(base.resolve() if base.exists() else base)
 
     def test_file(self) -> Path | None:
         """Find the test file of this run, also a generated one; nothing may lie there any more."""

@@ -14,7 +14,7 @@ import pytest
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import Stopped, TrainingError
-from tinyagent_fast.runs import Run, write_json
+from tinyagent_fast.runs import Run, find_run, write_json
 from tinyagent_fast.training import fit
 from tinyagent_fast.training.callbacks import History
 from tinyagent_fast.training.resume import (
@@ -266,3 +266,35 @@ def test_many_differences_are_cut_off_with_their_count(tmp_path: Path) -> None:
     remember_or_compare(run, {}, {f"p{n}": [n] for n in range(30)}, resumed=False)
     with pytest.raises(TrainingError, match="and 10 more"):
         remember_or_compare(run, {}, {}, resumed=True)
+
+
+def test_a_run_goes_on_from_another_folder_with_the_files_and_the_base_that_it_has(
+    tiny_config: MakeConfig,
+    tiny_data: Path,
+    tmp_path: Path,
+    quiet: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Paths are relative, the base is built; then data is generated: nothing is made again."""
+    shutil.copytree(tiny_data, tmp_path / "mine")
+    train = {"max_steps": 4, "save_every_steps": 2}
+    named = {"train": Path("mine/training_data.json"), "test": Path("mine/testing_data.json")}
+    generated = {"train": None, "test": None, "generated_entries": 40}
+    configs = []
+    for name, data in (("named", named), ("generated", generated)):
+        config = tiny_config(name=name, data={**data, "limit_entries": 8}, train=train)
+        model = replace(config.model, base="random", max_length_tokens=4096)
+        configs.append(replace(config, runs=Path("runs"), model=model))
+    for config in configs:
+        with monkeypatch.context() as patch:
+            kill_at(patch, step=3)
+            with pytest.raises(Kill):
+                fit.train(config, quiet)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for config in configs:
+        run = find_run(str(config.name), tmp_path / "runs")
+        fit.train(replace(config, runs=tmp_path / "runs"), quiet, resume=run)
+        assert run.adapter.exists()
+    assert list(elsewhere.iterdir()) == []

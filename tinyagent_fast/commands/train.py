@@ -60,7 +60,8 @@ def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
         start=resumed.config() if resumed else None,
         more_flags="--resume RUN goes on with a run that was broken off.",
     )
-    check_machine(config, console, automatic=automatic)
+    here = resumed.located(config) if resumed else config
+    check_machine(here, console, automatic=automatic)
     if resumed is None and config.data.train == REAL_TRAIN and not REAL_TRAIN.exists():
         from tinyagent_fast.commands import data_download
 

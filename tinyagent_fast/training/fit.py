@@ -94,6 +94,7 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
     else:
         refuse_changed_config(resume, config)
         checkpoint = last_checkpoint(resume)
+        config = resume.located(config)
     prepare_libraries(config.model)
     if not processes.is_main_process:
         console = Console(quiet=True)

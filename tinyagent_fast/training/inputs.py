@@ -315,18 +315,19 @@ def encode_run_rows(
     Raises:
         DataError: Rows are over-long or cannot be proved.
     """
-    model, data = config.model, config.data
+    model, summary = config.model, examples.summary
     vocabulary = hashlib.sha256(tokenizer.hf.backend_tokenizer.to_str().encode()).hexdigest()
     key_parts = [
-        examples.summary["train_file"]["sha256"],
-        examples.summary["test_file"],
+        summary["train_file"]["sha256"],
+        summary["test_file"] and summary["test_file"]["sha256"],
         vocabulary,
         model.prompt_format,
         template_hash(model.prompt_format, tokenizer.chat),
         model.max_length_tokens,
-        asdict(data, dict_factory=lambda items: {k: str(v) for k, v in items}),
+        # Files count by their hashes, wherever they lie.
+        {k: str(v) for k, v in vars(config.data).items() if k not in ("train", "test")},
         config.eval.sample,
-        examples.summary.get("retriever"),
+        summary.get("retriever"),
     ]
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:20]
     folder = cache_folder() / "rows"
@@ -337,7 +338,7 @@ def encode_run_rows(
             tokenizer,
             folder / f"{key}-{name}",
             max_length_tokens=model.max_length_tokens,
-            over_long=data.over_long,
+            over_long=config.data.over_long,
             on_progress=report,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,20 @@ def forget_after(run: Run, checkpoint: Path) -> int:
 def refuse_changed_config(run: Run, config: Config) -> None:
     """Compare the config now with the one that a run was started with.
 
+    How their files and the folder of runs are reached is no part of them.
+
     Raises:
         TrainingError: They differ; every difference is listed.
     """
-    _refuse_difference(run, "config", to_mapping(run.config()), to_mapping(config))
+
+    def comparable(config: Config) -> dict[str, Any]:
+        plain = to_mapping(replace(config, runs=run.path.parent))
+        for name in ("train", "test", "catalogue"):
+            path = plain["data"][name]
+            plain["data"][name] = path and str(run.locate(path).resolve())
+        return plain
+
+    _refuse_difference(run, "config", comparable(run.config()), comparable(config))
 
 
 def trainable_parameters(model: Any) -> dict[str, list[int]]:
@@ -91,9 +102,15 @@ def remember_or_compare(
         plain = json.loads(json.dumps(now))
         if resumed and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            _refuse_difference(run, name, before, plain)
+            _refuse_difference(run, name, _without_places(before), _without_places(plain))
         else:
             write_json(path, plain)
+
+
+def _without_places(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out where files lay, which differs from folder to folder."""
+    kept = {name: value for name, value in _flat(record).items() if not name.endswith("_file.path")}
+    return kept | ({"base": Path(kept["base"]).name} if "base" in kept else {})
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
