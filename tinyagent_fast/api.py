@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.evaluation.evaluate import EvalOptions
 from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run
@@ -19,6 +18,7 @@ from tinyagent_fast.runs import Run, find_run
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tinyagent_fast.evaluation.evaluate import EvalOptions
     from tinyagent_fast.evaluation.running import EvaluationResult
     from tinyagent_fast.evaluation.scoring import Metrics
 
@@ -62,15 +62,15 @@ def evaluate_run(
         UserError: Anything that a user can repair.
     """
     named = str(run.path) if isinstance(run, Run) else run
-    options = replace(options or EvalOptions(), run=named)
     from tinyagent_fast.models.libraries import quieten
 
     quieten()  # before the first import that reaches bitsandbytes
     from rich.console import Console
 
     from tinyagent_fast.display import Display
-    from tinyagent_fast.evaluation.evaluate import evaluate
+    from tinyagent_fast.evaluation.evaluate import EvalOptions, evaluate
 
+    options = replace(options or EvalOptions(), run=named)
     return evaluate(options, Display(console or Console(highlight=False)))
 
 

@@ -65,9 +65,7 @@ def t4() -> Config:
         l4(),
         preset="t4",
         model=ModelConfig(gradient_checkpointing="unsloth"),
-        train=TrainConfig(
-            batch=2, accumulation=8, learning_rate=2e-4, schedule="cosine", epochs=1.0
-        ),
+        train=replace(l4().train, epochs=1.0),
         eval=EvalConfig(batch=16),
     )
 
@@ -78,7 +76,7 @@ def a100() -> Config:
         l4(),
         preset="a100",
         model=ModelConfig(weights="bf16"),
-        train=TrainConfig(batch=4, accumulation=4, learning_rate=2e-4, schedule="cosine"),
+        train=replace(l4().train, batch=4, accumulation=4),
         eval=EvalConfig(batch=64),
     )
 

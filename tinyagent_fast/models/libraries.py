@@ -23,7 +23,11 @@ def prepare_libraries(config: ModelConfig) -> None:
     import torch
 
     if torch.cuda.is_available() or config.backend == "unsloth":
-        _prepare_unsloth_environment()
+        # It must not use the network, install packages or write into this folder.
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
+        cache = Path.home() / ".cache" / "tinyagent_fast" / "unsloth_compiled"
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
         import unsloth  # noqa: F401
 
 
@@ -35,11 +39,3 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*kernels-community.*")
     for name in ("transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _prepare_unsloth_environment() -> None:
-    """Keep Unsloth from using the network, installing packages or writing into this folder."""
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
-    cache = Path.home() / ".cache" / "tinyagent_fast" / "unsloth_compiled"
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
