@@ -90,7 +90,9 @@ def test_a_number_beyond_f16_is_refused_and_the_largest_one_is_not(tmp_path: Pat
     np.testing.assert_array_equal(encode_values(largest, "F16", "w"), [65504.0, -65504.0, 65504.0])
     with pytest.raises(ModelError, match="65520 is beyond"):
         encode_values(np.array([1.0, -65520.0], np.float32), "F16", "w")
-    with pytest.raises(ModelError, match=r"1e\+09"):
+    with pytest.raises(ModelError, match=r"1e\+09 is beyond"):
+        encode_values(np.array([0.0, np.nan, 1e9], np.float32), "F16", "w")
+    with pytest.raises(ModelError, match="inf is beyond"):
         encode_values(np.array([np.inf, np.nan, 1e9], np.float32), "F16", "w")
     with pytest.raises(ModelError, match="tensor w"):
         write(tmp_path / "w.safetensors", "F16", np.array([1e9], np.float32))

@@ -197,8 +197,13 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Floats:
         stored = np.fromfile(file, np.uint8, (stop - start) * row_bytes)
     if stored.size != (stop - start) * row_bytes:
         raise _damaged(tensor.path, f"it ends within {tensor.name}")
-    rows = quants.dequantize(stored.reshape(-1, row_bytes), GGMLQuantizationType[tensor.dtype])
-    return np.asarray(rows, np.float32).reshape(stop - start, *tensor.shape[1:])
+    rows: NDArray[Any] = stored.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.dtype])
+    if tensor.dtype == "BF16":
+        # It is the upper half of a float32. Shifted in place, which takes a third of gguf's time.
+        bits = rows.astype(np.uint32)
+        bits <<= 16
+        rows = bits.view(np.float32)
+    return rows.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
 
 
 def row_blocks(tensor: StoredTensor, *, multiple_of_rows: int = 1) -> Iterator[tuple[int, Floats]]:
@@ -218,10 +223,12 @@ def encode_values(block: Floats, dtype: str, name: str) -> NDArray[Any]:
     Its bytes are the stored ones. The name is that of the tensor, for messages.
 
     Raises:
-        ModelError: A finite value is too large for f16.
+        ModelError: A value is too large for f16.
     """
     if dtype == "F16":
-        largest = np.abs(block).max(initial=0.0, where=np.isfinite(block))
+        # NaN is passed over; infinity counts as too large.
+        ends = np.fmax.reduce(block, axis=None), -np.fmin.reduce(block, axis=None)
+        largest = np.fmax(*ends)
         if largest >= _INFINITE_F16:
             raise ModelError(
                 f"tensor {name}",
@@ -248,7 +255,7 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write a safetensors file block by block; it gets its name only when it is whole.
 
     Raises:
-        ModelError: A finite value is too large for f16.
+        ModelError: A value is too large for f16.
     """
     # transformers asks for this word.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
