@@ -6,12 +6,28 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import tinyagent_fast
-from tinyagent_fast import Config, DataConfig, UserError, load_config, preset_config, score_pairs
+from tinyagent_fast import (
+    Config,
+    DataConfig,
+    EvalOptions,
+    ExportSettings,
+    UserError,
+    evaluate_run,
+    export_run,
+    find_run,
+    load,
+    load_config,
+    preset_config,
+    score_pairs,
+    train,
+)
+from tinyagent_fast.runs import create_run
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "trl", "peft", "numpy")
 
@@ -67,3 +83,43 @@ def test_pairs_are_scored() -> None:
     metrics = score_pairs([(plan, plan), (plan, "")])
     assert (metrics.n, metrics.success.share) == (2, 0.5)
     assert metrics.failures == {"empty": 1}
+
+
+def test_an_unknown_engine_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'gguf'"):
+        evaluate_run("one", EvalOptions(engine="ggfu"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="did you mean 'gguf'"):
+        load("one", engine="ggfu")  # type: ignore[arg-type]
+
+
+def test_a_run_is_named_once_and_by_its_name_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = (create_run(replace(preset_config("smoke"), name=name)) for name in ("one", "two"))
+    assert find_run("one", "runs").path == one.path.resolve()
+    for call in (
+        lambda: evaluate_run("one", EvalOptions(run="two")),
+        lambda: export_run(one, ExportSettings(run="two")),
+    ):
+        with pytest.raises(UserError, match="settings for run two"):
+            call()
+    # Each gets as far as the adapter that is not there.
+    for call in (
+        lambda: evaluate_run(options=EvalOptions(run="two", runs=str(tmp_path / "runs"))),  # type: ignore[arg-type]
+        lambda: export_run(two, ExportSettings(run="two", out="x")),  # type: ignore[arg-type]
+        lambda: load("two", runs="runs"),
+        lambda: train(two.config(), resume="two"),
+    ):
+        with pytest.raises(UserError, match="two"):
+            call()
+
+
+def test_settings_of_a_wrong_type_make_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = preset_config("smoke")
+    with pytest.raises(UserError, match=r"train\.epochs: 'two' is not a number"):
+        train(replace(config, train=replace(config.train, epochs="two")))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

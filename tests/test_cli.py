@@ -22,6 +22,7 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ConfigError, DataError, GateError, UserError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.export.record import ExportRecord
 from tinyagent_fast.presets import choose_preset, preset_config
 from tinyagent_fast.runs import Run, create_run
 
@@ -622,3 +623,31 @@ def test_the_program_can_be_run_as_a_module() -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2
     assert "nonsense" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--run one", "make eval RUN=one ENGINE=gguf\n"),
+        ("", "make eval RUN=two ENGINE=gguf\n"),
+        ("--run one --out there", "make eval RUN=one ENGINE=gguf MODEL=there/gguf/a.gguf\n"),
+    ],
+)
+def test_export_names_the_run_and_the_files_to_go_on_with(
+    call: Callable[..., Output],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    named: str,
+) -> None:
+    for name in ("one", "two"):
+        create_run(replace(preset_config("smoke"), name=name))
+    folder = Path("there") if "--out" in flags else tmp_path / "export"
+    folder.mkdir()
+    file = {"path": "gguf/a.gguf", "kind": "gguf", "quant": "f16", "sha256": "", "size_bytes": 1}
+    file |= {"seconds": 0.0, "made_from": "", "details": {}}
+    ExportRecord(folder).update(artefacts=[file])
+    monkeypatch.setattr("tinyagent_fast.api.export_run", lambda *_, **__: folder)
+    assert call("export", *flags.split()).out.endswith(f"next: {named}")
+    ExportRecord(folder).update(artefacts=[])
+    assert "ENGINE=gguf" not in call("export", *flags.split()).out

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.commands.config_flags import resolve_config
-from tinyagent_fast.config import Config, check_config, dump_config, parse_config, to_mapping
+from tinyagent_fast.config import (
+    Config,
+    DataConfig,
+    TrainConfig,
+    check_config,
+    dump_config,
+    parse_config,
+    to_mapping,
+    with_types,
+)
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.presets import PRESETS, preset_config
 from tinyagent_fast.strict_yaml import load_yaml
@@ -355,7 +364,7 @@ def test_the_batch_is_a_number_or_automatic_from_file_and_flag(tmp_path: Path) -
     assert resolve("--train.batch", "auto").train.batch == "auto"
     for wrong in ("null", "true", "Auto", "2.0"):
         (problem,) = problems_of(f"train: {{batch: {wrong}}}")
-        assert problem.endswith("is not a whole number or auto")
+        assert "is not a whole number or auto" in problem
     with pytest.raises(AssertionError):
         assert config.train.rows_per_batch
 
@@ -367,3 +376,28 @@ def test_a_config_that_is_out_of_range_is_refused_wherever_it_comes_from(tmp_pat
         resolve("--config", str(path))
     with pytest.raises(ConfigError, match=r"lora\.rank must be 1 or more, got -2"):
         resolve("--lora.rank", "-2")
+
+
+def test_settings_of_python_code_get_their_types_or_are_refused_together() -> None:
+    config = with_types(
+        Config(
+            runs="there",  # type: ignore[arg-type]
+            data=DataConfig(train="a.json"),  # type: ignore[arg-type]
+            train=TrainConfig(epochs=2),
+        )
+    )
+    assert (config.runs, config.data.train) == (Path("there"), Path("a.json"))
+    wrong = Config(
+        track="trackoi",  # type: ignore[arg-type]
+        train=TrainConfig(epochs="two", batch=True),  # type: ignore[arg-type]
+        eval=None,  # type: ignore[arg-type]
+    )
+    with pytest.raises(ConfigError) as caught:
+        with_types(wrong)
+    for said in (
+        "did you mean 'trackio'",
+        "train.epochs: 'two' is not a number",
+        "train.batch: True is not",
+        "eval: None is not settings of the type EvalConfig",
+    ):
+        assert said in str(caught.value)

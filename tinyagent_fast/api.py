@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.config import Config
+from tinyagent_fast.config import Config, with_types
+from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
     from tinyagent_fast.evaluation.scoring import Metrics
 
 
-def train(config: Config, *, resume: Run | None = None, console: Console | None = None) -> Run:
+def train(
+    config: Config, *, resume: Run | str | None = None, console: Console | None = None
+) -> Run:
     """Train an adapter as the config says.
 
     Args:
         config: All settings; its data files must be there (`tinyagent-fast data download`).
-        resume: A run to go on with, from its last checkpoint; its config must be the same.
+        resume: A run, or its name or folder, to go on with from its last checkpoint; its config
+            must be the same.
         console: Where progress is printed; None takes the standard output.
 
     Returns:
@@ -39,11 +43,12 @@ def train(config: Config, *, resume: Run | None = None, console: Console | None 
     """
     from tinyagent_fast.training.fit import train as fit
 
-    return fit(config, console, resume=resume)
+    found = resume if isinstance(resume, Run | None) else find_run(resume, config.runs)
+    return fit(config, console, resume=found)
 
 
 def evaluate_run(
-    run: Run | str = "latest",
+    run: Run | str | None = None,
     options: EvalOptions | None = None,
     *,
     console: Console | None = None,
@@ -51,8 +56,8 @@ def evaluate_run(
     """Write a plan for every test query and score it.
 
     Args:
-        run: A run, or its name or folder.
-        options: Engine, files and settings; None takes the run's. Its `run` is not used.
+        run: A run, or its name or folder; None takes what the settings name.
+        options: Engine, files and settings; None takes the run's.
         console: Where progress is printed; None takes the standard output.
 
     Returns:
@@ -61,7 +66,6 @@ def evaluate_run(
     Raises:
         UserError: Anything that a user can repair.
     """
-    named = str(run.path) if isinstance(run, Run) else run
     from tinyagent_fast.models.libraries import quieten
 
     quieten()  # before the first import that reaches bitsandbytes
@@ -70,12 +74,13 @@ def evaluate_run(
     from tinyagent_fast.display import Display
     from tinyagent_fast.evaluation.evaluate import EvalOptions, evaluate
 
-    options = replace(options or EvalOptions(), run=named)
+    options = with_types(options or EvalOptions())
+    options = replace(options, run=str(_run_meant(run, options.run, options.runs).path))
     return evaluate(options, Display(console or Console(highlight=False)))
 
 
 def export_run(
-    run: Run | str = "latest",
+    run: Run | str | None = None,
     settings: ExportSettings | None = None,
     *,
     console: Console | None = None,
@@ -83,8 +88,8 @@ def export_run(
     """Make merged weights and GGUF files of a run, and prove them against its adapter.
 
     Args:
-        run: A run, or its name or folder.
-        settings: Which files and which proofs; None takes the defaults. Its `run` is not used.
+        run: A run, or its name or folder; None takes what the settings name.
+        settings: Which files and which proofs; None takes the defaults.
         console: Where progress is printed; None takes the standard output.
 
     Returns:
@@ -94,9 +99,9 @@ def export_run(
         GateError: A file does not do what the adapter does.
         UserError: Anything that a user can repair.
     """
-    settings = settings or ExportSettings()
+    settings = with_types(settings or ExportSettings())
     check_settings(settings)
-    found = run if isinstance(run, Run) else find_run(run, settings.runs)
+    found = _run_meant(run, settings.run, settings.runs)
     adapter = found.find_adapter(settings.adapter)
     config = found.config()
     from tinyagent_fast.models.libraries import prepare_libraries
@@ -118,6 +123,20 @@ def export_run(
         repository, content = settings.push_to_hub, export.record.content
         publish(folder, content, repository, dry_run=settings.dry_run, say=display.say)
     return folder
+
+
+def _run_meant(run: Run | str | None, in_settings: str, runs: Path) -> Run:
+    """Find the run that was named, beside the settings or in them."""
+    if run is None:
+        return find_run(in_settings, runs)
+    found = run if isinstance(run, Run) else find_run(run, runs)
+    if in_settings not in ("latest", run) and find_run(in_settings, runs) != found:
+        raise ConfigError(
+            f"run {found.path.name} with settings for run {in_settings}",
+            "one call works on one run",
+            "name it once",
+        )
+    return found
 
 
 def score_pairs(

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.strict_yaml import load_yaml
@@ -210,6 +210,44 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
+Settings = TypeVar("Settings")
+
+
+def with_types(settings: Settings, name: str = "") -> Settings:
+    """Give settings that Python code has made their types: a path may be given as text.
+
+    Args:
+        settings: A dataclass of settings, such as `Config`.
+        name: Put before the names of its fields in messages.
+
+    Raises:
+        ConfigError: Lists every value of a wrong type, and every unknown choice.
+    """
+    problems: list[str] = []
+    settings = _with_types(settings, name, problems)
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} setting(s) cannot be used",
+            "\n       ".join(problems),
+            "give values of these types",
+        )
+    return settings
+
+
+def _with_types(settings: Any, path: str, problems: list[str]) -> Any:
+    changes: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
+            changes[name] = _with_types(value, f"{path}{name}.", problems)
+            continue
+        try:
+            changes[name] = _converted(value, hint)
+        except (TypeError, ValueError):
+            problems.append(f"{path}{name}: {value!r} is not {_described(hint, value)}")
+    return replace(settings, **changes)
+
+
 def check_config(config: Config) -> None:
     """Refuse settings that are out of range or contradict each other, all at once.
 
@@ -327,17 +365,21 @@ def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
             try:
                 changes[name] = _converted(value, hints[name])
             except (TypeError, ValueError):
-                problems.append(f"{path}{key}: {value!r} is not {_described(hints[name])}")
+                problems.append(f"{path}{key}: {value!r} is not {_described(hints[name], value)}")
     return replace(base, **changes)
 
 
-def _described(hint: Any) -> str:
-    """Name a field's type as someone who writes YAML knows it."""
+def _described(hint: Any, value: object = None) -> str:
+    """Name a field's type as who writes YAML knows it, and the choice that a value is near to."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(kinds)}" if len(kinds) > 1 else kinds[0]
+        near = difflib.get_close_matches(str(value), kinds, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        return (f"one of {', '.join(kinds)}" if len(kinds) > 1 else kinds[0]) + meant
     if kinds:
-        return " or ".join(map(_described, kinds))
+        return " or ".join(_described(kind, value) for kind in kinds)
+    if is_dataclass(hint):
+        return f"settings of the type {getattr(hint, '__name__', hint)}"
     return {
         types.NoneType: "null",
         bool: "true or false",
@@ -367,7 +409,7 @@ def _converted(value: Any, hint: Any) -> Any:
             return value
     elif hint is float and math.isfinite(float(value)):
         return float(value)
-    elif hint is Path and isinstance(value, str):
+    elif hint is Path and isinstance(value, (str, Path)):
         return Path(value)
     elif hint in (int, str) and isinstance(value, hint):
         return value

@@ -255,12 +255,13 @@ def _make_folder(path: Path) -> bool:
     return True
 
 
-def find_run(name: str, runs: Path = Path("runs")) -> Run:
+def find_run(name: str, runs: Path | str = Path("runs")) -> Run:
     """Find a run by its name under `runs`, by its path, or as `latest`.
 
     Raises:
         ConfigError: There is none; the message lists those that are there.
     """
+    runs = Path(runs)
     for path in (runs / name, Path(name)):
         if (path / "config.yaml").exists():
             return Run(path.resolve())

@@ -104,8 +104,8 @@ def test_the_prompts_of_another_run_are_not_taken_in_silence(run: Run, tmp_path:
         ({"source": "nothing"}, "config.json"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0"),
         ({"threads": -1}, "--threads -1"),
-        ({"engine": "vllm"}, "run by torch"),
-        ({"engine": "torch", "source": "x.gguf"}, "run by gguf"),
+        ({"engine": "vllm"}, "an adapter, which runs with the engine torch"),
+        ({"engine": "torch", "source": "x.gguf"}, "a GGUF file, which runs with the engine gguf"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(run: Run, arguments: dict[str, Any], said: str) -> None:
@@ -293,3 +293,56 @@ def test_closing_a_planner_ends_a_plan_in_another_thread() -> None:
     assert not thread.is_alive()
     assert stream.result is None
     assert writer.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "system", "said"),
+    [
+        ("a \ud83d b", None, "half a character stands at 2"),
+        ("a \udcff b", None, "Unicode"),
+        ("a", "\ud83d", "system text"),
+        (None, None, "NoneType"),
+    ],
+)
+def test_what_no_model_can_read_is_refused_before_it_is_asked(
+    request_: Any, system: str | None, said: str
+) -> None:
+    writer = ScriptedWriter(PLAN)
+    planner = planner_with(writer)
+    for ask in (planner.plan, planner.stream, lambda *asked: planner.plan_batch(asked[:1], system)):
+        with pytest.raises(ConfigError, match=said):
+            ask(request_, system)
+    with pytest.raises(ConfigError, match="give a list"):
+        planner.plan_batch("Call")
+    assert writer.asked == []
+
+
+def test_a_closed_planner_says_so_however_it_is_asked() -> None:
+    writer = ScriptedWriter(PLAN)
+    planner = planner_with(writer)
+    planner.close()
+    planner.close()
+    for ask in (
+        planner.plan,
+        lambda it: planner.plan_batch([it]),
+        lambda it: [*planner.stream(it)],
+    ):
+        with pytest.raises(ModelError, match="it has been closed"):
+            ask("go")
+    assert writer.asked == []
+
+
+def test_a_damaged_adapter_is_no_bug(
+    run: Run, config_in: Callable[..., Config], tmp_path: Path, tiny_base: Path
+) -> None:
+    from tinyagent_fast.models.loading import load_for_training
+    from tinyagent_fast.training.best import load_adapter_weights
+
+    trained = load_for_training(config_in(tmp_path), str(tiny_base)).model
+    trained.save_pretrained(str(run.adapter))
+    whole = (run.adapter / "adapter_model.safetensors").read_bytes()
+    for content in (b"junk", whole[:-8]):
+        (run.adapter / "adapter_model.safetensors").write_bytes(content)
+        for read in (lambda: load(threads=1), lambda: load_adapter_weights(trained, run.adapter)):
+            with pytest.raises(ModelError, match="adapter"):
+                read()

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import UserError
 from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.plans.drawing import printable
 
@@ -53,12 +53,12 @@ def converse(console: Console, planner: Planner) -> None:
             continue
         if not request:
             continue
-        stream = planner.stream(request)
-        if planner.prompts.retrieve is not None:
-            console.print(Text(f"system text: {printable(stream.built.source)}", style="dim"))
         try:
+            stream = planner.stream(request)
+            if planner.prompts.retrieve is not None:
+                console.print(Text(f"system text: {printable(stream.built.source)}", style="dim"))
             show_stream(console, stream)
         except KeyboardInterrupt:
             console.print("\nbroken off", style="dim")
-        except ModelError as error:
+        except UserError as error:
             console.print(Text(str(error), style="red"))

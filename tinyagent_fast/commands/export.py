@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tinyagent_fast.export.settings import ExportSettings
 
@@ -13,7 +14,16 @@ def run(arguments: Sequence[str]) -> int:
 
     settings = tyro.cli(ExportSettings, args=list(arguments), prog="tinyagent-fast export")
     from tinyagent_fast.api import export_run
+    from tinyagent_fast.export.record import ExportRecord
+    from tinyagent_fast.runs import find_run
 
-    folder = export_run(settings.run, settings)
-    print(f"written: {folder}/export.json, report.md, README.md; next: make eval ENGINE=gguf")
+    folder = export_run(settings=settings)
+    files = [one.path for one in ExportRecord(folder).artefacts if one.kind == "gguf"]
+    further = ""
+    if files:
+        run = find_run(settings.run, settings.runs).path
+        named = run.name if settings.runs == Path("runs") else run
+        model = "" if settings.out is None else f" MODEL={folder / files[0]}"
+        further = f"; next: make eval RUN={named} ENGINE=gguf{model}"
+    print(f"written: {folder}/export.json, report.md, README.md{further}")
     return 0

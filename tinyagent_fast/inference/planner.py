@@ -11,10 +11,11 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tinyagent_fast.config import Config, ModelConfig, PromptFormat, Weights
 from tinyagent_fast.data.generation.catalogue import plan_tools
@@ -146,8 +147,6 @@ class PlanStream:
                 arrived.put(error)
 
         with planner.turn():
-            if planner.closed:
-                return
             writing = planner.worker.submit(write)
             try:
                 while not planner.closed:
@@ -236,6 +235,10 @@ class Planner:
         Raises:
             ModelError: A prompt does not fit into the model's context.
         """
+        if isinstance(requests, str):
+            raise ConfigError(
+                f"requests {requests!r}", "it is one text", "give a list, or ask plan()"
+            )
         asked = [self.prompts.build(request, system) for request in requests]
         with self.turn():
             done = dict(
@@ -281,10 +284,14 @@ class Planner:
 
         Raises:
             RuntimeError: This thread itself is in the middle of a stream, and would wait for ever.
+            ModelError: The planner is closed.
         """
         if self._writes_for == threading.get_ident():
             raise RuntimeError("take the stream to its end, or close it, before the next request")
         with self._lock:
+            if self.closed:
+                why = "it has been closed, and its model is gone"
+                raise ModelError("planner", why, "open another one with load()")
             self._writes_for = threading.get_ident()
             try:
                 yield
@@ -315,6 +322,7 @@ _ENGINES: Mapping[str, tuple[EngineName, ...]] = {
     "gguf": ("gguf",),
 }
 """Engines that run each kind of model, that of `auto` first."""
+_KINDS = {"adapter": "an adapter", "folder": "a merged folder", "gguf": "a GGUF file"}
 
 
 def load(
@@ -322,8 +330,8 @@ def load(
     *,
     engine: EngineName = "auto",
     run: str | None = None,
-    runs: Path = Path("runs"),
-    system: str = "auto",
+    runs: Path | str = Path("runs"),
+    system: str | Path = "auto",
     max_new_tokens: int | None = None,
     threads: int | None = None,
     batch: int = 4,
@@ -355,18 +363,25 @@ def load(
     for name, value in (("max-new-tokens", max_new_tokens), ("threads", threads), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
+    if engine not in get_args(EngineName):
+        near = get_close_matches(str(engine), get_args(EngineName), n=1)
+        raise ConfigError(
+            f"engine {engine!r}",
+            "there is no such engine" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"take one of {', '.join(get_args(EngineName))}",
+        )
     path = source.path if isinstance(source, Run) else source
-    found = find_source(path, run=run, runs=runs)
+    found = find_source(path, run=run, runs=Path(runs))
     engines = _ENGINES[found.kind]
     if engine != "auto" and engine not in engines:
         raise ConfigError(
-            f"--engine {engine} with {found.path}",
-            f"this {found.kind} is run by {' or '.join(engines)}",
-            "leave --engine out",
+            f"engine {engine} with {found.path}",
+            f"it is {_KINDS[found.kind]}, which runs with the engine {' or '.join(engines)}",
+            "leave the engine out",
         )
     config = found.run.config() if found.run else Config()
     retriever = _retriever(found) if system == "auto" else None
-    prompts = prompt_builder(system, found.run, plan_tools(config.data.catalogue), retriever)
+    prompts = prompt_builder(str(system), found.run, plan_tools(config.data.catalogue), retriever)
     facts = {"model": _shown(found.path), "system text": prompts.system.source}
     if (named := prompts.describe_tools()) is not None:
         facts["it names"] = f"{named}; for others: --system nearest or FILE"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,9 +107,25 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
             )
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter))
+        with reading(f"adapter {adapter}", "train or copy it again, or name another one"):
+            model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
     return _finish(model, config.model, base, how)
+
+
+@contextmanager
+def reading(what: str, fix: str) -> Iterator[None]:
+    """Turn what libraries raise for files that they cannot use into one error."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # RuntimeError: weights of other shapes.
+        raise ModelError(what, f"it cannot be loaded: {error}", fix) from error
 
 
 def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
@@ -194,7 +211,8 @@ def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=how.dtype,
         )
-    try:
+    fix = "check the name and the network, or name a local folder with config.json and weights"
+    with reading(f"base model {base!r}", fix):
         model = AutoModelForCausalLM.from_pretrained(
             base,
             revision=config.revision,
@@ -203,12 +221,6 @@ def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
             device_map=how.device_map,
             attn_implementation="sdpa",
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"base model {base!r}",
-            f"it cannot be loaded: {error}",
-            "check the name and the network, or name a local folder with config.json and weights",
-        ) from error
     if how.device == "cpu" and quantization is not None:
         import bitsandbytes as bnb
 
@@ -284,14 +296,9 @@ def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
         arguments["revision"] = config.model.revision
     if launch_environment().count > 1:
         arguments["device_map"] = how.device_map
-    try:
+    fix = "check the name and the network, or try --model.backend transformers"
+    with reading(f"base model {base!r}", fix):
         model, _ = FastLanguageModel.from_pretrained(**arguments)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"base model {base!r}",
-            f"Unsloth cannot load it: {error}",
-            "check the name and the network, or try --model.backend transformers",
-        ) from error
     return model
 
 

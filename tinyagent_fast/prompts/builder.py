@@ -82,7 +82,13 @@ class PromptBuilder:
         Args:
             request: What the user typed.
             system: A system text for this request alone; None leaves the choice to the builder.
+
+        Raises:
+            ConfigError: One of them is no text that a model can read.
         """
+        _check_text("request", request)
+        if system is not None:
+            _check_text("system text", system)
         before, after = self.question
         if system is not None:
             chosen = ChosenText(system, "a text given with the request")
@@ -122,6 +128,20 @@ class PromptBuilder:
     def _tools_named(self, system: str | None) -> tuple[str, ...]:
         named = set(_WORD.findall(system or ""))
         return tuple(n for n in (TINYAGENT if self.tools is None else self.tools) if n in named)
+
+
+def _check_text(name: str, text: str) -> None:
+    if not isinstance(text, str):
+        why = f"it must be a text, and is of the type {type(text).__name__}"
+        raise ConfigError(f"{name} {text!r}", why, "give one text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} {text!r}",
+            f"it is no valid Unicode: half a character stands at {error.start}",
+            "send it as UTF-8",
+        ) from error
 
 
 class NearestQuery:

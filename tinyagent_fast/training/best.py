@@ -70,8 +70,15 @@ def read_best(run: Run) -> Best | None:
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Put saved adapter weights back into a PEFT model that has the same adapter."""
+    """Put saved adapter weights back into a PEFT model that has the same adapter.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    from tinyagent_fast.models.loading import reading
+
+    with reading(f"adapter {folder}", "let it be copied or trained again"):
+        set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))

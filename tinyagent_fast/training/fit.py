@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tinyagent_fast.config import Config, EvalConfig, check_config
+from tinyagent_fast.config import Config, EvalConfig, check_config, with_types
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
@@ -85,6 +85,7 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
         UserError: Anything that a user can repair, before the first step wherever possible.
         Stopped: Ctrl-C; a checkpoint was saved.
     """
+    config = with_types(config)
     check_config(config)
     check_tracker(config.track)
     processes = init_processes()
