@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import pytest
 from tinyagent_fast.cli import COMMANDS, main
 from tinyagent_fast.commands import data_download, score, train
 from tinyagent_fast.config import Config
+from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, DataError, GateError, UserError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.scoring import Prediction
@@ -651,3 +654,46 @@ def test_export_names_the_run_and_the_files_to_go_on_with(
     assert call("export", *flags.split()).out.endswith(f"next: {named}")
     ExportRecord(folder).update(artefacts=[])
     assert "ENGINE=gguf" not in call("export", *flags.split()).out
+
+
+def test_ctrl_c_that_a_library_swallows_ends_the_command_before_its_next_step(
+    call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch, quiet: Any
+) -> None:
+    done = []
+
+    def work(_: object) -> int:
+        display = Display(quiet)
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with display.bar("training"):
+            done.append("trained")
+        return 0
+
+    monkeypatch.setattr(score, "run", work)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert (call("score").code, done) == (130, [])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_again_while_the_process_ends_leaves_message_and_code_as_they_are() -> None:
+    done = python("""
+import atexit, signal, sys
+from tinyagent_fast import cli
+from tinyagent_fast.commands import score
+
+def run(_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: signal.raise_signal(signal.SIGINT))
+score.run = run
+sys.argv = ["tinyagent-fast", "score"]
+sys.exit(cli.main())
+""")
+    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")

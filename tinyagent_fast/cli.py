@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ COMMANDS = {
     "data download": ("data_download", "download the published dataset"),
 }
 """Command to its module in `tinyagent_fast.commands` and its one-line help."""
+_CTRL_C = 130  # as shells have it: 128 and the number of the signal
 _FORMER_NAMES = {"plan": "memory"}
 
 
@@ -50,7 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
-            return _run(name, words[length:])
+            from tinyagent_fast.interrupts import noting_interrupts
+
+            with noting_interrupts():
+                code = _run(name, words[length:])
+            if arguments is None and code == _CTRL_C:
+                # The process ends now: a further Ctrl-C would only break that off with a traceback.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return code
     if words[0] == "data" and words[1:2] in (["-h"], ["--help"]):
         print(_help())
         return 0
@@ -80,7 +89,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        return 130  # as shells have it: 128 and the number of the signal
+        return _CTRL_C
     except SystemExit as leave:
         if leave.code is None or isinstance(leave.code, int):
             return leave.code or 0

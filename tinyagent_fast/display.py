@@ -11,6 +11,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tinyagent_fast.interrupts import raise_swallowed_interrupt
+
 _LINE_EVERY_S = 20.0
 
 
@@ -25,6 +27,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one line of plain text."""
+        raise_swallowed_interrupt()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
@@ -45,6 +48,7 @@ class Display:
         Yields:
             A function to call with what is done and the total.
         """
+        raise_swallowed_interrupt()
         started = told = time.perf_counter()
         done = 0
         progress = Progress(

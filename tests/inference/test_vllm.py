@@ -12,6 +12,8 @@ import pytest
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.inference.engine import Engine, Prompt
+from tinyagent_fast.inference.llama_cpp import LlamaCppEngine
+from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.inference.vllm import VllmEngine
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.tokenizers import load_tokenizer
@@ -116,3 +118,30 @@ def test_without_vllm_the_message_says_what_to_do(
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ModelError, match="pip install"):
         VllmEngine(tmp_path, tokenizer, context_tokens=900)
+
+
+def test_the_context_is_the_models_and_a_prompt_that_fills_it_is_refused(
+    vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 60}', encoding="utf-8")
+    engine = VllmEngine(tmp_path, tokenizer, context_tokens=8192)
+    assert vllm.settings["max_model_len"] == 60
+    long = [Prompt(system="tools", user="open " * 60)]
+    with pytest.raises(ModelError, match="a context of 60 tokens"):
+        list(engine.generate(long, stop=STOP, max_new_tokens=7))
+    assert vllm.calls == []
+
+
+@pytest.mark.parametrize("wrong", [{"stop": ""}, {"max_new_tokens": 0}, {"batch": 0}])
+def test_every_engine_refuses_the_same_limits(
+    wrong: dict[str, Any], vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path
+) -> None:
+    engines = [
+        VllmEngine(tmp_path, tokenizer, context_tokens=900),
+        TorchEngine(SimpleNamespace(tokenizer=tokenizer)),  # type: ignore[arg-type]
+        LlamaCppEngine(SimpleNamespace()),  # type: ignore[arg-type]
+    ]
+    for engine in engines:
+        asked = {"stop": STOP, "max_new_tokens": 7, "batch": 1, **wrong}
+        with pytest.raises(ValueError, match="at least 1"):
+            next(engine.generate(make_prompts(1), **asked))  # type: ignore[attr-defined]

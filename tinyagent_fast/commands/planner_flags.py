@@ -34,8 +34,9 @@ class PlannerFlags:
     def load(self) -> Planner:
         """Open the planner that is meant, for one request at a time."""
         from tinyagent_fast.inference import planner
+        from tinyagent_fast.interrupts import raise_swallowed_interrupt
 
-        return planner.load(
+        opened = planner.load(
             self.model,
             run=self.run,
             runs=self.runs,
@@ -44,3 +45,5 @@ class PlannerFlags:
             threads=self.threads,
             batch=1,
         )
+        raise_swallowed_interrupt()
+        return opened

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from tinyagent_fast.errors import ModelError
+
 StopReason = Literal["stop", "eos", "length"]
 OnToken = Callable[[int, str], None]
 """Called with a prompt's index and the text that was added; an empty text says that the prompt is
@@ -67,9 +69,9 @@ class Engine(Protocol):
 
         Args:
             prompts: What to answer.
-            stop: Text that ends a completion and is no part of it.
-            max_new_tokens: Where a completion is broken off.
-            batch: Prompts completed together.
+            stop: Text that ends a completion and is no part of it; not empty.
+            max_new_tokens: Where a completion is broken off; at least 1.
+            batch: Prompts completed together; at least 1.
             on_token: Called while text is being written.
 
         Yields:
@@ -78,9 +80,43 @@ class Engine(Protocol):
 
         Raises:
             ModelError: A prompt does not fit into the model's context.
+            ValueError: `stop`, `max_new_tokens` or `batch` is none that can be meant.
         """
         ...
 
     def close(self) -> None:
         """Free what the engine holds; a second call does nothing."""
         ...
+
+
+def check_limits(stop: str, max_new_tokens: int, batch: int) -> None:
+    """Refuse what no engine can do; each asks this first.
+
+    Raises:
+        ValueError: `stop` is empty, or a number is below 1.
+    """
+    if not stop or max_new_tokens < 1 or batch < 1:
+        raise ValueError(
+            "a stop text, and at least 1 new token and a batch of 1, are needed; got "
+            f"stop={stop!r}, max_new_tokens={max_new_tokens}, batch={batch}"
+        )
+
+
+def check_room(longest_tokens: int, room_tokens: int, advice: str = "") -> None:
+    """Refuse prompts that leave no room for a completion.
+
+    Args:
+        longest_tokens: Of the longest prompt.
+        room_tokens: Of the model, for prompt and completion.
+        advice: Added to what can be done.
+
+    Raises:
+        ModelError: The longest prompt does not fit.
+    """
+    if longest_tokens >= room_tokens:
+        raise ModelError(
+            f"a prompt of {longest_tokens} tokens",
+            f"the model has a context of {room_tokens} tokens for the prompt and what it writes",
+            "shorten the request or the system text, or take a base model with a longer context"
+            + advice,
+        )

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.record import sha256_of
-from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
+from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason, check_limits
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.templates import prompt_messages
 
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 _STOP_REASONS: Mapping[str, StopReason] = {"word": "stop", "eos": "eos", "limit": "length"}
 _REQUEST_S = 3600.0
 _INSTALL = "pip install xllamacpp (on Linux it needs the system package libgomp1 too)"
-_NO_ROOM = "shorten the prompt, or give each slot more context, up to what the model was made for"
+_NO_ROOM = (
+    "shorten the request or the system text; a run's adapter or merged folder, which torch runs, "
+    "has all the context that the model was made for"
+)
 _GREEDY: Mapping[str, Any] = {
     "temperature": 0,
     "top_k": 1,
@@ -396,6 +399,7 @@ class LlamaCppEngine:
 
         `batch` is at most the number of slots, and `on_token` is called from each slot's thread.
         """
+        check_limits(stop, max_new_tokens, batch)
 
         def answer(index: int) -> Completion:
             prompt = prompts[index]

@@ -16,8 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
+from tinyagent_fast.inference.engine import (
+    Completion,
+    OnToken,
+    Prompt,
+    StopReason,
+    check_limits,
+    check_room,
+)
 from tinyagent_fast.inference.grouping import common_tokens, group_prompts
 from tinyagent_fast.inference.lookup import PromptLookup
 from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix, RowBatch, compute_prefix
@@ -141,6 +147,7 @@ class TorchEngine:
         Keys and values of a single prompt are kept for the next one, and `on_token` gets an empty
         text after each chunk of it.
         """
+        check_limits(stop, max_new_tokens, batch)
         yield from self.complete_tokens(
             encode_prompts(self.loaded.tokenizer, prompts),
             stop=stop,
@@ -192,14 +199,8 @@ class TorchEngine:
         model = self.loaded.model
         context: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
         room: int = getattr(model, "max_seq_length", None) or context
-        longest = max(map(len, prompts), default=0)
-        if longest >= room:
-            raise ModelError(
-                f"a prompt of {longest} tokens",
-                f"the model has a context of {room} tokens for the prompt and what it writes",
-                "shorten the request or the system text, or take a base model with a longer "
-                "context; with the backend unsloth, --model.max-length-tokens raises it",
-            )
+        advice = "; with the backend unsloth, --model.max-length-tokens raises it"
+        check_room(max(map(len, prompts), default=0), room, advice)
         return room
 
     def _grouped(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:

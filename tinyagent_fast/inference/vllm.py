@@ -5,13 +5,22 @@ It runs a merged folder, so what it measures is what a vLLM server of that folde
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason
+from tinyagent_fast.inference.engine import (
+    Completion,
+    OnToken,
+    Prompt,
+    StopReason,
+    check_limits,
+    check_room,
+)
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
@@ -28,7 +37,7 @@ class VllmEngine:
         Args:
             folder: A merged folder of `export`.
             tokenizer: Of the run.
-            context_tokens: Room for prompt and plan together.
+            context_tokens: Room for prompt and plan together, at most; the model may have less.
 
         Raises:
             ModelError: vLLM is not installed, or cannot load the folder.
@@ -44,10 +53,11 @@ class VllmEngine:
             ) from error
         self.folder, self.tokenizer = folder, tokenizer
         try:
+            self.context_tokens = min(context_tokens, _model_tokens(folder))
             self._model: Any = LLM(
                 model=str(folder),
                 tokenizer=str(folder),
-                max_model_len=context_tokens,
+                max_model_len=self.context_tokens,
                 enable_prefix_caching=True,
                 seed=0,
             )
@@ -88,6 +98,7 @@ class VllmEngine:
         `batch` is not used, since vLLM decides how many prompts it decodes together; `on_token` is
         called once a prompt, with its whole text.
         """
+        check_limits(stop, max_new_tokens, batch)
         from vllm import SamplingParams
 
         sampling = SamplingParams(
@@ -98,6 +109,7 @@ class VllmEngine:
             skip_special_tokens=False,
         )
         rows = encode_prompts(self.tokenizer, prompts)
+        check_room(max(map(len, rows), default=0), self.context_tokens)
         for start in range(0, len(rows), _HANDED_OVER):
             started = time.perf_counter()
             part = rows[start : start + _HANDED_OVER]
@@ -113,6 +125,13 @@ class VllmEngine:
     def close(self) -> None:
         """Let the model go; vLLM frees its memory with it."""
         self._model = None
+
+
+def _model_tokens(folder: Path) -> int:
+    """Read how many tokens a model was made for; one that does not say so sets no limit."""
+    path = folder / "config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return int(known.get("max_position_embeddings", sys.maxsize))
 
 
 def _completion(answer: Any, stop: str, prompt_tokens: int, seconds: float) -> Completion:
