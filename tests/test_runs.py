@@ -224,6 +224,17 @@ def test_a_base_made_beside_the_runs_is_found_from_any_folder(
     assert run.base_of(config) == "someone/model"
 
 
+def test_a_command_that_is_advised_finds_the_run_from_here(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run(config)
+    monkeypatch.chdir(config.runs.parent)
+    assert run.named == "first"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert find_run(run.named).path == run.path.resolve()
+
+
 def test_the_adapter_of_a_run_that_was_broken_off_is_its_best(config: Config) -> None:
     run = create_run(config)
     with pytest.raises(ConfigError):

@@ -42,6 +42,12 @@ class Run:
     path: Path
 
     @property
+    def named(self) -> str:
+        """Name it for a command in this folder: by its name if it lies in runs/, else by path."""
+        here = self.path.resolve().parent == Path("runs").resolve()
+        return self.path.name if here else str(self.path)
+
+    @property
     def config_path(self) -> Path:
         """The resolved config as YAML."""
         return self.path / "config.yaml"
@@ -161,7 +167,7 @@ class Run:
         raise ConfigError(
             f"adapter {folders[0]}",
             "it holds no adapter_model.safetensors",
-            f"finish the run (make train ARGS='--resume {self.path.name}'), or name a folder",
+            f"finish the run (make train ARGS='--resume {self.named}'), or name a folder",
         )
 
     def append_history(self, record: Mapping[str, Any]) -> None:

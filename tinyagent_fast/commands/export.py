@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from tinyagent_fast.export.settings import ExportSettings
 
@@ -21,8 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     files = [one.path for one in ExportRecord(folder).artefacts if one.kind == "gguf"]
     further = ""
     if files:
-        run = find_run(settings.run, settings.runs).path
-        named = run.name if settings.runs == Path("runs") else run
+        named = find_run(settings.run, settings.runs).named
         model = "" if settings.out is None else f" MODEL={folder / files[0]}"
         further = f"; next: make eval RUN={named} ENGINE=gguf{model}"
     print(f"written: {folder}/export.json, report.md, README.md{further}")

@@ -314,7 +314,7 @@ def _merged_folder(task: _Task) -> dict[str, EvaluationResult]:
         raise ConfigError(
             f"merged folder {folder}",
             "it holds no config.json, and vLLM runs merged folders",
-            f"tinyagent-fast export --run {run.path.name} --to merged, or name one with --model",
+            f"tinyagent-fast export --run {run.named} --to merged, or name one with --model",
         )
     room_tokens = config.model.max_length_tokens + config.eval.max_new_tokens
     result = _measure(
@@ -380,7 +380,7 @@ def _exported_files(task: _Task) -> list[Path]:
             raise ConfigError(
                 f"run {name}",
                 f"it has no GGUF file in {record.folder}",
-                f"make export RUN={name}, or name a file with --model",
+                f"make export RUN={task.run.named}, or name a file with --model",
             )
         return there
     if record.content["passed"] is False:
@@ -434,7 +434,7 @@ def _compare_files(
 def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
     """Take the adapter's predictions as the reference if they are there for the same task."""
     file, say = PredictionFile(task.run.evaluation), task.display.say
-    remedy = f"`make eval RUN={task.run.path.name}` adds the adapter to the table"
+    remedy = f"`make eval RUN={task.run.named}` adds the adapter to the table"
     if not file.path.exists() or not file.made_with_path.exists():
         say(f"note: {remedy}")
         return None

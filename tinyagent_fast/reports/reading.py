@@ -112,7 +112,7 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
     if not any(name in evaluations for name in MAIN_EVALUATIONS):
         notes.append(
             "no plans for test queries (eval/, test/after/): "
-            f"`tinyagent-fast eval --run {run.path.name}` makes them"
+            f"`tinyagent-fast eval --run {run.named}` makes them"
         )
     notes += _doubts(run, data, evaluations)
     timings = _read_object(run.path / "timings.json", notes)

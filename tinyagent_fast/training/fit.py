@@ -405,7 +405,7 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} by Ctrl-C",
             "a checkpoint was saved",
-            f"go on with: tinyagent-fast train --resume {run.path.name}",
+            f"go on with: tinyagent-fast train --resume {run.named}",
         )
 
 
@@ -485,7 +485,7 @@ def _finish(session: _Session) -> None:
         session.measure_test_queries("after")
     with session.display.bar("tool retriever"):
         session.processes.on_main_process(lambda: retriever_of_run(run) is not None)
-    session.display.say(f"run folder: {run.path}; next: make eval RUN={run.path.name}")
+    session.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}")
 
 
 def _keep_best(session: _Session) -> bool:
