@@ -346,3 +346,16 @@ def test_a_damaged_adapter_is_no_bug(
         for read in (lambda: load(threads=1), lambda: load_adapter_weights(trained, run.adapter)):
             with pytest.raises(ModelError, match="adapter"):
                 read()
+
+
+def test_a_plan_whose_model_is_closed_meanwhile_says_that_and_not_what_the_engine_misses() -> None:
+    planner = planner_with(ScriptedWriter(PLAN))
+
+    class Gone(ScriptedWriter):
+        def generate(self, *_: Any, **__: Any) -> Any:
+            planner.closed = True
+            raise ModelError("the server", "it gave no answer", "run it again")
+
+    planner.engine = Gone(PLAN)
+    with pytest.raises(ModelError, match="it has been closed"):
+        planner.plan("go")

@@ -289,12 +289,16 @@ class Planner:
         if self._writes_for == threading.get_ident():
             raise RuntimeError("take the stream to its end, or close it, before the next request")
         with self._lock:
+            why, fix = "it has been closed, and its model is gone", "open another one with load()"
             if self.closed:
-                why = "it has been closed, and its model is gone"
-                raise ModelError("planner", why, "open another one with load()")
+                raise ModelError("planner", why, fix)
             self._writes_for = threading.get_ident()
             try:
                 yield
+            except ModelError as error:
+                if self.closed:  # meanwhile, by another thread: what the engine misses is no news
+                    raise ModelError("planner", why, fix) from error
+                raise
             finally:
                 self._writes_for = None
 
