@@ -940,8 +940,9 @@ class Runner:
         """
         rest = list(measurements)
         while rest:
-            model = rest[0].model
-            count = next((n for n, item in enumerate(rest) if item.model != model), len(rest))
+            models = [None if self.job.get("tiny") else item.model for item in rest]
+            # A tiny run loads its libraries once: one process for everything.
+            count = next((n for n, model in enumerate(models) if model != models[0]), len(rest))
             group = [item for item in rest[:count] if not self._is_hopeless(item)]
             left_s = self.job["deadline"] - time.time()
             if group and left_s < group[0].least_s + self.start_s:
