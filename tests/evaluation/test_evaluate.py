@@ -324,6 +324,16 @@ def test_an_engine_honours_a_flag_or_refuses_it_with_the_reason(
     assert observed.seen["closed"]
 
 
+def test_transformers_is_torch_with_that_backend(
+    run: Run, observed: Observed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "--run", str(run.path), "--engine", "transformers"]
+    assert main([*words, "--backend", "unsloth"]) == 2
+    assert "two backends" in capsys.readouterr().err and observed.seen == {}
+    assert main(words) == 0
+    assert observed.seen["backend"] == "transformers"
+
+
 def test_every_refused_flag_is_one_that_there_is() -> None:
     assert {flag for refused in NOT_HONOURED.values() for flag in refused} <= set(FLAGS)
 

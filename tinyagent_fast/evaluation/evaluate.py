@@ -87,9 +87,10 @@ class EvalOptions:
     """Run to evaluate: its name, its folder, or `latest`."""
     runs: Path = Path("runs")
     """Folder of all runs."""
-    engine: Literal["auto", "torch", "gguf", "vllm"] = "auto"
-    """`torch` runs the adapter on its base, `gguf` the exported files in llama.cpp, `vllm` the
-    merged folder on CUDA; `auto` takes what `--model` is, and the adapter without it."""
+    engine: Literal["auto", "torch", "transformers", "gguf", "vllm"] = "auto"
+    """`torch` runs the adapter on its base (`transformers`: with that backend), `gguf` the exported
+    files in llama.cpp, `vllm` the merged folder on CUDA; `auto` takes what `--model` is, and the
+    adapter without it."""
     model: Path | None = None
     """A .gguf file, or for vllm a merged folder; without it those that the run has exported."""
     adapter: str | None = None
@@ -128,9 +129,9 @@ class _Task:
 
 def _chosen_engine(options: EvalOptions) -> EngineName:
     """Say which engine is meant, for `auto` by the model."""
-    if options.engine != "auto":
+    if options.engine != "auto" and options.engine != "transformers":
         return options.engine
-    if options.model is None:
+    if options.model is None or options.engine == "transformers":
         return "torch"
     if options.model.suffix == ".gguf":
         return "gguf"
@@ -181,6 +182,14 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         ModelError: A model cannot be loaded, or a prompt does not fit.
         DataError: The test file is faulty.
     """
+    if options.engine == "transformers":
+        if options.backend not in (None, "transformers"):
+            raise ConfigError(
+                f"--engine transformers with --backend {options.backend}",
+                "they name two backends",
+                "leave one of them out",
+            )
+        options = replace(options, engine="torch", backend="transformers")
     engine = _check_options(options)
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
