@@ -101,21 +101,21 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
         console = Console(quiet=True)
     display = Display(console or Console(highlight=False))
     started = time.perf_counter()
-    session = _prepare(config, display, resume)
-    prepared = time.perf_counter()
-    _fit(session, checkpoint)
-    seconds = time.perf_counter() - prepared
+    prepared = _prepare(config, display, resume)
+    prepared_s = time.perf_counter()
+    _fit(prepared, checkpoint)
+    seconds = time.perf_counter() - prepared_s
     display.say(f"trained in {seconds:.0f} s")
-    _finish(session)
+    _finish(prepared)
     if processes.is_main_process:
         all_s = round(time.perf_counter() - started, 2)
         timings_s = {**display.timings_s, "steps and validation": round(seconds, 2), "all": all_s}
-        write_json(session.run.path / "timings.json", timings_s)
-    return session.run
+        write_json(prepared.run.path / "timings.json", timings_s)
+    return prepared.run
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Session:
+class _Prepared:
     """Everything that stands before the trainer is built."""
 
     run: Run
@@ -169,7 +169,7 @@ class _Session:
         self.display.say(f"{when} training: {headline(result.metrics)} test queries")
 
 
-def _prepare(config: Config, display: Display, resume: Run | None) -> _Session:
+def _prepare(config: Config, display: Display, resume: Run | None) -> _Prepared:
     """Read data, build the base, encode rows, load the model and make the run's folder."""
     processes = init_processes()
     with display.bar("reading data"):
@@ -203,7 +203,7 @@ def _prepare(config: Config, display: Display, resume: Run | None) -> _Session:
     if config.train.batch == "auto":
         config = _with_automatic_batch(config, estimator, display)
         estimator = replace(estimator, config=config) if estimator else None
-    session = _Session(
+    prepared = _Prepared(
         run=resume or processes.on_main_process(lambda: create_run(config)),
         config=config,
         base=base,
@@ -216,18 +216,18 @@ def _prepare(config: Config, display: Display, resume: Run | None) -> _Session:
     )
     processes.on_main_process(
         lambda: remember_or_compare(
-            session.run,
-            _data_record(session),
+            prepared.run,
+            _data_record(prepared),
             trainable_parameters(loaded.model),
             resumed=resume is not None,
         )
     )
     if examples.retriever is not None and processes.is_main_process:
-        examples.retriever.save(session.run.path)
-    display.header("tinyagent-fast train", _header(session))
+        examples.retriever.save(prepared.run.path)
+    display.header("tinyagent-fast train", _header(prepared))
     for note in loaded.notes:
         display.say(f"note: {note}")
-    return session
+    return prepared
 
 
 def _memory_estimator(
@@ -279,46 +279,46 @@ def _with_automatic_batch(
     return with_batch(config, found.batch)
 
 
-def _data_record(session: _Session) -> dict[str, Any]:
+def _data_record(prepared: _Prepared) -> dict[str, Any]:
     """Gather what a resumed run must have unchanged."""
-    tokenizer, rows = session.loaded.tokenizer, session.rows
+    tokenizer, rows = prepared.loaded.tokenizer, prepared.rows
     vocabulary = tokenizer.hf.backend_tokenizer.to_str().encode()
     return {
-        **session.examples.summary,
-        "base": session.base,
+        **prepared.examples.summary,
+        "base": prepared.base,
         "template_sha256": template_hash(tokenizer.prompt_format, tokenizer.chat),
         "tokenizer_sha256": hashlib.sha256(vocabulary).hexdigest(),
         "rows": {
             "train": asdict(rows.train.statistics),
             "validation": asdict(rows.validation.statistics) if rows.validation else None,
         },
-        **({"processes": session.processes.count} if session.processes.count > 1 else {}),
+        **({"processes": prepared.processes.count} if prepared.processes.count > 1 else {}),
     }
 
 
-def _header(session: _Session) -> dict[str, str]:
+def _header(prepared: _Prepared) -> dict[str, str]:
     """Say what this run is, by the name of each line."""
-    config, loaded, rows = session.config, session.loaded, session.rows.train.statistics
-    train, count, files = config.train, session.processes.count, session.examples.files
+    config, loaded, rows = prepared.config, prepared.loaded, prepared.rows.train.statistics
+    train, count, files = config.train, prepared.processes.count, prepared.examples.files
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     steps = str(optimizer_steps(rows.rows, train, count))
     leaks = [
         f"{pair.normalised} {pair.first}/{pair.second}"
-        for pair in session.examples.leaks.between
+        for pair in prepared.examples.leaks.between
         if pair.normalised
     ]
-    if session.examples.left_out_as_leaks:
-        leaks.append(f"{session.examples.left_out_as_leaks} training rows left out for them")
+    if prepared.examples.left_out_as_leaks:
+        leaks.append(f"{prepared.examples.left_out_as_leaks} training rows left out for them")
     lines = {
-        "run": str(session.run.path),
+        "run": str(prepared.run.path),
         "preset": config.preset,
         "data": f"{files.train}{' (generated)' if files.generated else ''}",
         "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
         f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
-        "held out": f"{len(session.examples.validation)} validation queries during training, "
-        f"{len(session.examples.test)} test queries",
+        "held out": f"{len(prepared.examples.validation)} validation queries during training, "
+        f"{len(prepared.examples.test)} test queries",
         "leaks": ", ".join(leaks) or "no query in two splits",
-        "base": f"{session.base} ({config.model.weights})",
+        "base": f"{prepared.base} ({config.model.weights})",
         "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}",
         "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
         f"{trainable:,} parameters",
@@ -333,26 +333,26 @@ def _header(session: _Session) -> dict[str, str]:
             lines["processes"] += (
                 f"; the last batches of an epoch take {again} of its first rows again"
             )
-    if session.estimator is not None:
-        predicted, usable = session.estimator.estimate(), session.estimator.usable_gib
+    if prepared.estimator is not None:
+        predicted, usable = prepared.estimator.estimate(), prepared.estimator.usable_gib
         fits = predicted.fits(usable)
         lines["memory"] = (
             f"predicted {predicted.total_gib:.1f} GiB +-{100 * ERROR_SHARE:.0f} % for the "
             f"longest micro-batch, {usable:.1f} GiB usable"
             + ("" if fits else "; it may not fit (tinyagent-fast memory says more)")
         )
-    if (retriever := session.examples.retriever) is not None:
+    if (retriever := prepared.examples.retriever) is not None:
         lines["prompts"] = f"rewritten: {retriever.figures.sentence()}, by cross-validation"
     lines["rate"] = f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}"
     return lines
 
 
-def _fit(session: _Session, checkpoint: Path | None) -> None:
+def _fit(prepared: _Prepared, checkpoint: Path | None) -> None:
     """Check everything on real batches, then make the steps."""
     from tinyagent_fast.training.callbacks import History, StepGuard, StopOnInterrupt
 
-    config, loaded, display, run = session.config, session.loaded, session.display, session.run
-    processes, rows = session.processes, session.rows.train.dataset()
+    config, loaded, display, run = prepared.config, prepared.loaded, prepared.display, prepared.run
+    processes, rows = prepared.processes, prepared.rows.train.dataset()
     decision_path = run.path / "shared_prefix.json"
     shared = decide_shared_prefix(
         loaded, config.train, rows, decision_path if checkpoint is not None else None
@@ -370,22 +370,22 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         tracking=tracking_arguments(config.track, run),
     )
     if loaded.device == "cpu":
-        _choose_threads(session, trainer)
-    prompts = encode_prompts(loaded.tokenizer, session.examples.validation)
-    report = preflight(trainer, loaded, rows, prompts, config.eval.batch, session.estimator)
+        _choose_threads(prepared, trainer)
+    prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
+    report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
     display.say(report.sentence())
-    if session.estimator is not None and processes.is_main_process:
-        write_json(run.path / "memory.json", {**session.estimator.to_json(), **asdict(report)})
+    if prepared.estimator is not None and processes.is_main_process:
+        write_json(run.path / "memory.json", {**prepared.estimator.to_json(), **asdict(report)})
     if shared.on:
         difference = check_same_loss(trainer, loaded, rows)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     if config.eval.before_and_after and checkpoint is None:
-        session.measure_test_queries("before")
+        prepared.measure_test_queries("before")
     history = History(run=run, tokens=trainer.token_counts, say=display.say, processes=processes)
     interrupt = StopOnInterrupt(say=display.say, processes=processes)
     callbacks = [StepGuard(), history, interrupt]
-    if config.train.evaluations and session.rows.validation is not None:
-        success = _plan_success(session, trainer, history)
+    if config.train.evaluations and prepared.rows.validation is not None:
+        success = _plan_success(prepared, trainer, history)
         callbacks.append(success)
         if checkpoint is None:
             success.evaluate(0)
@@ -409,11 +409,11 @@ def _fit(session: _Session, checkpoint: Path | None) -> None:
         )
 
 
-def _choose_threads(session: _Session, trainer: Any) -> None:
+def _choose_threads(prepared: _Prepared, trainer: Any) -> None:
     """Take the number of threads that is faster now; other programs come and go."""
     import torch
 
-    train, processes = session.config.train, session.processes
+    train, processes = prepared.config.train, prepared.processes
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     elif processes.count > 1:  # timed together they would slow each other down
@@ -421,34 +421,34 @@ def _choose_threads(session: _Session, trainer: Any) -> None:
     else:
         before = torch.get_num_threads()
         rows = range(min(train.rows_per_batch, len(trainer.train_dataset)))
-        threads = fastest_threads(lambda: rehearse(trainer, session.loaded, rows))
+        threads = fastest_threads(lambda: rehearse(trainer, prepared.loaded, rows))
         if threads != before:
-            session.display.say(
+            prepared.display.say(
                 f"CPU threads: {threads} (timed; --train.threads sets another number)"
             )
 
 
-def _plan_success(session: _Session, trainer: Any, history: History) -> PlanSuccess:
+def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSuccess:
     """Make the callback that measures plan success and keeps the best adapter."""
     from tinyagent_fast.training.callbacks import PlanSuccess
 
-    config, loaded, run = session.config, session.loaded, session.run
-    assert session.rows.validation is not None, "the caller has checked that there are such rows"
-    rows = list(session.rows.validation.dataset())
+    config, loaded, run = prepared.config, prepared.loaded, prepared.run
+    assert prepared.rows.validation is not None, "the caller has checked that there are such rows"
+    rows = list(prepared.rows.validation.dataset())
 
     def measure(step: int) -> Evaluation:
         started = time.perf_counter()
         with generating(loaded):
             loss = validation_loss(trainer, rows, loaded.tokenizer.pad_id)
-        metrics = session.evaluate(
-            session.examples.validation,
+        metrics = prepared.evaluate(
+            prepared.examples.validation,
             replace(config.eval, parity_prompts=0),
             run.path / "samples" / f"step-{step:06d}",
             f"Validation sample at step {step}",
             {"step": step},
         ).metrics
         if loaded.device == "cpu":
-            _choose_threads(session, trainer)
+            _choose_threads(prepared, trainer)
         seconds = time.perf_counter() - started
         history.pause(seconds)
         new = Evaluation(
@@ -469,28 +469,28 @@ def _plan_success(session: _Session, trainer: Any, history: History) -> PlanSucc
         run=run,
         measure=measure,
         save=save,
-        say=session.display.say,
+        say=prepared.display.say,
         every_steps=steps_between(trainer.steps, config.train.evaluations),
         patience=config.train.early_stopping,
-        processes=session.processes,
+        processes=prepared.processes,
     )
 
 
-def _finish(session: _Session) -> None:
+def _finish(prepared: _Prepared) -> None:
     """Put the best adapter where evaluation and export look for it, and say what came out."""
-    run = session.run
-    if session.processes.on_main_process(lambda: _keep_best(session)):
-        load_adapter_weights(session.loaded.model, run.adapter)
-    if session.config.eval.before_and_after:
-        session.measure_test_queries("after")
-    with session.display.bar("tool retriever"):
-        session.processes.on_main_process(lambda: retriever_of_run(run) is not None)
-    session.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}")
+    run = prepared.run
+    if prepared.processes.on_main_process(lambda: _keep_best(prepared)):
+        load_adapter_weights(prepared.loaded.model, run.adapter)
+    if prepared.config.eval.before_and_after:
+        prepared.measure_test_queries("after")
+    with prepared.display.bar("tool retriever"):
+        prepared.processes.on_main_process(lambda: retriever_of_run(run) is not None)
+    prepared.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}")
 
 
-def _keep_best(session: _Session) -> bool:
+def _keep_best(prepared: _Prepared) -> bool:
     """Copy the best adapter and draw the curves; say whether there is a best one."""
-    run, loaded, display = session.run, session.loaded, session.display
+    run, loaded, display = prepared.run, prepared.loaded, prepared.display
     best = read_best(run)
     if best is None:
         save_model(loaded.model, loaded.tokenizer.hf, run.adapter)
