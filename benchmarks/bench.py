@@ -968,7 +968,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = earlier_parts(flags.out, flags.quick)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     machine = environment()
-    machine.pop("command")
+    machine = {k: v for k, v in machine.items() if k not in ("command", "folder")}
     for name in flags.parts:
 
         def tell(way: str, part: str = name) -> None:

@@ -226,7 +226,7 @@ def main() -> None:
     from tinyagent_fast.runs import environment, write_json
 
     machine = environment()
-    machine.pop("command")
+    machine = {k: v for k, v in machine.items() if k not in ("command", "folder")}
     record: dict[str, Any] = {"shape": given.shape, "environment": machine, "steps": {}}
     steps = record["steps"]
     with tempfile.TemporaryDirectory() as name:

@@ -1151,7 +1151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": None,
         "budget_s": flags.budget_s,
         "cap_gib": flags.cap_gib,
-        "machine": {**about, "settings": settings},
+        "machine": {**about, "command": None, "folder": None, "settings": settings},
         "ratios": None,
     }
     results = Results(flags.out / f"gpu-check-{name}-{stamp}.json", head)

@@ -53,6 +53,7 @@ def _environment(run: Run) -> dict[str, Any] | None:
     if environment and environment.get("command"):
         program, *flags = environment["command"]
         environment["command"] = [Path(program).name, *flags]
+        environment.pop("folder", None)
     return environment
 
 

@@ -697,3 +697,24 @@ sys.argv = ["tinyagent-fast", "score"]
 sys.exit(cli.main())
 """)
     assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("kind", [PermissionError, FileExistsError, NotADirectoryError])
+def test_what_files_and_rights_do_not_allow_is_the_users_to_repair(
+    kind: type[OSError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+
+    number = {
+        PermissionError: errno.EACCES,
+        FileExistsError: errno.EEXIST,
+        NotADirectoryError: errno.ENOTDIR,
+    }[kind]
+
+    def fail(_: object) -> int:
+        raise kind(number, "not allowed", "some/place")
+
+    monkeypatch.setattr(score, "run", fail)
+    assert main(["score", "x"]) == 2
+    said = capsys.readouterr().err
+    assert "some/place" in said and "fix:" in said and "bug" not in said

@@ -772,3 +772,10 @@ def test_train_tells_a_preset_that_it_chose_from_one_that_was_named(
     assert trained == []
     assert call("train", "--preset", "smoke")[0] == 0
     assert len(trained) == 1
+
+
+def test_a_catalogue_that_cannot_be_read_is_a_failure(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(catalogue=tmp_path / "absent.yaml"))
+    [found] = doctor.check_catalogue(config)
+    assert found.status == "failure" and "absent.yaml" in found.text
+    assert doctor.check_catalogue(Config()) == []

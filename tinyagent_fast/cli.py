@@ -5,12 +5,19 @@ Exit codes: 0 done, 1 a gate failed, 2 the user can repair it, 3 a bug, 130 stop
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+
+_FILE_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST,
+    errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+"""What a user's files, rights and disks give; other errors of the system are bugs."""
 
 COMMANDS = {
     "train": ("train", "train an adapter: data, rows, LoRA, best checkpoint by plan success"),
@@ -100,8 +107,23 @@ def _run(name: str, arguments: list[str]) -> int:
             return _bug()
         print(_not_installed(name, error), file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _FILE_ERRORS:
+            return _bug()
+        print(f"error: {_file_error(name, error)}", file=sys.stderr)
+        return 2
     except Exception:
         return _bug()
+
+
+def _file_error(name: str, error: OSError) -> Exception:
+    from tinyagent_fast.errors import UserError
+
+    return UserError(
+        str(error.filename or f"tinyagent-fast {name}"),
+        error.strerror or str(error),
+        "look at the rights and the free space of that place, or name another one",
+    )
 
 
 def _bug() -> int:

@@ -103,6 +103,7 @@ def find_out(
         return found  # the other checks would stumble over what is missing
     found += [check_memory(config, machine), check_backend(config, machine)]
     found += [*check_disk(config), check_base(config), *check_data(config)]
+    found += check_catalogue(config)
     found += [] if quick else [check_export(machine)]
     return [*found, *(check_hub(config) if online else [])]
 
@@ -579,6 +580,19 @@ def check_base(config: Config) -> Finding:
         fix = "unset HF_HUB_OFFLINE, or put the model into a folder and name that with --model.base"
         return Finding("base", "failure", text, fix)
     return Finding("base", "ok", f"{base}, downloaded by the first run")
+
+
+def check_catalogue(config: Config) -> list[Finding]:
+    """Read the tools of a catalogue, which scoring would only need after the model is loaded."""
+    from tinyagent_fast.data.generation.catalogue import plan_tools
+
+    if config.data.catalogue is None:
+        return []
+    try:
+        tools = plan_tools(config.data.catalogue) or {}
+    except DataError as error:
+        return [Finding("catalogue", "failure", f"{error.what}: {error.why}", error.fix)]
+    return [Finding("catalogue", "ok", f"{config.data.catalogue}: {len(tools)} tools")]
 
 
 def check_data(config: Config) -> list[Finding]:

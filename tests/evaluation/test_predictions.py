@@ -151,3 +151,14 @@ def test_a_missing_file_is_an_error_that_says_how_to_make_one(tmp_path: Path) ->
 def test_another_name_reads_another_file(tmp_path: Path) -> None:
     started(tmp_path, make("a")).path.rename(tmp_path / "other.jsonl")
     assert PredictionFile(tmp_path, "other.jsonl").read() == [make("a")]
+
+
+def test_what_is_forgotten_is_put_aside(tmp_path: Path) -> None:
+    file = PredictionFile(tmp_path)
+    file.start({"a": 1})
+    file.path.write_text('{"of": "a long evaluation"}\n', encoding="utf-8")
+    before = file.path.read_bytes()
+    file.forget()
+    assert file.start({"a": 1}) == {}
+    assert not file.path.exists()
+    assert (tmp_path / "predictions.previous.jsonl").read_bytes() == before

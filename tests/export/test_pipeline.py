@@ -278,3 +278,16 @@ def test_no_file_is_converted_that_neither_a_flag_nor_a_gate_asks_for(
     monkeypatch.setattr(pipeline, "convert_to_gguf", counted)
     run_export(prepared(run, quiet, quant="q8_0", out=tmp_path, gates="off"))
     assert made == ["q8_0"]
+
+
+def test_a_file_of_an_earlier_export_is_neither_listed_nor_recommended(
+    run: Run, tmp_path: Path
+) -> None:
+    from rich.console import Console
+
+    for quant in ("f16,q8_0", "f16"):
+        run_export(prepared(run, Console(quiet=True), quant=quant, out=tmp_path))
+    content = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
+    assert [a["quant"] for a in content["artefacts"] if a["kind"] == "gguf"] == ["f16"]
+    assert "q8_0" not in (tmp_path / "llama-server.sh").read_text(encoding="utf-8")
+    assert str(Path.cwd()) not in json.dumps(content["environment"])

@@ -97,6 +97,26 @@ def test_a_damaged_retriever_is_the_users_error(tmp_path: Path) -> None:
         load_retriever(tmp_path)
 
 
+@pytest.mark.parametrize("left_bytes", [0, 100])
+def test_cut_weights_of_a_retriever_are_the_users_error(
+    left_bytes: int, trained: tuple[ToolRetriever, list[tuple[str, ...]]], tmp_path: Path
+) -> None:
+    _, weights = trained[0].save(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:left_bytes])
+    with pytest.raises(DataError, match="damaged"):
+        load_retriever(tmp_path)
+
+
+def test_the_key_of_a_retriever_is_kept_by_its_files_and_follows_its_content(
+    trained: tuple[ToolRetriever, list[tuple[str, ...]]], tmp_path: Path
+) -> None:
+    retriever = trained[0]
+    retriever.save(tmp_path)
+    again = load_retriever(tmp_path)
+    assert again is not None and again.key() == retriever.key()
+    assert replace(retriever, threshold=retriever.threshold / 2).key() != retriever.key()
+
+
 def test_a_rewritten_prompt_lists_the_tools_and_solves_other_requests_with_them(
     generated: tuple[list[Example], list[Example]],
     trained: tuple[ToolRetriever, list[tuple[str, ...]]],

@@ -64,12 +64,13 @@ class PredictionFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.gather_parts()
         wanted = json.loads(json.dumps(made_with))
-        if self.made_with_path.exists() and self.path.exists():
-            there = json.loads(self.made_with_path.read_text(encoding="utf-8"))
+        if self.path.exists():
+            there = None
+            if self.made_with_path.exists():
+                there = json.loads(self.made_with_path.read_text(encoding="utf-8"))
             if there == wanted:
                 return {p.key: p for p in self.read(repair=True)}
             self.path.replace(self.path.with_suffix(".previous.jsonl"))
-        self.path.unlink(missing_ok=True)
         self.made_with_path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return {}
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tinyagent_fast.config import parse_config
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.companions import (
@@ -48,7 +49,9 @@ def run_export(export: Export) -> Path:
     started = time.perf_counter()
     record, settings = export.record, export.settings
     identity = _identity(export)
-    machine = {name: value for name, value in environment().items() if name != "command"}
+    # What is published names no folder of this machine.
+    private = ("command", "folder")
+    machine = {name: value for name, value in environment().items() if name not in private}
     nothing_proved: dict[str, Any] = {"passed": None, "gates": [], "success_on_validation": {}}
     record.update(tinyagent_fast=__version__, **identity, environment=machine, **nothing_proved)
     if settings.fresh:
@@ -77,7 +80,7 @@ def _identity(export: Export) -> dict[str, Any]:
         "base": str(export.config.model.base),
         "base_sha256": key_of(weights),
         "adapter_sha256": sha256_of(export.adapter / "adapter_model.safetensors"),
-        "tokenizer": key_of([vocabulary]),
+        "tokenizer": key_of([vocabulary, export.tokenizer.bos_id, export.tokenizer.eos_id]),
         "prompt_format": export.config.model.prompt_format,
         "stop": END_OF_PLAN,
         "trained_on_weights": export.config.model.weights,
@@ -137,7 +140,7 @@ def _make_importance(export: Export, merged: Artefact) -> Artefact:
         save_importance(found, path)
         return "f32", {"rows": len(rows), "tokens": found.tokens}
 
-    depends = [merged.sha256, [example.key for example in export.training]]
+    depends = [merged.sha256, [[e.system, e.user, e.output] for e in export.training]]
     return _make(export, IMPORTANCE, "importance", depends, work)
 
 
@@ -180,6 +183,10 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
     """Write companions and report, and close the record."""
     record, tokenizer = export.record, export.tokenizer
     example = (export.validation or export.training)[0]
+    # A file of an earlier export was not proved with these: it is made again when asked for.
+    made = {MERGED, IMPORTANCE, *(export.gguf_path(spec) for spec in export.specs)}
+    kept = [artefact for artefact in record.content["artefacts"] if artefact["path"] in made]
+    record.update(artefacts=kept)
     files = [a.path for a in record.artefacts if a.kind == "gguf"]
     if files:
         written = write_companions(
@@ -204,7 +211,11 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
         seconds=round(seconds, 2),
     )
     write_text(export.folder / "report.md", export_report(record.content))
-    write_text(export.folder / CARD, model_card(export.run, export.config, record.content))
+    path = export.run.config_path
+    recorded = parse_config(
+        path.read_text(encoding="utf-8"), source=str(path)
+    )  # with its own paths
+    write_text(export.folder / CARD, model_card(export.run, recorded, record.content))
 
 
 def _recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:

@@ -24,6 +24,7 @@ from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.export import gates
 from tinyagent_fast.export.gates import DistributionDifference, Gate
+from tinyagent_fast.export.record import key_of
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.loading import LoadedModel, load_for_generation
@@ -354,7 +355,7 @@ def _measured(
                 examples,
                 replace(export.config.eval, batch=_SLOTS, parity_prompts=0),
                 export.folder / "proof" / name,
-                made_with={"keys": [e.key for e in examples]},
+                made_with={"examples": key_of([[e.key, e.system, e.user] for e in examples])},
                 tools=export.tools,
                 title=f"{name} on validation prompts",
                 on_progress=update,

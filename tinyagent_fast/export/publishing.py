@@ -69,8 +69,9 @@ def publish(
 
 
 def _send(files: Mapping[str, Path], repository: str) -> str:
+    from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -80,7 +81,7 @@ def _send(files: Mapping[str, Path], repository: str) -> str:
             [CommitOperationAdd(place, str(path)) for place, path in files.items()],
             commit_message="Export by tinyagent_fast",
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except (HTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"repository {repository}",
             f"the hub refused: {error}",

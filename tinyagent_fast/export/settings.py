@@ -119,7 +119,9 @@ def check_settings(settings: ExportSettings) -> None:
         )
     if settings.dry_run and settings.push_to_hub is None:
         problems.append("--dry-run belongs to --push-to-hub")
-    if settings.push_to_hub is not None and not re.fullmatch("[^/]+/[^/]+", settings.push_to_hub):
+    if settings.push_to_hub is not None and not re.fullmatch(
+        r"[\w.-]+/[\w.-]+", settings.push_to_hub
+    ):
         problems.append(f"--push-to-hub must be owner/name, got {settings.push_to_hub!r}")
     if settings.name is not None and settings.name != Path(settings.name).name:
         problems.append(f"--name must be the name of a file, got {settings.name!r}")

@@ -300,7 +300,7 @@ class LlamaServer:
                         raise self._refused(path, value)
                     if field == "data":
                         yield json.loads(value)
-        except (httpx.HTTPError, httpx.StreamError) as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # closed by another thread
             raise self._gone(path, error) from error
 
     def _completion(self, raw: Mapping[str, Any], text: str, max_new_tokens: int) -> Completion:

@@ -121,8 +121,12 @@ def reading(what: str, fix: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            what,
+            f"the GPU's memory is full: {str(error).splitlines()[0]}",
+            "free it (nvidia-smi shows who holds it), or take --model.weights nf4",
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # RuntimeError: weights of other shapes.
         raise ModelError(what, f"it cannot be loaded: {error}", fix) from error

@@ -7,15 +7,18 @@ when a retriever is trained or asked, and files are JSON and npz without pickle.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
+from zipfile import BadZipFile
 
 from tinyagent_fast.data.schema import Example, plan_steps
 from tinyagent_fast.data.splits import normalise_query
@@ -164,9 +167,19 @@ class ToolRetriever:
 
         path, weights = folder / RETRIEVER, folder / _WEIGHTS
         arrays = {"idf": self.idf, "weights": self.weights, "bias": self.bias}
-        with weights.open("wb") as stream:
+        part = weights.with_name(f"{weights.name}.part")
+        with part.open("wb") as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)
-        plain = {
+        part.replace(weights)
+        write_text(path, json.dumps(self._plain(), ensure_ascii=False) + "\n")
+        return [path, weights]
+
+    def key(self) -> str:
+        """Name all that decides the prompts that it makes, for caches of rows."""
+        return hashlib.sha256(json.dumps(self._plain()).encode()).hexdigest()
+
+    def _plain(self) -> dict[str, Any]:
+        return {
             "tools": self.tools,
             "threshold": self.threshold,
             "figures": asdict(self.figures),
@@ -175,8 +188,6 @@ class ToolRetriever:
             "solved": self.solved,
             "terms": self.terms,
         }
-        write_text(path, json.dumps(plain, ensure_ascii=False) + "\n")
-        return [path, weights]
 
     @cached_property
     def _vectorizer(self) -> Any:
@@ -244,7 +255,7 @@ def load_retriever(folder: Path) -> ToolRetriever | None:
             examples=plain["examples"],
             figures=RetrievalFigures(**plain["figures"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path}", f"it is damaged: {error!r}", "delete it, and it is trained anew"
         ) from error
@@ -393,7 +404,8 @@ def _figures(
 
 def _system_of(examples: Sequence[Example], order: Sequence[str]) -> tuple[SystemText | None, int]:
     """Unite the system texts of the most frequent build; count the examples of most of them."""
-    texts = [parse(text, order) for text in {e.system for e in examples} if text is not None]
+    systems = dict.fromkeys(e.system for e in examples)  # in their order, so that runs are equal
+    texts = [parse(text, order) for text in systems if text is not None]
     listing = [text for text in texts if text.tools]
     if not listing:
         return None, 0

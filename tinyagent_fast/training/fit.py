@@ -91,12 +91,14 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
     processes = init_processes()
     checkpoint = None
     if resume is None:
-        refuse_taken_name(config)
+        processes.on_main_process(lambda: refuse_taken_name(config))
     else:
         refuse_changed_config(resume, config)
         checkpoint = last_checkpoint(resume)
         config = resume.located(config)
-    prepare_libraries(config.model)
+    # Quantisation-aware training goes by transformers, which Unsloth would patch.
+    plain = config.train.qat != "off"
+    prepare_libraries(replace(config.model, backend="transformers") if plain else config.model)
     if not processes.is_main_process:
         console = Console(quiet=True)
     display = Display(console or Console(highlight=False))
@@ -283,6 +285,7 @@ def _data_record(prepared: _Prepared) -> dict[str, Any]:
     """Gather what a resumed run must have unchanged."""
     tokenizer, rows = prepared.loaded.tokenizer, prepared.rows
     vocabulary = tokenizer.hf.backend_tokenizer.to_str().encode()
+    vocabulary += f"{tokenizer.bos_id} {tokenizer.eos_id}".encode()
     return {
         **prepared.examples.summary,
         "base": prepared.base,

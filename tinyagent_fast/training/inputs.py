@@ -321,13 +321,15 @@ def encode_run_rows(
         summary["train_file"]["sha256"],
         summary["test_file"] and summary["test_file"]["sha256"],
         vocabulary,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
         model.prompt_format,
         template_hash(model.prompt_format, tokenizer.chat),
         model.max_length_tokens,
         # Files count by their hashes, wherever they lie.
         {k: str(v) for k, v in vars(config.data).items() if k not in ("train", "test")},
         config.eval.sample,
-        summary.get("retriever"),
+        examples.retriever and examples.retriever.key(),
     ]
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:20]
     folder = cache_folder() / "rows"
