@@ -201,7 +201,7 @@ def tokenizer_for(real: Path | None, vocab: int) -> PromptTokenizer:
     """Give the Llama tokenizer beside real data, or one whose every id is a word."""
     if real is None:
         return word_tokenizer(vocab)
-    from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
+    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     loaded = tokenizer_from_sentencepiece(real / TOKENIZER_FILE)

@@ -61,7 +61,7 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2 as protobuf
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
+    from tinyagent_fast.prompts.loading import load_tokenizer
 
     config = LlamaConfig(
         **SHAPES[shape],

@@ -238,7 +238,7 @@ def write_base(folder: Path, scale: Scale, tokenizer_file: Path | None) -> dict[
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tinyagent_fast.models.nano import train_bpe_tokenizer
-    from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
+    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_file is not None:
@@ -464,8 +464,8 @@ def matmul(bench: Bench, item: Measurement) -> dict[str, Any]:
 
 def inputs(bench: Bench, item: Measurement) -> dict[str, Any]:
     """Write base, tokenizer and rows."""
+    from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.rows import encode_examples
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     figures = write_base(bench.base, bench.scale, bench.tokenizer_file)

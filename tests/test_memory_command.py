@@ -177,8 +177,8 @@ def test_rows_are_counted_where_data_and_a_tokenizer_are_there(
     plan: Plan, tiny_base: Path, tiny_data: Path
 ) -> None:
     from tinyagent_fast.data.cache import load_examples
+    from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.templates import render
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     train = tiny_data / "training_data.json"

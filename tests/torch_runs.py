@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,7 @@ def test_llama_cpp_renders_the_template_in_the_file_as_training_did(
 def test_llama_cpps_chat_endpoint_evaluates_the_ids_that_were_trained_on(
     served: tuple[PromptFormat, Any], tiny_merged: Path
 ) -> None:
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
+    from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     prompt_format, server = served

@@ -161,7 +161,7 @@ def test_the_merged_folder_loads_in_plain_transformers_with_its_tokenizer_and_te
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
+    from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     merge_adapter(tiny_base, adapter, tmp_path / "merged")

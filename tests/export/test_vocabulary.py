@@ -16,7 +16,7 @@ from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export import vocabulary
 from tinyagent_fast.export.conversion import convert_to_gguf
 from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
-from tinyagent_fast.prompts.tokenizers import HARD_STRINGS, load_tokenizer
+from tinyagent_fast.prompts.loading import HARD_STRINGS, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 Edit = Callable[[dict[str, Any]], object]

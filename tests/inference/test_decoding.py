@@ -16,7 +16,7 @@ from tinyagent_fast.inference import torch_engine
 from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating, left_padded
 from tinyagent_fast.plans.grammar import END_OF_PLAN
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 Script = Callable[[Sequence[list[int]]], None]

@@ -15,7 +15,7 @@ from torch_runs import Written, complete
 from tinyagent_fast.inference.grouping import common_tokens
 from tinyagent_fast.inference.lookup import PromptLookup
 from tinyagent_fast.inference.prefix_cache import RowBatch
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 few_tokens = st.lists(st.integers(0, 3), max_size=30)

@@ -17,7 +17,7 @@ from tinyagent_fast.inference import torch_engine
 from tinyagent_fast.inference.grouping import PromptGroup, group_prompts
 from tinyagent_fast.inference.prefix_cache import RowBatch, compute_prefix
 from tinyagent_fast.inference.torch_engine import TorchEngine
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.shared_prefix.attention import PLAIN, plain_rows_attention
 from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
@@ -470,8 +470,8 @@ def test_real_training_prompts_share_their_instructions(real_data: Path) -> None
     import json
 
     from tinyagent_fast.data.schema import Entry, entry_from_json
+    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
     from tinyagent_fast.prompts.templates import render
-    from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 
     raw = json.loads((real_data / "training_data.json").read_text(encoding="utf-8"))
     entries = [entry_from_json(key, value) for key, value in list(raw.items())[:48]]

@@ -16,7 +16,7 @@ from tinyagent_fast.inference.llama_cpp import LlamaCppEngine
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.inference.vllm import VllmEngine
 from tinyagent_fast.prompts.builder import encode_prompts
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 STOP = "<END_OF_PLAN>"

@@ -19,7 +19,7 @@ from tinyagent_fast.models.nano import (
     train_bpe_tokenizer,
 )
 from tinyagent_fast.presets import smoke
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 SHAPE = replace(RANDOM_SHAPE, intermediate=64, layers=1, heads=2, kv_heads=1, head_dim=32)

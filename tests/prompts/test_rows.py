@@ -9,9 +9,9 @@ import pytest
 
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.rows import CHUNK_ROWS, RowFile, encode_examples
 from tinyagent_fast.prompts.templates import render
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 

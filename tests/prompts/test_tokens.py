@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample, render_prompt
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
 from tinyagent_fast.prompts.tokens import (
     IGNORED,
     EncodedRow,
@@ -306,8 +306,8 @@ def test_real_rows_are_proved_and_begin_alike(real_data: Path) -> None:
     import json
 
     from tinyagent_fast.data.schema import Entry, entry_from_json
+    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
     from tinyagent_fast.prompts.templates import render
-    from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
 
     raw = json.loads((real_data / "training_data.json").read_text(encoding="utf-8"))
     entries = [entry_from_json(key, value) for key, value in list(raw.items())[:100]]

@@ -44,7 +44,7 @@ def cuda_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tinyagent_fast.models.loading import save_model
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
+    from tinyagent_fast.prompts.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_base)
     torch.manual_seed(0)

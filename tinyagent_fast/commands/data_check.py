@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
 
     encode = chat = None
     if flags.tokenizer is not None:
-        from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
+        from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
         from tinyagent_fast.prompts.tokens import PromptTokenizer
 
         folder = resolve_tokenizer_folder(flags.tokenizer)

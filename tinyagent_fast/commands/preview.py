@@ -28,8 +28,8 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from tinyagent_fast.models.bases import base_tokenizer
+    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.templates import render
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.tokens import PromptTokenizer
     from tinyagent_fast.training.inputs import load_run_examples
 

@@ -370,7 +370,7 @@ def _gguf_files(task: _Task) -> dict[str, EvaluationResult]:
 
 
 def _tokenizer(task: _Task) -> PromptTokenizer:
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     model = task.config.model

@@ -17,7 +17,7 @@ from tinyagent_fast.export.companions import MERGED
 from tinyagent_fast.export.record import ExportRecord
 from tinyagent_fast.export.settings import ExportSettings, QuantSpec, quant_specs
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.prompts.tokenizers import hub_folder, load_tokenizer
+from tinyagent_fast.prompts.loading import hub_folder, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training.inputs import load_run_examples

@@ -29,8 +29,8 @@ from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings,
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.loading import LoadedModel, load_for_generation
 from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.prompts.loading import HARD_STRINGS
 from tinyagent_fast.prompts.templates import prompt_messages, render, render_prompt
-from tinyagent_fast.prompts.tokenizers import HARD_STRINGS
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
 
 if TYPE_CHECKING:

@@ -483,7 +483,7 @@ def _open_engine(
     prepare_libraries(model)
     if name == "vllm":
         from tinyagent_fast.inference.vllm import VllmEngine
-        from tinyagent_fast.prompts.tokenizers import load_tokenizer
+        from tinyagent_fast.prompts.loading import load_tokenizer
         from tinyagent_fast.prompts.tokens import PromptTokenizer
 
         tokenizer = PromptTokenizer(load_tokenizer(source.path), model.prompt_format)

@@ -16,7 +16,7 @@ from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import nearest_family
 from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.quantisation_aware import train_quantised
-from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
+from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import write_json
 

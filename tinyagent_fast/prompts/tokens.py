@@ -44,7 +44,7 @@ class PromptTokenizer:
         """Wrap a loaded tokenizer.
 
         Args:
-            tokenizer: A transformers fast tokenizer (see `prompts.tokenizers`).
+            tokenizer: A transformers fast tokenizer (see `prompts.loading`).
             prompt_format: Decides whether special tokens are read from prompt text.
         """
         from tokenizers import Tokenizer

@@ -27,8 +27,8 @@ from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.loading import LoadedModel, load_for_training, save_model
 from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.prompts.builder import encode_prompts
+from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.templates import template_hash
-from tinyagent_fast.prompts.tokenizers import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.reports.charts import plot_training
 from tinyagent_fast.runs import Run, create_run, refuse_taken_name, write_json

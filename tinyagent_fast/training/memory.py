@@ -444,8 +444,8 @@ def _can_count(train: Path, base: str) -> bool:
 def _counted(config: Config, train: Path) -> RowLengths:
     """Count tokens of a seeded sample, and of the rows with the longest texts."""
     from tinyagent_fast.data.cache import load_examples
+    from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.templates import render
-    from tinyagent_fast.prompts.tokenizers import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     data, prompt_format = config.data, config.model.prompt_format

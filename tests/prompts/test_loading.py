@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.prompts.tokenizers import (
+from tinyagent_fast.prompts.loading import (
     HARD_STRINGS,
     check_tokenizer,
     load_tokenizer,
