@@ -125,6 +125,24 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path
 
 
 @pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Callable[[str], Path]:
+    """Return a maker of model folders, each made once, by a name in `tiny_families.MODELS`."""
+    from tiny_families import make_model
+
+    made: dict[str, Path] = {}
+    entries = json.loads((tiny_data / "training_data.json").read_text(encoding="utf-8"))
+    points = [point for entry in entries.values() for point in entry["output"]]
+    texts = [p["raw_input"] + p["raw_output"] + "<END_OF_PLAN>\n" for p in points]
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = make_model(name, tmp_path_factory.mktemp("families") / name, texts)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def config_in(tiny_base: Path, tiny_data: Path) -> Callable[..., Config]:
     """Return a maker of complete configs for the tiny base, with runs in the folder given.
 

@@ -138,7 +138,7 @@ def test_llama_cpp_gives_the_ids_of_the_llama_vocabulary_on_published_prompts(
 def test_the_comparison_finds_a_vocabulary_that_is_cut_by_another_pattern(
     tiny_merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {(vocabulary._LLAMA_3, False): "gpt-2"}
+    names = {((vocabulary._LLAMA_3,), False): "gpt-2"}
     monkeypatch.setattr(vocabulary, "_PRE_TOKENIZERS", names)
     assert different(tiny_merged, to_gguf(tiny_merged, tmp_path / "m.gguf"), strings(200))
 
@@ -293,6 +293,30 @@ def test_patterns_that_llama_cpp_knows_are_recognised(
     assert read_vocabulary(edited(tiny_merged, tmp_path / "t", edit), 768).pre == name
 
 
+def test_digits_cut_before_gpt_2s_pattern_are_recognised(tiny_merged: Path, tmp_path: Path) -> None:
+    def edit(file: dict[str, Any], *, individual: bool = True) -> None:
+        file["pre_tokenizer"]["pretokenizers"] = [
+            {"type": "Digits", "individual_digits": individual},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]
+
+    assert read_vocabulary(edited(tiny_merged, tmp_path / "t", edit), 768).pre == "smollm"
+    with pytest.raises(ModelError, match="pattern with no known name"):
+        in_groups = edited(tiny_merged, tmp_path / "u", lambda f: edit(f, individual=False))
+        read_vocabulary(in_groups, 768)
+
+
+def test_bytes_that_text_does_not_have_may_lack_a_token_and_it_is_said(
+    tiny_merged: Path, tmp_path: Path
+) -> None:
+    def edit(file: dict[str, Any]) -> None:
+        for char in "\u0104\u00c0\u00ff":  # they stand for bytes 04, C0 and FF
+            del file["model"]["vocab"][char]
+
+    read = read_vocabulary(edited(tiny_merged, tmp_path / "t", edit), 768)
+    assert any("3 bytes, all of control characters or unassigned" in note for note in read.notes)
+
+
 def test_gpt_2s_own_byte_level_step_is_recognised(tiny_merged: Path, tmp_path: Path) -> None:
     def edit(file: dict[str, Any]) -> None:
         file["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -340,7 +364,7 @@ BYTE_LEVEL_FAULTS: dict[str, tuple[Edit, str]] = {
     "no pre-tokenizer": (lambda f: f.update(pre_tokenizer=None), "no byte-level BPE"),
     "normaliser": (lambda f: f.update(normalizer={"type": "Lowercase"}), r"normalised \(Lowercase"),
     "suffix": (lambda f: f["model"].update(end_of_word_suffix="</w>"), "beginning or end of words"),
-    "bytes": (lambda f: f["model"]["vocab"].pop("Ā"), "1 of the 256 bytes"),
+    "bytes": (lambda f: f["model"]["vocab"].pop("Ċ"), "1 of the 256 bytes"),
     "unigram": (lambda f: f["model"].update(type="Unigram"), "only BPE"),
     "bounded token": (added(lstrip=True), "'<X>' has lstrip"),
 }

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from gguf import (
 from numpy.typing import NDArray
 
 from tinyagent_fast.errors import GateError, ModelError
+from tinyagent_fast.export.chat_template import chat_template as template_of
 from tinyagent_fast.export.checkpoints import (
     VALUE_BYTES,
     Checkpoint,
@@ -52,8 +54,10 @@ from tinyagent_fast.export.quantising import (
 )
 from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
 from tinyagent_fast.models.families import OUTPUT, Family, ModelShape, Tensor, family_of
+from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 _CHECKED_EVERY_ROWS = 256
+_WINDOWED_BASE = 10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +114,16 @@ class _Target:
             yield self.source
             return
         for _, block in row_blocks(self.source, multiple_of_rows=self.unit_rows):
-            yield self._ordered(block)
+            yield self._as_llama_cpp(block)
 
     def row(self, at: int) -> Floats:
         """Give one row as the file stores it: a row of a matrix, or a whole vector."""
         if not isinstance(self.source, StoredTensor):
             return self.source
         if len(self.shape) == 1:
-            return read_rows(self.source, 0, self.source.rows)
+            return self._as_llama_cpp(read_rows(self.source, 0, self.source.rows))
         start = at // self.unit_rows * self.unit_rows
-        block = self._ordered(read_rows(self.source, start, start + self.unit_rows))
+        block = self._as_llama_cpp(read_rows(self.source, start, start + self.unit_rows))
         return self.halved(block[at - start])
 
     def halved(self, block: Floats) -> Floats:
@@ -127,7 +131,10 @@ class _Target:
         halves: Floats = encode_values(block, "F16", self.name).astype(np.float32)
         return halves
 
-    def _ordered(self, block: Floats) -> Floats:
+    def _as_llama_cpp(self, block: Floats) -> Floats:
+        if self.tensor is not None and self.tensor.shift:
+            shifted: Floats = block + np.float32(self.tensor.shift)
+            return shifted
         if self.unit_rows == 1:
             return block
         # transformers rotates the halves of a head against one another, llama.cpp neighbours.
@@ -168,13 +175,10 @@ def convert_to_gguf(
 
     Source: llama.cpp, conversion/llama.py (order of q and k rows, rope_freqs).
     """
-    checkpoint = open_checkpoint(source)
-    family = family_of(checkpoint.config, str(source / "config.json"))
-    shape = ModelShape.from_config(checkpoint.config, str(source / "config.json"))
-    rope = _read_rope(checkpoint, family, shape)
-    targets, notes = _plan(checkpoint, family, shape, quant, importance)
-    if rope.frequency_divisors is not None:
-        values = np.array(rope.frequency_divisors, np.float32)
+    model = _open_model(source)
+    targets, notes = _plan(model, quant, importance)
+    if model.rope.frequency_divisors is not None:
+        values = np.array(model.rope.frequency_divisors, np.float32)
         targets.append(
             _Target(name="rope_freqs.weight", shape=values.shape, kind="F32", source=values)
         )
@@ -182,15 +186,15 @@ def convert_to_gguf(
     if kinds:
         # llama.cpp's own tool writes tensors layer by layer when it quantises.
         targets.sort(key=lambda one: (one.tensor.layer if one.tensor else -1, one.name))
-    vocabulary = read_vocabulary(source, shape.vocab)
+    vocabulary = read_vocabulary(source, model.shape.vocab)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     worst: dict[str, float] = {}
     with (
         open_ggml(kinds) if kinds else nullcontext(None) as ggml,
         whole_file(target) as part,
-        closing(GGUFWriter(part, family.gguf_architecture)) as writer,
+        closing(GGUFWriter(part, model.family.gguf_architecture)) as writer,
     ):
-        _add_model_keys(writer, checkpoint, shape, rope, quant, name)
+        _add_model_keys(writer, model, quant, name)
         _add_vocabulary_keys(writer, vocabulary)
         if chat_template is not None:
             writer.add_chat_template(chat_template)
@@ -229,6 +233,65 @@ def convert_to_gguf(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rope:
+    """How positions are rotated."""
+
+    base: float
+    linear_factor: float | None = None
+    frequency_divisors: Sequence[float] | None = None
+    """One for each pair of a head, where low frequencies are scaled as in Llama 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A model folder that its family's row describes."""
+
+    checkpoint: Checkpoint
+    family: Family
+    shape: ModelShape
+    rope: _Rope
+
+
+def check_exportable(base: Path, tokenizer: PromptTokenizer) -> tuple[str, ...]:
+    """Refuse a base model of which no GGUF file could be made, before anything is trained on it.
+
+    Export, the checks before step 1 and `doctor` ask here. No weights are read.
+
+    Args:
+        base: Its folder.
+        tokenizer: As it is trained with; its files are written as the export writes them.
+
+    Returns:
+        What is worth knowing of the file to come.
+
+    Raises:
+        ModelError: `convert_to_gguf` would refuse the trained model.
+    """
+    model = _open_model(base)
+    _, notes = _plan(model, "f16", None)
+    with TemporaryDirectory() as folder:
+        tokenizer.hf.save_pretrained(folder)
+        vocabulary = read_vocabulary(Path(folder), model.shape.vocab)
+    template_of(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False)
+    return (*notes, *vocabulary.notes)
+
+
+def _open_model(folder: Path) -> _Model:
+    """Open a model folder; refuse what llama.cpp would not compute as transformers does."""
+    checkpoint, source = open_checkpoint(folder), str(folder / "config.json")
+    family = family_of(checkpoint.config, source)
+    shape = ModelShape.from_config(checkpoint.config, source)
+    needed = ["max_position_embeddings", "rms_norm_eps"]
+    needed += ["sliding_window"] if family.full_attention_every > 1 else []
+    for key in needed:
+        if not checkpoint.config.get(key):
+            what = f"{key} is {checkpoint.config.get(key)!r}"
+            raise _refused(checkpoint, what, "llama.cpp needs it")
+    rope = _read_rope(checkpoint, family, shape)
+    return _Model(checkpoint=checkpoint, family=family, shape=shape, rope=rope)
+
+
 def _refused(checkpoint: Checkpoint, what: str, why: str) -> ModelError:
     return ModelError(
         f"model in {checkpoint.folder}: {what}",
@@ -238,13 +301,10 @@ def _refused(checkpoint: Checkpoint, what: str, why: str) -> ModelError:
 
 
 def _plan(
-    checkpoint: Checkpoint,
-    family: Family,
-    shape: ModelShape,
-    quant: str,
-    importance: Importance | None,
+    model: _Model, quant: str, importance: Importance | None
 ) -> tuple[list[_Target], list[str]]:
     """List the tensors to write; every tensor of the model must be used, and none be missing."""
+    checkpoint, family, shape = model.checkpoint, model.family, model.shape
     left = {n: t for n, t in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     notes = []
     if shape.tied and OUTPUT in left:
@@ -283,16 +343,6 @@ def _plan(
     return targets, notes
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rope:
-    """How positions are rotated."""
-
-    base: float
-    linear_factor: float | None = None
-    frequency_divisors: Sequence[float] | None = None
-    """One for each pair of a head, where low frequencies are scaled as in Llama 3."""
-
-
 def _read_rope(checkpoint: Checkpoint, family: Family, shape: ModelShape) -> _Rope:
     """Read how positions are rotated, in the spellings of transformers 4 and 5.
 
@@ -300,7 +350,14 @@ def _read_rope(checkpoint: Checkpoint, family: Family, shape: ModelShape) -> _Ro
     """
     config = checkpoint.config
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    windowed = given.get("sliding_attention") or {}
+    if windowed.get("rope_theta", _WINDOWED_BASE) != _WINDOWED_BASE or (
+        windowed.get("rope_type", "default") != "default"
+    ):
+        why = f"llama.cpp rotates within a sliding window by the plain base {_WINDOWED_BASE:g}"
+        raise _refused(checkpoint, f"RoPE {dict(windowed)}", why)
+    given = given.get("full_attention") or given
+    base = float(given.get("rope_theta") or config.get("rope_theta") or family.rope_base)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in family.rope_types or given.get("partial_rotary_factor", 1.0) != 1.0:
         why = f"only {', '.join(family.rope_types)} can be converted"
@@ -338,17 +395,12 @@ def _divisors(base: float, head_dim: int, given: Mapping[str, Any]) -> list[floa
 
 def _add_model_keys(
     writer: GGUFWriter,
-    checkpoint: Checkpoint,
-    shape: ModelShape,
-    rope: _Rope,
+    model: _Model,
     quant: str,
     name: str,
 ) -> None:
     """Write what llama.cpp builds the model from."""
-    config = checkpoint.config
-    for key in ("max_position_embeddings", "rms_norm_eps"):
-        if not config.get(key):
-            raise _refused(checkpoint, f"{key} is {config.get(key)!r}", "llama.cpp needs it")
+    config, shape, rope = model.checkpoint.config, model.shape, model.rope
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(file_type(quant))
@@ -365,6 +417,8 @@ def _add_model_keys(
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_rope_freq_base(rope.base)
+    if model.family.full_attention_every > 1:
+        writer.add_sliding_window(int(config["sliding_window"]))
     if rope.linear_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.linear_factor)

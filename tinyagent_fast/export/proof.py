@@ -23,10 +23,12 @@ from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.export import gates
+from tinyagent_fast.export.checkpoints import read_json
 from tinyagent_fast.export.gates import DistributionDifference, Gate
 from tinyagent_fast.export.record import key_of
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
+from tinyagent_fast.models.families import family_of
 from tinyagent_fast.models.loading import LoadedModel, load_for_generation
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import HARD_STRINGS
@@ -284,7 +286,8 @@ def f32_gate(export: Export, f32: Path, witness: Witness) -> Gate:
     """Compare the f32 file with an f32 KV cache, which hides no mistake of the conversion."""
     with _server(export, f32, slots=1, cache_type="f32") as server:
         found = _distributions(export, server, witness, "distributions of the f32 file")
-    return gates.same_logits(found)
+    config = read_json(export.merged / "config.json")
+    return gates.same_logits(found, family_of(config).logit_noise)
 
 
 def file_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:

@@ -33,14 +33,27 @@ _LLAMA_3 = (
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# By pattern and ignore_merges (a word that is a token is not merged): llama.cpp has no switch for
-# the latter, it follows from the name. dbrx has Llama 3's pattern and merges every word.
-_PRE_TOKENIZERS: Mapping[tuple[str, bool], str] = {
-    (_LLAMA_3, True): "llama-bpe",
-    (_LLAMA_3, False): "dbrx",
-    (_QWEN_2, False): "qwen2",
-    (_GPT_2, False): "gpt-2",
+_DIGIT = r"\p{N}"
+
+# By patterns, which cut one after another, and ignore_merges (a word that is a token is not
+# merged): llama.cpp has no switch for the latter, it follows from the name. dbrx has Llama 3's
+# pattern and merges every word.
+_PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
+    ((_LLAMA_3,), True): "llama-bpe",
+    ((_LLAMA_3,), False): "dbrx",
+    ((_QWEN_2,), False): "qwen2",
+    ((_GPT_2,), False): "gpt-2",
+    ((_DIGIT, _GPT_2), False): "smollm",
 }
+
+# Control characters, and bytes that begin no character of UTF-8 or none that is assigned.
+_DISPENSABLE_BYTES = bytes(
+    value
+    for value in range(256)
+    if (value < 0x20 and value not in b"\t\n\r")
+    or value in (0x7F, 0xC0, 0xC1, 0xF1, 0xF2)
+    or value >= 0xF5
+)
 
 
 class Token(NamedTuple):
@@ -154,7 +167,8 @@ def _llama_vocabulary(
     for token, index in vocab.items():
         kind = TokenType.BYTE if token in _BYTE_TOKENS else TokenType.NORMAL
         tokens[index] = Token(token, -float(rank.get(token, len(merges))), kind)
-    notes = (_METASPACE,) if prefix and file.get("pre_tokenizer") else ()
+    metaspace = any(step["type"] == "Metaspace" for step in _steps(file.get("pre_tokenizer")))
+    notes = (_METASPACE,) if prefix and metaspace else ()
     return GgufVocabulary(model="llama", tokens=tokens, add_space_prefix=prefix, notes=notes)
 
 
@@ -169,14 +183,18 @@ def _byte_level_vocabulary(
         raise _other_ids(folder, f"its text is normalised ({', '.join(normal)})")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _other_ids(folder, "its tokens are marked at the beginning or end of words")
-    if absent := [char for char in ByteLevel.alphabet() if char not in model["vocab"]]:
-        raise _other_ids(folder, f"{len(absent)} of the 256 bytes have no token")
+    absent = [value for value, char in enumerate(_byte_characters()) if char not in model["vocab"]]
+    if lost := [value for value in absent if value not in _DISPENSABLE_BYTES]:
+        raise _other_ids(folder, f"{len(lost)} of the 256 bytes have no token")
+    notes = ["text that is not in NFC gets other ids in llama.cpp"] if normal else []
+    if absent:
+        notes.append(f"{len(absent)} bytes, all of control characters or unassigned, have no token")
     return GgufVocabulary(
         model="gpt2",
         pre=pre,
         tokens={at: Token(text, 0.0, TokenType.NORMAL) for text, at in model["vocab"].items()},
         merges=[" ".join(pair) for pair in _merge_pairs(file)],
-        notes=("text that is not in NFC gets other ids in llama.cpp",) if normal else (),
+        notes=tuple(notes),
     )
 
 
@@ -185,11 +203,11 @@ def _pre_tokenizer_name(folder: Path, file: Mapping[str, Any]) -> str:
     *cuts, last = _steps(file.get("pre_tokenizer")) or [{"type": None}]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         raise _other_ids(folder, "it is no byte-level BPE, or it puts a space before text")
-    patterns = [_split_pattern(step) for step in cuts]
+    patterns = tuple(_split_pattern(step) or "unknown" for step in cuts)
     if last.get("use_regex", True):
-        patterns.append(_GPT_2)
+        patterns += (_GPT_2,)
     ignore_merges = bool(file["model"].get("ignore_merges"))
-    name = _PRE_TOKENIZERS.get((patterns[0] or "", ignore_merges)) if len(patterns) == 1 else None
+    name = _PRE_TOKENIZERS.get((patterns, ignore_merges))
     if name is None:
         raise _other_ids(
             folder,
@@ -234,7 +252,9 @@ def _space_prefix(file: Mapping[str, Any]) -> bool | None:
     if kinds == ["Metaspace"] and cuts and cuts[0].get("split") is False:
         return bool(cuts[0].get("prepend_scheme", "always") != "never")
     to_space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    if cuts or to_space not in changes:
+    # Gemma's cut at spaces, of which the normaliser has left none.
+    at_spaces = [step["type"] == "Split" and step["pattern"] == {"String": " "} for step in cuts]
+    if not all(at_spaces) or to_space not in changes:
         return None
     others = [step for step in changes if step != to_space]
     if others not in ([], [{"type": "Prepend", "prepend": _SPACE}]):
@@ -242,8 +262,19 @@ def _space_prefix(file: Mapping[str, Any]) -> bool | None:
     return bool(others)
 
 
+def _byte_characters() -> list[str]:
+    """List the characters that stand for the bytes 0 to 255 in a byte-level vocabulary."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(0x100, 0x200))
+    characters = [chr(value if value in shown else next(hidden)) for value in range(256)]
+    assert set(characters) == set(ByteLevel.alphabet())
+    return characters
+
+
 def _split_pattern(step: Mapping[str, Any]) -> str | None:
     """Read the pattern of a step that cuts text into words and keeps all of it; else None."""
+    if step["type"] == "Digits" and step.get("individual_digits"):
+        return _DIGIT
     keeps = (step.get("behavior"), step.get("invert")) in (("Isolated", False), ("Removed", True))
     if step["type"] != "Split" or not keeps:
         return None

@@ -22,7 +22,7 @@ from tinyagent_fast.shared_prefix.attention import (
     packed_attention,
     rows_attention,
 )
-from tinyagent_fast.shared_prefix.forward import LlamaForward
+from tinyagent_fast.shared_prefix.forward import DecoderForward
 from tinyagent_fast.shared_prefix.packing import Block
 
 _PREFILL_TOKENS = {"cpu": 4096}
@@ -55,7 +55,7 @@ NO_PREFIX = Prefix()
 
 
 def compute_prefix(
-    forward: LlamaForward, ids: Sequence[int], *, behind: Prefix = NO_PREFIX
+    forward: DecoderForward, ids: Sequence[int], *, behind: Prefix = NO_PREFIX
 ) -> Prefix:
     """Compute the keys and values of tokens that several prompts begin with.
 
@@ -97,7 +97,7 @@ def _blocks(lengths: Sequence[int], prefix_tokens: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _most_likely(forward: LlamaForward, hidden_WE: Tensor) -> list[int]:
+def _most_likely(forward: DecoderForward, hidden_WE: Tensor) -> list[int]:
     """Give the token that each state makes most likely; of equals the one that `argmax` names."""
     ids: list[int] = forward.lm_head(hidden_WE[None])[0].float().argmax(-1).tolist()
     return ids
@@ -108,7 +108,7 @@ class RowBatch:
 
     def __init__(
         self,
-        forward: LlamaForward,
+        forward: DecoderForward,
         prefix: Prefix,
         suffixes: Sequence[Sequence[int]],
         *,

@@ -28,7 +28,7 @@ from tinyagent_fast.inference.grouping import common_tokens, group_prompts
 from tinyagent_fast.inference.lookup import PromptLookup
 from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix, RowBatch, compute_prefix
 from tinyagent_fast.prompts.builder import encode_prompts
-from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
+from tinyagent_fast.shared_prefix.forward import DecoderForward, unsupported
 
 if TYPE_CHECKING:
     from tinyagent_fast.models.loading import LoadedModel
@@ -205,7 +205,7 @@ class TorchEngine:
 
     def _grouped(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
         """Run each group of prompts over its prefix, which is computed once."""
-        forward = LlamaForward(self.loaded.model, self.loaded.backend)
+        forward = DecoderForward(self.loaded.model, self.loaded.backend)
         step_cost = _STEP_COST_TOKENS.get(forward.device.type, _STEP_COST_TOKENS_ELSEWHERE)
         longest = max((answer.most_tokens for answer in answers), default=0)
         prompts = [answer.prompt for answer in answers]
@@ -224,7 +224,7 @@ class TorchEngine:
 
     def _single(self, answer: _Answer) -> Iterator[Sequence[_Answer]]:
         """Run one prompt over what is kept of the last one, in chunks; keep what was computed."""
-        forward, prompt = LlamaForward(self.loaded.model, self.loaded.backend), answer.prompt
+        forward, prompt = DecoderForward(self.loaded.model, self.loaded.backend), answer.prompt
         with generating(self.loaded):
             kept_ids, kept = self._kept
             answer.cached_tokens = min(common_tokens(kept_ids, prompt), len(prompt) - 1)
@@ -245,7 +245,9 @@ class TorchEngine:
                 self._kept = (written[: prefix.tokens], prefix)
         yield [answer]
 
-    def _rows(self, forward: LlamaForward, prefix: Prefix, answers: Sequence[_Answer]) -> RowBatch:
+    def _rows(
+        self, forward: DecoderForward, prefix: Prefix, answers: Sequence[_Answer]
+    ) -> RowBatch:
         suffixes = [answer.prompt[prefix.tokens :] for answer in answers]
         most = max(answer.most_tokens for answer in answers)
         return RowBatch(forward, prefix, suffixes, room_tokens=most + self.lookup_tokens)

@@ -1,4 +1,4 @@
-"""A Llama's layers over packed sequences: the one forward pass of training and of decoding.
+"""A decoder's layers over packed sequences: the one forward pass of training and of decoding.
 
 Only the way from module to module is written here. Weights, their quantisation, adapters, norms
 and rotary embedding are the model's, called through the table `LayerPieces`, so another backend is
@@ -134,6 +134,10 @@ def _other_layers(base: Any) -> str | None:
     family = FAMILIES.get(getattr(getattr(base, "config", None), "model_type", ""))
     if family is None or (kind.__module__, kind.__name__) != (family.modeling, family.causal_lm):
         return f"its layers are those of {kind.__name__}, which this forward pass does not know"
+    if family.whole_rows:
+        return family.whole_rows
+    if "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
+        return "some of its layers see a sliding window of each row"
     for part in _passes(base):
         kind, forward = type(part), vars(part).get("forward")
         # trl's way to the loss goes round the head only, and the layers are called one by one here.
@@ -164,8 +168,8 @@ def _without_adapter(model: Any) -> Any:
     return model.get_base_model() if _is_peft(model) else model
 
 
-class LlamaForward:
-    """Runs a Llama's layers over keys and values that the caller keeps."""
+class DecoderForward:
+    """Runs the layers of a Llama, or of a family alike, over keys and values the caller keeps."""
 
     def __init__(self, model: Any, backend: str = "transformers") -> None:
         """Look into a model.
@@ -233,6 +237,8 @@ class LlamaForward:
             of_queries = (cos, sin)
             query = pieces.projection(attention.q_proj, normed)
         query, key, value = (_by_heads(x, attention.head_dim) for x in (query, key, value))
+        if hasattr(attention, "q_norm"):
+            query, key = pieces.norm(attention.q_norm, query), pieces.norm(attention.k_norm, key)
         query, key = _rotated(query, *of_queries), _rotated(key, *rotary)
         # Autocast does this for torch's own attention.
         device = value.device.type
@@ -268,7 +274,7 @@ def shared_prefix_loss(
     Returns:
         A scalar, in fp32 or better.
     """
-    forward = LlamaForward(model, backend)
+    forward = DecoderForward(model, backend)
     last = len(forward.layers) - 1
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

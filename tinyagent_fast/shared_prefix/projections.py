@@ -9,7 +9,7 @@ otherwise changed forward) are called as the modules they are, and so are all wi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,11 @@ def project(x: Tensor, modules: Sequence[Any]) -> list[Tensor]:
         if found is None:
             return [module(x) for module in modules]
         weights.append(found)
-    scales = tuple(scale for *_, scale in weights)
-    flat = [tensor for *tensors, _ in weights for tensor in tensors]
+    scales = tuple(one.scale for one in weights)
+    biases = tuple(one.bias for one in weights)
+    flat = [tensor for one in weights for tensor in (one.base, one.down, one.up)]
     apply: Callable[..., tuple[Tensor, ...]] = _Adapted.apply
-    return list(apply(x.to(dtype), scales, *flat))
+    return list(apply(x.to(dtype), scales, biases, *flat))
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
@@ -45,8 +46,19 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _plain_adapter(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Give base weight, A, B and scale of a layer that is nothing but those, else None."""
+class _Plain(NamedTuple):
+    """What a linear layer with an adapter computes with, where it is nothing but that."""
+
+    base: Tensor
+    bias: Tensor | None
+    """Of the base, which is frozen."""
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def _plain_adapter(module: Any, dtype: torch.dtype) -> _Plain | None:
+    """Give the weights of a layer that is nothing but a frozen base and an adapter, else None."""
     from peft.tuners.lora.layer import Linear as LoraLinear
 
     if type(module) is not LoraLinear or module.disable_adapters or module.merged:
@@ -59,18 +71,22 @@ def _plain_adapter(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     if not isinstance(dropout, nn.Identity) and module.training:
         return None
     layers = (module.base_layer, down, up)
-    if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return None
+    if down.bias is not None or up.bias is not None:
         return None
     if any(_is_changed(layer) for layer in (module, *layers)):
         return None
-    weight = module.base_layer.weight
+    weight, bias = module.base_layer.weight, module.base_layer.bias
+    if bias is not None and bias.requires_grad:
+        return None
     # Without autocast, an adapter of another type is PEFT's to cast.
     castable = torch.is_autocast_enabled(weight.device.type)
     if weight.requires_grad or weight.dtype is not dtype:
         return None
     if down.weight.dtype is not dtype and not castable:
         return None
-    return weight, down.weight, up.weight, float(module.scaling[active[0]])
+    return _Plain(weight, bias, down.weight, up.weight, float(module.scaling[active[0]]))
 
 
 def _is_changed(module: nn.Module) -> bool:
@@ -79,11 +95,15 @@ def _is_changed(module: nn.Module) -> bool:
 
 
 class _Adapted(torch.autograd.Function):
-    """Projections of one input, `x W' + s (x A') B'` each; the base weights W get no gradient."""
+    """Projections of one input, `x W' + b + s (x A') B'` each; W and b get no gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        scales: tuple[float, ...],
+        biases: tuple[Tensor | None, ...],
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         dtype, flat = x.dtype, x.flatten(0, -2)
         bases, downs, ups = weights[::3], weights[1::3], weights[2::3]
@@ -92,10 +112,10 @@ class _Adapted(torch.autograd.Function):
         ranks = [one.shape[0] for one in downs]
         inner = flat @ down.T
         outputs = []
-        for base, up, part, scale in zip(
-            bases, ups, inner.split_with_sizes(ranks, 1), scales, strict=True
+        for base, bias, up, part, scale in zip(
+            bases, biases, ups, inner.split_with_sizes(ranks, 1), scales, strict=True
         ):
-            output = flat @ base.T
+            output = flat @ base.T if bias is None else torch.addmm(bias.to(dtype), flat, base.T)
             outputs.append(output.addmm_(part, up.T, alpha=scale).view(*x.shape[:-1], -1))
         ctx.ranks, ctx.shape = ranks, x.shape
         ctx.save_for_backward(flat, inner, down, *bases, *ups)
@@ -122,4 +142,4 @@ class _Adapted(torch.autograd.Function):
             (grad.T @ part).mul_(scale).to(ctx.adapter_dtype) for grad, part, scale in parts
         ]
         adapters = zip(grad_downs, grad_ups, strict=True)
-        return (grad_x, None, *(g for pair in adapters for g in (None, *pair)))
+        return (grad_x, None, None, *(g for pair in adapters for g in (None, *pair)))

@@ -280,7 +280,7 @@ def _plain_token(
     linears = shape.linears(lora.targets)
     inputs = sum(features for features, _ in linears)
     kv_heads = shape.heads if masked else shape.kv_heads  # a mask rules grouped heads out
-    norms = 2 * 4 * shape.hidden  # in fp32
+    norms = 4 * shape.normed_features  # in fp32
     attention = held * (2 * shape.query_width + 2 * kv_heads * shape.head_dim) + 4 * shape.heads
     mlp = held * 3 * shape.intermediate
     if held == 2 or lora.dropout:
