@@ -191,7 +191,7 @@ def _gemma_tokenizer(kind: TinyModel, special: Sequence[str], texts: Sequence[st
     from tokenizers import pre_tokenizers as pre
     from transformers import PreTrainedTokenizerFast
 
-    from tinyagent_fast.prompts.tokenizers import tokenizer_from_sentencepiece
+    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
 
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
