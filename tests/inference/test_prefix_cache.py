@@ -20,7 +20,7 @@ from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.shared_prefix.attention import PLAIN, plain_rows_attention
-from tinyagent_fast.shared_prefix.forward import LlamaForward, unsupported
+from tinyagent_fast.shared_prefix.forward import DecoderForward, unsupported
 
 STOP = "e"
 """A letter that a random model writes soon, so that rows end at different times."""
@@ -158,12 +158,12 @@ def test_a_prefix_at_wrong_positions_would_change_the_completions(
     model = make_model(4, 2, seed=3)
     prompts = family_of(6)
     expected = one_at_a_time(model, tokenizer, prompts)
-    original = LlamaForward.hidden_states
+    original = DecoderForward.hidden_states
 
     def shifted(self: Any, ids_T: Any, positions_T: Any, *arguments: Any, **named: Any) -> Any:
         return original(self, ids_T, (positions_T - 1).clamp(min=0), *arguments, **named)
 
-    monkeypatch.setattr(LlamaForward, "hidden_states", shifted)
+    monkeypatch.setattr(DecoderForward, "hidden_states", shifted)
     assert run(model, tokenizer, prompts, batch=6) != expected
 
 
@@ -241,7 +241,7 @@ def test_every_token_of_a_step_gets_what_the_model_itself_says_behind_it(
         return logits.argmax(-1).tolist()
 
     with torch.no_grad():
-        forward = LlamaForward(model)
+        forward = DecoderForward(model)
         first = compute_prefix(forward, prefix[:3])
         batch = RowBatch(
             forward, compute_prefix(forward, prefix[3:], behind=first), rows, room_tokens=9
@@ -279,7 +279,7 @@ def test_sixteen_bits_read_what_the_model_itself_reads(monkeypatch: pytest.Monke
     exact = make_model(4, 2, seed=2).double()
     states: list[Any] = []
     with torch.no_grad():
-        forward = LlamaForward(model)
+        forward = DecoderForward(model)
         prefix = compute_prefix(forward, prompts[0][:80])
         RowBatch(forward, prefix, [p[80:] for p in prompts], room_tokens=1)
         for row, state in zip(prompts, states[0], strict=True):
