@@ -31,7 +31,7 @@ PURE = [
     if path not in IMPURE
     and (
         len(path.parts) == 2
-        or path.parts[1] in ("plans", "data", "evaluation", "commands", "reports")
+        or path.parts[1] in ("plans", "data", "evaluation", "commands", "reports", "agent")
         or path == Path("tinyagent_fast/prompts/templates.py")
     )
 ]

@@ -106,7 +106,7 @@ def lock_on_linux(name: str, python: str) -> dict[str, str]:
 
 
 # Imported only when asked for by name; their extras in pyproject.toml say which versions.
-OF_AN_EXTRA = {"vllm"}
+OF_AN_EXTRA = {"vllm", "mcp"}
 
 
 def imported_modules(folder: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tinyagent_fast.plans.tools import JOIN
@@ -297,6 +297,36 @@ def reference_uses(arguments: Iterable[object]) -> list[tuple[int, bool]]:
         elif isinstance(value, (list, tuple)):
             pending.extend(value)
     return found
+
+
+def substitute(value: object, results: Mapping[int, object]) -> object:
+    """Fill the results of earlier steps in for their references, in any string at any depth.
+
+    A string that is nothing but a reference becomes the result itself; within a longer string its
+    text is put in. One pass over the whole number, so that `$12` is never `$1` with a 2 behind it
+    and a result that looks like a reference stays as it is. References to other steps stay too.
+
+    Args:
+        value: An argument, or a list, tuple or dict of them.
+        results: Results by the numbers of the steps that may be referred to.
+    """
+    if isinstance(value, str):
+        if "$" not in value:
+            return value
+        whole = _REFERENCE.fullmatch(value)
+        if whole is not None and (number := _number(whole)) in results:
+            return results[number]
+        return _REFERENCE.sub(lambda m: str(results.get(_number(m), m.group())), value)
+    if isinstance(value, dict):
+        return {substitute(k, results): substitute(v, results) for k, v in value.items()}
+    if isinstance(value, list):
+        return [substitute(item, results) for item in value]
+    return tuple(substitute(i, results) for i in value) if isinstance(value, tuple) else value
+
+
+def _number(match: re.Match[str]) -> int:
+    digits = match.group(1) or match.group(2)
+    return int(digits) if len(digits) <= 9 else 0
 
 
 def parse_joiner(text: str) -> JoinerAnswer:

@@ -1,0 +1,1 @@
+"""The agent: a plan's calls are run, judged, and planned again where that helps."""

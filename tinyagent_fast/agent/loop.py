@@ -1,0 +1,568 @@
+"""Plan, run, judge, and plan again: the loop of an agent, after LLMCompiler.
+
+A plan's calls start while it is still being written, as soon as what they need is done, and side by
+side. A call that fails becomes an observation; what needs its result is not run, and says so.
+
+Source: github.com/SqueezeAILab/LLMCompiler (the loop and the texts it puts together).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from tinyagent_fast.agent.tools import RunnableTool, ToolError, as_text
+from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.plans.grammar import (
+    JoinerAnswer,
+    Step,
+    read_plan,
+    reference_uses,
+    render_call,
+    substitute,
+)
+from tinyagent_fast.plans.tools import JOIN, call_problems
+
+Status = Literal["done", "failed", "skipped", "refused"]
+
+TRY_AGAIN = "try again"
+"""What an observation says where another plan can mend the matter, whatever its case."""
+
+_MAX_CALLS = 100
+_LONGEST_OBSERVATION_CHARS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRecord:
+    """What became of one call of a plan."""
+
+    step: Step
+    status: Status
+    arguments: tuple[object, ...]
+    """With results filled in, as far as they were there."""
+    value: object = None
+    """What the tool gave; None unless it is done."""
+    observation: str
+    """The same as a text, or why there is no result."""
+    needs: tuple[int, ...] = ()
+    """Numbers of the calls whose results it uses."""
+    started_s: float
+    """Since the plan began; for a call that was never run, when that was clear."""
+    ended_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for a trace."""
+        return {
+            "number": self.step.number,
+            "tool": self.step.tool,
+            "arguments": list(self.arguments),
+            "needs": list(self.needs),
+            "status": self.status,
+            "observation": self.observation,
+            "started_s": round(self.started_s, 3),
+            "ended_s": round(self.ended_s, 3),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """A plan that was run."""
+
+    text: str
+    calls: tuple[CallRecord, ...]
+    """In the order of the plan, join left out."""
+    problem: str | None = None
+    """Why the rest of the plan was not run, if so; an observation as others."""
+    left_running: tuple[str, ...] = ()
+    """Tools that did not end when they were told to: plain functions cannot be broken off."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything of the plan was not done."""
+        return self.problem is not None or any(call.status != "done" for call in self.calls)
+
+    @property
+    def sequential_s(self) -> float:
+        """Time that the calls would take one after another."""
+        return sum(call.ended_s - call.started_s for call in self.calls if call.status != "skipped")
+
+    @property
+    def seconds(self) -> float:
+        """Time from the first call's start to the last one's end."""
+        ran = [call for call in self.calls if call.status != "skipped"]
+        return max((c.ended_s for c in ran), default=0) - min((c.started_s for c in ran), default=0)
+
+
+class _TimedOut(Exception):
+    """A call took too long; not one of the errors that a tool may raise itself."""
+
+
+class _Plan:
+    """One plan under way: a task for each call, which waits for the tasks that it needs."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.began = time.perf_counter()
+        self.tasks: dict[int, asyncio.Task[CallRecord]] = {}
+        self.inner: dict[asyncio.Future[Any], str] = {}
+        """What runs inside calls, with the tool's name, until it has really ended."""
+
+    async def run(self, pieces: AsyncIterator[str]) -> Execution:
+        text, done_chars, problem = "", 0, None
+        try:
+            async with aclosing(_as_generator(pieces)) as written:
+                async for piece in written:
+                    text += piece
+                    while problem is None and (end := text.find("\n", done_chars)) >= 0:
+                        done_chars = end + 1
+                        problem = self.start_calls(text[:done_chars], whole=False)
+                    if problem is not None:
+                        break
+            problem = problem or self.start_calls(text, whole=True)
+            if self.tasks:
+                await asyncio.wait(self.tasks.values())
+        finally:
+            left = await self.stop()
+        calls = tuple(task.result() for task in self.tasks.values())
+        return Execution(text=text, calls=calls, problem=problem, left_running=left)
+
+    def start_calls(self, text: str, *, whole: bool) -> str | None:
+        """Start what the text has newly; give what is wrong with it, which ends the plan."""
+        reading = read_plan(text)
+        told = next(
+            (p for p in reading.problems if whole or p.code not in ("no_join", "empty")), None
+        )
+        steps = [step for step in reading.steps if step.tool != JOIN]
+        for step in steps[len(self.tasks) :]:
+            if step.number in self.tasks:
+                break  # `told` says so
+            if step.tool not in self.agent.tools:
+                return _stopped(f"there is no tool {step.tool}")
+            if len(self.tasks) == _MAX_CALLS:
+                return _stopped(f"it has more than {_MAX_CALLS} calls")
+            earlier = [number for number in self.tasks if number < step.number]
+            self.tasks[step.number] = asyncio.create_task(self.call(step, earlier))
+            self.agent.on_event("call", {"number": step.number, "tool": step.tool})
+        return None if told is None else _stopped(told.message)
+
+    async def call(self, step: Step, earlier: Sequence[int]) -> CallRecord:
+        started = self.now()
+        uses = reference_uses(step.arguments)
+        needs = tuple(sorted({number for number, _ in uses if number in earlier}))
+        if needs:
+            await asyncio.wait([self.tasks[number] for number in needs])
+        before = {number: self.tasks[number].result() for number in needs}
+        values = {number: call.value for number, call in before.items() if call.status == "done"}
+        arguments = tuple(substitute(argument, values) for argument in step.arguments)
+
+        def ended(status: Status, observation: str, value: object = None) -> CallRecord:
+            record = CallRecord(
+                step=step,
+                status=status,
+                arguments=arguments,
+                value=value,
+                observation=observation,
+                needs=needs,
+                started_s=started,
+                ended_s=self.now(),
+            )
+            self.agent.on_event("observation", record.to_json())
+            return record
+
+        if missing := [call for call in before.values() if call.status != "done"]:
+            started = self.now()
+            names = ", ".join(f"${c.step.number} ({c.step.tool})" for c in missing)
+            return ended("skipped", f"Not run: it needs the result of {names}.")
+        astray = [number for number, whole in uses if whole and number not in earlier]
+        if astray:
+            return ended("failed", f"Error: ${astray[0]} is no earlier call; {TRY_AGAIN}.")
+        tool = self.agent.tools[step.tool]
+        for _, wrong in call_problems(step.tool, step.arguments, {step.tool: tool.tool}):
+            return ended("failed", f"Error: {wrong}; {TRY_AGAIN}.")
+        try:
+            converted = tool.arguments(arguments)
+            if tool.changes and not await self.agent.allow(tool, converted):
+                return ended("refused", "Not done: the user refused it.")
+            started = self.now()
+            self.agent.on_event("start", {"number": step.number, "arguments": converted})
+            limit = tool.timeout_s or self.agent.settings.call_timeout_s
+            value = await self.bounded(tool, converted, limit)
+        except _TimedOut:
+            return ended("failed", f"Error: no answer within {limit:g} s; {TRY_AGAIN}.")
+        except ToolError as error:
+            return ended("failed", f"Error: {error}")
+        except Exception as error:  # a tool may fail in any way; the joiner sees how
+            return ended("failed", f"Error: {type(error).__name__}: {error}")
+        return ended("done", as_text(value), value)
+
+    async def bounded(self, tool: RunnableTool, arguments: Sequence[object], limit: float) -> Any:
+        """Run a tool; on a time-out or when the call is cancelled, break it off."""
+        if tool.is_async:
+            inner: asyncio.Future[Any] = asyncio.ensure_future(tool.run(*arguments))
+        else:
+            inner = _in_thread(tool, arguments)
+        self.inner[inner] = tool.name
+        inner.add_done_callback(self.forget)
+        try:
+            done, _ = await asyncio.wait([inner], timeout=limit)
+        except asyncio.CancelledError:
+            self.break_off(inner, tool)
+            raise
+        if not done:
+            self.break_off(inner, tool)
+            raise _TimedOut
+        return inner.result()
+
+    def break_off(self, inner: asyncio.Future[Any], tool: RunnableTool) -> None:
+        if tool.is_async:
+            inner.cancel()
+
+    def forget(self, inner: asyncio.Future[Any]) -> None:
+        del self.inner[inner]
+        if not inner.cancelled():
+            inner.exception()  # that of a call which timed out is no news any more
+
+    async def stop(self) -> tuple[str, ...]:
+        """Cancel what has not ended, and wait for its end, but not for ever."""
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        if self.inner:
+            await asyncio.wait(list(self.inner), timeout=self.agent.settings.grace_s)
+        return tuple(self.inner.values())
+
+    def now(self) -> float:
+        return time.perf_counter() - self.began
+
+
+async def _as_generator(pieces: AsyncIterator[str]) -> Any:
+    """Make any iterator one that can be closed, and close what it reads from."""
+    try:
+        async for piece in pieces:
+            yield piece
+    finally:
+        if hasattr(pieces, "aclose"):
+            await pieces.aclose()
+
+
+def _stopped(why: str) -> str:
+    return f"Error: the plan was stopped, as {why}. Correct this and {TRY_AGAIN}."
+
+
+def _in_thread(tool: RunnableTool, arguments: Sequence[object]) -> asyncio.Future[Any]:
+    """Run a plain function in a thread of its own, so that any number run side by side."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if not future.done():
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+    def work() -> None:
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            value = context.run(tool.run, *arguments)
+        except StopIteration as stop:  # no future can hold one
+            error = RuntimeError(f"StopIteration: {stop}")
+        except BaseException as raised:  # raised again where the result is awaited
+            error = raised
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=work, name=f"tool {tool.name}", daemon=True).start()
+    return future
+
+
+# --- texts for the model
+
+
+def shown_call(call: CallRecord, *, filled_in: bool = True) -> str:
+    """Write a call for a prompt, with results filled in or with its references."""
+    arguments = call.arguments if filled_in else call.step.arguments
+    plain = [a if isinstance(a, (str, int, list, type(None))) else as_text(a) for a in arguments]
+    return render_call(call.step.tool, plain)
+
+
+def observed(execution: Execution) -> list[tuple[str, str]]:
+    """List calls and observations as prompts show them; a problem of the plan is that of join."""
+    pairs = [(shown_call(call), _shortened(call.observation)) for call in execution.calls]
+    if execution.problem is not None:
+        pairs.append((f"{JOIN}()", execution.problem))
+    return pairs
+
+
+def scratchpad(executions: Sequence[Execution]) -> str:
+    """Write what all plans so far gave, for a joiner."""
+    rounds = (
+        "\n".join(f"{call}\nObservation: {seen}" for call, seen in observed(one))
+        for one in executions
+    )
+    return "\n\n".join(rounds)
+
+
+def replan_user_text(user: str, rounds: Sequence[tuple[Execution, str]]) -> str:
+    """Write the user text that asks for another plan.
+
+    Args:
+        user: That of the first plan.
+        rounds: The plans so far, each with the joiner's thought.
+    """
+    parts = [user]
+    for execution, thought in rounds:
+        lines = (f"{n}. {c}\nObservation: {o}\n" for n, (c, o) in enumerate(observed(execution), 1))
+        parts.append("Previous Plan:\n\n" + "\n".join(lines) + f"\n\nThought: {thought}\n")
+    return "\n".join([*parts, "Current Plan:\n\n"])
+
+
+def _shortened(text: str) -> str:
+    """Keep a long observation's beginning for a prompt, and say what is missing."""
+    if len(text) <= _LONGEST_OBSERVATION_CHARS:
+        return text
+    more = len(text) - _LONGEST_OBSERVATION_CHARS
+    return f"{text[:_LONGEST_OBSERVATION_CHARS]} ... ({more} more characters)"
+
+
+# --- the loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A plan or an answer that a model wrote, and what it cost."""
+
+    text: str
+    new_tokens: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Writer(Protocol):
+    """What writes plans."""
+
+    def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+        """Write the plan that a prompt asks for, piece by piece; `done` gets the cost."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a joiner decided, and what it cost."""
+
+    answer: JoinerAnswer
+    cost: Written = Written(text="")
+
+
+class Joiner(Protocol):
+    """What judges the observations of plans."""
+
+    name: str
+    """`model`, or `rule` where a fixed rule decides."""
+
+    async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
+        """Decide between Finish and Replan; with `last` no other plan will be made."""
+        ...
+
+
+class RuleJoiner:
+    """Finish if every call is done; Replan if an observation says to try again."""
+
+    name = "rule"
+
+    async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
+        """Decide by the last plan alone; of a failure that cannot be mended, say which it is."""
+        execution = executions[-1]
+        failures = [c.observation for c in execution.calls if c.status in ("failed", "refused")]
+        failures += [execution.problem] if execution.problem else []
+        mendable = any(TRY_AGAIN in failure.lower() for failure in failures)
+        if not failures:
+            answer = JoinerAnswer("All calls succeeded.", "Finish", _answer(execution))
+        elif mendable and not last:
+            answer = JoinerAnswer("A call failed, and can be tried again.", "Replan", "")
+        else:
+            answer = JoinerAnswer("A call failed.", "Finish", failures[0])
+        return Verdict(answer=answer)
+
+
+def _answer(execution: Execution) -> str:
+    """Give the results that no other call used."""
+    used = {number for call in execution.calls for number in call.needs}
+    leaves = [c.observation for c in execution.calls if c.step.number not in used]
+    return "; ".join(leaves) or "There was nothing to do."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """Limits of the loop."""
+
+    max_replans: int = 2
+    """How often another plan is made at most."""
+    call_timeout_s: float = 30.0
+    """Longest time for one call; a tool may have its own."""
+    grace_s: float = 2.0
+    """How long a call that was broken off may take to end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One plan, what it gave, and the verdict on it."""
+
+    execution: Execution
+    plan: Written
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a request."""
+
+    request: str
+    rounds: tuple[Round, ...]
+    gave_up: bool
+    """The joiner wanted another plan when no more was allowed."""
+    seconds: float
+
+    @property
+    def message(self) -> str:
+        """The joiner's last words for the user."""
+        return self.rounds[-1].verdict.answer.message
+
+    @property
+    def replans(self) -> int:
+        """Plans after the first one."""
+        return len(self.rounds) - 1
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last plan left anything undone."""
+        return self.gave_up or self.rounds[-1].execution.failed
+
+    def cost(self) -> dict[str, float]:
+        """Sum tokens, calls and seconds."""
+        written = [w for r in self.rounds for w in (r.plan, r.verdict.cost)]
+        executions = [r.execution for r in self.rounds]
+        return {
+            "new_tokens": sum(w.new_tokens for w in written),
+            "prompt_tokens": sum(w.prompt_tokens for w in written),
+            "calls": sum(c.status != "skipped" for e in executions for c in e.calls),
+            "model_s": sum(w.seconds for w in written),
+            "calls_s": sum(e.seconds for e in executions),
+            "calls_one_after_another_s": sum(e.sequential_s for e in executions),
+        }
+
+
+Allow = Callable[[RunnableTool, Sequence[object]], Awaitable[bool]]
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+
+async def allow_all(_tool: RunnableTool, _arguments: Sequence[object]) -> bool:
+    """Allow every change, as in a sandbox."""
+    return True
+
+
+class Agent:
+    """A writer of plans, tools and a joiner, put together."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        joiner: Joiner,
+        tools: Mapping[str, RunnableTool],
+        settings: AgentSettings = AgentSettings(),
+        *,
+        allow: Allow = allow_all,
+        on_event: OnEvent = lambda _kind, _content: None,
+    ) -> None:
+        """Put an agent together.
+
+        Args:
+            writer: Writes the plans.
+            joiner: Judges what they gave.
+            tools: By name; plans may call no others.
+            settings: Limits.
+            allow: Asked before each call that changes something, with converted arguments.
+            on_event: Told what happens: `plan`, `call`, `start`, `observation`, `problem`, `join`
+                and `end`, with plain values.
+        """
+        self.writer = writer
+        self.joiner = joiner
+        self.tools = tools
+        self.settings = settings
+        self.allow = allow
+        self.on_event = on_event
+
+    async def execute(self, pieces: AsyncIterator[str]) -> Execution:
+        """Run a plan while it is being written.
+
+        Cancelling it, and leaving it in any other way, leaves no call running; plain functions,
+        which cannot be broken off, are waited for up to `grace_s` and then named.
+        """
+        return await _Plan(self).run(pieces)
+
+    async def run(
+        self,
+        request: str,
+        prompt: Prompt,
+        *,
+        after_round: Callable[[int], None] = lambda _number: None,
+    ) -> Outcome:
+        """Answer a request: plan, run and judge, until it is finished or no replan is left.
+
+        Args:
+            request: What the user asked for, for the joiner.
+            prompt: Asks for the first plan.
+            after_round: Told the number of each plan, from 0, once its calls have ended.
+        """
+        began = time.perf_counter()
+        rounds: list[Round] = []
+        gave_up = False
+        while True:
+            number = len(rounds)
+            last = number == self.settings.max_replans
+            asked = prompt
+            if rounds:
+                told = [(r.execution, r.verdict.answer.thought) for r in rounds]
+                asked = replace(prompt, user=replan_user_text(prompt.user, told))
+            self.on_event("plan", {"number": number, "system": asked.system, "user": asked.user})
+            costs: list[Written] = []
+            execution = await self.execute(self.writer.plan(asked, costs.append))
+            if execution.problem is not None:
+                self.on_event("problem", {"observation": execution.problem})
+            after_round(number)
+            executions = [*(r.execution for r in rounds), execution]
+            verdict = await self.joiner.judge(request, executions, last=last)
+            answer = verdict.answer
+            written = costs[-1] if costs else Written(text=execution.text)
+            rounds.append(Round(execution=execution, plan=written, verdict=verdict))
+            self.on_event("join", {"by": self.joiner.name, **vars(answer)})
+            if answer.action != "Replan":
+                break
+            if last:
+                gave_up = True
+                break
+        outcome = Outcome(
+            request=request,
+            rounds=tuple(rounds),
+            gave_up=gave_up,
+            seconds=time.perf_counter() - began,
+        )
+        self.on_event(
+            "end",
+            {
+                "message": outcome.message,
+                "failed": outcome.failed,
+                "gave_up": gave_up,
+                "seconds": round(outcome.seconds, 3),
+                **outcome.cost(),
+            },
+        )
+        return outcome
