@@ -6,6 +6,11 @@ Exit codes: 1 a gate failed (`GateError`), 2 the user can fix it (`UserError` an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_SHOWN_CHARACTERS = 600
+
 
 class UserError(Exception):
     """A mistake that the user can repair: printed without a traceback, exit code 2."""
@@ -52,3 +57,32 @@ class GateError(Exception):
     """A check that must hold did not: exit code 1, with the figures that failed."""
 
     exit_code = 1
+
+
+@contextmanager
+def reading(what: str, fix: str) -> Iterator[None]:
+    """Turn what a library raises for a model's files that it cannot use into one error.
+
+    Damaged files bring out errors of every kind, plain `Exception` among them, so all are taken; a
+    missing package is none of the files' faults.
+
+    Args:
+        what: What is read.
+        fix: What to do if it cannot be read.
+
+    Raises:
+        ModelError: Anything went wrong within.
+    """
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except Exception as error:
+        said = str(error).strip()
+        if type(error).__name__ == "OutOfMemoryError":
+            why = f"the GPU's memory is full: {said.splitlines()[0]}"
+            fix = "free it (nvidia-smi shows who holds it), or take --model.weights nf4"
+        else:
+            more = " ..." * (len(said) > _SHOWN_CHARACTERS)
+            why = f"it cannot be loaded: {type(error).__name__}: {said[:_SHOWN_CHARACTERS]}{more}"
+        raise ModelError(what, why, fix) from error

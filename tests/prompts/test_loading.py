@@ -18,6 +18,7 @@ from tinyagent_fast.prompts.loading import (
     check_tokenizer,
     load_tokenizer,
     resolve_tokenizer_folder,
+    switched_off,
     tokenizer_from_sentencepiece,
 )
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -184,7 +185,6 @@ def test_a_damaged_tokenizer_json_beside_a_tokenizer_model_is_refused(
     [
         ({"normalization_rule_name": "nmt_nfkc"}, "normalises text"),
         ({"model_type": "unigram", "vocab_size": 272}, "no BPE model"),
-        ({"bos_id": -1}, "no <s>"),
         ({"remove_extra_whitespaces": True}, r"other ids than tokenizer\.model"),
         ({"add_dummy_prefix": False}, r"other ids than tokenizer\.model"),
         ({"user_defined_symbols": ["$1"]}, r"other ids than tokenizer\.model"),
@@ -210,6 +210,164 @@ def test_a_model_whose_ids_cannot_be_reproduced_is_refused(
     )
     with pytest.raises(ModelError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture
+def renamed(spm_folder: Path, tmp_path: Path) -> Path:
+    """Return a folder with a tokenizer.model alone, whose settings add tokens and rename EOS."""
+    shutil.copy(spm_folder / "tokenizer.model", tmp_path)
+    write(tmp_path / "config.json", {"model_type": "llama"})
+    write(tmp_path / "added_tokens.json", {"<|im_end|>": 700, "<|im_start|>": 701})
+    settings_file = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<unk>",
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}",
+    }
+    write(tmp_path / "tokenizer_config.json", settings_file)
+    return tmp_path
+
+
+def write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_settings_beside_a_tokenizer_model_count_as_transformers_reads_them(
+    renamed: Path, spm_folder: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    ours, own = load_tokenizer(renamed), AutoTokenizer.from_pretrained(str(renamed))
+    assert (ours.eos_token, ours.eos_token_id, len(ours)) == ("<|im_end|>", 700, 702)
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "chat_template"):
+        assert getattr(ours, name) == getattr(own, name)
+    assert ours.get_added_vocab().items() >= own.get_added_vocab().items()
+    plain = load_tokenizer(spm_folder)
+    for text in HARD_STRINGS:
+        assert ours.encode(text) == plain.encode(text)
+    assert ours.convert_ids_to_tokens(ours.encode("a<|im_start|>b"))[2] == "<|im_start|>"
+
+
+def test_such_a_tokenizer_stays_the_same_when_it_is_saved(renamed: Path, tmp_path: Path) -> None:
+    before = load_tokenizer(renamed)
+    before.save_pretrained(str(tmp_path / "saved"))
+    after = load_tokenizer(tmp_path / "saved")
+    assert (after.eos_token_id, after.bos_token_id) == (700, 1)
+    for text in (*HARD_STRINGS, "<|im_start|>user\nhi<|im_end|>\n", "</s><|im_end|>"):
+        assert before.encode(text) == after.encode(text)
+    assert before.chat_template == after.chat_template
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"<|im_end|>": 700, "<|im_start|>": 702},
+        {"<|im_end|>": 3, "<|im_start|>": 701},
+        {"<|im_end|>": "x"},
+        {"<|im_end|>": None},
+        ["<|im_end|>"],
+        7,
+    ],
+)
+def test_added_tokens_that_cannot_have_their_ids_are_refused(changed: Any, renamed: Path) -> None:
+    write(renamed / "added_tokens.json", changed)
+    with pytest.raises(ModelError):
+        load_tokenizer(renamed)
+
+
+def test_eos_by_another_name_than_transformers_reads_is_refused(renamed: Path) -> None:
+    tokenizer = load_tokenizer(renamed)
+    tokenizer.eos_token = "</s>"
+    with pytest.raises(ModelError, match="eos_token"):
+        check_tokenizer(tokenizer, renamed)
+
+
+def test_a_model_without_bos_gives_rows_without_one(tmp_path: Path) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["create a note", "open the note $1"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        minloglevel=2,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        bos_id=-1,
+        eos_id=1,
+        unk_id=0,
+        eos_piece="<end>",
+    )
+    ours = PromptTokenizer(load_tokenizer(tmp_path))
+    reference = sentencepiece_of(tmp_path / "tokenizer.model")
+    assert (ours.bos_id, ours.eos_id) == (None, 1)
+    assert ours.encode_prompt("create <end>") == reference("create <end>")
+
+
+@pytest.mark.parametrize("on", [("truncation",), ("padding",), ("truncation", "padding")])
+def test_truncation_and_padding_of_a_base_are_off_here_and_in_what_is_saved(
+    on: tuple[str, ...], tiny_base: Path, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if "truncation" in on:
+        core.enable_truncation(16)
+    if "padding" in on:
+        core.enable_padding(length=64, pad_token="</s>", pad_id=2)
+    core.save(str(folder / "tokenizer.json"))
+    assert switched_off(folder) == on
+    tokenizer, plain = load_tokenizer(folder), load_tokenizer(tiny_base)
+    text = "create a note " * 30
+    assert tokenizer.encode(text) == plain.encode(text)
+    assert tokenizer.encode("a") == plain.encode("a")
+    tokenizer.save_pretrained(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved/tokenizer.json").read_text(encoding="utf-8"))
+    assert saved["truncation"] is None and saved["padding"] is None
+    config = json.loads((tmp_path / "saved/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert not {"max_length", "pad_to_multiple_of", "truncation_strategy"} & config.keys()
+    assert tokenizer.pad_token == plain.pad_token
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 4400216536\n"
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "pointer": lambda _: POINTER,
+    "empty": lambda _: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "page": lambda _: b"<!DOCTYPE html><html>not found</html>",
+    "bytes": lambda data: b"\xff\xfe\x00" + data[3:],
+    "list": lambda _: b"[]",
+    "null": lambda _: b"null",
+    "other keys": lambda _: b'{"model": {"type": "BPE"}}',
+    "unknown model": lambda data: data.replace(b'"BPE"', b'"Newer"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_damaged_tokenizer_files_are_the_users_error(
+    name: str, damage: str, tiny_base: Path, renamed: Path, tmp_path: Path
+) -> None:
+    folder = renamed
+    if name != "tokenizer.model":
+        folder = tmp_path / "base"
+        shutil.copytree(tiny_base, folder)
+    path = folder / name
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    harmless = damage == "unknown model" and name != "tokenizer.json"
+    if harmless or (name == "tokenizer_config.json" and damage == "other keys"):
+        damage = "harmless"
+    try:
+        load_tokenizer(resolve_tokenizer_folder(str(folder)))
+    except ModelError as error:
+        assert error.fix
+        assert ("Git LFS" in error.why) == (damage == "pointer")
+    else:
+        assert damage == "harmless"
 
 
 def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path: Path) -> None:
@@ -275,5 +433,5 @@ def test_only_tokenizer_files_are_asked_of_the_hub(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_tokenizer_folder("some/base", "v1") == tmp_path
     assert (asked["name"], asked["revision"]) == ("some/base", "v1")
-    assert not any("safetensors" in p or "*" in p for p in asked["allow_patterns"])
+    assert not any("safetensors" in p or p.endswith("*") for p in asked["allow_patterns"])
     assert {"tokenizer.json", "tokenizer.model"} <= set(asked["allow_patterns"])

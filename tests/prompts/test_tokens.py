@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, ModelError
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample, render_prompt
@@ -277,12 +277,22 @@ def test_chat_prompts_have_one_bos_and_the_templates_special_tokens(
     assert seen.replace(" ", "") == example.prompt
 
 
-def test_a_chat_template_that_writes_bos_inside_is_refused(tokenizers: dict[str, Any]) -> None:
-    inside = "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
-    tokenizer = chat_tokenizer(tokenizers["byte-level"], inside)
+def test_a_chat_template_may_begin_every_turn_with_bos(tokenizers: dict[str, Any]) -> None:
+    turns = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}<s>assistant "
+    tokenizer = chat_tokenizer(tokenizers["byte-level"], turns)
     prompt = render_prompt("sys", "hello", "chat", tokenizer.chat)
-    with pytest.raises(DataError, match="2 BOS tokens"):
-        tokenizer.encode_prompt(prompt)
+    assert prompt == "system sys</s><s>user hello</s><s>assistant "
+    ids = tokenizer.encode_prompt(prompt)
+    assert ids == tokenizer.hf.encode("<s>" + prompt, add_special_tokens=False)
+    assert ids.count(tokenizer.bos_id) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("begin", ["\n{{ bos_token }}", "{{ bos_token }}<s>", "[x]<s>"])
+def test_a_chat_template_with_two_beginnings_is_refused(
+    begin: str, tokenizers: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelError, match="BOS"):
+        chat_tokenizer(tokenizers["byte-level"], begin + TURNS)
 
 
 def test_a_tokenizer_without_a_chat_template_says_so(make: Make) -> None:

@@ -94,10 +94,11 @@ def _with_bos(template: str) -> str:
     """Let a template begin with BOS exactly once, whether or not it writes it itself."""
     if re.match(r"\{\{-?\s*bos_token\s*-?\}\}", template):
         return template
-    # The empty expressions keep the tags from cutting white space of the template's own, and a
-    # line break at the very end, which Jinja ignores, would count inside the block.
-    body = "{{ '' }}" + template.removesuffix("\n") + "{{ '' }}"
+    # The line break is cut with its tag, the empty expression keeps the other tag from cutting
+    # white space of the template's own, and a line break at the very end, which Jinja ignores,
+    # would count inside the block.
+    body = template.removesuffix("\n") + "{{ '' }}"
     return (
-        "{% set rendered %}" + body + "{% endset %}"
+        "{% set rendered %}\n" + body + "{% endset %}"
         "{{- '' if rendered.startswith(bos_token) else bos_token -}}{{- rendered -}}"
     )

@@ -160,7 +160,8 @@ def _make_gguf(
 def convert(export: Export, path: Path, spec: QuantSpec) -> ConversionReport:
     """Convert the merged folder to one GGUF file, with its importance matrix if it needs it."""
     tokenizer = export.tokenizer
-    template = chat_template(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False)
+    own = tokenizer.chat.source if tokenizer.chat else None
+    template = chat_template(tokenizer.prompt_format, own, bos=False)
     with export.display.bar(f"converting to {spec.name}", "bytes") as update:
         return convert_to_gguf(
             export.merged,

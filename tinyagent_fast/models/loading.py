@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +11,15 @@ from typing import Any
 
 from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.distributed import launch_environment
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import ModelError, reading
 from tinyagent_fast.models.families import nearest_family
 from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.quantisation_aware import train_quantised
-from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+from tinyagent_fast.prompts.loading import (
+    load_tokenizer,
+    resolve_tokenizer_folder,
+    switched_off,
+)
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import write_json
 
@@ -113,25 +116,6 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
     return _finish(model, config.model, base, how)
 
 
-@contextmanager
-def reading(what: str, fix: str) -> Iterator[None]:
-    """Turn what libraries raise for files that they cannot use into one error."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            what,
-            f"the GPU's memory is full: {str(error).splitlines()[0]}",
-            "free it (nvidia-smi shows who holds it), or take --model.weights nf4",
-        ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        # RuntimeError: weights of other shapes.
-        raise ModelError(what, f"it cannot be loaded: {error}", fix) from error
-
-
 def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
     """Give the backend, `unsloth` or `transformers`, also where `auto` was asked for."""
     if config.backend != "auto":
@@ -185,6 +169,11 @@ def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedM
             f"its tokenizer has {tokenizer.vocab_size} tokens but the model only {rows} embeddings",
             "use the tokenizer that belongs to the model; the vocabulary is never resized",
         )
+    if off := switched_off(folder):
+        how.notes.append(
+            f"the base's tokenizer.json switches {' and '.join(off)} on: off here and in exports"
+        )
+    how.notes.extend(tokenizer.chat.notes if tokenizer.chat else ())
     model.config.pad_token_id = tokenizer.pad_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_id

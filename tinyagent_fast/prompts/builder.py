@@ -249,9 +249,8 @@ def encode_prompts(
     tokenizer: PromptTokenizer, prompts: Iterable[Prompt | Example]
 ) -> list[list[int]]:
     """Encode prompts, exactly as training rows begin; the tokenizer holds their format."""
-    chat = tokenizer.chat if tokenizer.prompt_format == "chat" else None
     return tokenizer.encode_prompts(
-        [render_prompt(p.system, p.user, tokenizer.prompt_format, chat) for p in prompts]
+        [render_prompt(p.system, p.user, tokenizer.prompt_format, tokenizer.chat) for p in prompts]
     )
 
 

@@ -7,12 +7,15 @@ it is; a tokenizer.model alone is turned into an equal fast tokenizer; `check_to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import ModelError, reading
 
 HARD_STRINGS = (
     "",
@@ -39,13 +42,21 @@ HARD_STRINGS = (
 )
 """Strings on which tokenizers are known to differ; compared at every training start."""
 
-_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = ("tokenizer.json", "tokenizer.model", *_SETTINGS, "chat_template.jinja")
+_TEMPLATES = "additional_chat_templates"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""A pointer is always smaller than that."""
+_MODEL_SUFFIXES = (".json", ".model", ".safetensors", ".jinja")
+_CONTROL_PIECES = (2, 3)
+"""Types of SentencePiece's pieces that never come out of text: unknown and control."""
+_USER_DEFINED = 4
 
 
 def resolve_tokenizer_folder(base: str, revision: str | None = None) -> Path:
     """Find the folder with a model's tokenizer files, as `hub_folder` finds files."""
-    return hub_folder("tokenizer of", base, revision, [*_FILES, "chat_template.jinja"])
+    return hub_folder("tokenizer of", base, revision, [*_FILES, f"{_TEMPLATES}/*.jinja"])
 
 
 def hub_folder(
@@ -69,9 +80,11 @@ def hub_folder(
         A local folder.
 
     Raises:
-        ModelError: There is no such folder and the hub does not give the files.
+        ModelError: There is no such folder and the hub does not give the files, or files of the
+            folder are only pointers.
     """
     if Path(base).is_dir():
+        _refuse_pointers(Path(base))
         return Path(base)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -97,8 +110,22 @@ def hub_folder(
         ) from error
 
 
+def _refuse_pointers(folder: Path) -> None:
+    """Refuse a folder that git has cloned without git-lfs: large files are notes of 130 bytes."""
+    small = [path for path in sorted(folder.iterdir()) if path.suffix in _MODEL_SUFFIXES]
+    small = [path for path in small if path.is_file() and path.stat().st_size < _POINTER_BYTES]
+    if pointers := [path.name for path in small if path.read_bytes().startswith(_POINTER)]:
+        raise ModelError(
+            f"folder {folder}",
+            f"{', '.join(pointers)}: only pointers of Git LFS, not the files themselves",
+            "run `git lfs pull` in it, or download the model again",
+        )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a fast tokenizer without letting its class change the ids.
+
+    Truncation and padding that a tokenizer.json switches on are off (`switched_off` names them).
 
     Args:
         folder: Holds tokenizer.json or tokenizer.model.
@@ -107,20 +134,10 @@ def load_tokenizer(folder: Path) -> Any:
         A transformers fast tokenizer with EOS, and a pad token out of its own vocabulary.
 
     Raises:
-        ModelError: No tokenizer file, no EOS, or ids that differ from the file's own.
+        ModelError: No tokenizer file, a damaged one, no EOS, or other ids than the files have.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    if (folder / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    elif (folder / "tokenizer.model").exists():
-        tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")
-    else:
-        raise ModelError(
-            f"folder {folder}",
-            "it holds neither tokenizer.json nor tokenizer.model",
-            "copy the base model's tokenizer files into it",
-        )
+    with reading(f"tokenizer in {folder}", "copy or download its files again"):
+        tokenizer = _from_files(folder)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"tokenizer in {folder}",
@@ -134,15 +151,114 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def switched_off(folder: Path) -> tuple[str, ...]:
+    """Name what a folder's tokenizer.json switches on and `load_tokenizer` switches off."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return ()
+    with reading(f"tokenizer in {folder}", "copy or download its files again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(name for name in ("truncation", "padding") if content.get(name))
+
+
+def _from_files(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").exists():
+        if not switched_off(folder):
+            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+        core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        core.no_truncation()
+        core.no_padding()
+        return _with_settings(core, folder)
+    if (folder / "tokenizer.model").exists():
+        return tokenizer_from_sentencepiece(folder / "tokenizer.model")
+    raise ModelError(
+        f"folder {folder}",
+        "it holds neither tokenizer.json nor tokenizer.model",
+        "copy the base model's tokenizer files into it",
+    )
+
+
+def _with_settings(core: Any, folder: Path, **defaults: str) -> Any:
+    """Let transformers read a folder's settings, added tokens and templates to a tokenizer.
+
+    Args:
+        core: A `tokenizers.Tokenizer`, taken instead of the folder's own.
+        folder: Its other files count.
+        defaults: Special tokens by name, for those that the folder names none for.
+    """
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    settings = _settings_of(folder)
+    named = _special_texts(settings)
+    there = {token.content for token in core.get_added_tokens_decoder().values()}
+    for text, token in _declared_tokens(folder).items():
+        if text not in there:
+            bounds = {key: bool(token.get(key)) for key in ("lstrip", "rstrip", "single_word")}
+            special = bool(token.get("special")) or text in named
+            # Normalised, it would be sought with the space that is put before text.
+            core.add_tokens([AddedToken(text, special=special, normalized=False, **bounds)])
+    settings.pop("added_tokens_decoder", None)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        core.save(str(place / "tokenizer.json"))
+        (place / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        if (folder / "chat_template.jinja").exists():
+            shutil.copyfile(folder / "chat_template.jinja", place / "chat_template.jinja")
+        if (folder / _TEMPLATES).is_dir():
+            shutil.copytree(folder / _TEMPLATES, place / _TEMPLATES)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+    tokenizer.name_or_path = str(folder)
+    for role, token in defaults.items():
+        if getattr(tokenizer, role) is None:
+            setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """Read a folder's tokenizer settings, as transformers puts its two files together."""
+    settings = _json_object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in settings:
+        return settings
+    return settings | _json_object(folder / "special_tokens_map.json")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with reading(f"{path}", "copy or download the file again"):
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
+
+
+def _declared_tokens(folder: Path) -> dict[str, dict[str, Any]]:
+    """List by text, with ids, the added tokens that a folder's settings name, ordered by id."""
+    found: dict[str, dict[str, Any]] = {}
+    with reading(f"the added tokens in {folder}", "copy or download its files again"):
+        for text, index in _json_object(folder / "added_tokens.json").items():
+            found[text] = {"id": int(index)}
+        settings = _json_object(folder / "tokenizer_config.json")
+        for index, token in settings.get("added_tokens_decoder", {}).items():
+            found[token["content"]] = {**token, "id": int(index)}
+    return dict(sorted(found.items(), key=lambda item: int(item[1]["id"])))
+
+
 def tokenizer_from_sentencepiece(path: Path) -> Any:
     """Build a transformers fast tokenizer with the ids of a SentencePiece model with byte fallback.
+
+    Special and added tokens and the chat template are those of the settings that lie beside it; the
+    model's own special tokens stand in where these say nothing.
 
     Raises:
         ModelError: The file is no SentencePiece BPE model without text normalisation.
     """
     from sentencepiece import sentencepiece_model_pb2 as protobuf
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
     proto = protobuf.ModelProto()
     try:
@@ -151,39 +267,76 @@ def tokenizer_from_sentencepiece(path: Path) -> Any:
         raise ModelError(
             f"{path}", f"it is no SentencePiece model: {error}", "copy the file again"
         ) from error
-    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    spec = proto.trainer_spec
     fault = None
-    if proto.trainer_spec.model_type != 2 or proto.normalizer_spec.name != "identity":
+    if spec.model_type != 2 or proto.normalizer_spec.name != "identity":
         fault = "it is no BPE model, or it normalises text, so its ids cannot be reproduced"
-    elif absent := [token for token in _SPECIAL_TOKENS if token not in vocab]:
-        fault = f"it has no {', '.join(absent)}, which Llama's models begin, end or pad with"
+    elif own := [text for text, _, kind in pieces if kind == _USER_DEFINED]:
+        fault = f"text with its own pieces ({own[0]!r}) would get other ids than tokenizer.model's"
     if fault:
         fix = "use a base model with a Llama tokenizer or with tokenizer.json"
         raise ModelError(f"{path}", fault, fix)
-    merges = _merges([(p.piece, p.score) for p in proto.pieces if p.type == 1], vocab)
-    core = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    core.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    core.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    core.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in _SPECIAL_TOKENS]
-    )
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    control = [text for text, _, kind in pieces if kind in _CONTROL_PIECES]
+    defaults = {
+        name: piece
+        for name, piece, index in (
+            ("unk_token", spec.unk_piece, spec.unk_id),
+            ("bos_token", spec.bos_piece, spec.bos_id),
+            ("eos_token", spec.eos_piece, spec.eos_id),
+        )
+        if index >= 0
+    }
+    core = sentencepiece_bpe(pieces, unk=defaults.get("unk_token"), added=control)
+    if bos := defaults.get("bos_token"):
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, core.token_to_id(bos))],
+        )
+    return _with_settings(core, path.parent, **defaults)
+
+
+def _special_texts(settings: Mapping[str, Any]) -> set[str]:
+    """List the texts of the tokens that settings give a role or call special."""
+    values = [value for name, value in settings.items() if name.endswith("_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(name) or []
+        values += more.values() if isinstance(more, dict) else more
+    contents = [value.get("content") if isinstance(value, dict) else value for value in values]
+    return {content for content in contents if isinstance(content, str)}
+
+
+def sentencepiece_bpe(
+    pieces: Sequence[tuple[str, float, int]],
+    *,
+    unk: str | None,
+    added: Sequence[str],
+    space_prefix: bool = True,
+) -> Any:
+    """Build the tokenizer of SentencePiece's BPE with byte fallback, from its pieces.
+
+    Args:
+        pieces: Text, score and type of each, by id; ordinary ones have type 1.
+        unk: Stands for what has no piece.
+        added: Special tokens, which are looked for before text is cut.
+        space_prefix: Whether a space is put before text.
+
+    Returns:
+        A `tokenizers.Tokenizer`.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    vocab = {text: index for index, (text, _, _) in enumerate(pieces)}
+    merges = _merges([(text, score) for text, score, kind in pieces if kind == 1], vocab)
+    core = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    to_space = [normalizers.Replace(" ", "▁")]
+    prepend = [normalizers.Prepend("▁")] if space_prefix else []
+    core.normalizer = normalizers.Sequence([*prepend, *to_space])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if space_prefix else steps)
+    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in added])
+    return core
 
 
 def _merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:
@@ -205,14 +358,14 @@ def _merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tupl
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Compare a loaded tokenizer's ids with those of the file it came from.
+    """Compare a loaded tokenizer with the files it came from: ids, special and added tokens.
 
     Args:
         tokenizer: A transformers fast tokenizer.
         folder: Where tokenizer.model or tokenizer.json lies; the former is the better witness.
 
     Raises:
-        ModelError: Ids differ on one of `HARD_STRINGS`.
+        ModelError: Ids differ on one of `HARD_STRINGS`, or a special or added token has another id.
 
     Source: huggingface/transformers#45488 (ids changed by the tokenizer's class).
     """
@@ -226,7 +379,10 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
         encode = SentencePieceProcessor(model_file=str(folder / source)).encode
     else:
         source = "tokenizer.json"
-        encode = _encoder(Tokenizer.from_file(str(folder / source)))
+        core = Tokenizer.from_file(str(folder / source))
+        core.no_truncation()
+        core.no_padding()
+        encode = _encoder(core)
     loaded = _encoder(tokenizer.backend_tokenizer)
     different = [text for text in HARD_STRINGS if loaded(text) != list(encode(text))]
     if different:
@@ -238,6 +394,37 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
             "use the transformers version of the requirements file, or remove the damaged "
             "tokenizer.json so that it is rebuilt from tokenizer.model",
         )
+    wanted: dict[str, tuple[str, int]] = {}
+    if not (folder / "tokenizer.json").exists() and (folder / "config.json").exists():
+        wanted |= _tokens_of_transformers(folder)
+    for text, token in _declared_tokens(folder).items():
+        wanted[f"the added token {text}"] = (text, token["id"])
+    for name, (text, index) in wanted.items():
+        if (found := tokenizer.convert_tokens_to_ids(text)) != index:
+            raise ModelError(
+                f"tokenizer in {folder}",
+                f"{name} {text!r} should have the id {index}, and as loaded it has {found}",
+                "name a folder whose tokenizer files belong together",
+            )
+        if (role := getattr(tokenizer, name, text)) != text:
+            raise ModelError(
+                f"tokenizer in {folder}",
+                f"transformers takes {text!r} as {name}, and as loaded it is {role!r}",
+                "name the token in tokenizer_config.json",
+            )
+
+
+def _tokens_of_transformers(folder: Path) -> dict[str, tuple[str, int]]:
+    """List special and added tokens as transformers' own tokenizer of a folder has them."""
+    from transformers import AutoTokenizer
+
+    with reading(f"tokenizer in {folder}", "name a base whose tokenizer transformers can load"):
+        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokens = {f"the added token {text}": (text, at) for text, at in own.get_added_vocab().items()}
+    for name in ("bos_token", "eos_token", "unk_token"):
+        if (text := getattr(own, name)) is not None:
+            tokens[name] = (text, own.convert_tokens_to_ids(text))
+    return tokens
 
 
 def _encoder(core: Any) -> Callable[[str], list[int]]:

@@ -7,12 +7,13 @@ of the row; `encode_rows` proves that on every row, and that the labels decode t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinyagent_fast.errors import DataError, ModelError
-from tinyagent_fast.prompts.templates import ChatRenderer, PromptFormat, RenderedExample
+from tinyagent_fast.prompts.chat_template import ChatTemplate
+from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample
 
 IGNORED = -100
 """The label of tokens without loss."""
@@ -46,11 +47,15 @@ class PromptTokenizer:
         Args:
             tokenizer: A transformers fast tokenizer (see `prompts.loading`).
             prompt_format: Decides whether special tokens are read from prompt text.
+
+        Raises:
+            UserError: The format is `chat`, and the chat template cannot be used.
         """
         from tokenizers import Tokenizer
 
         self.hf = tokenizer
         self.prompt_format = prompt_format
+        self.chat = ChatTemplate(tokenizer) if prompt_format == "chat" else None
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
@@ -62,20 +67,6 @@ class PromptTokenizer:
         self._special = Tokenizer.from_str(self._core.to_str())
         self._adds_prefix_space = self._core.encode("x", add_special_tokens=False).tokens[0] != "x"
         self._letter = self.encode_text("x")
-
-    @property
-    def chat(self) -> ChatRenderer | None:
-        """The tokenizer's chat template as a function, or None if it has none."""
-        if self.hf.chat_template is None:
-            return None
-
-        def render_chat(messages: Sequence[Mapping[str, str]]) -> str:
-            text: str = self.hf.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
-            )
-            return text.removeprefix(self.hf.bos_token or "")
-
-        return render_chat
 
     def encode_text(self, text: str) -> list[int]:
         """Encode text as it stands at the start of a sequence, without BOS or EOS."""
@@ -100,7 +91,7 @@ class PromptTokenizer:
             Token ids of each, beginning with BOS if the tokenizer has one.
 
         Raises:
-            DataError: The chat template writes a second BOS.
+            DataError: A prompt has a second BOS; only a chat template may begin turns with it.
         """
         core = self._special if self.prompt_format == "chat" else self._core
         begin = [] if self.bos_id is None else [self.bos_id]
@@ -108,11 +99,12 @@ class PromptTokenizer:
             begin + list(e.ids) for e in core.encode_batch(list(prompts), add_special_tokens=False)
         ]
         for row, prompt in zip(rows, prompts, strict=True):
-            if self.bos_id is not None and row.count(self.bos_id) != 1:
+            again = row[1:2] if self.prompt_format == "chat" else row[1:]
+            if self.bos_id is not None and self.bos_id in again:
                 raise DataError(
-                    f"a prompt with {row.count(self.bos_id)} BOS tokens: {prompt[:80]!r}",
-                    "the chat template writes BOS inside the text, and a row must have exactly one",
-                    "use --model.prompt-format alpaca, or a template without BOS",
+                    f"a prompt with a second BOS token: {prompt[:80]!r}",
+                    "a row must have exactly one, apart from turns that a chat template begins",
+                    "take it out of the text or the chat template",
                 )
         return rows
 

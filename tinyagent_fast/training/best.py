@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyagent_fast.errors import reading
 from tinyagent_fast.runs import Run
 
 
@@ -77,8 +78,6 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
-
-    from tinyagent_fast.models.loading import reading
 
     with reading(f"adapter {folder}", "let it be copied or trained again"):
         set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))

@@ -448,14 +448,13 @@ def _counted(config: Config, train: Path) -> RowLengths:
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
-    data, prompt_format = config.data, config.model.prompt_format
+    data, form = config.data, config.model.prompt_format
     table = load_examples(train, on_bad_entry=data.on_bad_entry, points=data.points)
-    tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), prompt_format)
-    chat = tokenizer.chat if prompt_format == "chat" else None
+    tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), form)
 
     def encode(indices: Iterable[int]) -> Sequence[EncodedRow]:
         examples = (table[index] for index in indices)
-        return tokenizer.encode_rows([(e.key, render(e, prompt_format, chat)) for e in examples])
+        return tokenizer.encode_rows([(e.key, render(e, form, tokenizer.chat)) for e in examples])
 
     sizes = [len(e.system or "") + len(e.user) + len(e.output) for e in table]
     longest = encode(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_LONGEST_ROWS])
