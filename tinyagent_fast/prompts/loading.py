@@ -212,9 +212,9 @@ def _with_settings(core: Any, folder: Path, **defaults: str) -> Any:
             shutil.copytree(folder / _TEMPLATES, place / _TEMPLATES)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
     tokenizer.name_or_path = str(folder)
-    for role, token in defaults.items():
+    for role, default in defaults.items():
         if getattr(tokenizer, role) is None:
-            setattr(tokenizer, role, token)
+            setattr(tokenizer, role, default)
     return tokenizer
 
 
