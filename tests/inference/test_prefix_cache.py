@@ -17,6 +17,7 @@ from tinyagent_fast.inference import torch_engine
 from tinyagent_fast.inference.grouping import PromptGroup, group_prompts
 from tinyagent_fast.inference.prefix_cache import RowBatch, compute_prefix
 from tinyagent_fast.inference.torch_engine import TorchEngine
+from tinyagent_fast.models.families import FAMILIES
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.shared_prefix.attention import PLAIN, plain_rows_attention
@@ -26,9 +27,11 @@ STOP = "e"
 """A letter that a random model writes soon, so that rows end at different times."""
 
 
-def make_model(heads: int, key_heads: int, seed: int = 0, **changes: Any) -> Any:
+def make_model(
+    heads: int, key_heads: int, seed: int = 0, model_type: str = "llama", **changes: Any
+) -> Any:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     shape = {
@@ -43,7 +46,8 @@ def make_model(heads: int, key_heads: int, seed: int = 0, **changes: Any) -> Any
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
+    config = AutoConfig.for_model(model_type, **{**shape, **changes})
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +153,23 @@ def test_a_family_decoded_together_gives_what_each_prompt_gives_alone(
     assert run(model, tokenizer, prompts, batch=5, max_new_tokens=9) == expected
     assert len({c.new_tokens for c in expected}) > 3
     assert {c.stop_reason for c in expected} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_decodes_together_what_each_prompt_gives_alone(
+    model_type: str, tokenizer: PromptTokenizer
+) -> None:
+    import torch
+
+    model = make_model(4, 2, seed=3, model_type=model_type, head_dim=16).double()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    assert why_padded(model) == (FAMILIES[model_type].whole_rows or None)
+    prompts = family_of(6)
+    expected = one_at_a_time(model, tokenizer, prompts, max_new_tokens=9)
+    assert run(model, tokenizer, prompts, batch=3, max_new_tokens=9) == expected
+    assert len({c.text for c in expected}) > 1
 
 
 def test_a_prefix_at_wrong_positions_would_change_the_completions(

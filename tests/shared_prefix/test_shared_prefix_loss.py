@@ -14,12 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tinyagent_fast.models.families import FAMILIES
 from tinyagent_fast.shared_prefix import forward, projections
 from tinyagent_fast.shared_prefix.forward import shared_prefix_loss, unsupported
 from tinyagent_fast.shared_prefix.packing import pack
 from tinyagent_fast.training.trainer import collate
 
 VOCABULARY = 61
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 Rows = list[dict[str, list[int]]]
 
 
@@ -27,17 +39,21 @@ def llama(*, kv_heads: int = 2, layers: int = 3, **changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-    }
+    shape = {**SHAPE, "num_hidden_layers": layers, "num_key_value_heads": kv_heads}
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
+
+
+def of_family(model_type: str, **changes: Any) -> Any:
+    """Make a small model of a family; what it has as zeros and ones at first is random here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SHAPE, "head_dim": 16, **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
+    return model
 
 
 def with_adapter(model: Any, **changes: Any) -> Any:
@@ -152,6 +168,21 @@ def test_loss_and_gradients_equal_those_of_padded_rows(
 def test_in_fp64_they_agree_to_what_norms_in_fp32_leave(kv_heads: int) -> None:
     model = with_adapter(llama(kv_heads=kv_heads)).double()
     assert_same(model, some_rows(), loss=2e-7, gradient=1e-6)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_is_trained_exactly_or_in_whole_rows(model_type: str) -> None:
+    model = with_adapter(of_family(model_type)).double()
+    reason = FAMILIES[model_type].whole_rows
+    assert unsupported(model, "training") == (reason or None)
+    if not reason:
+        assert_same(model, some_rows(), loss=2e-7, gradient=1e-6)
+        assert_same(model, some_rows(), loss=2e-7, gradient=1e-6, checkpointing=True)
+
+
+def test_a_model_with_layers_that_see_a_window_is_trained_in_whole_rows() -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    assert "sliding window" in str(unsupported(of_family("qwen2", **windows), "training"))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -367,8 +398,9 @@ def test_adapters_that_are_switched_off_or_merged_count_as_peft_counts_them() ->
     torch.testing.assert_close(shared_prefix_loss(model, packed), adapted_loss)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_plain_adapters_take_the_way_without_intermediate_tensors(
-    adapted: Any, monkeypatch: pytest.MonkeyPatch
+    model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     original = projections._plain_adapter
@@ -378,7 +410,7 @@ def test_plain_adapters_take_the_way_without_intermediate_tensors(
         return found[-1]
 
     monkeypatch.setattr(projections, "_plain_adapter", note)
-    shared_prefix_loss(adapted, pack(some_rows()))
+    shared_prefix_loss(with_adapter(of_family(model_type)), pack(some_rows()))
     assert len(found) == 3 * 7
     assert None not in found
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.models.families import LLAMA, ModelShape
+from tinyagent_fast.models.families import FAMILIES, LLAMA, ModelShape
 from tinyagent_fast.presets import preset_config
 from tinyagent_fast.training.memory import (
     GIB,
@@ -201,24 +201,61 @@ def test_transformers_keep_what_is_predicted(
     assert (got.activations_gib + got.logits_gib) * GIB == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "fp32"])
+@pytest.mark.parametrize("model_type", [kind for kind in FAMILIES if kind != "llama"])
+def test_what_other_families_keep_is_predicted_too(model_type: str, weights: str) -> None:
+    shape = replace(COUNTED, model_type=model_type, tied=True)
+    counted = _counted_bytes(weights, "all-linear", "false", 1, 512, 20, shape)
+    got = predicted(
+        shape, weights=weights, checkpointing="false", row_tokens=512, backend="transformers"
+    )
+    assert (got.activations_gib + got.logits_gib) * GIB == pytest.approx(counted, rel=0.1)
+
+
+def test_an_embedding_that_is_the_output_layer_too_counts_once() -> None:
+    raw = {
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 262_144,
+        "model_type": "gemma3_text",
+    }
+    shape = ModelShape.from_config(raw)  # Gemma 3 270M, whose config.json leaves the tie unsaid
+    assert (shape.body_weights + shape.embedding_weights) / 1e6 == pytest.approx(268, rel=0.01)
+    assert not ModelShape.from_config({**raw, "model_type": "qwen2"}).tied
+    untied = ModelShape.from_config({**raw, "tie_word_embeddings": False})
+    assert untied.embedding_weights == 2 * shape.embedding_weights
+
+
 def _counted_bytes(
-    weights: str, targets: Any, checkpointing: str, batch: int, tokens: int, supervised: int
+    weights: str,
+    targets: Any,
+    checkpointing: str,
+    batch: int,
+    tokens: int,
+    supervised: int,
+    shape: ModelShape = COUNTED,
 ) -> int:
     """Train once on a CPU and count the bytes of all tensors that live at the same time."""
     import torch
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=COUNTED.vocab,
-            hidden_size=COUNTED.hidden,
-            intermediate_size=COUNTED.intermediate,
-            num_hidden_layers=COUNTED.layers,
-            num_attention_heads=COUNTED.heads,
-            num_key_value_heads=COUNTED.kv_heads,
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            shape.model_type,
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
         )
     )
     model = model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
