@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,16 @@ from tiny_families import MODELS
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.display import Display
+from tinyagent_fast.doctor import check_exportable_base
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.export.conversion import check_exportable
 from tinyagent_fast.export.gates import MAX_LOGIT_DIFFERENCE
 from tinyagent_fast.export.pipeline import run_export
 from tinyagent_fast.export.preparation import prepare_export
 from tinyagent_fast.export.settings import ExportSettings
 from tinyagent_fast.models.families import FAMILIES
+from tinyagent_fast.prompts.loading import load_tokenizer
+from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.training.fit import train
 
 
@@ -77,3 +83,74 @@ def test_every_family_is_trained_and_exported_through_all_gates(
     assert "blk.0.ffn_gate.weight: Q4_K -> Q5_0" in files["q4_k_m"]["fallbacks"]
     assert {"Q4_K", "Q5_0", "Q8_0", "F32"} <= set(files["q4_k_m"]["types"])
     assert not files["q8_0"]["fallbacks"]
+
+
+def unexportable(base: Path, folder: Path) -> Path:
+    """Copy a base and make it one whose words are cut as llama.cpp cuts none."""
+    shutil.copytree(base, folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_what_export_would_refuse_is_said_before_the_first_step_and_by_doctor(
+    tiny_family: Callable[[str], Path],
+    tiny_config: Callable[..., Config],
+    no_picture: None,
+    quiet: Any,
+    tmp_path: Path,
+) -> None:
+    good = tiny_family("smollm2")
+    bad = unexportable(good, tmp_path / "bad")
+    reason = "a pattern with no known name in llama.cpp"
+    config = tiny_config(model={"base": str(bad), "max_length_tokens": 1500})
+    run = train(config, quiet)
+    warning = quiet.file.getvalue().index("warning: the trained model cannot become a GGUF file")
+    assert reason in quiet.file.getvalue()[warning:]
+    assert warning < quiet.file.getvalue().index("checked:")
+    (finding,) = check_exportable_base(config)
+    assert (finding.status, reason in finding.text) == ("warning", True)
+    settings = ExportSettings(quant="f16", threads=1)
+    with pytest.raises(ModelError, match=reason):
+        prepare_export(run, config, settings, run.adapter, Display(quiet))
+    (finding,) = check_exportable_base(tiny_config(model={"base": str(good)}))
+    assert finding.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3", {"rope_parameters": {"rope_type": "llama3"}}, "only default, linear"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ("gemma3", {"layer_types": ["full_attention"] * 7}, "layer_types is"),
+        ("gemma3", {"query_pre_attn_scalar": 168}, "query_pre_attn_scalar is 168"),
+        ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("gemma3", {"sliding_window": None}, "sliding_window is None"),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 20000.0}}},
+            "within a sliding window",
+        ),
+    ],
+)
+def test_a_relative_that_computes_otherwise_is_refused(
+    name: str,
+    change: dict[str, Any],
+    reason: str,
+    tiny_family: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_family(name), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+    with pytest.raises(ModelError) as caught:
+        check_exportable(folder, PromptTokenizer(load_tokenizer(folder)))
+    assert reason in str(caught.value)
+    with pytest.raises(ModelError):
+        convert(folder, tmp_path / "m.gguf")

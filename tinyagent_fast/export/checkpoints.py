@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from tinyagent_fast.errors import ModelError
+from tinyagent_fast.prompts.loading import hub_folder
 
 Floats = NDArray[np.float32]
 
@@ -33,6 +34,7 @@ BLOCK_BYTES = 2**20
 # Numbers from here on are nearer to 2**16 than to 65504, and 2**16 is f16's infinity.
 _INFINITE_F16 = 65520.0
 
+_FILES = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -70,6 +72,15 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+
+
+def base_folder(base: str, revision: str | None) -> Path:
+    """Find a base model's folder; what training has put into the hub's cache needs no network.
+
+    Raises:
+        ModelError: There is no such folder, and neither the cache nor the hub has it.
+    """
+    return hub_folder("base model", base, revision, _FILES, cached_first=True)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

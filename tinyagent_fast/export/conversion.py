@@ -29,13 +29,14 @@ from gguf import (
 )
 from numpy.typing import NDArray
 
-from tinyagent_fast.errors import GateError, ModelError
+from tinyagent_fast.errors import GateError, ModelError, UserError
 from tinyagent_fast.export.chat_template import chat_template as template_of
 from tinyagent_fast.export.checkpoints import (
     VALUE_BYTES,
     Checkpoint,
     Floats,
     StoredTensor,
+    base_folder,
     encode_values,
     open_checkpoint,
     read_rows,
@@ -275,6 +276,15 @@ def check_exportable(base: Path, tokenizer: PromptTokenizer) -> tuple[str, ...]:
         vocabulary = read_vocabulary(Path(folder), model.shape.vocab)
     template_of(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False)
     return (*notes, *vocabulary.notes)
+
+
+def export_obstacle(base: str, revision: str | None, tokenizer: PromptTokenizer) -> str | None:
+    """Say why no GGUF file could be made of a base, for those who go on without one; else None."""
+    try:
+        check_exportable(base_folder(base, revision), tokenizer)
+    except UserError as error:
+        return f"{error.what}: {error.why}"
+    return None
 
 
 def _open_model(folder: Path) -> _Model:

@@ -12,12 +12,18 @@ from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, ModelError
-from tinyagent_fast.export.checkpoints import VALUE_BYTES, Checkpoint, open_checkpoint
+from tinyagent_fast.export.checkpoints import (
+    VALUE_BYTES,
+    Checkpoint,
+    base_folder,
+    open_checkpoint,
+)
 from tinyagent_fast.export.companions import MERGED
+from tinyagent_fast.export.conversion import check_exportable
 from tinyagent_fast.export.record import ExportRecord
 from tinyagent_fast.export.settings import ExportSettings, QuantSpec, quant_specs
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.prompts.loading import hub_folder, load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training.inputs import load_run_examples
@@ -27,7 +33,6 @@ _BITS_PER_WEIGHT = {
     "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9,
 }  # fmt: skip
 """Of whole files, for estimates of their size."""
-_BASE_FILES = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +81,7 @@ def prepare_export(
         UserError: Flags, files, disk or memory do not allow it.
     """
     config = replace(config, eval=replace(config.eval, sample=settings.quant_prompts))
-    # Training has put the base into the cache, so an export needs no network.
-    base = hub_folder(
-        "base model", run.base_of(config), config.model.revision, _BASE_FILES, cached_first=True
-    )
+    base = base_folder(run.base_of(config), config.model.revision)
     folder = settings.out or run.path / "export"
     folder.mkdir(parents=True, exist_ok=True)
     with display.bar("reading data"):
@@ -100,6 +102,8 @@ def prepare_export(
         record=ExportRecord(folder),
         display=display,
     )
+    if export.specs:
+        check_exportable(base, export.tokenizer)
     checkpoint = open_checkpoint(base)
     display.say(refuse_full_disk(folder, _needed_bytes(export, checkpoint)))
     if settings.gates == "on":

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,11 @@ def _prepare(config: Config, display: Display, resume: Run | None) -> _Prepared:
     display.header("tinyagent-fast train", _header(prepared))
     for note in loaded.notes:
         display.say(f"note: {note}")
+    if find_spec("gguf") is not None:  # an export needs it, training does not
+        from tinyagent_fast.export.conversion import export_obstacle
+
+        if obstacle := export_obstacle(base, config.model.revision, tokenizer):
+            display.say(f"warning: the trained model cannot become a GGUF file. {obstacle}")
     return prepared
 
 
