@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from tinyagent_fast.inference.engine import Engine, Prompt
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.inference.vllm import VllmEngine
+from tinyagent_fast.plans.gbnf import plan_grammar, without_surrogates
+from tinyagent_fast.plans.tools import TINYAGENT
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -34,6 +37,7 @@ class StandIn(ModuleType):
         self.settings: dict[str, Any] = {}
         self.sampling: dict[str, Any] = {}
         self.calls: list[int] = []
+        self.grammars: list[Any] = []
 
         module = self
 
@@ -45,6 +49,8 @@ class StandIn(ModuleType):
 
             def generate(self, requests: Any, sampling: Any, use_tqdm: bool) -> Any:
                 module.calls.append(len(requests))
+                assert len(sampling) == len(requests)
+                module.grammars += [one["structured_outputs"] for one in sampling]
                 ends = [("stop", STOP), ("stop", 2), ("length", None)]
                 return [
                     SimpleNamespace(
@@ -63,6 +69,11 @@ class StandIn(ModuleType):
 
         def sampling_params(**settings: Any) -> Any:
             module.sampling = settings
+            return settings
+
+        params = ModuleType("vllm.sampling_params")
+        params.StructuredOutputsParams = dict  # type: ignore[attr-defined]
+        self.sampling_params = params
 
         self.LLM, self.SamplingParams = LLM, sampling_params
 
@@ -71,6 +82,7 @@ class StandIn(ModuleType):
 def vllm(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     module = StandIn()
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", module.sampling_params)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0")
     return module
 
@@ -101,6 +113,19 @@ def test_prompts_go_in_as_the_ids_of_training_and_plans_come_out_greedy(
     assert vllm.sampling["temperature"] == 0.0
     assert vllm.sampling["max_tokens"] == 7
     assert vllm.sampling["stop"] == [STOP]
+
+
+def test_each_prompt_is_held_to_its_own_grammar(
+    vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path
+) -> None:
+    engine = VllmEngine(tmp_path, tokenizer, context_tokens=900)
+    free, held = make_prompts(2)
+    held = replace(held, grammar=plan_grammar(TINYAGENT))
+    assert len(list(engine.generate([free, held], max_new_tokens=7, stop=STOP))) == 2
+    assert vllm.grammars[0] is None
+    # vLLM's library knows characters only.
+    assert vllm.grammars[1] == {"grammar": without_surrogates(plan_grammar(TINYAGENT))}
+    assert "uD800" not in vllm.grammars[1]["grammar"]
 
 
 def test_it_says_what_it_is(vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyagent_fast.config import GrammarUse
+
 if TYPE_CHECKING:
     from tinyagent_fast.inference.planner import Planner
 
@@ -30,9 +32,12 @@ class PlannerFlags:
     """Tokens after which a plan is broken off; None takes the run's, or 300."""
     threads: int | None = None
     """CPU threads; None leaves it to torch or llama.cpp."""
+    grammar: GrammarUse = "on"
+    """`on` lets the model write nothing but plans of the tools that its prompt lists; `off` lets
+    it write freely."""
 
-    def load(self) -> Planner:
-        """Open the planner that is meant, for one request at a time."""
+    def load(self, batch: int = 1) -> Planner:
+        """Open the planner that is meant; `batch` requests can be answered together."""
         from tinyagent_fast.inference import planner
         from tinyagent_fast.interrupts import raise_swallowed_interrupt
 
@@ -43,7 +48,8 @@ class PlannerFlags:
             system=self.system,
             max_new_tokens=self.max_new_tokens,
             threads=self.threads,
-            batch=1,
+            batch=batch,
+            grammar=self.grammar,
         )
         raise_swallowed_interrupt()
         return opened

@@ -19,7 +19,8 @@ class ScoreFlags:
     predictions: Path | None = None
     """A predictions.jsonl, or a run or evaluation that holds one; default: runs/latest."""
     pairs: Path | None = None
-    """A JSON list of objects with the texts `label` and `prediction`, instead."""
+    """A JSON list of objects with the texts `label` and `prediction`, instead; or an object a line,
+    such as `chat --requests FILE --json` prints for requests with labels."""
     catalogue: Path | None = None
     """YAML catalogue with the tools that plans may call; by default the run's, else TinyAgent's."""
     json: bool = False
@@ -83,7 +84,9 @@ def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool)
 
 def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        pairs: Any = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8").strip()
+        lines = text.split("\n") if text.startswith("{") else None
+        pairs: Any = json.loads(text) if lines is None else list(map(json.loads, lines))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"pairs file {path}", f"it cannot be read as JSON: {error}", "check path and content"
@@ -93,9 +96,8 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
             f"pairs file {path}", "the top level is no list", "write [{label, prediction}, ...]"
         )
     for number, pair in enumerate(pairs):
-        label, prediction = (
-            pair.get(name) if isinstance(pair, dict) else None for name in ("label", "prediction")
-        )
+        values = pair if isinstance(pair, dict) else {}
+        label, prediction = values.get("label"), values.get("prediction", values.get("plan"))
         if not isinstance(label, str) or not isinstance(prediction, str):
             raise DataError(
                 f"pairs file {path}, item {number}",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tinyagent_fast.config import Backend, Config, EvalConfig, Prompts, check_config
+from tinyagent_fast.config import Backend, Config, EvalConfig, GrammarUse, Prompts, check_config
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.evaluation.comparison import compare_plans
@@ -101,6 +101,9 @@ class EvalOptions:
     prompts: Prompts | None = None
     """System prompts as the test file has them, or with the tools that the run's retriever finds;
     None takes what the run was trained with."""
+    grammar: GrammarUse = "off"
+    """`on` lets the model write nothing but plans of the tools that each prompt lists, as chat
+    does; the headline metric is without."""
     eval: EvalChanges = field(default_factory=EvalChanges)
     backend: Backend | None = None
     """Another backend than the run's."""
@@ -216,6 +219,8 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         display.say(f"prompts rewritten: {retriever.measure(examples).sentence()}")
         examples = retriever.rewrite(examples)
         about_test["retriever"] = retriever.facts()
+    if options.grammar == "on":
+        about_test["grammar"] = "on"
     task = _Task(
         run=run,
         config=config,
@@ -260,6 +265,7 @@ def _measure(
     processes, display = init_processes(), task.display
     if task.options.fresh and processes.is_main_process:
         PredictionFile(folder).forget()
+    grammar = task.options.grammar == "on"
     with closing(engine), display.bar(name, "plans") as update:
         result = evaluate_examples(
             engine,
@@ -268,7 +274,8 @@ def _measure(
             folder,
             made_with={**made_with, **task.about_test},
             tools=task.tools,
-            title=title,
+            grammar=grammar,
+            title=f"{title}, with the grammar" if grammar else title,
             on_progress=update,
             say=display.say,
             processes=processes,
@@ -451,6 +458,7 @@ def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
     weights = task.run.adapter / _WEIGHTS
     wanted = {
         "retriever": None,
+        "grammar": None,
         **task.about_test,
         "max_new_tokens": task.config.eval.max_new_tokens,
         "adapter_sha256": sha256_of(weights) if weights.exists() else None,

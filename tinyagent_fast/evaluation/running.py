@@ -24,7 +24,10 @@ from tinyagent_fast.inference.engine import Completion, Engine, Prompt
 from tinyagent_fast.inference.parity import ParityReport, compare_batches
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.prompts.builder import held_to_tools
 from tinyagent_fast.runs import write_json, write_text
+
+_HELD = "grammar: plans can only call the tools that their prompt lists, with right arguments"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ def evaluate_examples(
     *,
     made_with: Mapping[str, Any],
     tools: Mapping[str, Tool] | None = None,
+    grammar: bool = False,
     title: str = "evaluation",
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     say: Callable[[str], None] = lambda _: None,
@@ -83,6 +87,7 @@ def evaluate_examples(
         made_with: What the predictions depend on besides engine and settings, such as the
             adapter's hash.
         tools: Tools by name for scoring; None stands for TinyAgent's own.
+        grammar: Whether plans are held to the tools that their prompt lists.
         title: Heading of the report.
         on_progress: Called with predictions done and in all.
         say: Prints one line for the user.
@@ -91,6 +96,8 @@ def evaluate_examples(
     started = time.perf_counter()
     limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
     identity = {**engine.identity(), **made_with, "max_new_tokens": settings.max_new_tokens}
+    if grammar:
+        identity["grammar"] = "on"
     file = PredictionFile(folder)
     there = processes.on_main_process(lambda: file.start(identity))
     missing = [example for example in examples if example.key not in there]
@@ -102,8 +109,8 @@ def evaluate_examples(
     parity: ParityReport | None = None
     notes: Sequence[str] = ()
     if missing:
-        prompts = _prompts(missing)
-        notes = engine.notes(prompts)
+        prompts = _prompts(missing, tools, grammar)
+        notes = [*engine.notes(prompts), *([_HELD] if grammar else [])]
         for note in notes:
             say(note)
         batch, sample = settings.batch, settings.parity_prompts
@@ -113,7 +120,9 @@ def evaluate_examples(
         say(parity.sentence())
         mine = processes.shard(missing)
         part = file.part(processes.rank) if processes.count > 1 else file
-        completions = engine.generate(_prompts(mine), batch=parity.safe_batch, **limits)
+        completions = engine.generate(
+            _prompts(mine, tools, grammar), batch=parity.safe_batch, **limits
+        )
         for here, (index, completion) in enumerate(completions, start=1):
             part.append([_prediction(mine[index], completion)])  # as soon as it is there
             # The other processes are about as far.
@@ -140,8 +149,11 @@ def evaluate_examples(
     return result
 
 
-def _prompts(examples: Sequence[Example]) -> list[Prompt]:
-    return [Prompt(system=example.system, user=example.user) for example in examples]
+def _prompts(
+    examples: Sequence[Example], tools: Mapping[str, Tool] | None, grammar: bool
+) -> list[Prompt]:
+    prompts = [Prompt(system=example.system, user=example.user) for example in examples]
+    return [held_to_tools(prompt, tools) for prompt in prompts] if grammar else prompts
 
 
 def _prediction(example: Example, completion: Completion) -> Prediction:

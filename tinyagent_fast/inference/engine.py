@@ -24,6 +24,9 @@ class Prompt:
 
     system: str | None
     user: str
+    grammar: str | None = None
+    """GBNF that the completion follows, as `plans.gbnf` writes it; None leaves it free. A
+    completion that is broken off is the beginning of a text that follows it."""
 
 
 @dataclass(frozen=True, kw_only=True)

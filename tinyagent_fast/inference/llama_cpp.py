@@ -405,12 +405,15 @@ class LlamaCppEngine:
             prompt = prompts[index]
             if on_token is None:
                 messages = prompt_messages(prompt.system, prompt.user)
-                return self.server.chat(messages, max_new_tokens=max_new_tokens, stop=stop)
+                return self.server.chat(
+                    messages, max_new_tokens=max_new_tokens, stop=stop, grammar=prompt.grammar
+                )
             # The chat endpoint streams text that it has trimmed, so ids are completed here.
             return self.server.complete_ids(
                 self._prompt_ids(prompt),
                 max_new_tokens=max_new_tokens,
                 stop=stop,
+                grammar=prompt.grammar,
                 on_text=lambda text: on_token(index, text),
             )
 

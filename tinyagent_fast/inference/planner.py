@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from tinyagent_fast.config import Config, ModelConfig, PromptFormat, Weights
+from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.inference.engine import Completion, Engine, Prompt
@@ -239,20 +239,25 @@ class Planner:
             raise ConfigError(
                 f"requests {requests!r}", "it is one text", "give a list, or ask plan()"
             )
+        done = dict(self.plan_each(requests, system))
+        return [done[index] for index in range(len(requests))]
+
+    def plan_each(
+        self, requests: Sequence[str], system: str | None = None
+    ) -> Iterator[tuple[int, PlannedRequest]]:
+        """Answer many requests as `plan_batch` does, and give each with its index when it is done.
+
+        Other plans wait until all are taken, or the iterator is closed.
+        """
         asked = [self.prompts.build(request, system) for request in requests]
         with self.turn():
-            done = dict(
-                self.engine.generate(
-                    [built.prompt for built in asked],
-                    stop=self.stop,
-                    max_new_tokens=self.max_new_tokens,
-                    batch=self.batch,
-                )
-            )
-        return [
-            self.planned(request, built, done[index])
-            for index, (request, built) in enumerate(zip(requests, asked, strict=True))
-        ]
+            for index, completion in self.engine.generate(
+                [built.prompt for built in asked],
+                stop=self.stop,
+                max_new_tokens=self.max_new_tokens,
+                batch=self.batch,
+            ):
+                yield index, self.planned(requests[index], asked[index], completion)
 
     def planned(self, request: str, built: BuiltPrompt, done: Completion) -> PlannedRequest:
         """Put a request and what was written for it together."""
@@ -339,6 +344,7 @@ def load(
     max_new_tokens: int | None = None,
     threads: int | None = None,
     batch: int = 4,
+    grammar: GrammarUse = "on",
 ) -> Planner:
     """Open a planner.
 
@@ -356,6 +362,8 @@ def load(
         max_new_tokens: Tokens after which a plan is broken off; None takes the run's, or 300.
         threads: CPU threads; None leaves it to torch or llama.cpp.
         batch: Requests that `plan_batch` answers together; llama.cpp reserves memory for each.
+        grammar: `on` lets the model write nothing but plans of the tools that its prompt lists,
+            with the right arguments and references to earlier steps; `off` lets it write freely.
 
     Returns:
         The planner; close it, or use it in a `with` statement.
@@ -374,6 +382,8 @@ def load(
             "there is no such engine" + (f"; did you mean {near[0]!r}?" if near else ""),
             f"take one of {', '.join(get_args(EngineName))}",
         )
+    if grammar not in get_args(GrammarUse):
+        raise ConfigError(f"grammar {grammar!r}", "it is `on` or `off`", "take one of them")
     path = source.path if isinstance(source, Run) else source
     found = find_source(path, run=run, runs=Path(runs))
     engines = _ENGINES[found.kind]
@@ -385,10 +395,16 @@ def load(
         )
     config = found.run.config() if found.run else Config()
     retriever = _retriever(found) if system == "auto" else None
-    prompts = prompt_builder(str(system), found.run, plan_tools(config.data.catalogue), retriever)
+    tools = plan_tools(config.data.catalogue)
+    prompts = prompt_builder(str(system), found.run, tools, retriever, grammar=grammar == "on")
     facts = {"model": _shown(found.path), "system text": prompts.system.source}
     if (named := prompts.describe_tools()) is not None:
         facts["it names"] = f"{named}; for others: --system nearest or FILE"
+    facts["grammar"] = (
+        "plans call the listed tools only, rightly (--grammar off lets the model write freely)"
+        if grammar == "on"
+        else "off"
+    )
     chosen = engines[0] if engine == "auto" else engine
     opened, facts["engine"] = _open_engine(chosen, found, config, threads, batch)
     limit = max_new_tokens or (config.eval.max_new_tokens if found.run else _MAX_NEW_TOKENS)

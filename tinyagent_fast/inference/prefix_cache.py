@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,10 +98,11 @@ def _blocks(lengths: Sequence[int], prefix_tokens: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _most_likely(forward: DecoderForward, hidden_WE: Tensor) -> list[int]:
-    """Give the token that each state makes most likely; of equals the one that `argmax` names."""
-    ids: list[int] = forward.lm_head(hidden_WE[None])[0].float().argmax(-1).tolist()
-    return ids
+def best_of(logits_V: Tensor, allowed_V: np.ndarray) -> int:
+    """Give the most likely token of a mask, which may be shorter or longer than the logits."""
+    size = min(len(logits_V), len(allowed_V))
+    hidden_V = torch.from_numpy(~allowed_V[:size]).to(logits_V.device)
+    return int(logits_V[:size].masked_fill(hidden_V, float("-inf")).argmax())
 
 
 class RowBatch:
@@ -128,6 +130,8 @@ class RowBatch:
         self.columns = max(self.lengths) + room_tokens
         self.layers: list[tuple[Tensor, Tensor]] = []
         """Keys and values BKLD of each layer, made when a layer first runs."""
+        self._logits_WV = torch.empty(0)
+        """Those of the last tokens that were run, row by row."""
         self.next_ids = self._prefill(suffixes)
         """The token that follows each prompt."""
 
@@ -140,7 +144,24 @@ class RowBatch:
                 end += 1
             hidden.append(self._prefill_rows(first, suffixes[first:end]))
             first = end
-        return _most_likely(self.forward, torch.cat(hidden))
+        return self._most_likely(torch.cat(hidden))
+
+    def _most_likely(self, hidden_WE: Tensor) -> list[int]:
+        """Give the token that each state makes most likely; of equals what `argmax` names."""
+        self._logits_WV = self.forward.lm_head(hidden_WE[None])[0].float()
+        ids: list[int] = self._logits_WV.argmax(-1).tolist()
+        return ids
+
+    def best_of(self, row: int, at: int, allowed_V: np.ndarray) -> int:
+        """Give the most likely of some tokens behind one of those that were run last.
+
+        Args:
+            row: Of a batch from which no row was dropped since then.
+            at: Which of the row's tokens it follows.
+            allowed_V: The tokens, as a mask.
+        """
+        width = len(self._logits_WV) // len(self.lengths)
+        return best_of(self._logits_WV[row * width + at], allowed_V)
 
     def _prefill_rows(self, first: int, suffixes: Sequence[Sequence[int]]) -> Tensor:
         """Run whole suffixes, one behind the other, and give the states of their last tokens."""
@@ -182,7 +203,7 @@ class RowBatch:
             (columns_BN + self.prefix.tokens).flatten(),
             new.attend,
         )
-        ids = _most_likely(self.forward, hidden)
+        ids = self._most_likely(hidden)
         return [ids[at * width : at * width + len(row)] for at, row in enumerate(tokens)]
 
     def keep(self, row: int, count: int) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tinyagent_fast.inference.constraint import Constraint, Constraints
 from tinyagent_fast.inference.engine import (
     Completion,
     OnToken,
@@ -26,7 +28,13 @@ from tinyagent_fast.inference.engine import (
 )
 from tinyagent_fast.inference.grouping import common_tokens, group_prompts
 from tinyagent_fast.inference.lookup import PromptLookup
-from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix, RowBatch, compute_prefix
+from tinyagent_fast.inference.prefix_cache import (
+    NO_PREFIX,
+    Prefix,
+    RowBatch,
+    best_of,
+    compute_prefix,
+)
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.shared_prefix.forward import DecoderForward, unsupported
 
@@ -106,6 +114,8 @@ class TorchEngine:
         self.shared_prefix = shared_prefix
         self._kept: tuple[Sequence[int], Prefix] = ((), NO_PREFIX)
         """The tokens of the last single prompt and its answer, with their keys and values."""
+        self._constraints: Constraints | None = None
+        """Made for the first prompt that has a grammar."""
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -150,6 +160,7 @@ class TorchEngine:
         check_limits(stop, max_new_tokens, batch)
         yield from self.complete_tokens(
             encode_prompts(self.loaded.tokenizer, prompts),
+            grammars=[prompt.grammar for prompt in prompts],
             stop=stop,
             max_new_tokens=max_new_tokens,
             batch=batch,
@@ -164,8 +175,12 @@ class TorchEngine:
         max_new_tokens: int,
         batch: int = 1,
         on_token: OnToken | None = None,
+        grammars: Sequence[str | None] = (),
     ) -> Iterator[tuple[int, Completion]]:
-        """Complete prompts that are token ids already; otherwise as `generate`."""
+        """Complete prompts that are token ids already; otherwise as `generate`.
+
+        `grammars` has one for each prompt, or is empty.
+        """
         room = self._room_tokens(prompts)
         all_answers = [
             _Answer(
@@ -175,8 +190,11 @@ class TorchEngine:
                 stop=stop,
                 most_tokens=min(max_new_tokens, room - len(prompt)),
                 on_token=on_token,
+                constraint=self._constraint(grammar),
             )
-            for index, prompt in enumerate(prompts)
+            for index, (prompt, grammar) in enumerate(
+                zip(prompts, grammars or [None] * len(prompts), strict=True)
+            )
         ]
         if self._why_padded() is not None:
             batches = self._padded(all_answers, batch)
@@ -193,6 +211,13 @@ class TorchEngine:
     def close(self) -> None:
         """Forget the last prompt."""
         self._kept = ((), NO_PREFIX)
+
+    def _constraint(self, grammar: str | None) -> Constraint | None:
+        if grammar is None:
+            return None
+        if self._constraints is None:
+            self._constraints = Constraints(self.loaded.tokenizer)
+        return self._constraints.begin(grammar)
 
     def _room_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         """Tell how many tokens prompt and completion may have; Unsloth would cut the prompt."""
@@ -256,7 +281,10 @@ class TorchEngine:
         """Let all answers be written to their ends; those that are there make room."""
         live = list(answers)
         guesses = [PromptLookup(one.prompt if self.lookup_tokens else ()) for one in answers]
-        written = [[token] for token in rows.next_ids]
+        written = [
+            one.agreed([], [token], partial(rows.best_of, row))
+            for row, (one, token) in enumerate(zip(live, rows.next_ids, strict=True))
+        ]
         while True:
             for row in reversed(range(len(live))):
                 live[row].write(written[row])
@@ -268,16 +296,17 @@ class TorchEngine:
                     live[row], guesses[row] = live[-1], guesses[-1]
                     live.pop()
                     guesses.pop()
-            fed = [
-                [one.ids[-1], *lookup.draft(min(self.lookup_tokens, one.left_tokens - 1))]
+            drafts = [
+                lookup.draft(min(self.lookup_tokens, one.left_tokens - 1))
                 for one, lookup in zip(live, guesses, strict=True)
             ]
-            found = rows.step(fed)
-            for row, (tokens, following) in enumerate(zip(fed, found, strict=True)):
-                kept = 1 + common_tokens(tokens[1:], following)
-                rows.keep(row, kept)
-                found[row] = following[:kept]
-            written = found
+            found = rows.step([[one.ids[-1], *d] for one, d in zip(live, drafts, strict=True)])
+            written = [
+                one.agreed(draft, following, partial(rows.best_of, row))
+                for row, (one, draft, following) in enumerate(zip(live, drafts, found, strict=True))
+            ]
+            for row, tokens in enumerate(written):
+                rows.keep(row, len(tokens))
 
     def _padded(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
         """Let the model's own `generate` complete the longest prompts first."""
@@ -289,7 +318,7 @@ class TorchEngine:
             yield together
 
     def _generate_padded(self, answers: Sequence[_Answer]) -> None:
-        from transformers import StoppingCriteriaList
+        from transformers import LogitsProcessorList, StoppingCriteriaList
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         prompts = [answer.prompt for answer in answers]
@@ -302,6 +331,14 @@ class TorchEngine:
             done = [answer.reason is not None for answer in answers]
             return torch.tensor(done, device=ids_BT.device)
 
+        def held(_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+            for answer, scores_V in zip(answers, scores_BV, strict=True):
+                if answer.reason is None and answer.constraint is not None:
+                    most_likely = int(scores_V.argmax())
+                    token = answer.constraint.choose(most_likely, partial(best_of, scores_V))
+                    scores_V.fill_(float("-inf"))[token] = 0.0
+            return scores_BV
+
         model.generate(
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
@@ -310,6 +347,7 @@ class TorchEngine:
             num_beams=1,
             pad_token_id=tokenizer.pad_id,
             eos_token_id=tokenizer.eos_id,
+            logits_processor=LogitsProcessorList([held]),
             stopping_criteria=StoppingCriteriaList([written]),
         )
 
@@ -324,6 +362,7 @@ class _Answer:
     stop: str
     most_tokens: int
     on_token: OnToken | None
+    constraint: Constraint | None
     cached_tokens: int = 0
     ids: list[int] = field(default_factory=list)
     reason: StopReason | None = None
@@ -333,6 +372,24 @@ class _Answer:
     def left_tokens(self) -> int:
         """Tokens that may still be written."""
         return self.most_tokens - len(self.ids)
+
+    def agreed(
+        self, draft: Sequence[int], following: Sequence[int], best_of: Callable[..., int]
+    ) -> list[int]:
+        """Take the model's tokens as far as it was guessed rightly what stands before them.
+
+        Args:
+            draft: The guesses.
+            following: The most likely token behind the last one written and behind each guess.
+            best_of: Gives the most likely token behind one of these, by its number, of a mask.
+        """
+        taken: list[int] = []
+        for at, most_likely in enumerate(following):
+            held = self.constraint
+            taken.append(held.choose(most_likely, partial(best_of, at)) if held else most_likely)
+            if draft[at : at + 1] != taken[at:] or (held and held.ended):
+                break
+        return taken
 
     def write(self, ids: Sequence[int]) -> None:
         """Add tokens, up to the first that ends the answer, and show what is certain."""

@@ -21,6 +21,7 @@ from tinyagent_fast.inference.engine import (
     check_limits,
     check_room,
 )
+from tinyagent_fast.plans.gbnf import without_surrogates
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
@@ -100,21 +101,29 @@ class VllmEngine:
         """
         check_limits(stop, max_new_tokens, batch)
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_new_tokens,
-            stop=[stop],
-            stop_token_ids=[self.tokenizer.eos_id],
-            skip_special_tokens=False,
-        )
+        def sampling(prompt: Prompt) -> Any:
+            held = None
+            if prompt.grammar is not None:
+                held = StructuredOutputsParams(grammar=without_surrogates(prompt.grammar))
+            return SamplingParams(
+                temperature=0.0,
+                max_tokens=max_new_tokens,
+                stop=[stop],
+                stop_token_ids=[self.tokenizer.eos_id],
+                skip_special_tokens=False,
+                structured_outputs=held,
+            )
+
         rows = encode_prompts(self.tokenizer, prompts)
         check_room(max(map(len, rows), default=0), self.context_tokens)
         for start in range(0, len(rows), _HANDED_OVER):
             started = time.perf_counter()
             part = rows[start : start + _HANDED_OVER]
             requests = [{"prompt_token_ids": ids} for ids in part]
-            answers = self._model.generate(requests, sampling, use_tqdm=False)
+            held = [sampling(prompt) for prompt in prompts[start : start + _HANDED_OVER]]
+            answers = self._model.generate(requests, held, use_tqdm=False)
             seconds = (time.perf_counter() - started) / len(part)
             for at, (ids, answer) in enumerate(zip(part, answers, strict=True), start):
                 completion = _completion(answer, stop, len(ids), seconds)

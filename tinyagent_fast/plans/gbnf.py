@@ -1,8 +1,9 @@
-r"""The grammar of plans for llama.cpp, so that a server can only write text that is a plan.
+r"""The grammar of plans as GBNF, so that a model can only write text that is a plan.
 
     line-k := thought? "k. " (join | call "\n" line-k+1)
 
-Written from the tools, next to `grammar`, which reads what comes out; export puts it beside a GGUF.
+Written from the tools, next to `grammar`, which reads what comes out. llama.cpp takes it as it is,
+in torch `inference.constraint` does; export puts one with all tools beside a GGUF.
 Every line has rules of its own, so a reference can only name a line above it. The grammar bounds
 each text, because a model that is unsure need not ever close a string; it cannot bound the tokens
 that a server lets a model write, and a text that is cut there is no plan.
@@ -25,8 +26,9 @@ MAX_LIST_ITEMS = 32
 MAX_CALLS = 16
 """Longest plan, join not counted."""
 
-# A byte-level model can write what is no character: halves of a pair, numbers beyond the last one.
-_NEVER = r"\x00-\x1F\x7F\uD800-\uDFFF\U00110000-\U001FFFFF"
+# Halves of a pair and numbers beyond the last one: llama.cpp lets a byte-level model write them.
+_NO_CHARACTERS = r"\uD800-\uDFFF\U00110000-\U001FFFFF"
+_NEVER = rf"\x00-\x1F\x7F{_NO_CHARACTERS}"
 # Texts are counted in blocks: llama.cpp makes one rule per repetition, 62 here instead of 1023.
 _BLOCK_UNITS = 32
 _DOLLARS_IN_A_ROW = 4
@@ -69,6 +71,11 @@ def plan_grammar(tools: Mapping[str, Tool]) -> str:
         lines.append(f"call-{line} ::= {calls}")
     lines.append(f'line-{longest + 1} ::= thought? "{longest + 1}. " join')
     return "\n".join(lines) + "\n" + _SHARED
+
+
+def without_surrogates(grammar: str) -> str:
+    """Write a grammar for libraries that know characters only, and refuse to exclude others."""
+    return grammar.replace(_NO_CHARACTERS, "")
 
 
 def _argument_rules(line: int) -> Iterator[str]:

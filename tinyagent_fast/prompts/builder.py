@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.inference.engine import Prompt
-from tinyagent_fast.plans.tools import TINYAGENT, Tool
-from tinyagent_fast.prompts.system_text import render
+from tinyagent_fast.plans.gbnf import plan_grammar
+from tinyagent_fast.plans.tools import TINYAGENT, Tool, tools_by_name
+from tinyagent_fast.prompts.system_text import parse, render
 from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import Run
 
@@ -75,6 +77,8 @@ class PromptBuilder:
     """What stands before and after a request in the user text, as in the run's data."""
     tools: Mapping[str, Tool] | None = None
     """All tools by name; None stands for TinyAgent's own."""
+    grammar: bool = False
+    """Whether plans can only be plans of the tools that their prompt lists."""
 
     def build(self, request: str, system: str | None = None) -> BuiltPrompt:
         """Make the prompt of a request.
@@ -84,17 +88,20 @@ class PromptBuilder:
             system: A system text for this request alone; None leaves the choice to the builder.
 
         Raises:
-            ConfigError: One of them is no text that a model can read.
+            ConfigError: One of them is no text that a model can read, or there should be a grammar
+                and the system text lists unknown tools.
         """
-        _check_text("request", request)
+        check_text("request", request)
         if system is not None:
-            _check_text("system text", system)
+            check_text("system text", system)
         before, after = self.question
         if system is not None:
             chosen = ChosenText(system, "a text given with the request")
         else:
             chosen = self.system if self.retrieve is None else self.retrieve(request)
         prompt = Prompt(system=chosen.text, user=f"{before}{request}{after}")
+        if self.grammar:
+            prompt = held_to_tools(prompt, self.tools)
         return BuiltPrompt(prompt, chosen.source)
 
     def read(self, prompt: Prompt) -> PromptParts:
@@ -107,7 +114,7 @@ class PromptBuilder:
         if request.startswith(before) and request.endswith(after):
             request = request.removeprefix(before).removesuffix(after)
         return PromptParts(
-            system=prompt.system, request=request, tools=self._tools_named(prompt.system)
+            system=prompt.system, request=request, tools=_tools_named(prompt.system, self.tools)
         )
 
     def describe_tools(self) -> str | None:
@@ -119,18 +126,53 @@ class PromptBuilder:
         """
         if self.system.text is None:
             return None
-        found = self._tools_named(self.system.text)
+        found = _tools_named(self.system.text, self.tools)
         if not found:
             return "no tool of the catalogue"
         shown = ", ".join(found[:_LISTED_TOOLS]) + ", ..." * (len(found) > _LISTED_TOOLS)
         return f"{len(found)} tool{'s' * (len(found) != 1)} ({shown})"
 
-    def _tools_named(self, system: str | None) -> tuple[str, ...]:
-        named = set(_WORD.findall(system or ""))
-        return tuple(n for n in (TINYAGENT if self.tools is None else self.tools) if n in named)
+
+def held_to_tools(prompt: Prompt, tools: Mapping[str, Tool] | None = None) -> Prompt:
+    """Add the grammar of all plans of the tools that a prompt lists.
+
+    Args:
+        prompt: One whose system text has a tool list, or at least names some tools; where it names
+            none all tools may be called.
+        tools: All tools by name; None stands for TinyAgent's own.
+
+    Raises:
+        ConfigError: It lists a tool that is not known.
+    """
+    known = TINYAGENT if tools is None else tools
+    listed = parse(prompt.system or "", known).tools
+    if unknown := [name for name in listed if name not in known]:
+        raise ConfigError(
+            f"a grammar of plans that call {', '.join(unknown)}",
+            "the system text lists them, but what arguments they take is not known",
+            "name the run whose catalogue has them with --run, or switch the grammar off "
+            "(--grammar off)",
+        )
+    names = listed or _tools_named(prompt.system, tools) or tuple(known)
+    return replace(prompt, grammar=_grammar(tuple(known[name] for name in names)))
 
 
-def _check_text(name: str, text: str) -> None:
+@lru_cache(maxsize=256)
+def _grammar(tools: tuple[Tool, ...]) -> str:
+    return plan_grammar(tools_by_name(tools))
+
+
+def _tools_named(system: str | None, tools: Mapping[str, Tool] | None) -> tuple[str, ...]:
+    named = set(_WORD.findall(system or ""))
+    return tuple(name for name in (TINYAGENT if tools is None else tools) if name in named)
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse what is no text that a model can read.
+
+    Raises:
+        ConfigError: It is no text, or no valid Unicode.
+    """
     if not isinstance(text, str):
         why = f"it must be a text, and is of the type {type(text).__name__}"
         raise ConfigError(f"{name} {text!r}", why, "give one text")
@@ -206,6 +248,8 @@ def prompt_builder(
     run: Run | None = None,
     tools: Mapping[str, Tool] | None = None,
     retriever: ToolRetriever | None = None,
+    *,
+    grammar: bool = False,
 ) -> PromptBuilder:
     """Make the builder that a user asked for.
 
@@ -215,6 +259,7 @@ def prompt_builder(
         run: The run whose test file has the texts; None if the model lies in no run.
         tools: All tools by name; None stands for TinyAgent's own.
         retriever: That of the run or model.
+        grammar: Whether prompts hold plans to the tools that they list.
 
     Returns:
         The builder.
@@ -242,7 +287,9 @@ def prompt_builder(
             raise ConfigError("--system nearest", missing, fix)
         advice = "name a --system FILE for a planner that was trained with one"
         text = ChosenText(None, f"none: {missing}; {advice}")
-    return PromptBuilder(system=text, retrieve=retrieve, question=question, tools=tools)
+    return PromptBuilder(
+        system=text, retrieve=retrieve, question=question, tools=tools, grammar=grammar
+    )
 
 
 def encode_prompts(
