@@ -94,6 +94,57 @@ def test_once_as_json_is_one_object_for_scripts(
     assert answer["request"] == "open it"
 
 
+def test_a_file_of_requests_is_answered_in_order_and_can_be_scored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class LastFirst(ScriptedWriter):
+        """Done in another order than asked, as engines are."""
+
+        def generate(self, prompts: Any, **how: Any) -> Any:
+            return reversed(list(super().generate(prompts, **how)))
+
+    writer = LastFirst({"Q: one": PLAN, "Q: two \u2028": ["1. join()"], "Q: three": PLAN})
+    monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer))
+    path = tmp_path / "requests.json"
+    entries = ["one", {"request": "two \u2028"}, {"request": "three", "label": "".join(PLAN)}]
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    assert main(["chat", "--requests", str(path), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [line["request"] for line in lines] == ["one", "two \u2028", "three"]
+    assert [line["plan"] for line in lines] == ["".join(PLAN), "1. join()", "".join(PLAN)]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps(lines[2]) + "\n", encoding="utf-8")
+    assert main(["score", "--pairs", str(answers), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["success"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "no list"),
+        ("[", "JSON"),
+        ("[]", "empty"),
+        ('["open it", 3]', "entry 2"),
+        ('["open it", "  "]', "entry 2"),
+        ('[{"label": "1. join()"}]', "entry 1"),
+        ('[{"request": "x", "label": 1}]', "label"),
+        ('["\\ud800"]', "Unicode"),
+    ],
+)
+def test_a_bad_file_of_requests_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(planner, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    path = tmp_path / "requests.json"
+    path.write_text(content, encoding="utf-8")
+    assert main(["chat", "--requests", str(path), "--json"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_requests_are_answered_until_the_input_ends(
     writer: ScriptedWriter, typed: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +182,14 @@ def test_a_plan_that_ends_badly_ends_no_conversation(
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--json"], "--once"), (["--once", " "], "empty"), (["--run", "absent"], "absent")],
+    [
+        (["--json"], "--once"),
+        (["--once", " "], "empty"),
+        (["--run", "absent"], "absent"),
+        (["--requests", "absent.json"], "--json"),
+        (["--requests", "absent.json", "--json"], "absent.json"),
+        (["--requests", "absent.json", "--once", "open it"], "leave one out"),
+    ],
 )
 def test_mistakes_are_messages(
     tmp_path: Path,
