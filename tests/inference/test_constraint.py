@@ -20,7 +20,7 @@ from tinyagent_fast.plans.gbnf import plan_grammar
 from tinyagent_fast.plans.grammar import END_OF_PLAN, parse_plan
 from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool, tools_by_name
 from tinyagent_fast.prompts.builder import encode_prompts, held_to_tools
-from tinyagent_fast.prompts.tokenizers import load_tokenizer
+from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 NUMBERS = tools_by_name(
