@@ -179,6 +179,48 @@ def test_a_choice_that_yaml_takes_for_a_truth_value_is_understood(text: str, cho
     assert parse_config(dump_config(config)) == config
 
 
+@pytest.mark.parametrize("off", ["off", "no", "false", "Off", "FALSE", "'off'"])
+@pytest.mark.parametrize("on", ["on", "yes", "true", "ON", "True", '"on"'])
+def test_choices_and_truth_values_are_understood_however_yaml_spells_them(
+    off: str, on: str
+) -> None:
+    text = f"track: {off}\ntrain: {{qat: {off}, shared_prefix: {on}}}\n"
+    config = parse_config(text + f"eval: {{before_and_after: {on}}}")
+    assert (config.track, config.train.qat, config.train.shared_prefix) == ("off", "off", "on")
+    assert config.eval.before_and_after is True
+    assert parse_config(f"train: {{shared_prefix: {off}}}").train.shared_prefix == "off"
+    assert parse_config(f"eval: {{before_and_after: {off}}}").eval.before_and_after is False
+    assert parse_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize("word", ["no", "on", "y", "N", "Off", "YES"])
+def test_a_word_that_yaml_1_1_takes_for_a_truth_value_is_a_name(word: str) -> None:
+    config = parse_config(f"name: {word}\nruns: {word}\ndata: {{train: {word}}}")
+    assert (config.name, config.runs, config.data.train) == (word, Path(word), Path(word))
+    assert load_yaml(f"{word}: {word}") == {word: word}
+
+
+@pytest.mark.parametrize("text", ["train: {qat: on}", "track: yes", "train: {batch: on}"])
+def test_a_truth_value_that_no_choice_says_is_refused(text: str) -> None:
+    (problem,) = problems_of(text)
+    assert " is not " in problem
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!timestamp x", "!!bool x", "!!int ''", "!!float x", "!!binary '='", "!!set x",
+        "!!python/object/apply:os.system [id]", "!!python/name:os.system", "!own x", "*missing",
+        "9" * 5000, "? [a]\n: b", "!!omap x", "!!pairs [x]", "0o9", "1:99:99",
+    ],
+)  # fmt: skip
+def test_odd_tags_and_values_are_the_users_error(value: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(f"train:\n  batch: {value}")
+    with pytest.raises(ConfigError):
+        parse_config(value)
+
+
 def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:
     assert parse_config("train: {learning-rate: 1e-3}").train.learning_rate == 1e-3
     (problem,) = problems_of("train: {learning-rate: 1e-3, learning_rate: 2e-3}")

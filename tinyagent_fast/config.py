@@ -211,6 +211,8 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
 Settings = TypeVar("Settings")
 
 
@@ -395,16 +397,21 @@ def _converted(value: Any, hint: Any) -> Any:
     """Convert a YAML value to a field's type; `2e-4` is a string to YAML 1.1."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        # YAML 1.1 reads a bare true as a boolean, which here is one of the choices' names.
-        text = str(value).lower() if isinstance(value, bool) else value
-        if text in kinds:
-            return text
+        if value in kinds and isinstance(value, str):
+            return value
+        # A truth value stands for the choice that says the same: `true` and `on` for one another.
+        truth = _TRUTH.get(str(value).lower())
+        same = [kind for kind in kinds if truth is not None and _TRUTH.get(kind) is truth]
+        if len(same) == 1:
+            return same[0]
     elif kinds:  # a union: the first type that takes the value
         for kind in kinds:
             try:
                 return _converted(value, kind)
             except (TypeError, ValueError):
                 continue
+    elif hint is bool and isinstance(value, str) and value.lower() in _TRUTH:
+        return _TRUTH[value.lower()]
     elif isinstance(value, bool) or value is None:
         if type(value) is hint:  # a truth value is no number, although Python takes it for one
             return value

@@ -274,7 +274,8 @@ def check_exportable(base: Path, tokenizer: PromptTokenizer) -> tuple[str, ...]:
     with TemporaryDirectory() as folder:
         tokenizer.hf.save_pretrained(folder)
         vocabulary = read_vocabulary(Path(folder), model.shape.vocab)
-    template_of(tokenizer.prompt_format, tokenizer.hf.chat_template, bos=False)
+    own = tokenizer.chat.source if tokenizer.chat else None
+    template_of(tokenizer.prompt_format, own, bos=False)
     return (*notes, *vocabulary.notes)
 
 

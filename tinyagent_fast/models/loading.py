@@ -17,11 +17,14 @@ from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.quantisation_aware import train_quantised
 from tinyagent_fast.prompts.loading import (
     load_tokenizer,
+    refuse_pointers,
     resolve_tokenizer_folder,
     switched_off,
 )
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import write_json
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +105,52 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
     else:
         model = _transformers_base(config.model, base, how)
     if adapter is not None:
-        if not (adapter / "adapter_config.json").exists():
-            raise ModelError(
-                f"adapter {adapter}",
-                "it holds no adapter_config.json",
-                "let training finish, or name another run",
-            )
+        for name in ("adapter_config.json", ADAPTER_WEIGHTS):
+            if not (adapter / name).exists():
+                raise ModelError(
+                    f"adapter {adapter}",
+                    f"it holds no {name}",
+                    "let training finish, or name another run",
+                )
         from peft import PeftModel
 
         with reading(f"adapter {adapter}", "train or copy it again, or name another one"):
             model = PeftModel.from_pretrained(model, str(adapter))
+        check_adapter(model, adapter)
     model.eval()
     return _finish(model, config.model, base, how)
+
+
+def check_adapter(model: Any, folder: Path) -> None:
+    """Check that an adapter's file has just the tensors of a model's adapter, in their shapes.
+
+    peft passes over what is missing or left over, and plans with half an adapter.
+
+    Args:
+        model: A peft model.
+        folder: Holds adapter_model.safetensors.
+
+    Raises:
+        ModelError: A tensor is missing, left over, or of another shape.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    wanted = {name: list(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    with (
+        reading(f"adapter {folder}", "train or copy it again, or name another one"),
+        safe_open(str(folder / ADAPTER_WEIGHTS), "np") as file,
+    ):
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    different = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    if different:
+        name = different[0]
+        raise ModelError(
+            f"adapter {folder}",
+            f"{len(different)} of its {len(wanted)} tensors do not fit the base model, the first "
+            f"{name}: {found.get(name, 'not there')} instead of {wanted.get(name, 'nothing')}",
+            "name the base model that it was trained on, or another adapter",
+        )
 
 
 def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
@@ -174,6 +211,7 @@ def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedM
             f"the base's tokenizer.json switches {' and '.join(off)} on: off here and in exports"
         )
     how.notes.extend(tokenizer.chat.notes if tokenizer.chat else ())
+    _refuse_non_finite(model, base)
     model.config.pad_token_id = tokenizer.pad_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_id
@@ -188,6 +226,63 @@ def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedM
         compute_dtype=how.compute_dtype,
         notes=tuple(how.notes),
     )
+
+
+def _refuse_non_finite(model: Any, base: str) -> None:
+    """Refuse weights with NaN or infinity, which would be blamed on the first rows instead."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        # Of 4-bit weights, the scale of a block tells of NaN within.
+        scales = (getattr(state, "absmax", None), getattr(state, "offset", None))
+        held = (parameter.data, *scales, getattr(nested, "absmax", None))
+        for values in held:
+            if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+                continue
+            finite = torch.isfinite(values)
+            if not finite.all():
+                bad, dtype = int((~finite).sum()), str(values.dtype).removeprefix("torch.")
+                raise ModelError(
+                    "the adapter" if "lora_" in name else f"base model {base!r}",
+                    f"{name} has {bad:,} values that are NaN or infinite (in {dtype})",
+                    "download or convert the weights again; where they are finite in another "
+                    "precision, choose that with --model.weights",
+                )
+
+
+def _refuse_files(base: str) -> None:
+    """Refuse a folder with pointers for files, or whose only weights can run code when read."""
+    if not Path(base).is_dir():
+        return
+    refuse_pointers(Path(base))
+    if any(Path(base).glob("*.safetensors*")):
+        return
+    pickles = sorted(p.name for p in Path(base).iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise ModelError(
+            f"base model {base!r}",
+            f"its weights are {pickles[0]}, a format that can run code when it is read",
+            "load it with transformers, where you trust it, and save it again: that writes "
+            "model.safetensors",
+        )
+
+
+def _refuse_incomplete(base: str, found: Mapping[str, Any]) -> list[str]:
+    """Refuse weights that leave a part of the model as chance made it; note what is left over."""
+    missing, left_over = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        raise ModelError(
+            f"base model {base!r}",
+            f"its files lack {len(missing)} tensors of the model that its config.json tells of, "
+            f"the first {missing[0]}",
+            "download it again, with all its files and its own config.json",
+        )
+    if left_over:
+        count, first = len(left_over), left_over[0]
+        return [f"{count} tensors of the base's files are no part of the model: {first}, ..."]
+    return []
 
 
 def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
@@ -206,14 +301,19 @@ def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
         )
     fix = "check the name and the network, or name a local folder with config.json and weights"
     with reading(f"base model {base!r}", fix):
-        model = AutoModelForCausalLM.from_pretrained(
+        _refuse_files(base)
+        model, found = AutoModelForCausalLM.from_pretrained(
             base,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
             revision=config.revision,
             dtype=how.dtype,
             quantization_config=quantization,
             device_map=how.device_map,
             attn_implementation="sdpa",
         )
+    how.notes.extend(_refuse_incomplete(base, found))
     if how.device == "cpu" and quantization is not None:
         import bitsandbytes as bnb
 
@@ -284,7 +384,9 @@ def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
         "use_gradient_checkpointing": how.checkpointing,
         "random_state": config.train.seed,
         "use_exact_model_name": True,
+        "trust_remote_code": False,
     }
+    _refuse_files(base)
     if config.model.revision is not None:
         arguments["revision"] = config.model.revision
     if launch_environment().count > 1:

@@ -84,7 +84,7 @@ def hub_folder(
             folder are only pointers.
     """
     if Path(base).is_dir():
-        _refuse_pointers(Path(base))
+        refuse_pointers(Path(base))
         return Path(base)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -110,7 +110,7 @@ def hub_folder(
         ) from error
 
 
-def _refuse_pointers(folder: Path) -> None:
+def refuse_pointers(folder: Path) -> None:
     """Refuse a folder that git has cloned without git-lfs: large files are notes of 130 bytes."""
     small = [path for path in sorted(folder.iterdir()) if path.suffix in _MODEL_SUFFIXES]
     small = [path for path in small if path.is_file() and path.stat().st_size < _POINTER_BYTES]

@@ -74,10 +74,13 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     """Put saved adapter weights back into a PEFT model that has the same adapter.
 
     Raises:
-        ModelError: The file is damaged.
+        ModelError: The file is damaged, or of another adapter.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from tinyagent_fast.models.loading import ADAPTER_WEIGHTS, check_adapter
+
+    check_adapter(model, folder)
     with reading(f"adapter {folder}", "let it be copied or trained again"):
-        set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+        set_peft_model_state_dict(model, load_file(str(folder / ADAPTER_WEIGHTS)))
