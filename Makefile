@@ -8,6 +8,8 @@ MODEL ?=
 A ?=
 B ?=
 ARGS ?=
+# A name as one word of the shell, whatever stands in it.
+quoted = '$(subst ','\'',$(1))'
 BIN := $(VENV)/bin
 # The requirements file follows the machine: CUDA present or not.
 CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -40,7 +42,7 @@ setup-dev: $(VENV)/.installed-dev ## add the tools for tests, lint and types
 setup-unsloth: $(VENV)/.installed-unsloth ## without CUDA: add Unsloth's CPU backend
 
 doctor: setup ## what this machine has and lacks for a config, with the fix
-	$(BIN)/tinyagent-fast doctor --preset $(PRESET) $(ARGS)
+	$(BIN)/tinyagent-fast doctor --preset $(call quoted,$(PRESET)) $(ARGS)
 
 data: setup ## download the published dataset into data/
 	$(BIN)/tinyagent-fast data download $(ARGS)
@@ -49,28 +51,28 @@ preview: setup ## show rows with their supervised tokens in colour
 	$(BIN)/tinyagent-fast preview $(ARGS)
 
 train: setup ## train (PRESET=auto picks the preset for this machine)
-	$(BIN)/tinyagent-fast train --preset $(PRESET) $(ARGS)
+	$(BIN)/tinyagent-fast train --preset $(call quoted,$(PRESET)) $(ARGS)
 
 chat: setup ## type requests, see their plans and graphs (RUN=latest or MODEL=file.gguf)
-	$(BIN)/tinyagent-fast chat $(if $(MODEL),--model $(MODEL),--run $(RUN)) $(ARGS)
+	$(BIN)/tinyagent-fast chat $(if $(MODEL),--model $(call quoted,$(MODEL)),--run $(call quoted,$(RUN))) $(ARGS)
 
 serve: setup ## the same as a web page on this machine (RUN=latest or MODEL=file.gguf)
-	$(BIN)/tinyagent-fast serve $(if $(MODEL),--model $(MODEL),--run $(RUN)) $(ARGS)
+	$(BIN)/tinyagent-fast serve $(if $(MODEL),--model $(call quoted,$(MODEL)),--run $(call quoted,$(RUN))) $(ARGS)
 
 eval: setup ## measure plan success of a run (RUN=latest ENGINE=auto|torch|gguf|vllm MODEL=file.gguf)
-	$(BIN)/tinyagent-fast eval --run $(RUN) $(if $(ENGINE),--engine $(ENGINE)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(BIN)/tinyagent-fast eval --run $(call quoted,$(RUN)) $(if $(ENGINE),--engine $(call quoted,$(ENGINE))) $(if $(MODEL),--model $(call quoted,$(MODEL))) $(ARGS)
 
 export: setup ## merged weights and GGUF files of a run, proved (RUN=latest)
-	$(BIN)/tinyagent-fast export --run $(RUN) $(ARGS)
+	$(BIN)/tinyagent-fast export --run $(call quoted,$(RUN)) $(ARGS)
 
 score: setup ## score a run's predictions again
-	$(BIN)/tinyagent-fast score runs/$(RUN) $(ARGS)
+	$(BIN)/tinyagent-fast score $(call quoted,runs/$(RUN)) $(ARGS)
 
 report: setup ## a run as one HTML page and as Markdown (RUN=latest)
-	$(BIN)/tinyagent-fast report --run $(RUN) $(ARGS)
+	$(BIN)/tinyagent-fast report --run $(call quoted,$(RUN)) $(ARGS)
 
 compare: setup ## two runs on the same queries, and which plans flipped (A=run B=run)
-	$(BIN)/tinyagent-fast compare $(A) $(B) $(ARGS)
+	$(BIN)/tinyagent-fast compare $(call quoted,$(A)) $(call quoted,$(B)) $(ARGS)
 
 test: setup-dev setup-unsloth ## run the tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)

@@ -62,7 +62,10 @@ def test_the_import_loads_nothing_and_names_load_nothing_heavy() -> None:
         f"print(json.dumps([ours, sorted(set(sys.modules) & set({HEAVY!r}))]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [["tinyagent_fast.version"], []]
+    assert json.loads(done.stdout) == [
+        ["tinyagent_fast.privacy", "tinyagent_fast.version"],
+        [],
+    ]
 
 
 def test_a_config_is_made_from_a_preset_and_from_a_file(tmp_path: Path) -> None:
@@ -104,12 +107,12 @@ def test_a_run_is_named_once_and_by_its_name_everywhere(
     ):
         with pytest.raises(UserError, match="settings for run two"):
             call()
-    # Each gets as far as the adapter that is not there.
+    # Each gets as far as what is not there: the adapter, the same config.
     for call in (
         lambda: evaluate_run(options=EvalOptions(run="two", runs=str(tmp_path / "runs"))),  # type: ignore[arg-type]
         lambda: export_run(two, ExportSettings(run="two", out="x")),  # type: ignore[arg-type]
         lambda: load("two", runs="runs"),
-        lambda: train(two.config(), resume="two"),
+        lambda: train(replace(two.config(), preset="other"), resume="two"),
     ):
         with pytest.raises(UserError, match="two"):
             call()

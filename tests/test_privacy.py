@@ -49,6 +49,7 @@ def watched(code: str, *arguments: str) -> str:
     }
     done = subprocess.run(
         [sys.executable, "-c", WATCH + code, *arguments],
+        check=False,
         env=environment,
         capture_output=True,
         text=True,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -10,11 +15,21 @@ from pathlib import Path
 
 import pytest
 
-from tinyagent_fast import runs
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.evaluation.predictions import find_predictions
 from tinyagent_fast.presets import preset_config
-from tinyagent_fast.runs import Run, create_run, find_run, point_latest, write_json, write_text
+from tinyagent_fast.runs import (
+    Run,
+    create_run,
+    cut_broken_line,
+    find_run,
+    holding,
+    point_latest,
+    refuse_taken_name,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -126,9 +141,7 @@ def test_runs_that_start_together_get_folders_of_their_own(
     monkeypatch.setattr(time, "strftime", lambda *_: "now")
     claimed: list[Path] = []
     threads = [
-        threading.Thread(
-            target=lambda: claimed.append(runs._claim(replace(config, name=None)).path)
-        )
+        threading.Thread(target=lambda: claimed.append(create_run(replace(config, name=None)).path))
         for _ in range(8)
     ]
     for thread in threads:
@@ -267,3 +280,103 @@ def test_data_files_of_a_run_are_found_from_any_folder(
     assert run.test_file() == tmp_path / "test.json"
     write_json(run.path / "data.json", {"base": "b", "test_file": {"path": "generated.json"}})
     assert run.test_file() == Path("generated.json"), "where it was, though it is gone"
+
+
+def no_links(*_: object, **__: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+def test_where_there_are_no_links_a_file_names_the_newest_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "symlink", no_links)
+    for name in ("first", "second"):
+        run = create_run(replace(config, name=name))
+        assert find_run("latest", config.runs).path == run.path.resolve()
+        assert find_run(str(config.runs / "latest")).path == run.path.resolve()
+    assert not (config.runs / "latest").is_symlink()
+    predictions = config.runs / "second" / "predictions.jsonl"
+    predictions.write_text("")
+    assert find_predictions(config.runs / "latest")[""].path == predictions
+
+
+def test_a_folder_named_latest_is_the_users_to_move(config: Config) -> None:
+    (config.runs / "latest" / "mine").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="move"):
+        create_run(config)
+    assert (config.runs / "latest" / "mine").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tinyagent_fast.runs import holding
+with holding(Path(sys.argv[1]), "train", "or wait"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_with_the_number_of_the_first_until_that_has_ended(
+    tmp_path: Path,
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError) as caught, holding(tmp_path, "eval", "or --out"):
+            pass
+        assert f"process {first.pid} " in caught.value.why and "train" in caught.value.why
+        first.kill()
+    with holding(tmp_path, "eval", "or --out"):
+        pass
+
+
+@pytest.mark.parametrize("process", ["alive", "dead"])
+def test_where_there_are_no_locks_the_number_of_the_process_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: str
+) -> None:
+    monkeypatch.setattr("fcntl.flock", no_links)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (tmp_path / ".lock").write_text(f"{other.pid} {socket.gethostname()} train")
+        if process == "dead":
+            other.kill()
+            other.wait()
+            with holding(tmp_path, "eval", ""):
+                pass
+        else:
+            held = pytest.raises(ConfigError, match=f"process {other.pid}")
+            with held, holding(tmp_path, "eval", ""):
+                pass
+            other.kill()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    with pytest.raises(ConfigError, match="Read-only") as caught:
+        refuse_taken_name(config)
+    assert "--runs" in caught.value.fix
+    with pytest.raises(ConfigError, match="Read-only"), holding(config.runs, "eval", "--out"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 200, "a\0b"])
+def test_a_name_that_no_folder_can_have_is_refused_before_the_work(
+    config: Config, name: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        refuse_taken_name(replace(config, name=name))
+    assert "--name" in caught.value.fix
+
+
+def test_a_half_written_last_line_is_cut_off_in_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    for content, kept in ((b"a\nb\n", b"a\nb\n"), (b"a\n\xc3", b"a\n"), (b"half", b""), (b"", b"")):
+        path.write_bytes(content)
+        cut_broken_line(path)
+        assert path.read_bytes() == kept

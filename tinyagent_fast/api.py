@@ -14,7 +14,7 @@ from tinyagent_fast.config import Config, with_types
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.runs import Run, find_run
+from tinyagent_fast.runs import Run, find_run, holding
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,8 +117,9 @@ def export_run(
 
     display = Display(console or Console(highlight=False))
     display.say(f"run {found.path.name}, adapter {adapter}")
-    export = prepare_export(found, config, settings, adapter, display)
-    folder = run_export(export)
+    with holding(settings.out or found.path, "export", "or name another folder with --out"):
+        export = prepare_export(found, config, settings, adapter, display)
+        folder = run_export(export)
     if settings.push_to_hub is not None:
         repository, content = settings.push_to_hub, export.record.content
         publish(folder, content, repository, dry_run=settings.dry_run, say=display.say)

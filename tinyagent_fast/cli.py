@@ -1,23 +1,38 @@
 """The command line: finds the command, and turns errors into messages and exit codes.
 
-Exit codes: 0 done, 1 a gate failed, 2 the user can repair it, 3 a bug, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a gate failed, 2 the user can repair it, 3 a bug, 130 stopped by Ctrl-C,
+143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
+_RIGHTS = "look at the rights of that place, or name another one"
+_SPACE = "free some space, or name another place; the same command goes on"
+_NAME = "take a shorter or simpler name"
+_MEDIUM = "look at that disk or network drive, or name another place"
 _FILE_ERRORS = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST,
-    errno.ENOTDIR, errno.EISDIR,
+    errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS,
+    errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EFBIG: _SPACE,
+    errno.ENAMETOOLONG: _NAME, errno.EILSEQ: _NAME, errno.ELOOP: _NAME,
+    errno.EIO: _MEDIUM, errno.ESTALE: _MEDIUM, errno.EOPNOTSUPP: _MEDIUM, errno.ENOLCK: _MEDIUM,
+    errno.EEXIST: "move it away", errno.ENOTEMPTY: "move it away",
+    errno.ENOTDIR: "a file stands where a folder is wanted: move it away, or name another place",
+    errno.EISDIR: "a folder stands where a file is wanted: move it away, or name another place",
+    errno.EMFILE: "close other programs, or raise the limit (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the limit (ulimit -n)",
+    errno.ENOMEM: "close other programs",
 }  # fmt: skip
-"""What a user's files, rights and disks give; other errors of the system are bugs."""
+"""What a user's files, rights and disks give, and what to do; other errors are bugs."""
 
 COMMANDS = {
     "train": ("train", "train an adapter: data, rows, LoRA, best checkpoint by plan success"),
@@ -38,12 +53,36 @@ COMMANDS = {
     "data download": ("data_download", "download the published dataset"),
 }
 """Command to its module in `tinyagent_fast.commands` and its one-line help."""
-_CTRL_C = 130  # as shells have it: 128 and the number of the signal
+_GOES_ON = {
+    "eval": "the same command goes on; plans that were written are kept",
+    "export": "the same command goes on; files that are whole are kept",
+    "data download": "the same command goes on where the transfer stopped",
+}
+"""What to do after a stop, by command; `train` says it itself."""
 _FORMER_NAMES = {"plan": "memory"}
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Write characters that a console has not as JSON does, so that JSON stays JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    units = (int.from_bytes(text[at : at + 2], "big") for at in range(0, len(text), 2))
+    return "".join(f"\\u{unit:04x}" for unit in units), error.end
+
+
+def _print_everything() -> None:
+    """Let no character that a console has not end a command."""
+    codecs.register_error("escaped", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="escaped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of the arguments after the program's name, and give its exit code."""
+    if arguments is None:
+        _print_everything()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -59,13 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
-            from tinyagent_fast.interrupts import noting_interrupts
+            from tinyagent_fast.interrupts import STOP_SIGNALS, exit_code, noting_interrupts
 
             with noting_interrupts():
                 code = _run(name, words[length:])
-            if arguments is None and code == _CTRL_C:
+            if arguments is None and code in map(exit_code, STOP_SIGNALS):
                 # The process ends now: a further Ctrl-C would only break that off with a traceback.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                for number in STOP_SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
             return code
     if words[0] == "data" and words[1:2] in (["-h"], ["--help"]):
         print(_help())
@@ -76,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.errors import GateError, UserError
+    from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
 
     # Threads that spin for long while they wait starve each other on a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -94,9 +135,11 @@ def _run(name: str, arguments: list[str]) -> int:
         # The reader, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return _CTRL_C
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        goes_on = f"; {_GOES_ON[name]}" if name in _GOES_ON else ""
+        print(f"stopped by {NAMES[number]}{goes_on}", file=sys.stderr)
+        return exit_code(number)
     except SystemExit as leave:
         if leave.code is None or isinstance(leave.code, int):
             return leave.code or 0
@@ -107,23 +150,26 @@ def _run(name: str, arguments: list[str]) -> int:
             return _bug()
         print(_not_installed(name, error), file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in _FILE_ERRORS:
+    except Exception as error:
+        if (told := _explained(name, error)) is None:
             return _bug()
-        print(f"error: {_file_error(name, error)}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         return 2
-    except Exception:
-        return _bug()
 
 
-def _file_error(name: str, error: OSError) -> Exception:
-    from tinyagent_fast.errors import UserError
+def _explained(name: str, error: Exception) -> Exception | None:
+    """Turn what the machine of a user refuses into message, cause and fix; None for a bug."""
+    from tinyagent_fast.errors import UserError, is_full_disk
 
-    return UserError(
-        str(error.filename or f"tinyagent-fast {name}"),
-        error.strerror or str(error),
-        "look at the rights and the free space of that place, or name another one",
-    )
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    what, why = str(place or f"tinyagent-fast {name}"), getattr(error, "strerror", None)
+    if isinstance(error, MemoryError):
+        return UserError(what, "the memory is full", "close other programs, or take smaller values")
+    if isinstance(error, OSError) and number in _FILE_ERRORS:
+        return UserError(what, why or str(error), _FILE_ERRORS[number])
+    if is_full_disk(error):
+        return UserError(what, "the disk is full", _SPACE)
+    return None
 
 
 def _bug() -> int:

@@ -1,15 +1,23 @@
 """Errors with an exit code, so that the command line can tell a user's mistake from a bug.
 
 Exit codes: 1 a gate failed (`GateError`), 2 the user can fix it (`UserError` and its kinds),
-3 a bug (any other exception), 130 Ctrl-C.
+3 a bug (any other exception), 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SHOWN_CHARACTERS = 600
+
+_FULL_DISK = (
+    "No space left on device",  # of safetensors, tokenizers, llama.cpp
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed",
+    "requested and 0 written",  # of numpy
+)
 
 
 class UserError(Exception):
@@ -48,9 +56,12 @@ class TrainingError(UserError):
 
 
 class Stopped(UserError):
-    """Ctrl-C ended the work at a point from which it can go on: exit code 130."""
+    """Ctrl-C or SIGTERM ended the work at a point from which it can go on: exit code 130 or 143."""
 
-    exit_code = 130
+    def __init__(self, what: str, why: str, fix: str, *, exit_code: int = 130) -> None:
+        """Keep the parts of a message, and the code of the signal."""
+        super().__init__(what, why, fix)
+        self.exit_code = exit_code
 
 
 class GateError(Exception):
@@ -86,3 +97,18 @@ def reading(what: str, fix: str) -> Iterator[None]:
             more = " ..." * (len(said) > _SHOWN_CHARACTERS)
             why = f"it cannot be loaded: {type(error).__name__}: {said[:_SHOWN_CHARACTERS]}{more}"
         raise ModelError(what, why, fix) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Say whether an error comes of a full disk, in the words of the library that met it."""
+    return any(
+        (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(words in str(one) for words in _FULL_DISK)
+        for one in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

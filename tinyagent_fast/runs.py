@@ -7,19 +7,23 @@ retriever.json and .npz.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tinyagent_fast.config import Config, dump_config, parse_config
 from tinyagent_fast.errors import ConfigError
@@ -31,7 +35,8 @@ _PACKAGES = (
     "sentencepiece", "safetensors", "numpy", "pyarrow", "tyro", "gguf", "xllamacpp",
 )
 # fmt: on
-_RESERVED = ("latest", "bases")
+_LATEST = "latest"
+_RESERVED = (_LATEST, "bases")
 """Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
 
 
@@ -207,57 +212,155 @@ def create_run(config: Config) -> Run:
     Raises:
         ConfigError: A run of that name exists, or no folder can have the name.
     """
-    run = _claim(config)
-    write_text(run.config_path, dump_config(config))
-    write_json(run.path / "environment.json", environment())
+    refuse_taken_name(config)
+    config.runs.mkdir(parents=True, exist_ok=True)
+    # A kill leaves a run with its config, or none.
+    whole = config.runs / f".new-{uuid.uuid4().hex[:8]}"
+    whole.mkdir()
+    try:
+        write_text(whole / "config.yaml", dump_config(config))
+        write_json(whole / "environment.json", environment())
+        run = _claim(config, whole)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
     point_latest(run)
     return run
 
 
-def _claim(config: Config) -> Run:
-    """Make the folder of a run, so that no other run can get it."""
+def _claim(config: Config, whole: Path) -> Run:
+    """Give a folder that is ready the name of the run, unless another run has it."""
+    start = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Two runs may start within one second.
+    numbered = (start if number == 1 else f"{start}-{number}" for number in count(1))
+    names = numbered if config.name is None else [config.name]
+    for name in names:
+        try:
+            # It replaces an empty folder, and no other.
+            whole.rename(config.runs / name)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        else:
+            return Run(config.runs / name)
+    raise _taken(config)
+
+
+def refuse_taken_name(config: Config) -> None:
+    """Refuse a name that a run cannot have, before hours of work rather than after.
+
+    Raises:
+        ConfigError: The folder exists and is not empty, no folder can have the name, or none can
+            be made there.
+    """
     name = config.name
-    if name is None:
-        start = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        # Two runs may start within one second.
-        names = (start if number == 1 else f"{start}-{number}" for number in count(1))
-        return Run(next(config.runs / name for name in names if _make_folder(config.runs / name)))
-    if name in _RESERVED or not name or name.startswith(".") or name != Path(name).name:
+    reserved = name in _RESERVED or name == "" or (name or "").startswith(".")
+    if name is not None and (reserved or name != Path(name).name or "\0" in name):
         raise ConfigError(
             f"run name {name!r}",
             f"it must be the name of one folder, and not {' or '.join(_RESERVED)}",
             "take another --name",
         )
-    refuse_taken_name(config)
-    _make_folder(config.runs / name)
-    return Run(config.runs / name)
+    path = config.runs / (name or "")
+    try:
+        if name and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise _taken(config)
+        config.runs.mkdir(parents=True, exist_ok=True)
+        if name and not path.exists():
+            path.mkdir()  # whether the name is too long, only the file system knows
+            path.rmdir()
+    except OSError as error:
+        fix = "name another folder with --runs" + (", or a shorter --name" if name else "")
+        raise ConfigError(f"run folder {path}", f"it cannot be made: {error}", fix) from error
+    refuse_unwritable(config.runs, "name another folder with --runs")
 
 
-def refuse_taken_name(config: Config) -> None:
-    """Refuse a name that a run has already, before hours of work rather than after.
+def _taken(config: Config) -> ConfigError:
+    return ConfigError(
+        f"run name {config.name!r}",
+        f"{config.runs / str(config.name)} exists, and a run is never overwritten",
+        f"go on with it (--resume {config.name}), or take another --name",
+    )
+
+
+def refuse_unwritable(folder: Path, fix: str) -> None:
+    """Find out before the work that its results cannot be written.
+
+    Args:
+        folder: Where they go; made if it is not there.
+        fix: What the user can do.
 
     Raises:
-        ConfigError: The folder exists and is not empty.
+        ConfigError: The folder cannot be made or written.
     """
-    path = config.runs / (config.name or "")
-    if config.name and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(
-            f"run name {config.name!r}",
-            f"{path} exists, and a run is never overwritten",
-            f"go on with it (--resume {config.name}), or take another --name",
-        )
-
-
-def _make_folder(path: Path) -> bool:
-    """Make a folder and say whether it is new."""
+    probe = folder / f".probe-{os.getpid()}"
     try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        return False
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("can this be written?", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"run folder {path}", f"it cannot be made: {error}", "name another folder with --runs"
+            f"folder {folder}", f"it cannot be written: {error.strerror or error}", fix
         ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+@contextmanager
+def holding(folder: Path, work: str, fix: str) -> Iterator[None]:
+    """Let no other process write into a folder meanwhile; a killed one holds nothing.
+
+    Args:
+        folder: A run's folder, or another one for results; made if it is not there.
+        work: What this process does there, as the other one is told.
+        fix: What the other can do instead of waiting, where the folder cannot be had.
+
+    Raises:
+        ConfigError: Another process holds it, or it cannot be written.
+    """
+    refuse_unwritable(folder, fix)
+    here = f"{os.getpid()} {socket.gethostname()} {work}"
+    with (folder / ".lock").open("a+", encoding="utf-8") as stream:
+        if not _lock(stream):
+            stream.seek(0)
+            number, _, rest = stream.read().partition(" ")
+            host, _, what = rest.partition(" ")
+            raise ConfigError(
+                f"folder {folder} is in use",
+                f"process {number or '?'} on {host or '?'} writes into it ({what or 'starting'})",
+                f"wait until it has ended, or end it (kill {number}); {fix}",
+            )
+        stream.truncate(0)
+        stream.write(here)
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def _lock(stream: TextIO) -> bool:
+    """Take the lock of an open file; where there are no locks, by the process that it names."""
+    try:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, and some network file systems
+        stream.seek(0)
+        number, _, rest = stream.read().partition(" ")
+        there = number.isdigit() and rest.partition(" ")[0] == socket.gethostname()
+        return not (there and int(number) != os.getpid() and _is_alive(int(number)))
+    return True
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
     return True
 
 
@@ -268,10 +371,11 @@ def find_run(name: str, runs: Path | str = Path("runs")) -> Run:
         ConfigError: There is none; the message lists those that are there.
     """
     runs = Path(runs)
-    for path in (runs / name, Path(name)):
+    for path in map(followed, (runs / name, Path(name))):
         if (path / "config.yaml").exists():
             return Run(path.resolve())
-    there = sorted(p.parent.name for p in runs.glob("*/config.yaml") if p.parent.name != "latest")
+    names = {path.parent.name for path in runs.glob("*/config.yaml")} - {_LATEST}
+    there = sorted(name for name in names if not name.startswith("."))
     raise ConfigError(
         f"run {name!r}",
         f"there is no such run under {runs}/; there: {', '.join(there) or 'none'}",
@@ -280,12 +384,45 @@ def find_run(name: str, runs: Path | str = Path("runs")) -> Run:
 
 
 def point_latest(run: Run) -> None:
-    """Let `runs/latest` point to a run, in one step."""
-    link = run.path.parent / "latest"
-    temporary = run.path.parent / f".latest-{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(run.path.name)
-    temporary.replace(link)
+    """Let `runs/latest` point to a run, in one step.
+
+    It is a link, or where the file system has none (some cloud drives and memory cards) a file with
+    the run's name.
+
+    Raises:
+        ConfigError: Something else has that name.
+    """
+    link = run.path.parent / _LATEST
+    temporary = run.path.parent / f".{_LATEST}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.symlink_to(run.path.name)
+    except (OSError, NotImplementedError):
+        temporary.write_text(run.path.name, encoding="utf-8")
+    try:
+        temporary.replace(link)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(
+            str(link), f"it cannot name the newest run: {error.strerror}", f"move {link} away"
+        ) from error
+
+
+def followed(path: Path) -> Path:
+    """Give the run that `runs/latest` names where it is no link; another path stays as it is."""
+    if path.name == _LATEST and path.is_file():
+        return path.parent / path.read_text(encoding="utf-8").strip()
+    return path
+
+
+def cut_broken_line(path: Path) -> None:
+    """Cut off a last line that a kill or a full disk has left half-written."""
+    if path.exists():
+        content = path.read_bytes()
+        # A stop may also fall into the middle of a character, so bytes are cut, not text.
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as stream:
+                stream.truncate(whole)
 
 
 def write_text(path: Path, text: str) -> None:

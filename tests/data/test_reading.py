@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from published_entry import make_entry
 
+from tinyagent_fast.data import reading
 from tinyagent_fast.data.reading import PROBLEMS_KEPT, ReadReport, read_entries
 from tinyagent_fast.errors import DataError
 
@@ -92,7 +93,7 @@ GOOD = json.dumps({"k": make_entry()}).encode()
         (b"{}", "has no entry"),
         (GOOD[:-20], "ends too early"),
         (GOOD + b"x", "not valid JSON"),
-        (GOOD + b"\n" + GOOD, "not valid JSON"),
+        (GOOD + b"\n[]", "not valid JSON"),
         (GOOD.replace(b"Call", b"C\xff\xfell"), "not valid JSON"),
         (b'{"k": NaN}', "not valid JSON"),
         (b"[" + GOOD + b"]", "not a JSON object"),
@@ -209,3 +210,84 @@ def test_real_data_has_no_problem(name: str) -> None:
     path = Path(REAL_DATA) / name
     count = sum(1 for _ in read_entries(path, on_bad_entry="error", on_report=reports.append))
     assert count == reports[0].entries > 0
+
+
+HALVES = ["\\ud83d", "\\uDE00", "\\ud83d\\ud83d\\ude00", "\\ud83d\\n", "\\\\\\ud83d"]
+WHOLE = ["\\ud83d\\ude00", "\\\\ud83d", "\\\\\\\\ude00", "\\u00e9", "😀", "\\ufffd"]
+
+
+def with_query(tmp_path: Path, text: str, *, padding: int = 0, lines: bool = False) -> Path:
+    """Write three entries, the second with an escape of JSON in its query."""
+    file = write(tmp_path / "d.json", {"a": make_entry(), "b": make_entry(), "c": make_entry()})
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    entries["b"]["input"] = "x" * padding + "MARK"
+    if lines:
+        content = "".join(json.dumps({key: entry}) + "\n" for key, entry in entries.items())
+    else:
+        content = json.dumps(entries, separators=(",", ":"))
+    file.write_text(content.replace("MARK", text), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("text", HALVES)
+def test_half_a_surrogate_pair_is_refused_or_skipped_and_counted(
+    tmp_path: Path, text: str, lines: bool
+) -> None:
+    file = with_query(tmp_path, text, lines=lines)
+    with pytest.raises(DataError, match="b input: holds half of a surrogate pair"):
+        list(read_entries(file, on_bad_entry="error"))
+    reports: list[ReadReport] = []
+    kept = list(read_entries(file, on_bad_entry="skip", on_report=reports.append))
+    assert [entry.key for entry in kept] == ["a", "c"]
+    assert (reports[0].entries, reports[0].skipped) == (2, 1)
+
+
+@pytest.mark.parametrize("text", [*HALVES, *WHOLE])
+def test_escapes_are_read_alike_wherever_the_file_is_cut_into_pieces(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = json.loads(f'"{text}"')
+    for size in (1, 2, 3, 5, 7, 11, 13, 29):
+        monkeypatch.setattr(reading, "_CHUNK_BYTES", size)
+        file = with_query(tmp_path, text)
+        found = {e.key: e.query for e in read_entries(file, on_bad_entry="skip")}
+        assert found.get("b") == (expected if text in WHOLE else None), size
+
+
+def test_half_a_pair_in_a_key_is_no_crash(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.json", {"a": make_entry(), "b": make_entry()})
+    file.write_text(file.read_text(encoding="utf-8").replace('"b": {', '"\\ud800": {'))
+    reports: list[ReadReport] = []
+    assert len(list(read_entries(file, on_bad_entry="skip", on_report=reports.append))) == 1
+    assert "surrogate" in reports[0].problem_lines()[0].encode("ascii").decode()
+
+
+def test_bytes_that_are_no_utf_8_are_the_users_to_repair(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.json", {"a": make_entry()})
+    for bad in (b"\xed\xa0\xbd", b"\xff", b"\xc3"):
+        content = json.dumps({"a": make_entry()}).encode()
+        file.write_bytes(content.replace(b'"input": "', b'"input": "' + bad))
+        with pytest.raises(DataError):
+            list(read_entries(file, on_bad_entry="skip"))
+
+
+@pytest.mark.parametrize("form", ["keyed", "with key", "without key"])
+def test_json_lines_give_the_entries_of_the_one_object(tmp_path: Path, form: str) -> None:
+    entries = {f"k{number}": make_entry() for number in range(3)}
+    forms = {
+        "keyed": [{key: entry} for key, entry in entries.items()],
+        "with key": [{"key": key, **entry} for key, entry in entries.items()],
+        "without key": list(entries.values()),
+    }
+    file = tmp_path / "lines.jsonl"
+    for count in (1, 3):
+        lines = [json.dumps(value) for value in forms[form][:count]]
+        file.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+        found = list(read_entries(file, on_bad_entry="error"))
+        assert [e.query for e in found] == [make_entry()["input"]] * count
+        if form != "without key":
+            assert [entry.key for entry in found] == list(entries)[:count]
+    file.write_text(file.read_text(encoding="utf-8") + '{"key": "cut", "inp', encoding="utf-8")
+    with pytest.raises(DataError, match="3 entries"):
+        list(read_entries(file, on_bad_entry="skip"))

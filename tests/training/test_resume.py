@@ -19,6 +19,7 @@ from tinyagent_fast.training import fit
 from tinyagent_fast.training.callbacks import History
 from tinyagent_fast.training.resume import (
     forget_after,
+    keep_checkpoint,
     last_checkpoint,
     refuse_changed_config,
     remember_or_compare,
@@ -89,7 +90,7 @@ def test_six_steps_are_three_and_three_after_a_kill(
             fit.train(config, quiet)
     killed = Run(config.runs / "killed")
     assert [r["step"] for r in killed.history() if r["event"] == "step"] == [1, 2, 3, 4, 5]
-    assert last_checkpoint(killed).name == "checkpoint-3"
+    assert getattr(last_checkpoint(killed), "name", None) == "checkpoint-3"
     assert fit.train(config, quiet, resume=killed).path == killed.path
     assert "going on from checkpoint-3: 2 later records" in quiet.file.getvalue()
     assert_same(killed, whole)
@@ -120,7 +121,7 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_never_stopped(
     assert got.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) == before
     stopped = Run(config.runs / "stopped")
-    assert last_checkpoint(stopped).name == "checkpoint-2"
+    assert getattr(last_checkpoint(stopped), "name", None) == "checkpoint-2"
     assert not stopped.adapter.exists()
     fit.train(config, quiet, resume=stopped)
     assert_same(stopped, whole)
@@ -216,17 +217,62 @@ def test_the_same_config_is_accepted(tiny_config: MakeConfig) -> None:
     refuse_changed_config(create_run(config), config)
 
 
-def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no checkpoint to resume from"):
-        last_checkpoint(Run(tmp_path))
+def write_checkpoint(run: Run, step: int) -> Path:
+    """Write one with two files, as the trainer's is kept."""
+    written, target = run.path / "written", run.checkpoints / f"checkpoint-{step}"
+    (written / "inner").mkdir(parents=True)
+    (written / "trainer_state.json").write_text("{}")
+    (written / "inner" / "optimizer.pt").write_bytes(bytes(range(200)))
+    target.parent.mkdir(exist_ok=True)
+    keep_checkpoint(written, target)
+    return target
 
 
-def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
-        (tmp_path / "checkpoints" / name / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(Run(tmp_path)).name == "checkpoint-10"
+def test_a_run_that_was_broken_off_before_its_first_checkpoint_has_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".unfinished" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-x").mkdir()
+    assert last_checkpoint(Run(tmp_path)) is None
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [lose, cut, flip])
+@pytest.mark.parametrize("name", ["inner/optimizer.pt", "checksums.json"])
+def test_the_newest_checkpoint_that_is_whole_is_taken_and_it_is_said(
+    tmp_path: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    run = Run(tmp_path)
+    whole, newer = write_checkpoint(run, 9), write_checkpoint(run, 10)
+    said: list[str] = []
+    assert last_checkpoint(run, said.append) == newer
+    assert said == []
+    harm(newer / name)
+    assert last_checkpoint(run, said.append) == whole
+    assert len(said) == 1 and "checkpoint-10" in said[0] and name in said[0]
+    harm(whole / name)
+    with pytest.raises(TrainingError) as caught:
+        last_checkpoint(run, said.append)
+    assert "checkpoint-9" in caught.value.why and "checkpoint-10" in caught.value.why
+
+
+def test_a_checkpoint_that_is_written_again_takes_the_place_of_the_former(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    first = write_checkpoint(run, 2)
+    (first / "left").write_text("of before")
+    assert write_checkpoint(run, 2) == first == last_checkpoint(run)
+    assert not (first / "left").exists()
 
 
 def test_training_is_over_after_its_last_step_or_an_early_stop(tmp_path: Path) -> None:

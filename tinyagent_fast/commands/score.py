@@ -41,9 +41,10 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(ScoreFlags, args=words, prog="tinyagent-fast score")
     from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.reports.reading import catalogue_of_run
+    from tinyagent_fast.runs import followed
 
     if flags.pairs is None:
-        path = flags.predictions or Path("runs/latest")
+        path = followed(flags.predictions or Path("runs/latest"))
         tools = plan_tools(flags.catalogue or catalogue_of_run(path.absolute()))
         _score_predictions(path, tools, as_json=flags.json)
     elif flags.predictions is None:

@@ -27,7 +27,7 @@ from tinyagent_fast.errors import DataError
 
 Points = Literal["plan", "join", "all"]
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 CACHE_VARIABLE = "TINYAGENT_FAST_CACHE"
 _BATCH_ROWS = 256
 _STALE_S = 24 * 3600.0

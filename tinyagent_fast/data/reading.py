@@ -1,5 +1,8 @@
 """Streams the entries of a dataset file, each one checked, in bounded memory.
 
+The file is one JSON object as published, or JSON Lines: a line is an entry with its `key`, or an
+object of one or more entries.
+
 `schema` checks single entries; `cache` and `report` are the callers. The file is decoded with
 ijson and not with `datasets`, whose JSON reader loads a file that is one object as a whole.
 """
@@ -7,13 +10,15 @@ ijson and not with `datasets`, whose JSON reader loads a file that is one object
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, short_text
 from tinyagent_fast.errors import DataError
@@ -33,6 +38,19 @@ _HEAD_PROBLEMS = (
 _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # ijson's memory grows with the square of the depth; the schema needs a depth of about ten.
 _TOO_DEEP = re.compile(rb"[\[{]{1000}")
+_LINE_BYTES = 16 << 20
+"""A first line that is longer is a whole file on one line, and no line of JSON Lines."""
+_ANY_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Escapes one after the other, so that a backslash that is escaped itself begins none.
+_ESCAPE = re.compile(
+    rb"\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|u([dD][89a-fA-F][0-9a-fA-F]{2})|u)"
+)
+_BETWEEN_ESCAPES = (b" ", b",", b"}", b")")
+_HALF = "\ufdd0"
+"""Stands before the four digits of half a surrogate pair on the way through ijson, whose C library
+turns it into a question mark; no text has this character, which Unicode keeps for such uses."""
+_HALF_DIGITS = re.compile(_HALF + "([0-9a-fA-F]{4})")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +64,8 @@ class ReadReport:
     size_bytes: int = 0
     seconds: float = 0.0
     file_sha256: str = ""
+    json_lines: bool = False
+    """Whether each line held an object of its own."""
 
     def problem_lines(self) -> list[str]:
         """Write the first problems, one a line, and how many more there are."""
@@ -67,11 +87,32 @@ class _Source:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.sha256 = hashlib.sha256()
         self.read_bytes = 0
+        self.has_halves = False
+        """Whether half a surrogate pair has come by."""
         self._file, self._path = file, path
-        self._open_brackets = b""
+        self._open_brackets = self._held_back = b""
 
     def read(self, size: int = -1) -> bytes:
-        chunk = self._file.read(size)
+        """Give the next bytes, halves of surrogate pairs marked; an escape is never cut."""
+        while chunk := self._file.read(size):
+            self._look_at(chunk)
+            text = self._held_back + chunk
+            # None of these bytes is part of an escape, so none is cut behind them.
+            end = 1 + max(map(text.rfind, _BETWEEN_ESCAPES))
+            text, self._held_back = text[:end], text[end:]
+            if text:
+                return self._marked(text)
+        text, self._held_back = self._held_back, b""
+        return self._marked(text)
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield lines, halves of surrogate pairs marked."""
+        for line in self._file:
+            self._open_brackets = b""
+            self._look_at(line)
+            yield self._marked(line)
+
+    def _look_at(self, chunk: bytes) -> None:
         self.sha256.update(chunk)
         self.read_bytes += len(chunk)
         brackets = self._open_brackets + chunk.translate(None, _ALL_BUT_BRACKETS)
@@ -82,7 +123,15 @@ class _Source:
                 "remove the damaged entry, or export the file again",
             )
         self._open_brackets = brackets[len(brackets.rstrip(b"[{")) :]
-        return chunk
+
+    def _marked(self, text: bytes) -> bytes:
+        return _ESCAPE.sub(self._mark, text) if _ANY_SURROGATE.search(text) else text
+
+    def _mark(self, escape: re.Match[bytes]) -> bytes:
+        if escape[1] is None:
+            return escape[0]
+        self.has_halves = True
+        return _HALF.encode() + escape[1]
 
 
 def read_entries(
@@ -104,7 +153,7 @@ def read_entries(
         Checked entries with distinct keys.
 
     Raises:
-        DataError: The file cannot be read as one JSON object, has no usable entry, or has bad
+        DataError: The file cannot be read as JSON, has no usable entry, or has bad
             entries and `on_bad_entry` is "error".
     """
     path = Path(path)
@@ -180,17 +229,39 @@ def check_head(path: Path) -> None:
         raise DataError(
             f"{path}: is not a JSON object",
             f"it starts with {start}, not with '{{'",
-            "give the file as published: one object that maps entry keys to entries",
+            "give it as published (one object that maps entry keys to entries), or JSON Lines",
         )
 
 
+def is_json_lines(path: Path) -> bool:
+    """Say whether a file holds an object on each line instead of one in all."""
+    with path.open("rb") as file:
+        first = file.readline(_LINE_BYTES)
+        more = file.read(4096).lstrip()
+    if not first.rstrip().endswith(b"}"):
+        return False
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and (more.startswith(b"{") or _is_entry(value))
+
+
+def _is_entry(value: Mapping[str, object]) -> bool:
+    """Tell an entry from an object of entries, whose values are objects."""
+    return isinstance(value.get("input"), str) and isinstance(value.get("output"), list)
+
+
 def _decoded(source: _Source, path: Path, report: ReadReport) -> Iterator[tuple[str, object]]:
-    """Yield (key, value) of the top-level object, with decoding errors made clear."""
+    """Yield key and value of each entry, with decoding errors made clear."""
     import ijson
 
+    report.json_lines = is_json_lines(path)
+    pairs = _pairs_of_lines if report.json_lines else _pairs
     try:
-        yield from ijson.kvitems(source, "", use_float=True, buf_size=_CHUNK_BYTES)
-    except ijson.JSONError as error:
+        for key, value in pairs(source):
+            yield (_restored(key), _restored(value)) if source.has_halves else (key, value)
+    except (ijson.JSONError, UnicodeDecodeError) as error:
         done = f"after {report.entries + report.skipped:,} entries, near byte {source.read_bytes:,}"
         text = str(error)
         if "premature EOF" in text:
@@ -205,6 +276,39 @@ def _decoded(source: _Source, path: Path, report: ReadReport) -> Iterator[tuple[
             short_text(reason, 200),
             "repair that place, or fetch the file again",
         ) from error
+
+
+def _pairs(source: Any) -> Iterator[tuple[str, object]]:
+    import ijson
+
+    yield from ijson.kvitems(source, "", use_float=True, buf_size=_CHUNK_BYTES)
+
+
+def _pairs_of_lines(source: _Source) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(source.lines(), start=1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith(b"{"):
+            yield f"line {number}", short_text(line.decode("utf-8", "replace"))
+            continue
+        pairs = list(_pairs(io.BytesIO(line)))
+        value = dict(pairs)
+        if _is_entry(value) or "key" in value:
+            key = value.get("key")
+            yield (key if isinstance(key, str) else f"line {number}"), value
+        else:
+            yield from pairs
+
+
+def _restored(value: Any) -> Any:
+    """Turn marks of halves of surrogate pairs into these, so that `schema` finds them."""
+    if isinstance(value, str):
+        return _HALF_DIGITS.sub(lambda digits: chr(int(digits[1], 16)), value)
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    if isinstance(value, dict):
+        return {_restored(name): _restored(item) for name, item in value.items()}
+    return value
 
 
 def _bad_entries_error(path: Path, report: ReadReport) -> DataError:

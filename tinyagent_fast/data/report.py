@@ -74,8 +74,14 @@ class DataCheck:
         """Return the figures as plain text for the terminal."""
         read = self.read
         points = ", ".join(f"{count:,} {kind}" for kind, count in self.point_counts.items())
+        json_lines = (
+            "note: it is read as JSON Lines",
+            "  why: it has an object on each line, where the published files are one object",
+            "  fix: nothing; every command reads JSON Lines too",
+        )
         lines = [
             f"{self.path}: {read.size_bytes / 1e6:,.1f} MB, sha256 {read.file_sha256}",
+            *(json_lines if read.json_lines else ()),
             f"entries: {read.entries:,} usable, {read.skipped:,} not; points: {points}",
             "steps per plan (without join):",
             *(f"  {steps:>4}  {count:>8,}" for steps, count in self.steps_per_plan.items()),

@@ -25,6 +25,7 @@ _MESSAGE_LIST_START = re.compile(r"\s*\[\s*\{")
 _JSON_LIST_START = re.compile(r'\s*\[\s*\{\s*"')
 _STEP = re.compile(r"(?:Thought: [^\n]*\n\s*)?(\d{1,9})\. (\w+)\((.*)\)")
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+_HALF_A_PAIR = "holds half of a surrogate pair, which is no character and cannot be encoded"
 _JSON_NAMES: dict[type, str] = {
     **{dict: "an object", list: "a list", str: "a text", float: "a number"},
     **{int: "a whole number", bool: "true or false", type(None): "null"},
@@ -92,7 +93,7 @@ class _Fields:
         if text is not None and not text.strip():
             self.add(where + name, "is empty")
         elif text is not None and not _is_encodable(text):
-            self.add(where + name, "holds half of a surrogate pair, which cannot be encoded")
+            self.add(where + name, _HALF_A_PAIR)
         return text or ""
 
 
@@ -102,8 +103,10 @@ def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
     Fields that the schema does not name are ignored.
     """
     if not isinstance(value, dict):
-        return [EntryProblem(key, "", f"must be an object, not {_json_name(value)}")]
-    fields = _Fields(key)
+        return [EntryProblem(_printable(key), "", f"must be an object, not {_json_name(value)}")]
+    fields = _Fields(_printable(key))
+    if not _is_encodable(key):
+        fields.add("", f"has a key that {_HALF_A_PAIR}")
     query = fields.take_text(value, "input")
     output = fields.take(value, "output", list)
     examples = [_example(item, at, query, fields) for at, item in enumerate(output or ())]
@@ -229,9 +232,7 @@ def _system_and_user(messages: list[tuple[str, str]]) -> tuple[str | None, str]:
     if not user.strip():
         raise ValueError("has an empty user message")
     if not all(_is_encodable(text) for _, text in messages):
-        raise ValueError(
-            "holds half of a surrogate pair, which is no character and cannot be encoded"
-        )
+        raise ValueError(_HALF_A_PAIR)
     return messages[0][1] if len(messages) == 2 else None, user
 
 
@@ -325,6 +326,10 @@ def _is_encodable(text: str) -> bool:
         return text.isascii() or text.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def _printable(key: str) -> str:
+    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def _json_name(value: object) -> str:

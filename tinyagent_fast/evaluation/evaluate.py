@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,7 +24,7 @@ from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_example
 from tinyagent_fast.evaluation.scoring import ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import ExportRecord, sha256_of
-from tinyagent_fast.runs import Run, find_run, write_json, write_text
+from tinyagent_fast.runs import Run, find_run, holding, write_json, write_text
 
 if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
@@ -197,6 +197,18 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = _config(run, options)
+    with ExitStack() as held:
+        if processes.is_main_process:
+            fix = "or name another folder with --out"
+            held.enter_context(holding(options.out or run.path, "eval", fix))
+        return _evaluate(run, config, options, engine, display)
+
+
+def _evaluate(
+    run: Run, config: Config, options: EvalOptions, engine: EngineName, display: Display
+) -> dict[str, EvaluationResult]:
+    """Evaluate a run whose folder for results this process holds."""
+    processes = init_processes()
     from tinyagent_fast.models.libraries import prepare_libraries
 
     backend = config.model.backend if engine == "torch" else "transformers"

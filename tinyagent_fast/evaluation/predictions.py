@@ -10,6 +10,7 @@ from typing import Any
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.runs import cut_broken_line, followed, write_json
 
 MAIN_EVALUATIONS = ("eval", "test/after")
 """Folders of a run whose predictions stand for it: `eval` writes later than `train`'s own test."""
@@ -71,7 +72,7 @@ class PredictionFile:
             if there == wanted:
                 return {p.key: p for p in self.read(repair=True)}
             self.path.replace(self.path.with_suffix(".previous.jsonl"))
-        self.made_with_path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        write_json(self.made_with_path, wanted)
         return {}
 
     def forget(self) -> None:
@@ -97,13 +98,9 @@ class PredictionFile:
             raise DataError(
                 f"{self.path}", "it is not there", "generate it with `tinyagent-fast eval`"
             )
+        if repair:
+            cut_broken_line(self.path)
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole, line_break, rest = content.rpartition(b"\n")
-        if rest and repair:
-            # A stop may also fall into the middle of a character, so bytes are cut, not text.
-            with self.path.open("r+b") as stream:
-                stream.truncate(len(whole + line_break))
-            content = whole
         # Not splitlines: a query may hold a separator that JSON leaves as it is, such as U+2028.
         lines = content.split(b"\n")
         return [_parse(self.path, n, line) for n, line in enumerate(lines, 1) if line]
@@ -116,6 +113,7 @@ def find_predictions(path: Path) -> dict[str, PredictionFile]:
         Files by the folder in the run, "" where `path` itself has or is the file, the first choice
         first; empty if there is none.
     """
+    path = followed(path)
     if path.is_file():
         return {"": PredictionFile(path.parent, path.name)}
     files = {folder: PredictionFile(path / folder) for folder in ("", *MAIN_EVALUATIONS)}

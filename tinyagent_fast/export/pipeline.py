@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from tinyagent_fast.training.inputs import retriever_of_run
 from tinyagent_fast.version import __version__
 
 IMPORTANCE = "importance.gguf"
+_WORK = ".work-"
 
 
 def run_export(export: Export) -> Path:
@@ -58,7 +60,9 @@ def run_export(export: Export) -> Path:
         record.update(artefacts=[])
     merged = _make_merged(export, identity)
     gates: list[Gate] = []
-    with tempfile.TemporaryDirectory(prefix=".work-", dir=export.folder) as work:
+    for left in export.folder.glob(f"{_WORK}*"):  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_WORK, dir=export.folder) as work:
         f32, f16 = _make_files(export, merged, Path(work)) if export.specs else (None, None)
         for gate in prove(export, f32, f16) if settings.gates == "on" else ():
             export.display.say(gate.sentence())

@@ -430,5 +430,14 @@ def save_model(
     tokenizer.save_pretrained(str(temporary))
     for name, value in (notes or {}).items():
         write_json(temporary / name, value)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    replace_folder(temporary, folder)
+
+
+def replace_folder(whole: Path, folder: Path) -> None:
+    """Put a folder in another one's place, so that a kill hardly ever leaves none there."""
+    former = folder.with_name(f"{folder.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.replace(former)
+    whole.replace(folder)
+    shutil.rmtree(former, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Best:
     reason: str
 
 
-def why_better(new: Evaluation, best: Best | None) -> str | None:
+def why_better(new: Evaluation, best: Evaluation | None) -> str | None:
     """Decide whether an evaluation beats the best one: by success, ties by loss; NaN never wins.
 
     Returns:
@@ -59,6 +59,18 @@ def why_better(new: Evaluation, best: Best | None) -> str | None:
             f"equal success {new.success:.4f}, loss {new.loss:.4f} lower than {best.loss:.4f} "
             f"at step {best.step}"
         )
+    return None
+
+
+def best_in_history(run: Run) -> Evaluation | None:
+    """Find the best evaluation that history.jsonl tells of, which holds for a resumed run too.
+
+    best/ may be ahead of it: a run that was killed had measured steps behind its last checkpoint.
+    """
+    names = {field.name for field in fields(Evaluation)}
+    for record in reversed(run.history()):
+        if record.get("event") == "evaluation" and record.get("best"):
+            return Evaluation(**{name: record[name] for name in names})
     return None
 
 

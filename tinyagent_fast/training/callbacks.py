@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tinyagent_fast.distributed import ALONE, Processes
+from tinyagent_fast.interrupts import NAMES, STOP_SIGNALS
 from tinyagent_fast.runs import Run
-from tinyagent_fast.training.best import Best, Evaluation, read_best, why_better
+from tinyagent_fast.training.best import Best, Evaluation, best_in_history, why_better
 from tinyagent_fast.training.trainer import refuse_non_finite
 
 # The loss scaler starts at 2 ** 16 and halves: after so many steps in a row it has no way left.
@@ -84,12 +86,9 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         new = self.measure(step)
         if not self.processes.is_main_process:
             return new
-        best = read_best(self.run)
-        reason = why_better(new, best)
-        # A resumed run measures steps again that a stopped one measured behind its checkpoint.
-        again = best is not None and best.step == step
+        reason = why_better(new, best_in_history(self.run))
         better = reason is not None
-        self.run.append_history({"event": "evaluation", **asdict(new), "best": better or again})
+        self.run.append_history({"event": "evaluation", **asdict(new), "best": better})
         if reason is not None:
             kept = Best(step=step, success=new.success, loss=new.loss, reason=reason)
             self.save(self.run.best, kept)
@@ -97,7 +96,7 @@ class PlanSuccess(TrainerCallback):  # type: ignore[misc]
         return new
 
     def _patience_is_over(self) -> bool:
-        best = read_best(self.run)
+        best = best_in_history(self.run)
         since = -1 if best is None else best.step
         steps = {r["step"] for r in self.run.history() if r.get("event") == "evaluation"}
         return self.patience is not None and sum(step > since for step in steps) >= self.patience
@@ -183,34 +182,39 @@ def _duration(seconds: float) -> str:
 
 @dataclass(eq=False, kw_only=True)
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
-    """Turns the first Ctrl-C into a saved checkpoint at the end of the step."""
+    """Turns the first Ctrl-C or SIGTERM into a saved checkpoint at the end of the step."""
 
     say: Callable[[str], None]
     processes: Processes = ALONE
     """They stop after the same step, whichever heard of it first."""
-    interrupted: bool = field(default=False, init=False)
-    _previous: Any = field(default=None, init=False)
+    stopped_by: int = field(default=0, init=False)
+    """The signal; 0 as long as there was none."""
+    _previous: dict[int, Any] = field(default_factory=dict, init=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen for Ctrl-C; only the main thread may."""
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._note)
-        except ValueError:
-            self._previous = None
+        """Listen for the signals; only the main thread may. One that is ignored stays ignored."""
+        with suppress(ValueError):
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
 
-    def _note(self, *_: Any) -> None:
-        self.interrupted = True
-        self.say("Ctrl-C: saving a checkpoint after this step; once more stops at once")
-        signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
+    def _note(self, number: int, _: Any) -> None:
+        self.stopped_by = number
+        self.say(f"{NAMES[number]}: saving a checkpoint after this step; once more stops at once")
+        self._hand_back()
+
+    def _hand_back(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._previous.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if asked to."""
-        self.interrupted = self.processes.any(self.interrupted)
-        if self.interrupted:
+        if self.processes.any(bool(self.stopped_by)):
+            self.stopped_by = self.stopped_by or signal.SIGTERM  # as another process was
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hand Ctrl-C back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        """Hand the signals back."""
+        self._hand_back()

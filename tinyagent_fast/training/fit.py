@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,21 +21,22 @@ from tinyagent_fast.config import Config, EvalConfig, check_config, with_types
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
-from tinyagent_fast.errors import ModelError, Stopped
+from tinyagent_fast.errors import ModelError, Stopped, TrainingError, is_full_disk
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
+from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
 from tinyagent_fast.models.bases import resolve_base
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.libraries import prepare_libraries
-from tinyagent_fast.models.loading import LoadedModel, load_for_training, save_model
+from tinyagent_fast.models.loading import LoadedModel, load_for_training, replace_folder, save_model
 from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.reports.charts import plot_training
-from tinyagent_fast.runs import Run, create_run, refuse_taken_name, write_json
+from tinyagent_fast.runs import Run, create_run, holding, refuse_taken_name, write_json
 from tinyagent_fast.shared_prefix.training import check_same_loss, decide_shared_prefix
 from tinyagent_fast.training.best import (
     Best,
@@ -84,37 +88,70 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
 
     Raises:
         UserError: Anything that a user can repair, before the first step wherever possible.
-        Stopped: Ctrl-C; a checkpoint was saved.
+        Stopped: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = with_types(config)
     check_config(config)
     check_tracker(config.track)
     processes = init_processes()
-    checkpoint = None
-    if resume is None:
-        processes.on_main_process(lambda: refuse_taken_name(config))
-    else:
-        refuse_changed_config(resume, config)
-        checkpoint = last_checkpoint(resume)
-        config = resume.located(config)
-    # Quantisation-aware training goes by transformers, which Unsloth would patch.
-    plain = config.train.qat != "off"
-    prepare_libraries(replace(config.model, backend="transformers") if plain else config.model)
     if not processes.is_main_process:
         console = Console(quiet=True)
     display = Display(console or Console(highlight=False))
+    with ExitStack() as held:
+
+        def hold(run: Run) -> Run:
+            if processes.is_main_process:
+                held.enter_context(holding(run.path, "train", "or train under another --name"))
+            return run
+
+        if resume is None:
+            processes.on_main_process(lambda: refuse_taken_name(config))
+        else:
+            refuse_changed_config(resume, config)
+            processes.on_main_process(lambda: hold(resume))
+            config = resume.located(config)
+        return _train(config, display, resume, hold)
+
+
+def _train(config: Config, display: Display, resume: Run | None, hold: Callable[[Run], Run]) -> Run:
+    """Train a new run, or go on with one that this process holds."""
+    checkpoint = None if resume is None else last_checkpoint(resume, display.say)
+    # Quantisation-aware training goes by transformers, which Unsloth would patch.
+    plain = config.train.qat != "off"
+    with display.bar("loading libraries"):
+        prepare_libraries(replace(config.model, backend="transformers") if plain else config.model)
     started = time.perf_counter()
-    prepared = _prepare(config, display, resume)
-    prepared_s = time.perf_counter()
-    _fit(prepared, checkpoint)
-    seconds = time.perf_counter() - prepared_s
-    display.say(f"trained in {seconds:.0f} s")
-    _finish(prepared)
+    prepared = _prepare(config, display, resume, hold)
+    run, processes = prepared.run, prepared.processes
+    try:
+        prepared_s = time.perf_counter()
+        _fit(prepared, checkpoint, resumed=resume is not None)
+        seconds = time.perf_counter() - prepared_s
+        display.say(f"trained in {seconds:.0f} s")
+        _finish(prepared)
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        why = "it was between two checkpoints; steps behind the last one are made again"
+        raise _stopped(run, f"stopped by {NAMES[number]}", why, number) from stop
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        fix = f"free some space, then: tinyagent-fast train --resume {shlex.quote(run.named)}"
+        raise TrainingError(f"run {run.path}", "the disk is full", fix) from error
     if processes.is_main_process:
         all_s = round(time.perf_counter() - started, 2)
         timings_s = {**display.timings_s, "steps and validation": round(seconds, 2), "all": all_s}
-        write_json(prepared.run.path / "timings.json", timings_s)
-    return prepared.run
+        write_json(run.path / "timings.json", timings_s)
+    return run
+
+
+def _stopped(run: Run, what: str, why: str, number: int) -> Stopped:
+    return Stopped(
+        what,
+        why,
+        f"go on with: tinyagent-fast train --resume {shlex.quote(run.named)}",
+        exit_code=exit_code(number),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +209,9 @@ class _Prepared:
         self.display.say(f"{when} training: {headline(result.metrics)} test queries")
 
 
-def _prepare(config: Config, display: Display, resume: Run | None) -> _Prepared:
+def _prepare(
+    config: Config, display: Display, resume: Run | None, hold: Callable[[Run], Run]
+) -> _Prepared:
     """Read data, build the base, encode rows, load the model and make the run's folder."""
     processes = init_processes()
     with display.bar("reading data"):
@@ -207,7 +246,7 @@ def _prepare(config: Config, display: Display, resume: Run | None) -> _Prepared:
         config = _with_automatic_batch(config, estimator, display)
         estimator = replace(estimator, config=config) if estimator else None
     prepared = _Prepared(
-        run=resume or processes.on_main_process(lambda: create_run(config)),
+        run=resume or processes.on_main_process(lambda: hold(create_run(config))),
         config=config,
         base=base,
         examples=examples,
@@ -356,16 +395,14 @@ def _header(prepared: _Prepared) -> dict[str, str]:
     return lines
 
 
-def _fit(prepared: _Prepared, checkpoint: Path | None) -> None:
+def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None:
     """Check everything on real batches, then make the steps."""
     from tinyagent_fast.training.callbacks import History, StepGuard, StopOnInterrupt
 
     config, loaded, display, run = prepared.config, prepared.loaded, prepared.display, prepared.run
     processes, rows = prepared.processes, prepared.rows.train.dataset()
     decision_path = run.path / "shared_prefix.json"
-    shared = decide_shared_prefix(
-        loaded, config.train, rows, decision_path if checkpoint is not None else None
-    )
+    shared = decide_shared_prefix(loaded, config.train, rows, decision_path if resumed else None)
     if processes.is_main_process:
         write_json(decision_path, asdict(shared))
     display.say(f"shared prefixes {shared.sentence()}")
@@ -388,6 +425,10 @@ def _fit(prepared: _Prepared, checkpoint: Path | None) -> None:
     if shared.on:
         difference = check_same_loss(trainer, loaded, rows)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
+    if resumed:
+        dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
+        start = checkpoint.name if checkpoint else "the first step, as there is no checkpoint yet"
+        display.say(f"going on from {start}: {dropped} later records of history dropped")
     if config.eval.before_and_after and checkpoint is None:
         prepared.measure_test_queries("before")
     history = History(run=run, tokens=trainer.token_counts, say=display.say, processes=processes)
@@ -400,22 +441,18 @@ def _fit(prepared: _Prepared, checkpoint: Path | None) -> None:
             success.evaluate(0)
     for callback in callbacks:
         trainer.add_callback(callback)
-    if checkpoint is not None:
-        if processes.on_main_process(lambda: training_is_over(run, checkpoint, trainer.steps)):
-            load_adapter_weights(loaded.model, checkpoint)
-            display.say(f"{checkpoint.name} is the last one: no step is left to make")
-            return
-        dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
-        display.say(f"going on from {checkpoint.name}: {dropped} later records of history dropped")
+    if checkpoint is not None and processes.on_main_process(
+        lambda: training_is_over(run, checkpoint, trainer.steps)
+    ):
+        load_adapter_weights(loaded.model, checkpoint)
+        display.say(f"{checkpoint.name} is the last one: no step is left to make")
+        return
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if interrupt.interrupted:
+    if number := interrupt.stopped_by:
         if not processes.is_main_process:
-            raise SystemExit(Stopped.exit_code)  # the main process says it
-        raise Stopped(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} by Ctrl-C",
-            "a checkpoint was saved",
-            f"go on with: tinyagent-fast train --resume {run.named}",
-        )
+            raise SystemExit(exit_code(number))  # the main process says it
+        at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise _stopped(run, f"{at} by {NAMES[number]}", "a checkpoint was saved", number)
 
 
 def _choose_threads(prepared: _Prepared, trainer: Any) -> None:
@@ -505,8 +542,10 @@ def _keep_best(prepared: _Prepared) -> bool:
         save_model(loaded.model, loaded.tokenizer.hf, run.adapter)
         display.say("no evaluation was made: the last adapter is kept")
     else:
-        shutil.rmtree(run.adapter, ignore_errors=True)
-        shutil.copytree(run.best, run.adapter)
+        copy = run.path / f"{run.adapter.name}.part"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run.best, copy)
+        replace_folder(copy, run.adapter)
         display.say(f"best adapter: step {best.step}, {best.reason}")
     plot_training(run)
     return best is not None

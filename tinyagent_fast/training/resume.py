@@ -1,38 +1,85 @@
-"""Resume only what is the same run: config, data and trainable parameters are compared."""
+"""Resume only what is the same run, from a whole checkpoint.
+
+Config, data and trainable parameters are compared with those of the run. A checkpoint gets its name
+when all its files are written, the last of them with their checksums.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import Config, to_mapping
+from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.runs import Run, write_json, write_text
+from tinyagent_fast.runs import Run, cut_broken_line, write_json, write_text
 
 _LISTED = 20
+_CHECKSUMS = "checksums.json"
 
 
-def last_checkpoint(run: Run) -> Path:
+def keep_checkpoint(written: Path, target: Path) -> None:
+    """Give a checkpoint that was written its name, with the checksums of its files."""
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    sums = {path.relative_to(written).as_posix(): file_sha256(path) for path in files}
+    write_json(written / _CHECKSUMS, sums)
+    shutil.rmtree(target, ignore_errors=True)
+    written.replace(target)
+
+
+def why_not_whole(checkpoint: Path) -> str | None:
+    """Compare a checkpoint's files with their checksums; None if all are as they were written."""
+    try:
+        sums = json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name, sha256 in sums.items():
+            if not (checkpoint / name).exists():
+                return f"{name} is missing"
+            if file_sha256(checkpoint / name) != sha256:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{_CHECKSUMS}, which is written last, cannot be read: {error}"
+    return None
+
+
+def last_checkpoint(run: Run, say: Callable[[str], None] = lambda _: None) -> Path | None:
     """Find the folder of a run's newest whole checkpoint.
 
+    Args:
+        run: The run.
+        say: Is told of newer ones that are not whole.
+
+    Returns:
+        The checkpoint; None if the run was broken off before its first one.
+
     Raises:
-        TrainingError: There is none.
+        TrainingError: There are checkpoints, and none is whole.
     """
-    found = [
-        path
-        for path in run.checkpoints.glob("checkpoint-*")
-        if (path / "trainer_state.json").exists() and path.name.rpartition("-")[2].isdigit()
-    ]
-    if not found:
-        raise TrainingError(
-            f"run {run.path.name}",
-            "it has no checkpoint to resume from",
-            "train anew; --train.save-every-steps saves earlier",
-        )
-    return max(found, key=_step_of)
+    problems: list[str] = []
+    for checkpoint in sorted(_checkpoints(run), key=_step_of, reverse=True):
+        problem = why_not_whole(checkpoint)
+        if problem is None:
+            for line in problems:
+                say(f"{line}: {checkpoint.name} is taken instead")
+            return checkpoint
+        problems.append(f"{checkpoint.name} is not whole ({problem})")
+    if not problems:
+        return None
+    raise TrainingError(
+        f"run {run.path.name} has no whole checkpoint to go on from",
+        "; ".join(problems),
+        f"put the files back from a copy, or remove {run.checkpoints}: --resume then begins with "
+        "the first step",
+    )
+
+
+def _checkpoints(run: Run) -> Iterator[Path]:
+    for path in run.checkpoints.glob("checkpoint-*"):
+        if path.name.rpartition("-")[2].isdigit():
+            yield path
 
 
 def training_is_over(run: Run, checkpoint: Path, steps: int) -> bool:
@@ -49,9 +96,17 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def forget_after(run: Run, checkpoint: Path) -> int:
-    """Drop history of steps behind a checkpoint, which are made once more; count the records."""
-    step = _step_of(checkpoint)
+def forget_after(run: Run, checkpoint: Path | None) -> int:
+    """Drop what came behind a checkpoint, which is made once more; count the records of history.
+
+    Args:
+        run: The run.
+        checkpoint: Where it goes on; None drops everything.
+    """
+    step = -1 if checkpoint is None else _step_of(checkpoint)
+    for other in [path for path in _checkpoints(run) if _step_of(path) > step]:
+        shutil.rmtree(other)
+    cut_broken_line(run.history_path)
     history = run.history()
     kept = [record for record in history if record.get("step", 0) <= step]
     if len(kept) < len(history):

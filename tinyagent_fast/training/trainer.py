@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from tinyagent_fast.distributed import ALONE, Processes
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.shared_prefix.training import PackingCollator, prefix_order
+from tinyagent_fast.training.resume import keep_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
+_UNFINISHED = ".unfinished"
+"""Folder in which a checkpoint is written before it gets its name."""
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -68,6 +72,7 @@ def build_trainer(
     import torch
     from torch.utils.data import RandomSampler
     from transformers import PrinterCallback, ProgressCallback
+    from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
 
     train = config.train
@@ -108,6 +113,20 @@ def build_trainer(
             # The trainer deals batches to the processes in turn, so a step's rows are neighbours.
             group = train.rows_per_batch * processes.count * train.accumulation
             return LengthGroupedOrder(list(self.train_dataset["length"]), group, train.seed)
+
+        def _get_output_dir(self, trial: Any = None) -> str:
+            return str(output_dir / _UNFINISHED)
+
+        def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+            unfinished, name = output_dir / _UNFINISHED, f"checkpoint-{self.state.global_step}"
+            if processes.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            processes.wait()
+            super()._save_checkpoint(model, trial)
+            processes.wait()
+            if processes.is_main_process:
+                keep_checkpoint(unfinished / name, output_dir / name)
+                rotate_checkpoints(str(output_dir), self.args.save_total_limit)
 
         def token_counts(self) -> dict[str, int]:
             names = ("tokens_seen", "tokens_padded", "tokens_computed")
