@@ -63,6 +63,8 @@ class Line:
         for word in shlex.split(self.text, comments=True):
             if word == "&&":
                 steps.append([])
+            elif word == ">":  # what follows is the shell's
+                break
             else:
                 steps[-1].append(word)
         return steps
@@ -230,6 +232,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for at, text in enumerate(texts)
         )
     (tmp_path / "pairs.json").write_text(json.dumps([{"label": PLAN, "prediction": PLAN}]))
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"label": PLAN, "plan": PLAN}) + "\n")
     shutil.copy(BUILT_IN_CATALOGUE, tmp_path / "my-tools.yaml")
     return tmp_path
 
