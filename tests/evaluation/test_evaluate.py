@@ -120,6 +120,28 @@ def test_all_exported_files_are_evaluated_and_compared_with_f16(
     assert "adds the adapter to the table" in printed
 
 
+def test_with_a_grammar_every_whole_plan_is_right_and_the_headline_stays_as_it_was(
+    exported: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = exported.path / "export" / "gguf" / "tiny-f16.gguf"
+    words = ("--model", model, "--eval.max-new-tokens", "200")
+    assert evaluate(exported, *words) == 0
+    free = table_of(exported)
+    before = PredictionFile(exported.path / "eval-gguf-tiny-f16").read()
+    assert evaluate(exported, *words, "--grammar", "on") == 0
+    assert "with the grammar" in capsys.readouterr().out
+    held = exported.path / "eval-gguf-tiny-f16-grammar"
+    failures = json.loads((held / "metrics.json").read_text(encoding="utf-8"))["failures"]
+    assert not failures.keys() & {"unparsable", "unknown_tool", "wrong_arity", "no_join"}
+    assert all(
+        row.prediction.startswith(("1. ", "Thought: ")) for row in PredictionFile(held).read()
+    )
+    assert PredictionFile(exported.path / "eval-gguf-tiny-f16").read() == before
+    assert table_of(exported) == free
+    made_with = json.loads((held / "made_with.json").read_text(encoding="utf-8"))
+    assert made_with["grammar"] == "on"
+
+
 def copy_as_adapter(run: Run, **changes: Any) -> None:
     """Let predictions of the f16 file pass for those of the run's adapter."""
     shutil.copytree(run.path / "eval-gguf-tiny-f16", run.evaluation)

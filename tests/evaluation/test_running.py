@@ -203,6 +203,22 @@ def test_predictions_of_another_adapter_or_limit_are_never_mixed_in(
     assert len(PredictionFile(tmp_path).read()) == 4
 
 
+def test_under_a_grammar_no_plan_has_an_unknown_tool_or_arity_and_free_ones_are_not_reused(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    longer = replace(SETTINGS, max_new_tokens=160)
+    free = evaluate(loaded, 4, tmp_path, settings=longer)
+    held = evaluate(loaded, 4, tmp_path, settings=longer, grammar=True)
+    assert held.reused == 0
+    assert {p.prediction for p in free.predictions}.isdisjoint(
+        p.prediction for p in held.predictions
+    )
+    wrong = {"unparsable", "unknown_tool", "wrong_arity", "wrong_argument_type", "no_join"}
+    assert not held.metrics.failures.keys() & wrong
+    assert all(p.stop_reason in ("stop", "length") for p in held.predictions)
+    assert evaluate(loaded, 4, tmp_path, settings=longer, grammar=True).reused == 4
+
+
 def test_another_batch_size_is_no_other_evaluation(
     loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:

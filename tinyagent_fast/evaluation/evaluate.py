@@ -110,8 +110,9 @@ class EvalOptions:
     threads: int | None = None
     """CPU threads; None leaves it to torch, and gives llama.cpp one per core."""
     out: Path | None = None
-    """Folder for predictions and report; by default `eval/` in the run's folder. With
-    `--engine gguf` each file gets a folder `eval-gguf-NAME/` in it, and in the run's by default."""
+    """Folder for predictions and report; by default `eval/` in the run's folder, and
+    `eval-grammar/` with `--grammar on`. With `--engine gguf` each file gets a folder
+    `eval-gguf-NAME/` in it, and in the run's by default."""
     fresh: bool = False
     """Generate everything anew, even where equal predictions are there."""
 
@@ -128,6 +129,11 @@ class _Task:
     """Its test file and how its prompts were made, as predictions record it."""
     tools: Mapping[str, Tool] | None
     display: Display
+
+    @property
+    def suffix(self) -> str:
+        """End names of folders with this: figures with a grammar never replace those without."""
+        return "-grammar" if self.options.grammar == "on" else ""
 
 
 def _chosen_engine(options: EvalOptions) -> EngineName:
@@ -318,7 +324,7 @@ def _adapter(task: _Task) -> dict[str, EvaluationResult]:
         name,
         TorchEngine(loaded, lookup_tokens=config.eval.lookup_tokens, threads=options.threads),
         title=f"Run {run.path.name}",
-        folder=options.out or run.path / ("eval" if adapter else "eval-base"),
+        folder=options.out or run.path / (("eval" if adapter else "eval-base") + task.suffix),
         made_with={
             "base": base,
             "adapter_sha256": sha256_of(adapter / _WEIGHTS) if adapter else None,
@@ -350,7 +356,7 @@ def _merged_folder(task: _Task) -> dict[str, EvaluationResult]:
         "merged",
         VllmEngine(folder, _tokenizer(task), context_tokens=room_tokens),
         title=f"Run {run.path.name}, vLLM",
-        folder=task.options.out or run.path / "eval-vllm",
+        folder=task.options.out or run.path / f"eval-vllm{task.suffix}",
         made_with={"merged_sha256": sha256_of(folder)},
         settings=replace(config.eval, parity_prompts=0),
     )
@@ -380,7 +386,7 @@ def _gguf_files(task: _Task) -> dict[str, EvaluationResult]:
             path.name,
             LlamaCppEngine(LlamaServer(settings), tokenizer),
             title=path.name,
-            folder=(options.out or task.run.path) / f"eval-gguf-{path.stem}",
+            folder=(options.out or task.run.path) / f"eval-gguf-{path.stem}{task.suffix}",
             made_with={},
             settings=replace(config.eval, batch=slots),
         )
@@ -452,17 +458,20 @@ def _compare_files(
         rows=tuple(rows),
     ).to_markdown()
     folder = task.options.out or task.run.path
-    write_text(folder / "eval-gguf.md", table)
+    name = f"eval-gguf{task.suffix}"
+    write_text(folder / f"{name}.md", table)
     facts = {**task.about_test, "queries": len(task.examples), "reference": reference}
-    write_json(folder / "eval-gguf.json", {**facts, "rows": records})
+    write_json(folder / f"{name}.json", {**facts, "rows": records})
     task.display.say(table)
-    task.display.say(f"written: {folder}/eval-gguf.md, eval-gguf.json")
+    task.display.say(f"written: {folder}/{name}.md, {name}.json")
 
 
 def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
     """Take the adapter's predictions as the reference if they are there for the same task."""
-    file, say = PredictionFile(task.run.evaluation), task.display.say
-    remedy = f"`make eval RUN={task.run.named}` adds the adapter to the table"
+    folder = task.run.evaluation
+    file, say = PredictionFile(folder.with_name(folder.name + task.suffix)), task.display.say
+    more = " ARGS='--grammar on'" if task.suffix else ""
+    remedy = f"`make eval RUN={task.run.named}{more}` adds the adapter to the table"
     if not file.path.exists() or not file.made_with_path.exists():
         say(f"note: {remedy}")
         return None
