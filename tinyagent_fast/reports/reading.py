@@ -230,7 +230,7 @@ def _validation(step: int, record: Mapping[str, object]) -> ValidationRecord | N
 
 
 def _evaluation_folders(run: Path) -> Iterator[tuple[str, Path]]:
-    names = ["eval", "eval-base", "eval-vllm", "test/before", "test/after"]
+    names = ["eval", "eval-grammar", "eval-base", "eval-vllm", "test/before", "test/after"]
     names += [path.name for path in sorted(run.glob("eval-gguf-*"))]
     for name in names:
         if (run / name / "predictions.jsonl").exists():
