@@ -25,7 +25,7 @@ Checkpointing = Literal["unsloth", "true", "false"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
 Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
-Prompts = Literal["as-is", "retrieved"]
+Prompts = Literal["as-is", "retrieved", "short"]
 GrammarUse = Literal["on", "off"]
 Leaks = Literal["drop", "keep", "error"]
 QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
@@ -54,7 +54,8 @@ class DataConfig:
     count them, train on them, or stop."""
     prompts: Prompts = "as-is"
     """System prompts of plans as the file has them, or rewritten: tools and examples that a
-    retriever chooses by the query, and the tools that the plan calls."""
+    retriever chooses by the query, and the tools that the plan calls; `short` just names these
+    tools in one line with the time, as generated data does."""
     retrieval_recall: float = 0.98
     """Share of queries for which the retriever should find all tools; higher lists more tools."""
     validation_entries: int = 1000
@@ -271,7 +272,7 @@ def check_config(config: Config) -> None:
             "train.evaluations needs eval.sample and data.validation-entries above 0 "
             "(or set train.evaluations to 0)"
         )
-    if config.data.prompts == "retrieved" and config.data.points == "join":
+    if config.data.prompts != "as-is" and config.data.points == "join":
         problems.append("data.prompts retrieved needs data.points plan or all")
     if train.qat != "off":
         if config.model.weights == "nf4":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tinyagent_fast.config import Backend, Config, EvalConfig, GrammarUse, Prompts, check_config
+from tinyagent_fast.config import Backend, Config, EvalConfig, GrammarUse, check_config
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.evaluation.comparison import compare_plans
@@ -98,9 +98,9 @@ class EvalOptions:
     folder."""
     test: Path | None = None
     """Another test file in the published schema."""
-    prompts: Prompts | None = None
-    """System prompts as the test file has them, or with the tools that the run's retriever finds;
-    None takes what the run was trained with."""
+    prompts: Literal["as-is", "retrieved"] | None = None
+    """System prompts as the test file has them, or with the tools that the run's retriever finds,
+    in the form in which the run was trained; None takes what the run was trained with."""
     grammar: GrammarUse = "off"
     """`on` lets the model write nothing but plans of the tools that each prompt lists, as chat
     does; the headline metric is without."""
@@ -224,7 +224,7 @@ def _evaluate(
 
     examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
     about_test: dict[str, object] = {"test_sha256": test_sha256}
-    if config.data.prompts == "retrieved":
+    if config.data.prompts != "as-is":
         retriever = processes.main_process_first(lambda: retriever_of_run(run))
         if retriever is None or retriever.system is None:
             raise ConfigError(
@@ -263,7 +263,8 @@ def _config(run: Run, options: EvalOptions) -> Config:
         data = replace(data, test=test)  # also one that was generated
     if options.backend is not None:
         model = replace(model, backend=options.backend)
-    data = replace(data, prompts=options.prompts or data.prompts)
+    if options.prompts == "as-is" or (options.prompts and data.prompts == "as-is"):
+        data = replace(data, prompts=options.prompts)
     config = replace(config, data=data, model=model, eval=replace(config.eval, **changes))
     check_config(config)
     return config

@@ -122,8 +122,8 @@ class SystemText:
         """
         bound = {line.text for line in self.guidelines if line.tools}
         free = [g for g in own.guidelines if not g.tools and g.text not in bound]
-        if len(free) != sum(not line.tools for line in self.guidelines):
-            told = _MOMENT.search("".join(line.text for line in free))
+        if not free or len(free) != sum(not line.tools for line in self.guidelines):
+            told = _MOMENT.search("".join((*own.preamble, *(line.text for line in free))))
             return self.dated(told[0]) if told else self
         lines = iter(free)
         return replace(
@@ -131,9 +131,10 @@ class SystemText:
         )
 
     def dated(self, moment: str) -> SystemText:
-        """Let the line that tells the time tell another one, such as `Monday 2024-01-01 10:00`."""
+        """Let what tells the time tell another one, such as `Monday 2024-01-01 10:00`."""
         lines = (replace(g, text=_MOMENT.sub(moment, g.text)) for g in self.guidelines)
-        return replace(self, guidelines=tuple(lines))
+        preamble = (_MOMENT.sub(moment, text) for text in self.preamble)
+        return replace(self, preamble=tuple(preamble), guidelines=tuple(lines))
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for JSON."""

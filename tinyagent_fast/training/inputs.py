@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tinyagent_fast.data import generation, splits
 from tinyagent_fast.data.cache import ExampleTable, Points, cache_folder, load_examples
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, plan_tools
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
+from tinyagent_fast.data.generation.prompts import short_planner_prompt
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import (
     LeakReport,
@@ -33,11 +35,14 @@ from tinyagent_fast.prompts.retrieval import (
     train_retriever,
 )
 from tinyagent_fast.prompts.rows import RowFile, encode_examples
+from tinyagent_fast.prompts.system_text import parse
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import Run
 
 GENERATED = Path("data/generated")
+_SOME_MOMENT = datetime(2000, 1, 1)
+"""Stands in prompts only where a row tells no other."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,10 @@ def _with_retrieved_tools(examples: RunExamples, config: Config) -> RunExamples:
     inference, and the tools of their plan; the others list what is retrieved.
     """
     retriever, retrieved = _train_retriever(examples.train, config)
+    if config.data.prompts == "short":
+        line = short_planner_prompt(retriever.tools, _SOME_MOMENT)
+        system = parse(line, retriever.tools)
+        retriever = replace(retriever, system=system, examples=0, solved=())
     of_plans = iter(retrieved)
     listed = [
         (*called_tools(e.output), *next(of_plans)) if e.kind == "plan" else ()

@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tinyagent_fast.data.generation import phrases
+from tinyagent_fast.data.generation.phrases import parse_phrase
 from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.grammar import references
@@ -28,8 +30,8 @@ REQUIRED = object()
 """Marks a parameter without a default."""
 
 _NAME = re.compile(r"[^\W\d]\w*")
-_SLOT = re.compile(r"\{(\w+)(:literal)?\}")
-_OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
+_DERIVED = {"end": ("start", "str"), "all_day": ("due", "bool")}
+"""Kinds that follow from another parameter: its kind of value, and the type of what follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +42,16 @@ class SlotParameter(Parameter):
     follows: str | None = None
     sources: tuple[str, ...] = ()
     embed: tuple[str, ...] = ("{}",)
+    unsaid: tuple[str, ...] | None = None
+    several: float | None = None
+    """Share of lists that name more than one; None leaves it to the mix."""
     default: object = REQUIRED
 
     @property
     def may_be_left_out(self) -> bool:
-        """Whether a phrase need not name it: it has a default, or follows another parameter."""
-        return self.default is not REQUIRED or self.value == "end"
+        """Whether a phrase need not name it: it has a default, or follows from something."""
+        derived = self.value in _DERIVED or self.unsaid is not None
+        return self.default is not REQUIRED or derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +62,18 @@ class CatalogueTool(Tool):
     returns: str
     phrases: tuple[str, ...]
     mention: str | None = None
+    again: tuple[str, ...] = ()
+    """How a sentence speaks of its result once more."""
     weight: float = 1.0
 
     def parameter(self, name: str) -> SlotParameter:
         """Find a parameter by name; phrases were checked, so it exists."""
         return next(p for p in self.parameters if p.name == name)
+
+    @property
+    def counted(self) -> bool:
+        """Whether a list may name several of its results: they are told apart by what is said."""
+        return self.mention is not None and "{" in self.mention
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Catalogue:
         for _ in lengths:
             for tool in self.tools:
                 if tool.mention is not None:
-                    named = {match[1] for match in _SLOT.finditer(tool.mention)}
+                    named = _slots_of(tool.mention)
                     slots = [p for p in tool.parameters if p.name in named]
                     needed = [self.calls_before(slot, lengths) for slot in slots]
                     lengths[tool.name] = max(needed, default=0)
@@ -98,6 +111,13 @@ class Catalogue:
         providers = [tool for kind in parameter.sources for tool in self.providers(kind)]
         # Without any provider the checks report the slot, and it is no part of a circle.
         return min((1 + lengths[tool.name] for tool in providers), default=0)
+
+
+def _slots_of(mention: str) -> set[str]:
+    try:
+        return {slot.name for slot in phrases.slots(parse_phrase(mention))}
+    except ValueError:
+        return set()  # which the checks report
 
 
 def load_catalogue(path: Path | None = None) -> Catalogue:
@@ -185,6 +205,14 @@ def _are_texts(value: Any) -> bool:
     return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
 
 
+def _is_share(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
 def _is_text_or_texts(value: Any) -> bool:
     return _are_texts([value]) or _are_texts(value)
 
@@ -258,6 +286,7 @@ def _read_tool(raw: dict[str, Any], problems: list[str]) -> CatalogueTool:
         phrases=tuple(sentences or ()),
         description=_tuple(lines),
         mention=tool.take("mention", "one line of text", _is_line, None),
+        again=_tuple(tool.take("again", "a text or a list of texts", _is_text_or_texts, ())),
         returns=tool.take("returns", "one line of text", _is_line, None) or "",
         parameters=tuple({p.name: p for p in read}.values()),
         weight=float(weight),
@@ -265,11 +294,13 @@ def _read_tool(raw: dict[str, Any], problems: list[str]) -> CatalogueTool:
 
 
 def _read_parameter(raw: dict[str, Any], tool: str, problems: list[str]) -> SlotParameter:
-    known = ("name", "type", "value", "follows", "from", "as", "default", "nullable")
+    known = ("name", "type", "value", "follows", "from", "as", "unsaid", "several")
+    known += ("default", "nullable")
     parameter = _Mapping(raw, f"{tool}.{raw['name']}", known, problems)
     type_name = raw.get("type")
     if type_name not in PARAMETER_TYPES:
         problems.append(f"{parameter.where}.type: must be one of {', '.join(PARAMETER_TYPES)}")
+    unsaid = parameter.take("unsaid", "a list of names", _are_names, None)
     sources = parameter.take("from", "a kind of result, or a list of them", _is_text_or_texts, ())
     embed = parameter.take(
         "as",
@@ -285,6 +316,8 @@ def _read_parameter(raw: dict[str, Any], tool: str, problems: list[str]) -> Slot
         follows=parameter.take("follows", "one line of text", _is_line, None),
         sources=_tuple(sources),
         embed=tuple(embed),
+        several=parameter.take("several", "a share from 0 to 1", _is_share, None),
+        unsaid=None if unsaid is None else tuple(unsaid),
         default=raw.get("default", REQUIRED),
     )
 
@@ -297,8 +330,11 @@ def _catalogue_problems(catalogue: Catalogue) -> list[str]:
     if not any(tool.weight > 0 for tool in catalogue.tools):
         problems.append("every tool has weight 0, so none would ever be asked for")
     problems += [f"{name}: defined twice" for name in _repeated(t.name for t in catalogue.tools)]
-    if "end" in catalogue.words:
-        problems.append("values.end: the name stands for the end of an event; take another one")
+    problems += [
+        f"values.{kind}: the name stands for what follows from the {begins}; take another one"
+        for kind, (begins, _) in _DERIVED.items()
+        if kind in catalogue.words
+    ]
     problems += [
         f"values.{kind}: {word!r} would be read as the result of a call; write no $ and digits"
         for kind, words in catalogue.words.items()
@@ -313,7 +349,7 @@ def _catalogue_problems(catalogue: Catalogue) -> list[str]:
         for phrase in (*tool.phrases, *([tool.mention] if tool.mention else [])):
             problems += [
                 f"{tool.name}: phrase {phrase!r} {problem}"
-                for problem in _phrase_problems(tool, phrase)
+                for problem in _phrase_problems(catalogue, tool, phrase)
             ]
     return problems
 
@@ -337,7 +373,7 @@ def _parameter_problems(
     if references(text.replace("{}", "") for text in parameter.embed):
         problems.append(".as: has a $ and digits, which name the result of a call")
     default = parameter.default
-    free = default is REQUIRED or parameter.value == "end"
+    free = default is REQUIRED or parameter.value in _DERIVED
     if not free and (not accepts(parameter, default) or references([default])):
         wanted = f"of type {parameter.type}" + ("" if parameter.nullable else " and not null")
         problems.append(f".default: must be {wanted}, got {default!r}")
@@ -347,67 +383,96 @@ def _parameter_problems(
 def _value_problem(
     catalogue: Catalogue, tool: CatalogueTool, parameter: SlotParameter
 ) -> str | None:
-    value, known = parameter.value, {*catalogue.words, *BUILT_IN_VALUES, "end"}
-    if value == "end":
-        start = next((p for p in tool.parameters if p.name == parameter.follows), None)
-        if start is None:
-            return ".follows: must name the parameter that holds the start"
+    value, known = parameter.value, {*catalogue.words, *BUILT_IN_VALUES, *_DERIVED}
+    if value in _DERIVED:
+        kind, type_name = _DERIVED[value]
+        begins = next((p for p in tool.parameters if p.name == parameter.follows), None)
+        if begins is None:
+            return f".follows: must name the parameter that holds the {kind}"
+        never_left_out = begins.default is REQUIRED and (kind == "start" or begins.unsaid is None)
         if (
-            (start.value, start.type, start.sources, parameter.type) != ("start", "str", (), "str")
-            or start.may_be_left_out
-            or "start" in catalogue.words
+            (begins.value, begins.type, begins.sources) != (kind, "str", ())
+            or parameter.type != type_name
+            or not never_left_out
+            or kind in catalogue.words
         ):
             return (
-                f".follows: both must be of type str, and {start.name!r} must have the "
-                "built-in value `start`, no `from` and no default"
+                f".follows: {begins.name!r} must be of type str, have the built-in value `{kind}`, "
+                f"no `from` and no default, and what follows must be of type {type_name}"
             )
         return None
     if parameter.follows is not None:
-        return ".follows: only goes with `value: end`"
+        return f".follows: only goes with `value: {'` or `'.join(_DERIVED)}`"
     if value is None:
         return None
     if value not in known:
         near = _hint(value, known)
         return f".value: unknown kind {value!r}{near}; known: {', '.join(sorted(known))}"
-    words = catalogue.words.get(value)
-    is_number = isinstance(words[0], int) if words else value in INTEGER_KINDS
-    if is_number != (parameter.type == "int") or parameter.type == "bool":
-        made = "numbers" if is_number else "texts"
+    if _gives_numbers(catalogue, value) != (parameter.type == "int") or parameter.type == "bool":
+        made = "numbers" if _gives_numbers(catalogue, value) else "texts"
         return f".value: {value!r} gives {made}, which are no {parameter.type}"
     return None
 
 
-def _phrase_problems(tool: CatalogueTool, phrase: str) -> list[str]:
+def _gives_numbers(catalogue: Catalogue, kind: str) -> bool:
+    words = catalogue.words.get(kind)
+    return isinstance(words[0], int) if words else kind in INTEGER_KINDS
+
+
+def _phrase_problems(catalogue: Catalogue, tool: CatalogueTool, text: str) -> list[str]:
+    try:
+        phrase = parse_phrase(text)
+    except ValueError as error:
+        return [str(error)]
     problems = []
-    always_text = _OPTIONAL.sub("", phrase)
-    if re.search(r"[\[\]]", always_text):
-        problems.append("has unbalanced or nested brackets")
-    if re.search(r"[{}]", _SLOT.sub("", phrase)):
-        problems.append("has a brace that is no {slot} and no {slot:literal}")
-    if not always_text.strip():
+    if phrases.says_nothing(phrase):
         problems.append("has nothing outside its optional parts")
-    names = [p.name for p in tool.parameters]
-    slots = [match[1] for match in _SLOT.finditer(phrase)]
-    literal = [match[1] for match in _SLOT.finditer(phrase) if match[2]]
-    always = [match[1] for match in _SLOT.finditer(always_text)]
-    problems += [f"names {{{slot}}} twice" for slot in _repeated(slots)]
+    kinds = {*catalogue.words, *BUILT_IN_VALUES}
     problems += [
-        f"names no parameter {slot!r}{_hint(slot, names)}"
-        for slot in sorted(set(slots) - set(names))
+        f"says <{kind}>, which is no kind of value{_hint(kind, kinds)}"
+        for kind in sorted(set(phrases.said_kinds(phrase)) - kinds)
+    ]
+    names = [p.name for p in tool.parameters]
+    slots = list(phrases.slots(phrase))
+    said, always = {slot.name for slot in slots}, phrases.always(phrase)
+    twice = sorted(name for name, count in phrases.most(phrase).items() if count > 1)
+    problems += [f"names {{{name}}} twice" for name in twice]
+    problems += [
+        f"names no parameter {name!r}{_hint(name, names)}" for name in sorted(said - set(names))
     ]
     for parameter in tool.parameters:
         slot = f"{{{parameter.name}}}"
         if not parameter.may_be_left_out and parameter.name not in always:
             problems.append(f"leaves out {slot}, which has no default")
-        if parameter.name not in slots:
+        if parameter.name not in said:
             continue
-        if parameter.value == "end":
+        manners = {s.manner for s in slots if s.name == parameter.name} - {""}
+        if parameter.value in _DERIVED:
             problems.append(f"names {slot}, which follows from another parameter")
         elif parameter.value is None and not parameter.sources:
             problems.append(f"names {slot}, which has neither `value` nor `from`")
-        elif parameter.value is None and parameter.name in literal:
-            problems.append(f"wants a literal {slot}, which has no `value`")
+        else:
+            problems += [
+                problem
+                for manner in sorted(manners)
+                if (problem := _manner_problem(catalogue, parameter, manner))
+            ]
     return problems
+
+
+def _manner_problem(catalogue: Catalogue, parameter: SlotParameter, manner: str) -> str | None:
+    slot = f"{{{parameter.name}}}"
+    if manner in ("literal", "said"):
+        return None if parameter.value else f"wants a {manner} {slot}, which has no `value`"
+    if manner in parameter.sources:
+        return None
+    kinds = {*catalogue.words, *BUILT_IN_VALUES}
+    if manner not in kinds:
+        near = _hint(manner, {"literal", "said", *kinds, *parameter.sources})
+        return f"wants {slot} as {manner!r}, which is no kind{near}"
+    if _gives_numbers(catalogue, manner) != (parameter.type == "int") or parameter.type == "bool":
+        return f"wants {slot} as {manner!r}, which gives no {parameter.type}"
+    return None
 
 
 def _repeated(names: Iterable[str]) -> list[str]:

@@ -26,6 +26,8 @@ from tinyagent_fast.plans.tools import JOIN
 
 _MAX_REPEATS = 2000
 _EXAMPLES_PER_PROMPT = 5
+_OTHERS = (0, 1, 1, 2, 2, 3, 4, 6, 9, 15)
+"""How many tools a prompt may name beside the needed ones; a retriever finds few or many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class GenerationSpec:
     """Seed of everything that is drawn."""
     prompt_style: PromptStyle = "short"
     """`short` names the retrieved tools; `full` has the published prompts' build and length."""
-    max_calls: int = 7
+    max_calls: int = 8
     """Most calls of a plan, join not counted."""
     single_calls: bool = False
     """Only requests that one call with literal arguments answers."""
@@ -163,10 +165,10 @@ class _EntryWriter:
     def entry(self, request: Request) -> dict[str, Any]:
         tool_names = self.retrieved_tools(request)  # drawn in any style
         if self.spec.prompt_style == "short":
-            system = short_planner_prompt(tool_names)
+            system = short_planner_prompt(tool_names, request.now)
         else:
             examples = [self.example(request) for _ in range(_EXAMPLES_PER_PROMPT)]
-            system = full_planner_prompt(self.catalogue, examples, self.rng)
+            system = full_planner_prompt(self.catalogue, examples, request.now)
         messages = [
             {"role": "system", "content": system},
             {"role": "user", "content": f"Question: {request.query}"},
@@ -181,11 +183,11 @@ class _EntryWriter:
         }
 
     def retrieved_tools(self, request: Request) -> list[str]:
-        """Name the needed tools and up to two that are not, as a retriever would."""
+        """Name the needed tools and some that are not, as a retriever would."""
         needed = {call.tool for call in request.calls}
         names = [tool.name for tool in self.catalogue.tools]
         others = [name for name in names if name not in needed]
-        needed |= set(self.rng.sample(others, k=min(len(others), self.rng.choice((0, 1, 1, 2)))))
+        needed |= set(self.rng.sample(others, k=min(len(others), self.rng.choice(_OTHERS))))
         return [name for name in names if name in needed]
 
     def example(self, asked_for: Request) -> str:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Literal
 
 from tinyagent_fast.data.generation.catalogue import Catalogue
 from tinyagent_fast.plans.tools import signature
 
 PromptStyle = Literal["short", "full"]
+_MOMENT = "%A %Y-%m-%d %H:%M"
 
 
-def short_planner_prompt(tool_names: Sequence[str]) -> str:
-    """Write a one-line system prompt that only names the retrieved tools, for small models."""
-    return f"Plan with: {', '.join(tool_names)}"
+def short_planner_prompt(tool_names: Sequence[str], now: datetime) -> str:
+    """Write a one-line system prompt: when it is, and the retrieved tools, for small models."""
+    return f"It is {now:{_MOMENT}}. Plan with: {', '.join(tool_names)}"
 
 
-def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], rng: random.Random) -> str:
+def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], now: datetime) -> str:
     """Write a system prompt of the published data's build and length: tools, rules, examples.
 
     Args:
         catalogue: The tools to list.
         examples: Solved requests, each `Question: ...` and its plan.
-        rng: For the date, which differs from prompt to prompt.
+        now: The moment that the prompt tells.
 
     Returns:
         The text; everything before the date is the same for the same tools.
@@ -54,8 +54,7 @@ def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], rng: rand
         " - Write no comments and no explanation.",
         " - End with join() and then <END_OF_PLAN>.",
     ]
-    moment = datetime(2024, 1, 1) + timedelta(minutes=rng.randrange(2 * 365 * 24 * 60))
-    lines += [f" - Now it is {moment:%A %Y-%m-%d %H:%M}.", "", "Examples:", ""]
+    lines += [f" - Now it is {now:{_MOMENT}}.", "", "Examples:", ""]
     lines += [f"{example}<END_OF_PLAN>\n###" for example in examples]
     return "\n".join(lines) + "\n"
 

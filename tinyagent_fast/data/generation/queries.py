@@ -1,6 +1,6 @@
 """Seeded requests with the plan that answers them, put together from a tool catalogue.
 
-A request is one to three clauses. A clause is a tool's phrase; a slot of it is filled with a
+A request is one to four clauses. A clause is a tool's phrase; a slot of it is filled with a
 literal value or with the result of another tool, which the plan then calls first.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from tinyagent_fast.data.generation.catalogue import (
     REQUIRED,
@@ -17,14 +19,33 @@ from tinyagent_fast.data.generation.catalogue import (
     CatalogueTool,
     SlotParameter,
 )
-from tinyagent_fast.data.generation.values import REUSABLE_KINDS, Value, draw, one_hour_after
+from tinyagent_fast.data.generation.phrases import Either, Kind, Maybe, Phrase, Slot, parse_phrase
+from tinyagent_fast.data.generation.values import (
+    REUSABLE_KINDS,
+    Value,
+    Values,
+    is_whole_day,
+    one_hour_after,
+)
 from tinyagent_fast.errors import DataError
 
-_PART = re.compile(r"\[[^\]]*\]|\{\w+(?::literal)?\}")
-_OPENERS = ("", "", "", "Please ", "Can you ", "I need you to ")
-_CONNECTORS = (" and ", ", then ", ". Then ", ". Also ", ", and after that ")
+_OPENERS = ("Please ", "Please ", "Can you ", "Could you ", "Could you please ", "I need you to ")
+_OPENERS += ("I want to ", "Hey, ", "Hi, please ", "I'd like you to ", "pls ", "First, ")
+_NEXT_CLAUSE = (", ", ", ", ", ", ", ", ", then ", ", and ", " and ", " and then ", ", and then ")
+_LAST_CLAUSE = (" and ", " and ", ", and ", ", and ", ", and ", ", then ", ", and then ", " and then ")
+_LAST_CLAUSE += (", and finally ", ", and finally, ", " and also ", ", and also ")
+_NEXT_SENTENCE = ("Then, ", "Then ", "Additionally, ", "Additionally, ", "After that, ", "Also, ")
+_NEXT_SENTENCE += ("Afterwards, ", "Next, ", "", "Also ", "And ", "Then please ")
+_LAST_SENTENCE = (*_NEXT_SENTENCE, "Finally, ", "Finally, ", "Lastly, ")
+_SENTENCE_SHARE = 0.35
+_ASKS = ("what ", "what's ", "how ", "where ", "which ", "who ")
 _MAX_DEPTH = 3
 _MAX_ATTEMPTS = 200
+_TYPED_WORDS = frozenset(
+    "create send reminder message email directions attach attached forward reply append summarize "
+    "calendar event tomorrow please subject number address folder called titled".split()
+)
+"""Words that a typing error may hit: none of them is ever a name."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +57,13 @@ class Mix:
     """
 
     single_share: float = 0.18
-    clause_weights: tuple[float, ...] = (0.5, 0.4, 0.1)
+    clause_weights: tuple[float, ...] = (0.27, 0.33, 0.25, 0.15)
     dependency_share: float = 0.85
     optional_share: float = 0.3
-    list_weights: tuple[float, ...] = (0.55, 0.3, 0.15)
-    reuse_share: float = 0.25
-    max_calls: int = 7
+    list_weights: tuple[float, ...] = (0.4, 0.4, 0.2)
+    reuse_share: float = 0.2
+    again_share: float = 0.6
+    max_calls: int = 8
 
 
 SINGLE_CALLS = Mix(single_share=1.0, clause_weights=(1.0,), dependency_share=0.0, max_calls=1)
@@ -62,6 +84,12 @@ class Request:
 
     query: str
     calls: tuple[Call, ...]
+    now: datetime
+    """When it is said."""
+
+
+class _NotNow(Exception):
+    """A phrase speaks of something that was not mentioned."""
 
 
 @dataclass
@@ -69,14 +97,26 @@ class _Draft:
     catalogue: Catalogue
     mix: Mix
     rng: random.Random
+    values: Values
     calls: list[Call] = field(default_factory=list)
     mentioned: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
+    together: dict[str, list[Value]] = field(default_factory=dict)
+    """Values by kind that the last list named."""
 
     def reference(self, call: Call) -> str:
         """Return `$n` of the call, made now unless the plan has it already."""
         if call not in self.calls:
             self.calls.append(call)
         return f"${self.calls.index(call) + 1}"
+
+    def made(self, tool: str) -> list[str]:
+        """List references to the calls of a tool."""
+        return [f"${n}" for n, call in enumerate(self.calls, start=1) if call.tool == tool]
+
+
+def _draft(catalogue: Catalogue, mix: Mix, rng: random.Random) -> _Draft:
+    moment = datetime(2023, 1, 1) + timedelta(minutes=rng.randrange(5 * 365 * 24 * 60))
+    return _Draft(catalogue, mix, rng, Values(rng, catalogue.words, moment))
 
 
 def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request:
@@ -89,18 +129,24 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
     weights = [tool.weight for tool in tools]
     single = rng.random() < mix.single_share
     for attempt in range(_MAX_ATTEMPTS):
-        draft = _Draft(catalogue, mix, rng)
+        draft = _draft(catalogue, mix, rng)
         count = rng.choices(range(1, len(mix.clause_weights) + 1), mix.clause_weights)[0]
         clauses = []
-        for tool in rng.choices(tools, weights, k=count):
-            text, call = _expand(draft, tool, rng.choice(tool.phrases), depth=0)
+        for tool in rng.choices(tools, weights, k=1 if single else count):
+            try:
+                text, call = _expand(draft, tool, rng.choice(tool.phrases), 0, {})
+            except _NotNow:
+                clauses = []
+                break
             if call not in draft.calls:
                 draft.calls.append(call)
             clauses.append(text)
         # Some catalogues have no single calls, or nothing else: then any number will do.
         wanted = (len(draft.calls) == 1) == single or attempt > _MAX_ATTEMPTS // 2
-        if wanted and len(draft.calls) <= mix.max_calls and len(set(clauses)) == len(clauses):
-            return Request(_sentence(clauses, rng), tuple(draft.calls))
+        fits = 0 < len(draft.calls) <= mix.max_calls
+        if clauses and wanted and fits and len(set(clauses)) == len(clauses):
+            query = _sentence(clauses, rng)
+            return Request(query, tuple(draft.calls), draft.values.now)
     raise DataError(
         f"tool catalogue {catalogue.name!r}",
         f"no request with at most {mix.max_calls} call(s) came out of {_MAX_ATTEMPTS} attempts, "
@@ -112,86 +158,170 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
 def write_parts(catalogue: Catalogue, rng: random.Random) -> tuple[str, list[str]]:
     """Write a request and, in order, the parts it is made of: clauses, or names in a list."""
     count = rng.choice((1, 2, 2, 3, 3, 4))
+    draft = _draft(catalogue, SINGLE_CALLS, rng)
     if rng.random() < 0.4:
-        names = [f'"{draw("person", {}, rng).text}"' for _ in range(count)]
-        return _enumerate(names), names
-    draft = _Draft(catalogue, SINGLE_CALLS, rng)
+        names = [f'"{draft.values.draw("person").argument}"' for _ in range(count)]
+        return _enumerate(names, rng), names
     tools = [tool for tool in catalogue.tools if tool.weight > 0]
-    chosen = rng.choices(tools, k=min(count, 3))
-    parts = [_expand(draft, tool, rng.choice(tool.phrases), depth=0)[0] for tool in chosen]
+    parts: list[str] = []
+    while not parts:
+        chosen = rng.choices(tools, k=min(count, 3))
+        try:
+            parts = [_expand(draft, t, rng.choice(t.phrases), 0, {})[0] for t in chosen]
+        except _NotNow:
+            continue
     return _sentence(parts, rng), parts
 
 
-def _expand(draft: _Draft, tool: CatalogueTool, phrase: str, depth: int) -> tuple[str, Call]:
-    """Fill a phrase's slots from left to right; what they depend on is called on the way."""
-    arguments: dict[str, object] = {}
+def _expand(
+    draft: _Draft, tool: CatalogueTool, phrase: str, depth: int, asking: Mapping[str, object]
+) -> tuple[str, Call]:
+    """Fill a phrase's slots from left to right; what they depend on is called on the way.
 
-    def fill(match: re.Match[str]) -> str:
-        part = match[0]
-        if part.startswith("["):
-            if draft.rng.random() >= draft.mix.optional_share:
-                return ""
-            return _PART.sub(fill, part[1:-1])
-        name, _, literal = part[1:-1].partition(":")
-        text, arguments[name] = _fill_slot(draft, tool.parameter(name), bool(literal), depth)
+    Args:
+        draft: The request so far.
+        tool: The tool that the phrase asks for.
+        phrase: The phrase, or the tool's mention.
+        depth: How many calls need this one's result.
+        asking: Arguments so far of the call that needs it.
+    """
+    arguments: dict[str, object] = {}
+    untils: dict[str, object] = {}
+
+    def fill(parts: Phrase) -> str:
+        text = ""
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+            elif isinstance(part, Kind):
+                text += draft.values.draw(part.name).text
+            elif isinstance(part, Either):
+                text += fill(draft.rng.choice(part.wordings))
+            elif isinstance(part, Maybe):
+                if draft.rng.random() < draft.mix.optional_share:
+                    text += fill(part.part)
+            else:
+                parameter = tool.parameter(part.name)
+                said, argument, until = _fill_slot(draft, parameter, part, depth, arguments)
+                arguments[part.name], untils[part.name] = argument, until
+                text += "" if part.silent else said
         return text
 
-    text = _PART.sub(fill, phrase)
+    text = fill(parse_phrase(phrase))
     for parameter in tool.parameters:
-        if parameter.name in arguments:
-            continue
-        if parameter.value == "end" and parameter.follows is not None:
-            arguments[parameter.name] = one_hour_after(arguments[parameter.follows])
-        else:
-            assert parameter.default is not REQUIRED, "catalogues are checked when loaded"
-            arguments[parameter.name] = parameter.default
+        if parameter.name not in arguments:
+            arguments[parameter.name] = _left_out(draft, parameter, arguments, untils, asking)
     return text, Call(tool.name, tuple(arguments[p.name] for p in tool.parameters))
 
 
+def _left_out(
+    draft: _Draft,
+    parameter: SlotParameter,
+    arguments: Mapping[str, object],
+    untils: Mapping[str, object],
+    asking: Mapping[str, object],
+) -> object:
+    """Find the argument of a parameter that the sentence does not name."""
+    if parameter.value == "end" and parameter.follows is not None:
+        start = arguments.get(parameter.follows)
+        if start is None:
+            start = draft.values.unsaid("start")
+        return untils.get(parameter.follows) or one_hour_after(start)
+    if parameter.value == "all_day" and parameter.follows is not None:
+        return is_whole_day(arguments[parameter.follows])
+    for name in parameter.unsaid or ():
+        if asking.get(name):
+            return asking[name]
+    if parameter.default is not REQUIRED:
+        return parameter.default
+    assert parameter.value is not None, "catalogues are checked when loaded"
+    return draft.values.unsaid(parameter.value)
+
+
 def _fill_slot(
-    draft: _Draft, parameter: SlotParameter, literal: bool, depth: int
-) -> tuple[str, object]:
+    draft: _Draft, parameter: SlotParameter, slot: Slot, depth: int, arguments: Mapping[str, object]
+) -> tuple[str, object, object]:
+    """Give what is said, the argument, and when what starts then ends."""
     rng = draft.rng
+    if slot.manner == "said":
+        known = draft.mentioned[parameter.value or ""]
+        if not known:
+            raise _NotNow
+        return known[-1].text, known[-1].argument, None
     is_list = parameter.type == "list[str]"
     count = 1
     if is_list:
-        weights = draft.mix.list_weights
+        share = parameter.several
+        weights = draft.mix.list_weights if share is None else (1 - share, share)
         count = rng.choices(range(1, len(weights) + 1), weights)[0]
+    source = slot.manner if slot.manner in parameter.sources else None
+    literal = bool(slot.manner) and source is None
     may_depend = bool(parameter.sources) and not literal and depth < _MAX_DEPTH
-    if parameter.value is None or (may_depend and rng.random() < draft.mix.dependency_share):
-        texts, references = _provide(draft, parameter, count, depth)
+    share = 1.0 if source else draft.mix.dependency_share
+    if parameter.value is None or (may_depend and rng.random() < share):
+        texts, references = _provide(draft, parameter, source, count, depth, arguments)
         if is_list:
-            return _enumerate(texts), references
-        return texts[0], rng.choice(parameter.embed).replace("{}", references[0])
-    values = _draw_distinct(draft, parameter.value, count)
+            return _enumerate(texts, rng), references, None
+        return texts[0], rng.choice(parameter.embed).replace("{}", references[0]), None
+    kind = slot.manner if literal and slot.manner != "literal" else parameter.value
+    values = _draw_distinct(draft, kind, count)
     if is_list:
-        return _enumerate([v.text for v in values]), [v.argument for v in values]
-    return values[0].text, values[0].argument
+        return _enumerate([v.text for v in values], rng), [v.argument for v in values], None
+    return values[0].text, values[0].argument, values[0].until
 
 
 def _provide(
-    draft: _Draft, parameter: SlotParameter, count: int, depth: int
+    draft: _Draft,
+    parameter: SlotParameter,
+    source: str | None,
+    count: int,
+    depth: int,
+    arguments: Mapping[str, object],
 ) -> tuple[list[str], list[str]]:
     """Call providers of one kind; a list never names the same result twice."""
-    catalogue = draft.catalogue
-    kind = draft.rng.choice(parameter.sources)
+    catalogue, rng = draft.catalogue, draft.rng
+    kind = source or rng.choice(parameter.sources)
+    if depth < _MAX_DEPTH:
+        provider = rng.choice(catalogue.providers(kind))
+    else:
+        # Without a literal value the chain must go on, now by the shortest way.
+        lengths, sources = catalogue.chain_lengths, parameter.sources
+        providers = [tool for kind in sources for tool in catalogue.providers(kind)]
+        provider = min(providers, key=lambda tool: lengths[tool.name])
+    assert provider.mention is not None, "providers() lists only tools with a mention"
+    made = draft.made(provider.name)
+    if provider.again and len(made) == 1 and rng.random() < draft.mix.again_share:
+        return [rng.choice(provider.again)], made
+    again = _said_again(draft, provider)
+    if again is not None:
+        return again
     texts: list[str] = []
     references: list[str] = []
-    for _ in range(count):
-        if depth < _MAX_DEPTH:
-            provider = draft.rng.choice(catalogue.providers(kind))
-        else:
-            # Without a literal value the chain must go on, now by the shortest way.
-            lengths, sources = catalogue.chain_lengths, parameter.sources
-            providers = [tool for kind in sources for tool in catalogue.providers(kind)]
-            provider = min(providers, key=lambda tool: lengths[tool.name])
-        assert provider.mention is not None, "providers() lists only tools with a mention"
-        text, call = _expand(draft, provider, provider.mention, depth + 1)
+    before = {kind: len(values) for kind, values in draft.mentioned.items()}
+    for _ in range(count if provider.counted else 1):
+        text, call = _expand(draft, provider, provider.mention, depth + 1, arguments)
         reference = draft.reference(call)
         if reference not in references:
             texts.append(text)
             references.append(reference)
+    for kind, values in draft.mentioned.items():
+        if new := values[before.get(kind, 0) :]:
+            draft.together[kind] = new
     return texts, references
+
+
+def _said_again(draft: _Draft, provider: CatalogueTool) -> tuple[list[str], list[str]] | None:
+    """Speak with one word of those who were named last, at times."""
+    parameter = provider.parameters[0] if len(provider.parameters) == 1 else None
+    kind = parameter.value if parameter is not None and not parameter.sources else None
+    values = draft.together.get(kind or "")
+    if kind not in REUSABLE_KINDS or not values or draft.rng.random() >= draft.mix.reuse_share:
+        return None
+    words = REUSABLE_KINDS[kind][len(values) > 1]
+    if not words:
+        return None
+    calls = [Call(provider.name, (value.argument,)) for value in values]
+    return [draft.rng.choice(words)], [draft.reference(call) for call in calls]
 
 
 def _draw_distinct(draft: _Draft, kind: str, count: int) -> list[Value]:
@@ -199,23 +329,63 @@ def _draw_distinct(draft: _Draft, kind: str, count: int) -> list[Value]:
     for _ in range(count):
         known = draft.mentioned[kind]
         reuse = kind in REUSABLE_KINDS and known and draft.rng.random() < draft.mix.reuse_share
-        value = draft.rng.choice(known) if reuse else draw(kind, draft.catalogue.words, draft.rng)
+        value = draft.rng.choice(known) if reuse else draft.values.draw(kind)
         if value not in values:
             values.append(value)
             known.append(value)
     return values
 
 
-def _enumerate(texts: list[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+def _enumerate(texts: Sequence[str], rng: random.Random) -> str:
+    if len(texts) < 2:
+        return texts[0]
+    comma = "," if len(texts) > 2 and rng.random() < 0.6 else ""
+    return f"{', '.join(texts[:-1])}{comma} and {texts[-1]}"
 
 
-def _sentence(clauses: list[str], rng: random.Random) -> str:
-    opener = rng.choice(_OPENERS)
-    if clauses[0].startswith(("what ", "how ")):
+def _sentence(clauses: Sequence[str], rng: random.Random) -> str:
+    """Join clauses to one or several sentences, as people type them."""
+    opener = rng.choice(_OPENERS) if rng.random() < 0.15 else ""
+    if clauses[0].startswith(_ASKS):
         opener = ""
-    text = opener + clauses[0]
-    for clause in clauses[1:]:
-        text += rng.choice(_CONNECTORS) + clause
-    ending = "?" if opener.startswith("Can") or clauses[0].startswith(("what ", "how ")) else "."
-    return text[0].upper() + text[1:] + ending
+    text, ending = "", "."
+    for at, clause in enumerate(clauses):
+        last, asks = at == len(clauses) - 1, clause.startswith(_ASKS)
+        if at == 0:
+            text = _capital(opener + clause)
+        elif asks or ending == "?" or rng.random() < _SENTENCE_SHARE:
+            word = "" if asks else rng.choice(_LAST_SENTENCE if last else _NEXT_SENTENCE)
+            text += f"{ending} {_capital(word + clause)}"
+        else:
+            text += rng.choice(_LAST_CLAUSE if last else _NEXT_CLAUSE) + clause
+            continue
+        ending = "?" if asks or (at == 0 and opener.startswith(("Can", "Could"))) else "."
+    text = _typed(re.sub(r"\b([Aa]) (?=[aeio](?!ne\b))", r"\1n ", _possessive(text)), rng)
+    return text if rng.random() < 0.08 else text + ending
+
+
+def _possessive(text: str) -> str:
+    """Mend what comes out where a name was left for a word that stands for it."""
+    text = re.sub(r"\bhim's\b", "his", text)
+    text = re.sub(r"\bher's\b", "her", text)
+    text = re.sub(r"\b(them|both of them)'s\b", "their", text)
+    return re.sub(r" +", " ", text).replace(" ,", ",").replace(" :", ":").strip()
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _typed(text: str, rng: random.Random) -> str:
+    """Let the text look typed at times: a small beginning, a slip of the fingers."""
+    if rng.random() < 0.06:
+        text = text[0].lower() + text[1:]
+    if rng.random() >= 0.04:
+        return text
+    words = [m for m in re.finditer(r"[a-z]+", text) if m[0] in _TYPED_WORDS]
+    if not words:
+        return text
+    word = rng.choice(words)
+    at = word.start() + rng.randrange(1, len(word[0]) - 2)
+    left, one, two, right = text[:at], text[at], text[at + 1], text[at + 2 :]
+    return left + rng.choice((two + one, one, one + two + two)) + right
