@@ -146,7 +146,7 @@ def some_entries(
 
 def test_queries_that_differ_in_punctuation_only_count_as_the_same() -> None:
     catalogue = small_catalogue("Ann", phrases=("ring {who}", "ring, {who}", "ring: {who}"))
-    with pytest.raises(DataError, match="99 queries asked for, .* different ones found") as error:
+    with pytest.raises(DataError, match="99 queries asked for") as error:
         some_entries(catalogue, 99, single_calls=True)
     (found,) = re.findall(r"(\d+) different", error.value.what)
     queries = [e.query for e in some_entries(catalogue, int(found), single_calls=True)]
@@ -288,7 +288,9 @@ def test_single_calls_need_no_other_calls_result() -> None:
         assert not reference_uses(plan.steps[0].arguments)
 
 
-def test_a_short_prompt_tells_the_time_and_names_the_needed_tools_and_others(short: Generated) -> None:
+def test_a_short_prompt_tells_the_time_and_names_the_needed_tools(
+    short: Generated,
+) -> None:
     for entry, plan in zip(short.entries, short.plans(), strict=True):
         example = entry.examples[0]
         assert example.system is not None
@@ -336,7 +338,7 @@ def test_a_full_prompt_that_can_have_no_examples_is_refused() -> None:
     assert "different ones found" in error.value.what
     taken: set[str] = set()
     some_entries(catalogue, int(re.findall(r"(\d+) different", error.value.what)[0]), taken)
-    taken.pop()
+    taken.discard("ring ann")
     with pytest.raises(DataError, match="5 examples asked for in each full prompt"):
         some_entries(catalogue, 1, taken, prompt_style="full")
 

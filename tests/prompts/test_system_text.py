@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -132,12 +132,18 @@ def test_generated_prompts_are_taken_apart(tmp_path: Path, style: str) -> None:
 def test_generated_prompts_of_fewer_tools_are_what_the_generator_writes() -> None:
     catalogue, few = load_catalogue(), ("send_sms", "get_phone_number")
     some = replace(catalogue, tools=tuple(t for t in catalogue.tools if t.name in few))
-    whole, short = (full_planner_prompt(c, [], random.Random(0)) for c in (catalogue, some))
+    now, later = datetime(2024, 2, 3, 4, 5), datetime(2026, 7, 8, 9, 10)
+    whole, short = (full_planner_prompt(c, [], now) for c in (catalogue, some))
     assert render(parse(whole).restricted(few)) == short
     both = ["get_phone_number", "send_sms"]
-    assert render(parse(short_planner_prompt([*both, "open_note"])).restricted(few)) == (
-        short_planner_prompt(both)
+    line = parse(short_planner_prompt([*both, "open_note"], now))
+    assert render(line.restricted(few)) == short_planner_prompt(both, now)
+    assert render(line.dated(f"{later:%A %Y-%m-%d %H:%M}").restricted(few)) == (
+        short_planner_prompt(both, later)
     )
+    for own in (short_planner_prompt(both, later), full_planner_prompt(some, [], later)):
+        dated = line.with_own_lines(parse(own)).restricted(few)
+        assert render(dated) == short_planner_prompt(both, later)
 
 
 def test_roundtrip_counts_prompts_and_lists(

@@ -32,8 +32,8 @@ from tinyagent_fast.errors import DataError
 _OPENERS = ("Please ", "Please ", "Can you ", "Could you ", "Could you please ", "I need you to ")
 _OPENERS += ("I want to ", "Hey, ", "Hi, please ", "I'd like you to ", "pls ", "First, ")
 _NEXT_CLAUSE = (", ", ", ", ", ", ", ", ", then ", ", and ", " and ", " and then ", ", and then ")
-_LAST_CLAUSE = (" and ", " and ", ", and ", ", and ", ", and ", ", then ", ", and then ", " and then ")
-_LAST_CLAUSE += (", and finally ", ", and finally, ", " and also ", ", and also ")
+_LAST_CLAUSE = (" and ", " and ", ", and ", ", and ", ", and ", ", then ", ", and then ")
+_LAST_CLAUSE += (" and then ", ", and finally ", ", and finally, ", " and also ", ", and also ")
 _NEXT_SENTENCE = ("Then, ", "Then ", "Additionally, ", "Additionally, ", "After that, ", "Also, ")
 _NEXT_SENTENCE += ("Afterwards, ", "Next, ", "", "Also ", "And ", "Then please ")
 _LAST_SENTENCE = (*_NEXT_SENTENCE, "Finally, ", "Finally, ", "Lastly, ")
@@ -41,9 +41,9 @@ _SENTENCE_SHARE = 0.35
 _ASKS = ("what ", "what's ", "how ", "where ", "which ", "who ")
 _MAX_DEPTH = 3
 _MAX_ATTEMPTS = 200
-_TYPED_WORDS = frozenset(
-    "create send reminder message email directions attach attached forward reply append summarize "
-    "calendar event tomorrow please subject number address folder called titled".split()
+_TYPED_WORDS = re.compile(
+    r"\b(create|send|reminder|message|email|directions|attach|attached|forward|reply|append|event"
+    r"|summarize|calendar|tomorrow|please|subject|number|address|folder|called|titled)\b"
 )
 """Words that a typing error may hit: none of them is ever a name."""
 
@@ -382,7 +382,7 @@ def _typed(text: str, rng: random.Random) -> str:
         text = text[0].lower() + text[1:]
     if rng.random() >= 0.04:
         return text
-    words = [m for m in re.finditer(r"[a-z]+", text) if m[0] in _TYPED_WORDS]
+    words = list(_TYPED_WORDS.finditer(text))
     if not words:
         return text
     word = rng.choice(words)

@@ -164,7 +164,18 @@ def _document(values: Values) -> Value:
     if chance < 0.5:
         name = name.partition(".")[0]
         return Value(f'the file "{name}"', name)
-    forms = ('"{}"', '"{}"', 'the file "{}"', 'the document "{}"', 'the "{}" file', 'the "{}"', "{}")
+    forms = [
+        '"{}"',
+        '"{}"',
+        'the file "{}"',
+        'the document "{}"',
+        'the "{}" file',
+        'the "{}"',
+        "{}",
+    ]
+    forms += ['the "{}" document', 'the attached "{}"', 'the file named "{}"']
+    if name.endswith(".pdf"):
+        forms += ['the PDF file "{}"', 'the PDF "{}"', 'the attached PDF "{}"']
     return Value(values.rng.choice(forms).format(name), name)
 
 
@@ -214,10 +225,10 @@ def _day(values: Values) -> tuple[str, datetime]:
     if chance < 0.88:
         return "today", midnight
     day = later(rng.randrange(1, 300))
-    suffix = {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10 if day.day not in (11, 12, 13) else 0, "th")
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(
+        day.day % 10 if day.day not in (11, 12, 13) else 0, "th"
+    )
     form = rng.choice(("on {m} {d}", "on {m} {d}{s}", "on the {d}{s} of {m}", "on {i}"))
-    if form != "on {i}" and day <= midnight:
-        day = later(1)
     return form.format(m=f"{day:%B}", d=day.day, s=suffix, i=f"{day:%Y-%m-%d}"), day
 
 
