@@ -294,8 +294,8 @@ def _read_tool(raw: dict[str, Any], problems: list[str]) -> CatalogueTool:
 
 
 def _read_parameter(raw: dict[str, Any], tool: str, problems: list[str]) -> SlotParameter:
-    known = ("name", "type", "value", "follows", "from", "as", "unsaid", "several")
-    known += ("default", "nullable")
+    known = ["name", "type", "value", "follows", "from", "as", "unsaid", "several"]
+    known += ["default", "nullable"]
     parameter = _Mapping(raw, f"{tool}.{raw['name']}", known, problems)
     type_name = raw.get("type")
     if type_name not in PARAMETER_TYPES:

@@ -29,14 +29,20 @@ from tinyagent_fast.data.generation.values import (
 )
 from tinyagent_fast.errors import DataError
 
-_OPENERS = ("Please ", "Please ", "Can you ", "Could you ", "Could you please ", "I need you to ")
-_OPENERS += ("I want to ", "Hey, ", "Hi, please ", "I'd like you to ", "pls ", "First, ")
+_OPENERS = [
+    *("Please ", "Please ", "Can you ", "Could you ", "Could you please ", "I need you to "),
+    *("I want to ", "Hey, ", "Hi, please ", "I'd like you to ", "pls ", "First, "),
+]
 _NEXT_CLAUSE = (", ", ", ", ", ", ", ", ", then ", ", and ", " and ", " and then ", ", and then ")
-_LAST_CLAUSE = (" and ", " and ", ", and ", ", and ", ", and ", ", then ", ", and then ")
-_LAST_CLAUSE += (" and then ", ", and finally ", ", and finally, ", " and also ", ", and also ")
-_NEXT_SENTENCE = ("Then, ", "Then ", "Additionally, ", "Additionally, ", "After that, ", "Also, ")
-_NEXT_SENTENCE += ("Afterwards, ", "Next, ", "", "Also ", "And ", "Then please ")
-_LAST_SENTENCE = (*_NEXT_SENTENCE, "Finally, ", "Finally, ", "Lastly, ")
+_LAST_CLAUSE = [
+    *(" and ", " and ", ", and ", ", and ", ", and ", ", then ", ", and then ", " and then "),
+    *(", and finally ", ", and finally, ", " and also ", ", and also "),
+]
+_NEXT_SENTENCE = [
+    *("Then, ", "Then ", "Additionally, ", "Additionally, ", "After that, ", "Also, ", "Also "),
+    *("Afterwards, ", "Next, ", "", "And ", "Then please "),
+]
+_LAST_SENTENCE = [*_NEXT_SENTENCE, "Finally, ", "Finally, ", "Lastly, "]
 _SENTENCE_SHARE = 0.35
 _ASKS = ("what ", "what's ", "how ", "where ", "which ", "who ")
 _MAX_DEPTH = 3
@@ -131,7 +137,7 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
     for attempt in range(_MAX_ATTEMPTS):
         draft = _draft(catalogue, mix, rng)
         count = rng.choices(range(1, len(mix.clause_weights) + 1), mix.clause_weights)[0]
-        clauses = []
+        clauses: list[str] = []
         for tool in rng.choices(tools, weights, k=1 if single else count):
             try:
                 text, call = _expand(draft, tool, rng.choice(tool.phrases), 0, {})
@@ -313,8 +319,8 @@ def _provide(
 def _said_again(draft: _Draft, provider: CatalogueTool) -> tuple[list[str], list[str]] | None:
     """Speak with one word of those who were named last, at times."""
     parameter = provider.parameters[0] if len(provider.parameters) == 1 else None
-    kind = parameter.value if parameter is not None and not parameter.sources else None
-    values = draft.together.get(kind or "")
+    kind = (parameter.value or "") if parameter is not None and not parameter.sources else ""
+    values = draft.together.get(kind)
     if kind not in REUSABLE_KINDS or not values or draft.rng.random() >= draft.mix.reuse_share:
         return None
     words = REUSABLE_KINDS[kind][len(values) > 1]
