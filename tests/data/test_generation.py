@@ -200,6 +200,51 @@ def test_literal_arguments_are_named_in_the_query(short: Generated) -> None:
     assert found > 200
 
 
+def test_what_a_request_quotes_or_addresses_is_in_its_plan(short: Generated) -> None:
+    found = 0
+    for entry in short.entries:
+        plan = entry.examples[0].output
+        # Whose email is answered is said with the email, which is the selected one.
+        query = re.sub(r'from "[^"]*"', "", entry.query)
+        for text in (*re.findall(r'"([^"]*)"', query), *re.findall(r"[\w.]+@[\w.]+\w", query)):
+            assert text in plan, entry.query
+            found += 1
+    assert found > 700
+
+
+def test_days_count_from_the_moment_that_the_prompt_tells(short: Generated) -> None:
+    found = 0
+    for entry, plan in zip(short.entries, short.plans(), strict=True):
+        moment = (entry.examples[0].system or "").removeprefix("It is ").partition(". ")[0]
+        now = datetime.strptime(moment, "%A %Y-%m-%d %H:%M")
+        for step in plan.steps:
+            if step.tool != "create_reminder":
+                continue
+            due = datetime.fromisoformat(str(step.arguments[1]))
+            assert due >= now.replace(hour=0, minute=0)
+            assert step.arguments[5] == (len(str(step.arguments[1])) == 10)
+            if len(plan.steps) == 2 and re.search(r"(?<!after )tomorrow\b(?!')", entry.query):
+                assert (due.date() - now.date()).days == 1, entry.query
+                found += 1
+    assert found > 3
+
+
+def test_requests_are_worded_in_many_ways(short: Generated) -> None:
+    queries = [entry.query for entry in short.entries]
+
+    def share(pattern: str) -> float:
+        return sum(re.search(pattern, query) is not None for query in queries) / len(queries)
+
+    assert len({query.split()[0].lower() for query in queries}) > 30
+    assert 0.5 < share(r'"') < 0.95
+    assert 0.2 < share(r"[.?!] [A-Z]") < 0.7
+    assert 0.03 < share(r"(?i)^(please|can you|could you|pls|i'd like|i need)") < 0.25
+    assert share(r"\b(him|her|them|it|the note|the link)\b") > 0.05
+    assert share(r"(?i)\b(tomorrow|next|this|today|in \d+ (days|minutes))\b") > 0.2
+    assert 0.02 < share(r"^[a-z]") < 0.2
+    assert 0.02 < share(r"[^.?!]$") < 0.3
+
+
 def test_the_mix_of_plans_is_like_the_published_one(short: Generated) -> None:
     plans = list(short.plans())
     several = sum(len(plan.steps) > 2 for plan in plans) / len(plans)
