@@ -305,7 +305,7 @@ def train_retriever(
         unseen[held_out] = 1 / (1 + np.exp(-scores))
     least = np.where(wanted, unseen, 1.0).min(axis=1)
     low, high = _HIGHEST_THRESHOLDS
-    highest = max(low, min(high, 90 / len(queries)))
+    highest = max(low, min(high, 60 / len(queries)))
     threshold = min(float(np.sort(least)[int((1 - recall) * len(queries))]), highest)
     retrieved = _chosen(tools, unseen, threshold)
     vectorizer, weights, bias = _fit(queries, wanted)
