@@ -203,10 +203,6 @@ def _with_retrieved_tools(examples: RunExamples, config: Config) -> RunExamples:
     inference, and the tools of their plan; the others list what is retrieved.
     """
     retriever, retrieved = _train_retriever(examples.train, config)
-    if config.data.prompts == "short":
-        line = short_planner_prompt(retriever.tools, _SOME_MOMENT)
-        system = parse(line, retriever.tools)
-        retriever = replace(retriever, system=system, examples=0, solved=())
     of_plans = iter(retrieved)
     listed = [
         (*called_tools(e.output), *next(of_plans)) if e.kind == "plan" else ()
@@ -225,11 +221,15 @@ def _with_retrieved_tools(examples: RunExamples, config: Config) -> RunExamples:
 def _train_retriever(
     train: Sequence[Example], config: Config
 ) -> tuple[ToolRetriever, list[tuple[str, ...]]]:
-    return train_retriever(
+    retriever, retrieved = train_retriever(
         [example for example in train if example.kind == "plan"],
         recall=config.data.retrieval_recall,
         known=plan_tools(config.data.catalogue) or TINYAGENT,
     )
+    if config.data.prompts == "short":
+        system = parse(short_planner_prompt(retriever.tools, _SOME_MOMENT), retriever.tools)
+        retriever = replace(retriever, system=system, examples=0, solved=())
+    return retriever, retrieved
 
 
 def retriever_of_run(run: Run) -> ToolRetriever | None:
