@@ -193,6 +193,7 @@ def _expand(
     """
     arguments: dict[str, object] = {}
     untils: dict[str, object] = {}
+    again: set[str] = set()
 
     def fill(parts: Phrase) -> str:
         text = ""
@@ -210,14 +211,30 @@ def _expand(
                 parameter = tool.parameter(part.name)
                 said, argument, until = _fill_slot(draft, parameter, part, depth, arguments)
                 arguments[part.name], untils[part.name] = argument, until
+                again.update([part.name] if part.manner == "said" else [])
                 text += "" if part.silent else said
         return text
 
     text = fill(parse_phrase(phrase))
     for parameter in tool.parameters:
         if parameter.name not in arguments:
-            arguments[parameter.name] = _left_out(draft, parameter, arguments, untils, asking)
+            asked = {name: arguments[name] for name in again}
+            before = _same_thing(draft, asked) if asked else {}
+            arguments[parameter.name] = before.get(
+                parameter.name, _left_out(draft, parameter, arguments, untils, asking)
+            )
     return text, Call(tool.name, tuple(arguments[p.name] for p in tool.parameters))
+
+
+def _same_thing(draft: _Draft, asked: Mapping[str, object]) -> Mapping[str, object]:
+    """Find the arguments of the last call that was about the same, such as a note's folder."""
+    tools = {tool.name: tool for tool in draft.catalogue.tools}
+    for call in reversed(draft.calls):
+        names = [parameter.name for parameter in tools[call.tool].parameters]
+        given = dict(zip(names, call.arguments, strict=True))
+        if all(given.get(name) == value for name, value in asked.items()):
+            return given
+    return {}
 
 
 def _left_out(
