@@ -44,14 +44,7 @@ def test_llama_cpp_gives_the_ids_and_logits_of_every_family(
 
 
 @pytest.mark.parametrize(
-    ("name", "prompt_format"),
-    [
-        ("smollm2", "alpaca"),
-        ("llama3", "chat"),
-        ("qwen2", "chat"),
-        ("qwen3", "alpaca"),
-        ("gemma3", "alpaca"),
-    ],
+    ("name", "prompt_format"), [("smollm2", "alpaca"), *((name, "chat") for name in MODELS)]
 )
 def test_every_family_is_trained_and_exported_through_all_gates(
     name: str,

@@ -68,6 +68,13 @@ def test_bos_must_stand_once_and_first(ids: list[int]) -> None:
     assert gates.same_ids("ids", [("x", [1, 5], [1, 5])], 1).passed
 
 
+def test_a_chat_template_may_begin_turns_with_bos_but_never_twice_at_the_beginning() -> None:
+    turns, twice = [1, 5, 1, 6], [1, 1, 5]
+    assert gates.same_ids("ids", [("x", turns, turns)], 1, begins_turns=True).passed
+    assert not gates.same_ids("ids", [("x", turns, turns)], 1).passed
+    assert not gates.same_ids("ids", [("x", twice, twice)], 1, begins_turns=True).passed
+
+
 def test_a_template_that_differs_by_one_line_break_fails() -> None:
     assert gates.same_texts("template", [("a\nb", "a\nb")]).passed
     assert not gates.same_texts("template", [("a\nb", "a\n\nb")]).passed

@@ -30,7 +30,6 @@ from gguf import (
 from numpy.typing import NDArray
 
 from tinyagent_fast.errors import GateError, ModelError, UserError
-from tinyagent_fast.export.chat_template import chat_template as template_of
 from tinyagent_fast.export.checkpoints import (
     VALUE_BYTES,
     Checkpoint,
@@ -274,8 +273,6 @@ def check_exportable(base: Path, tokenizer: PromptTokenizer) -> tuple[str, ...]:
     with TemporaryDirectory() as folder:
         tokenizer.hf.save_pretrained(folder)
         vocabulary = read_vocabulary(Path(folder), model.shape.vocab)
-    own = tokenizer.chat.source if tokenizer.chat else None
-    template_of(tokenizer.prompt_format, own, bos=False)
     return (*notes, *vocabulary.notes)
 
 

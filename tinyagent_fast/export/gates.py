@@ -108,21 +108,28 @@ def same_answers(
 
 
 def same_ids(
-    name: str, triples: Sequence[tuple[str, Sequence[object], Sequence[object]]], bos_id: int | None
+    name: str,
+    triples: Sequence[tuple[str, Sequence[object], Sequence[object]]],
+    bos_id: int | None,
+    *,
+    begins_turns: bool = False,
 ) -> Gate:
     """Hold ids against one another; each text comes with those of the run and of the file.
 
-    BOS must stand once and first in every sequence, unless its id is None.
+    BOS must stand first in every sequence, and nowhere else unless a chat template begins turns
+    with it (`begins_turns`), but never twice at the beginning. None as its id asks for no BOS.
     """
     different = [text for text, ours, theirs in triples if list(ours) != list(theirs)]
     figures: dict[str, Any] = {"texts": len(triples), "different": len(different)}
     rule, bos_wrong = "equal ids", 0
     if bos_id is not None:
         bos_wrong = sum(
-            list(ids).count(bos_id) != 1 or ids[0] != bos_id for _, _, ids in triples if len(ids)
+            ids[0] != bos_id or bos_id in ids[1 : 2 if begins_turns else None]
+            for _, _, ids in triples
+            if len(ids)
         )
         figures["not exactly one BOS"] = bos_wrong
-        rule = "equal ids, exactly one BOS"
+        rule = "equal ids, exactly one BOS" + " at the beginning" * begins_turns
     if different:
         figures["first different"] = repr(different[0])
     return Gate(name=name, passed=not different and not bos_wrong, rule=rule, figures=figures)

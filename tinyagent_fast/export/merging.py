@@ -266,7 +266,7 @@ def write_tokenizer(base: Path, tokenizer: PromptTokenizer, target: Path) -> Non
     # Of several templates one was trained with.
     shutil.rmtree(target / "additional_chat_templates", ignore_errors=True)
     own = tokenizer.chat.source if tokenizer.chat else None
-    template = chat_template(tokenizer.prompt_format, own, bos=True)
+    template = chat_template(tokenizer.prompt_format, own, bos=tokenizer.bos_id is not None)
     write_text(target / "chat_template.jinja", template)
     if (base / "tokenizer.model").exists():
         shutil.copyfile(base / "tokenizer.model", target / "tokenizer.model")

@@ -307,7 +307,7 @@ def file_gates(export: Export, f16: Path, witness: Witness) -> list[Gate]:
         found = _distributions(export, server, witness, "distributions of the f16 file")
     return [
         gates.same_ids("ids of hard strings", hard, None),
-        gates.same_ids("ids of prompts", ids, tokenizer.bos_id),
+        gates.same_ids("ids of prompts", ids, tokenizer.bos_id, begins_turns=special),
         gates.same_texts("prompt template in the file", list(zip(prompts, rendered, strict=True))),
         gates.near_logits(found),
     ]
