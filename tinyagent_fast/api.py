@@ -104,25 +104,27 @@ def export_run(
     found = _run_meant(run, settings.run, settings.runs)
     adapter = found.find_adapter(settings.adapter)
     config = found.config()
-    from tinyagent_fast.models.libraries import prepare_libraries
-
-    # The reference is plain transformers, whatever backend has trained the adapter.
-    prepare_libraries(replace(config.model, backend="transformers"))
     from rich.console import Console
 
     from tinyagent_fast.display import Display
-    from tinyagent_fast.export.pipeline import run_export
-    from tinyagent_fast.export.preparation import prepare_export
-    from tinyagent_fast.export.publishing import publish
 
     display = Display(console or Console(highlight=False))
     display.say(f"run {found.path.name}, adapter {adapter}")
-    with holding(settings.out or found.path, "export", "or name another folder with --out"):
+    held = holding(settings.out or found.path, "export", "or name another folder with --out")
+    with held, display.working("export"):  # for whatever has no label of its own
+        from tinyagent_fast.models.libraries import prepare_libraries
+
+        # The reference is plain transformers, whatever backend has trained the adapter.
+        prepare_libraries(replace(config.model, backend="transformers"))
+        from tinyagent_fast.export.pipeline import run_export
+        from tinyagent_fast.export.preparation import prepare_export
+        from tinyagent_fast.export.publishing import publish
+
         export = prepare_export(found, config, settings, adapter, display)
         folder = run_export(export)
-    if settings.push_to_hub is not None:
-        repository, content = settings.push_to_hub, export.record.content
-        publish(folder, content, repository, dry_run=settings.dry_run, say=display.say)
+        if settings.push_to_hub is not None:
+            repository, content = settings.push_to_hub, export.record.content
+            publish(folder, content, repository, dry_run=settings.dry_run, say=display.say)
     return folder
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.panel import Panel
@@ -13,21 +15,49 @@ from rich.table import Table
 
 from tinyagent_fast.interrupts import raise_swallowed_interrupt
 
-_LINE_EVERY_S = 20.0
+SILENT_S = 9.0
+"""After so long without a line, one says what is going on; with the tick, at least every 10 s."""
+_TICK_S = 0.5
+
+Update = Callable[[int, int], None]
+"""Is told what is done and how much there is in all; a total of 0 stands for an unknown one."""
+
+
+@dataclass(eq=False)
+class _Work:
+    """Something that takes long, and how far it is."""
+
+    label: str
+    unit: str
+    started_s: float
+    done: int = 0
+    total: int = 0
+
+    def line(self, now_s: float) -> str:
+        count = f"{self.done:,}" + (f" of {self.total:,}" if self.total else "")
+        far = f"{count} {self.unit}".rstrip() + ", " if self.done or self.total else ""
+        return f"{self.label}: {far}{now_s - self.started_s:.0f} s so far"
 
 
 class Display:
-    """Prints to a console; on a terminal long work also gets a bar."""
+    """Prints to a console; long work gets a bar on a terminal, and no silence elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        """Keep the console to print to."""
+    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Keep the console to print to, and the clock in seconds by which silence is measured."""
         self.console = console
         self.timings_s: dict[str, float] = {}
         """Seconds of each piece of long work, by its label; written to timings.json."""
+        self._clock = clock
+        self._said_s = clock()
+        self._works: list[_Work] = []
 
     def say(self, text: str) -> None:
         """Print one line of plain text."""
         raise_swallowed_interrupt()
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._said_s = self._clock()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
@@ -37,9 +67,17 @@ class Display:
             table.add_row(f"[bold]{name}[/bold]", value)
         self.console.print(Panel(table, title=title, title_align="left", expand=False))
 
+    def tell_if_silent(self) -> None:
+        """Say what is going on and how far, if nothing was printed for long."""
+        works, now_s = self._works[-1:], self._clock()
+        if works and now_s - self._said_s >= SILENT_S:
+            self._print(works[0].line(now_s))
+
     @contextmanager
-    def bar(self, label: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-        """Show a bar for long work on a terminal, and a line now and then elsewhere.
+    def working(self, label: str, unit: str = "") -> Iterator[Update]:
+        """Let no minute pass in silence where the output is no terminal, while something goes on.
+
+        Works may stand in one another: the innermost is what is told of.
 
         Args:
             label: What is being done.
@@ -49,8 +87,42 @@ class Display:
             A function to call with what is done and the total.
         """
         raise_swallowed_interrupt()
-        started = told = time.perf_counter()
-        done = 0
+        work = _Work(label, unit, self._clock())
+
+        def update(done: int, total: int) -> None:
+            work.done, work.total = done, total
+
+        outermost = not self._works
+        self._works.append(work)
+        over = threading.Event()
+        if outermost and not self.console.is_terminal and not self.console.quiet:
+            threading.Thread(target=self._watch, args=[over], daemon=True).start()
+        try:
+            yield update
+        finally:
+            self._works.remove(work)
+            over.set()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(_TICK_S):
+            try:
+                self.tell_if_silent()
+            except (OSError, ValueError):  # whoever read the output has gone
+                return
+
+    @contextmanager
+    def bar(self, label: str, unit: str = "") -> Iterator[Update]:
+        """Show a bar for long work on a terminal, lines elsewhere, and at its end how long it took.
+
+        Args:
+            label: What is being done.
+            unit: What is counted.
+
+        Yields:
+            A function to call with what is done and the total.
+        """
+        started = time.perf_counter()
+        count = ""
         progress = Progress(
             TextColumn(label),
             BarColumn(),
@@ -62,18 +134,15 @@ class Display:
             disable=not self.console.is_terminal,
         )
         task = progress.add_task(label, total=None)
+        with self.working(label, unit) as tell, progress:
 
-        def update(now_done: int, total: int) -> None:
-            nonlocal done, told
-            done = now_done
-            progress.update(task, completed=done, total=total)
-            if progress.disable and time.perf_counter() - told > _LINE_EVERY_S:
-                told = time.perf_counter()
-                self.say(f"{label}: {done}/{total} {unit}")
+            def update(done: int, total: int) -> None:
+                nonlocal count
+                count = f"{done} {unit} " if done else ""
+                progress.update(task, completed=done, total=total or None)
+                tell(done, total)
 
-        with progress:
             yield update
-        count = f"{done} {unit} " if done else ""
         seconds = time.perf_counter() - started
         self.timings_s[label] = round(seconds, 2)
         self.say(f"{label}: {count}in {seconds:.1f} s")

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import huggingface_hub
@@ -48,7 +49,14 @@ class Hub:
         return SimpleNamespace(size=len(content), etag=etag)
 
     def download(
-        self, repo: str, name: str, *, repo_type: str, revision: str, local_files_only: bool
+        self,
+        repo: str,
+        name: str,
+        *,
+        repo_type: str,
+        revision: str,
+        local_files_only: bool,
+        tqdm_class: Any,
     ) -> str:
         assert repo_type == "dataset"
         self.fetched.append((name, revision, local_files_only))
@@ -59,7 +67,9 @@ class Hub:
         if not blob.exists():
             if local_files_only:
                 raise errors.LocalEntryNotFoundError("not in the cache")
-            blob.write_bytes(CONTENT[name])
+            with tqdm_class(total=len(CONTENT[name]), disable=True) as bar:
+                blob.write_bytes(CONTENT[name])
+                bar.update(len(CONTENT[name]))
             link.symlink_to(blob)
         return str(link)
 
@@ -81,6 +91,15 @@ def folder(tmp_path: Path) -> Path:
 
 def download(folder: Path, revision: str = "main") -> list[DownloadedFile]:
     return download_dataset(folder, revision=revision)
+
+
+def test_it_is_told_how_far_a_transfer_is(hub: Hub, folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    download_dataset(
+        folder, revision="main", on_progress=lambda done, total: told.append((done, total))
+    )
+    sizes = [len(CONTENT[name]) for name in DATASET_FILES]
+    assert told == [(size, size) for size in sizes]
 
 
 def test_both_files_are_placed_with_size_and_sha256(hub: Hub, folder: Path) -> None:

@@ -37,7 +37,10 @@ def run(arguments: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--file")
     flags = tyro.cli(CheckFlags, args=words, prog="tinyagent-fast data check")
+    from rich.console import Console
+
     from tinyagent_fast.data.report import check_file
+    from tinyagent_fast.display import Display
     from tinyagent_fast.prompts.templates import render
 
     encode = chat = None
@@ -53,12 +56,14 @@ def run(arguments: Sequence[str]) -> int:
         rendered = render(example, flags.prompt_format, chat)
         return rendered.prompt, rendered.completion
 
-    check = check_file(
-        flags.file,
-        encode=encode,
-        render=texts,
-        max_length_tokens=flags.max_length_tokens if encode else None,
-        others={str(path): path for path in flags.against},
-    )
+    with Display(Console(stderr=True)).working("data check", "entries") as update:
+        check = check_file(
+            flags.file,
+            encode=encode,
+            render=texts,
+            max_length_tokens=flags.max_length_tokens if encode else None,
+            others={str(path): path for path in flags.against},
+            on_progress=lambda done: update(done, 0),
+        )
     print(json.dumps(asdict(check), indent=2) if flags.json else check.render_text())
     return 1 if check.read.problem_count else 0

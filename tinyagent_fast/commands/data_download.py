@@ -22,11 +22,17 @@ class DownloadFlags:
 def run(arguments: Sequence[str]) -> int:
     """Fetch both files, unless they are there."""
     import tyro
+    from rich.console import Console
 
     from tinyagent_fast.data.download import download_dataset
+    from tinyagent_fast.display import Display
 
     flags = tyro.cli(DownloadFlags, args=list(arguments), prog="tinyagent-fast data download")
     print(f"downloading {flags.repo} at revision {flags.revision} to {flags.out}/")
-    for file in download_dataset(flags.out, revision=flags.revision, repo=flags.repo):
+    with Display(Console(stderr=True)).working("data download", "bytes of this file") as update:
+        files = download_dataset(
+            flags.out, revision=flags.revision, repo=flags.repo, on_progress=update
+        )
+    for file in files:
         print(f"{file.path}: {file.size_bytes:,} bytes, sha256 {file.sha256} ({file.note})")
     return 0

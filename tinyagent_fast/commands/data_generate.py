@@ -41,7 +41,12 @@ def run(arguments: Sequence[str]) -> int:
             f"{' and '.join(there)} would be replaced",
             "name another folder with --out, or add --overwrite",
         )
-    files = generate_dataset(spec, flags.out)
+    from rich.console import Console
+
+    from tinyagent_fast.display import Display
+
+    with Display(Console(stderr=True)).working("data generate"):
+        files = generate_dataset(spec, flags.out)
     for path, entries in ((files.train, spec.train_entries), (files.test, spec.test_entries)):
         print(f"{path}: {entries} entries, {path.stat().st_size / 1e6:.1f} MB")
     names = [f"--data.train {files.train}"]

@@ -38,18 +38,23 @@ class PlannerFlags:
 
     def load(self, batch: int = 1) -> Planner:
         """Open the planner that is meant; `batch` requests can be answered together."""
-        from tinyagent_fast.inference import planner
+        from rich.console import Console
+
+        from tinyagent_fast.display import Display
         from tinyagent_fast.interrupts import raise_swallowed_interrupt
 
-        opened = planner.load(
-            self.model,
-            run=self.run,
-            runs=self.runs,
-            system=self.system,
-            max_new_tokens=self.max_new_tokens,
-            threads=self.threads,
-            batch=batch,
-            grammar=self.grammar,
-        )
+        with Display(Console(stderr=True)).working("loading the planner"):
+            from tinyagent_fast.inference import planner
+
+            opened = planner.load(
+                self.model,
+                run=self.run,
+                runs=self.runs,
+                system=self.system,
+                max_new_tokens=self.max_new_tokens,
+                threads=self.threads,
+                batch=batch,
+                grammar=self.grammar,
+            )
         raise_swallowed_interrupt()
         return opened

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +70,22 @@ class _Source:
 
 
 def download_dataset(
-    target_dir: str | Path, *, revision: str, repo: str = DATASET_REPOSITORY
+    target_dir: str | Path,
+    *,
+    revision: str,
+    repo: str = DATASET_REPOSITORY,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> list[DownloadedFile]:
     """Place training_data.json and testing_data.json in a folder.
 
     A file that is there already and complete is kept. A broken transfer goes on where it
     stopped when the command is given again.
+
+    Args:
+        target_dir: The folder; made if it is not there.
+        revision: Branch, tag or commit of the repository.
+        repo: Dataset repository on the hub.
+        on_progress: Called with bytes of the file under way that are there, and in all.
 
     Raises:
         DataError: A file cannot be fetched or placed, or another file is in its place; the
@@ -87,10 +98,10 @@ def download_dataset(
         raise DataError(
             f"{folder}: cannot be made", str(error), "name a folder that you can write"
         ) from error
-    return [_place(_Source(repo, revision, folder / name)) for name in DATASET_FILES]
+    return [_place(_Source(repo, revision, folder / name), on_progress) for name in DATASET_FILES]
 
 
-def _place(source: _Source) -> DownloadedFile:
+def _place(source: _Source, on_progress: Callable[[int, int], None]) -> DownloadedFile:
     target, revision, record = source.target, source.revision, source.record()
     there = file_sha256(target) if target.is_file() else None
     ours = there is not None and there == record.get("sha256")
@@ -113,7 +124,7 @@ def _place(source: _Source) -> DownloadedFile:
                     "your own",
                     "move it away or delete it, or name another folder",
                 )
-        fetched = _fetch(source, offline=not reachable)
+        fetched = _fetch(source, on_progress, offline=not reachable)
         sha256 = file_sha256(fetched)
         if published not in (None, sha256):
             raise DataError(
@@ -158,10 +169,19 @@ def _published_sha256(source: _Source) -> tuple[bool, str | None]:
     return True, etag if etag and len(etag) == 64 else None
 
 
-def _fetch(source: _Source, *, offline: bool) -> Path:
+def _fetch(source: _Source, on_progress: Callable[[int, int], None], *, offline: bool) -> Path:
     """Return the file's place in the hub cache, fetching what is missing there."""
     import httpx
     from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    class Told(tqdm):  # type: ignore[misc]
+        def update(self, n: float = 1) -> bool | None:
+            shown: bool | None = super().update(n)
+            if self.disable:  # no terminal: it does not count
+                self.n += n
+            on_progress(int(self.n), int(self.total or 0))
+            return shown
 
     try:
         found = hf_hub_download(
@@ -170,6 +190,7 @@ def _fetch(source: _Source, *, offline: bool) -> Path:
             repo_type="dataset",
             revision=source.revision,
             local_files_only=offline,
+            tqdm_class=Told,
         )
     except (
         errors.HfHubHTTPError,

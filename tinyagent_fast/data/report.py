@@ -165,6 +165,7 @@ def check_file(
     render: Render,
     max_length_tokens: int | None = None,
     others: Mapping[str, str | Path] | None = None,
+    on_progress: Callable[[int], None] = lambda _entries: None,
 ) -> DataCheck:
     """Read a dataset file once and describe it; unusable entries are listed, not raised.
 
@@ -175,6 +176,7 @@ def check_file(
         render: Gives the prompt and completion of an example.
         max_length_tokens: Rows with more tokens in all are counted as over-long.
         others: More data files by name (not "this file"), to look for the same queries in them.
+        on_progress: Called with the entries of this file that were read.
 
     Raises:
         DataError: A file is no dataset file at all, or has no usable entry.
@@ -190,6 +192,7 @@ def check_file(
     def examples() -> Iterator[Example]:
         for entry in read_entries(path, on_bad_entry="skip", on_report=reports.append):
             queries.append(entry.query)
+            on_progress(len(queries))
             yield from entry.examples
 
     rows = examples()

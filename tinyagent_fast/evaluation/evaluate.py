@@ -207,6 +207,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         if processes.is_main_process:
             fix = "or name another folder with --out"
             held.enter_context(holding(options.out or run.path, "eval", fix))
+        held.enter_context(display.working("eval"))  # for whatever has no label of its own
         return _evaluate(run, config, options, engine, display)
 
 
@@ -316,7 +317,8 @@ def _adapter(task: _Task) -> dict[str, EvaluationResult]:
     wanted = options.adapter or "best"
     adapter = None if wanted == "none" else run.find_adapter(wanted)
     base = run.base_of(config)
-    loaded = load_for_generation(config, base, adapter)
+    with task.display.working("loading the model"):
+        loaded = load_for_generation(config, base, adapter)
     for note in loaded.notes:
         task.display.say(f"note: {note}")
     name = _ADAPTER if adapter else "base"

@@ -180,6 +180,17 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+@dataclass(eq=False)
+class StepProgress(TrainerCallback):  # type: ignore[misc]
+    """Tells how many optimizer steps are made, also between two that are logged."""
+
+    update: Callable[[int, int], None]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell of the step."""
+        self.update(state.global_step, state.max_steps)
+
+
 @dataclass(eq=False, kw_only=True)
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C or SIGTERM into a saved checkpoint at the end of the step."""

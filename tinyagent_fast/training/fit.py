@@ -110,7 +110,8 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
             refuse_changed_config(resume, config)
             processes.on_main_process(lambda: hold(resume))
             config = resume.located(config)
-        return _train(config, display, resume, hold)
+        with display.working("train"):  # for whatever has no label of its own
+            return _train(config, display, resume, hold)
 
 
 def _train(config: Config, display: Display, resume: Run | None, hold: Callable[[Run], Run]) -> Run:
@@ -118,7 +119,7 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
     checkpoint = None if resume is None else last_checkpoint(resume, display.say)
     # Quantisation-aware training goes by transformers, which Unsloth would patch.
     plain = config.train.qat != "off"
-    with display.bar("loading libraries"):
+    with display.working("loading libraries"):
         prepare_libraries(replace(config.model, backend="transformers") if plain else config.model)
     started = time.perf_counter()
     prepared = _prepare(config, display, resume, hold)
@@ -240,7 +241,8 @@ def _prepare(
                 f"dropped {len(dropped)} over-long {name} rows, the longest of "
                 f"{max(tokens for _, tokens in dropped)} tokens"
             )
-    loaded = load_for_training(config, base)
+    with display.working("loading the base model"):
+        loaded = load_for_training(config, base)
     estimator = _memory_estimator(config, loaded, rows, display)
     if config.train.batch == "auto":
         config = _with_automatic_batch(config, estimator, display)
@@ -397,7 +399,7 @@ def _header(prepared: _Prepared) -> dict[str, str]:
 
 def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None:
     """Check everything on real batches, then make the steps."""
-    from tinyagent_fast.training.callbacks import History, StepGuard, StopOnInterrupt
+    from tinyagent_fast.training.callbacks import History, StepGuard, StepProgress, StopOnInterrupt
 
     config, loaded, display, run = prepared.config, prepared.loaded, prepared.display, prepared.run
     processes, rows = prepared.processes, prepared.rows.train.dataset()
@@ -416,14 +418,17 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         tracking=tracking_arguments(config.track, run),
     )
     if loaded.device == "cpu":
-        _choose_threads(prepared, trainer)
+        with display.working("timing CPU threads"):
+            _choose_threads(prepared, trainer)
     prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
-    report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
+    with display.working("checking the longest batch"):
+        report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
     display.say(report.sentence())
     if prepared.estimator is not None and processes.is_main_process:
         write_json(run.path / "memory.json", {**prepared.estimator.to_json(), **asdict(report)})
     if shared.on:
-        difference = check_same_loss(trainer, loaded, rows)
+        with display.working("comparing shared prefixes with whole rows"):
+            difference = check_same_loss(trainer, loaded, rows)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     if resumed:
         dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
@@ -447,7 +452,9 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         load_adapter_weights(loaded.model, checkpoint)
         display.say(f"{checkpoint.name} is the last one: no step is left to make")
         return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with display.working("training", "steps") as update:
+        trainer.add_callback(StepProgress(update))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if number := interrupt.stopped_by:
         if not processes.is_main_process:
             raise SystemExit(exit_code(number))  # the main process says it
@@ -484,15 +491,17 @@ def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSu
 
     def measure(step: int) -> Evaluation:
         started = time.perf_counter()
-        with generating(loaded):
-            loss = validation_loss(trainer, rows, loaded.tokenizer.pad_id)
-        metrics = prepared.evaluate(
-            prepared.examples.validation,
-            replace(config.eval, parity_prompts=0),
-            run.path / "samples" / f"step-{step:06d}",
-            f"Validation sample at step {step}",
-            {"step": step},
-        ).metrics
+        with prepared.display.working(f"validation at step {step}", "plans") as update:
+            with generating(loaded):
+                loss = validation_loss(trainer, rows, loaded.tokenizer.pad_id)
+            metrics = prepared.evaluate(
+                prepared.examples.validation,
+                replace(config.eval, parity_prompts=0),
+                run.path / "samples" / f"step-{step:06d}",
+                f"Validation sample at step {step}",
+                {"step": step},
+                update,
+            ).metrics
         if loaded.device == "cpu":
             _choose_threads(prepared, trainer)
         seconds = time.perf_counter() - started
