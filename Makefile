@@ -20,7 +20,7 @@ REQUIREMENTS ?= $(if $(CUDA),requirements.txt,requirements-cpu.txt)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo '  variables: PRESET=auto|cpu|smoke|t4|l4|a100|paper|seed  RUN=latest  ARGS="--train.epochs 4"'
+	@echo '  variables: PRESET=auto|cpu|nano|smoke|t4|l4|a100|paper|seed  RUN=latest  ARGS="--train.epochs 4"'
 
 $(VENV)/.installed: requirements.txt requirements-cpu.txt pyproject.toml
 	@echo "setting up $(VENV) from $(REQUIREMENTS) ($(if $(CUDA),CUDA found,no CUDA device found))"

@@ -101,7 +101,7 @@ def test_every_preset_is_a_good_config_and_survives_its_file(name: str) -> None:
 def test_an_unknown_preset_is_named_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'paper'") as caught:
         preset_config("papers")
-    assert "auto, cpu, smoke" in caught.value.fix
+    assert "auto, cpu, nano, smoke" in caught.value.fix
 
 
 def test_keys_that_are_left_out_keep_the_values_of_the_base() -> None:

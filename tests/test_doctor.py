@@ -390,7 +390,7 @@ def test_a_base_of_unknown_size_is_no_fault() -> None:
 
 
 def test_main_memory_is_compared_with_what_training_needs() -> None:
-    config = preset_config("cpu")
+    config = preset_config("nano")
     for total, available, status in (
         (16.0, 12.0, "ok"),
         (16.0, 0.7, "warning"),

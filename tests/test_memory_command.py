@@ -165,12 +165,13 @@ def test_lengths_that_are_given_are_taken(plan: Plan) -> None:
 
 
 def test_rows_of_a_base_made_on_the_spot_count_as_the_longest_allowed(plan: Plan) -> None:
-    answer = plan("--preset", "cpu")
+    answer = plan("--preset", "nano")
     assert answer["lengths"]["longest_tokens"] == answer["lengths"]["mean_tokens"] == 1024
     assert "not counted" in answer["lengths"]["source"]
     assert answer["lengths"]["rows"] == 24_200 - 200
     assert answer["shape"]["hidden"] == 256
     assert plan("--preset", "smoke")["shape"]["hidden"] == 64
+    assert plan("--preset", "cpu")["shape"]["hidden"] == 576
 
 
 def test_rows_are_counted_where_data_and_a_tokenizer_are_there(

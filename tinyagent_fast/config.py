@@ -77,7 +77,8 @@ class ModelConfig:
     """Which base model and how it is held in memory."""
 
     base: str = BASE_MODEL
-    """Folder or hub name of the base model; `nano` and `random` are built on the spot."""
+    """Folder, .gguf file or hub name of the base model; `smollm2-135m` is a published one that is
+    fetched from where it can be had, `nano` and `random` are built on the spot."""
     revision: str | None = None
     """Revision on the hub."""
     backend: Backend = "auto"

@@ -24,6 +24,7 @@ from tinyagent_fast.data.cache import cache_folder
 from tinyagent_fast.data.download import DATASET_REPOSITORY
 from tinyagent_fast.data.reading import check_head, is_incomplete
 from tinyagent_fast.errors import DataError, ModelError, TrainingError, UserError
+from tinyagent_fast.models.published import PUBLISHED
 from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ Source: docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.ht
 """
 _EXPORT_PACKAGES = ("xllamacpp", "gguf")
 _UNSLOTH_PACKAGES = ("unsloth", "unsloth-zoo", "xformers")
-_SMALL_WEIGHTS = 100_000_000
+_SMALL_WEIGHTS = 200_000_000
 """A larger model is no work for a CPU: a row of 128 tokens took TinyLlama a minute on two cores."""
 _PUBLISHED_BYTES = {REAL_TRAIN: 734_000_000, REAL_TEST: 12_800_000}
 """Sizes of the published files. Source: the dataset's page (squeeze-ai-lab/TinyAgent-dataset)."""
@@ -500,7 +501,7 @@ def disk_uses(config: Config) -> list[tuple[str, Path, float]]:
         weights, adapter = _weights(estimator), adapter_weights(estimator.shape, config.lora)
         if not _base_is_here(config):
             uses.append(("base", Path(constants.HF_HUB_CACHE), 2 * weights))
-        elif config.model.base in ("nano", "random"):
+        elif not Path(config.model.base).is_dir() and _made_here(config.model.base):
             uses.append(("base", runs, 4 * weights))
         # Three checkpoints with AdamW's moments, and two copies of the adapter.
         moments = 2 if config.train.optimizer == "adamw_8bit" else 8
@@ -552,9 +553,14 @@ def _is_cached(repo: str, name: str, kind: str, revision: str | None = None) -> 
     return isinstance(found, str)
 
 
+def _made_here(base: str) -> bool:
+    """Say whether the first run puts the base into its own folder, whatever it makes it from."""
+    return base in ("nano", "random", *PUBLISHED) or base.endswith(".gguf")
+
+
 def _base_is_here(config: Config) -> bool:
     base, revision = config.model.base, config.model.revision
-    if base in ("nano", "random") or Path(base).is_dir():
+    if Path(base).is_dir() or _made_here(base):
         return True
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     return any(_is_cached(base, name, "model", revision) for name in names)
@@ -565,6 +571,15 @@ def check_base(config: Config) -> Finding:
     base = config.model.base
     if base in ("nano", "random"):
         return Finding("base", "ok", f"{base}, made on the spot")
+    if base in PUBLISHED:
+        known = PUBLISHED[base]
+        text = f"{known.title} ({known.licence}), from {known.hub} on the hub where it answers, "
+        text += f"else from the package {known.package}, {known.wheel_mib} MiB"
+        return Finding("base", "ok", text)
+    if base.endswith(".gguf"):
+        if Path(base).is_file():
+            return Finding("base", "ok", f"file {base}, dequantised by the first run")
+        return Finding("base", "failure", f"there is no file {base}", "correct --model.base")
     if Path(base).is_dir():
         if (Path(base) / "config.json").exists():
             return Finding("base", "ok", f"folder {base}")

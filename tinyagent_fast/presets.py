@@ -82,9 +82,32 @@ def a100() -> Config:
 
 
 def cpu() -> Config:
-    """A laptop without a GPU: the nano base and generated data, about ten minutes."""
+    """A laptop without a GPU: SmolLM2-135M learns generated plans of up to seven calls."""
     return Config(
         preset="cpu",
+        data=DataConfig(validation_entries=200, generated_entries=3_560),
+        model=ModelConfig(
+            base="smollm2-135m", backend="transformers", weights="fp32", max_length_tokens=1024
+        ),
+        train=TrainConfig(
+            epochs=1.0,
+            batch=8,
+            accumulation=1,
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup=0.05,
+            optimizer="adamw_torch",
+            evaluations=2,
+            batching="length-grouped",
+        ),
+        eval=EvalConfig(batch=50, sample=40, before_and_after=True),
+    )
+
+
+def nano() -> Config:
+    """Five minutes that need no download: a base made on the spot, and short generated plans."""
+    return Config(
+        preset="nano",
         data=DataConfig(validation_entries=200, generated_entries=24_200, generated_max_calls=3),
         model=ModelConfig(
             base="nano", backend="transformers", weights="fp32", max_length_tokens=1024
@@ -109,7 +132,7 @@ def cpu() -> Config:
 def smoke() -> Config:
     """A few steps of a tiny random model on any data, to see that everything runs."""
     return replace(
-        cpu(),
+        nano(),
         preset="smoke",
         data=DataConfig(validation_entries=8, limit_entries=64, generated_entries=400),
         model=ModelConfig(
@@ -130,7 +153,7 @@ def smoke() -> Config:
 
 
 PRESETS: Mapping[str, Callable[[], Config]] = {
-    preset.__name__: preset for preset in (cpu, smoke, l4, t4, a100, paper, seed)
+    preset.__name__: preset for preset in (cpu, nano, smoke, l4, t4, a100, paper, seed)
 }
 """Every preset by name."""
 
@@ -156,7 +179,8 @@ def choose_preset() -> tuple[str, str]:
     import torch
 
     if not torch.cuda.is_available():
-        return "cpu", "no CUDA device was found, so a small model learns generated data"
+        why = "no CUDA device was found, so a small model learns generated data"
+        return "cpu", f"{why} (--preset nano needs no download and five minutes)"
     properties = torch.cuda.get_device_properties(0)
     memory_gib = properties.total_memory / 2**30
     preset = preset_of_card(memory_gib, properties.major)

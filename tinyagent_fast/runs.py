@@ -437,6 +437,26 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes the other's name and place only when it is whole."""
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    replace_folder(temporary, folder)
+
+
+def replace_folder(whole: Path, folder: Path) -> None:
+    """Put a folder in another one's place, so that a kill hardly ever leaves none there."""
+    former = folder.with_name(f"{folder.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.replace(former)
+    whole.replace(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
 def environment() -> dict[str, Any]:
     """Record what a result depends on besides config and data; a GPU only if torch is loaded."""
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)  # None: not installed

@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--rows {known.rows}", "there is nothing to show", "ask for 1 or more")
     from rich.console import Console
 
-    from tinyagent_fast.models.bases import base_tokenizer
+    from tinyagent_fast.models.bases import base_tokenizer, resolve_base
     from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -37,7 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     examples = load_run_examples(config)
     hf = base_tokenizer(config, examples.train, [e.query for e in examples.test])
     if hf is None:
-        hf = load_tokenizer(resolve_tokenizer_folder(config.model.base, config.model.revision))
+        base = resolve_base(config, examples.train, say=console.print)
+        hf = load_tokenizer(resolve_tokenizer_folder(base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)
     chosen = islice(examples.train, known.rows)
     rows = tokenizer.encode_rows(

@@ -374,13 +374,13 @@ def _read_rope(checkpoint: Checkpoint, family: Family, shape: ModelShape) -> _Ro
         if kind == "linear":
             return _Rope(base=base, linear_factor=float(given["factor"]))
         if kind == "llama3":
-            return _Rope(base=base, frequency_divisors=_divisors(base, shape.head_dim, given))
+            return _Rope(base=base, frequency_divisors=llama3_divisors(base, shape.head_dim, given))
     except KeyError as error:
         raise _refused(checkpoint, f"RoPE {dict(given)}", f"it has no {error}") from error
     return _Rope(base=base)
 
 
-def _divisors(base: float, head_dim: int, given: Mapping[str, Any]) -> list[float]:
+def llama3_divisors(base: float, head_dim: int, given: Mapping[str, Any]) -> list[float]:
     """Compute by what each frequency is divided: 1 for short waves, `factor` for long ones.
 
     Source: transformers, modeling_rope_utils.py, _compute_llama3_parameters.

@@ -217,6 +217,14 @@ def _pre_tokenizer_name(folder: Path, file: Mapping[str, Any]) -> str:
     return name
 
 
+def word_patterns(name: str) -> tuple[tuple[str, ...], bool] | None:
+    """Give the patterns by which llama.cpp cuts text under a name; None if it is not known here.
+
+    The second value says whether a word that is a token is not merged.
+    """
+    return next((key for key, known in _PRE_TOKENIZERS.items() if known == name), None)
+
+
 def _listed(folder: Path, added: Sequence[Mapping[str, Any]]) -> dict[int, Token]:
     """Enter added tokens, which llama.cpp looks for in a text before it merges.
 

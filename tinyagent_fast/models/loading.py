@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from tinyagent_fast.prompts.loading import (
     switched_off,
 )
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import write_json
+from tinyagent_fast.runs import whole_folder, write_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -420,24 +419,11 @@ def save_model(
         folder: Target; replaced if it exists.
         notes: Written as JSON files, by file name.
     """
-    temporary = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of raw lines for a file or two
-    model.save_pretrained(str(temporary))
-    tokenizer.save_pretrained(str(temporary))
-    for name, value in (notes or {}).items():
-        write_json(temporary / name, value)
-    replace_folder(temporary, folder)
-
-
-def replace_folder(whole: Path, folder: Path) -> None:
-    """Put a folder in another one's place, so that a kill hardly ever leaves none there."""
-    former = folder.with_name(f"{folder.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        folder.replace(former)
-    whole.replace(folder)
-    shutil.rmtree(former, ignore_errors=True)
+    with whole_folder(folder) as part:
+        model.save_pretrained(str(part))
+        tokenizer.save_pretrained(str(part))
+        for name, value in (notes or {}).items():
+            write_json(part / name, value)

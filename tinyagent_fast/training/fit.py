@@ -29,14 +29,21 @@ from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
 from tinyagent_fast.models.bases import resolve_base
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.libraries import prepare_libraries
-from tinyagent_fast.models.loading import LoadedModel, load_for_training, replace_folder, save_model
+from tinyagent_fast.models.loading import LoadedModel, load_for_training, save_model
 from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.reports.charts import plot_training
-from tinyagent_fast.runs import Run, create_run, holding, refuse_taken_name, write_json
+from tinyagent_fast.runs import (
+    Run,
+    create_run,
+    holding,
+    refuse_taken_name,
+    replace_folder,
+    write_json,
+)
 from tinyagent_fast.shared_prefix.training import check_same_loss, decide_shared_prefix
 from tinyagent_fast.training.best import (
     Best,
@@ -224,6 +231,7 @@ def _prepare(
                 examples.train,
                 [example.query for example in examples.test],
                 update,
+                display.say,
             )
         )
     folder = resolve_tokenizer_folder(base, config.model.revision)

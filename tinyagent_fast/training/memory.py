@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.models.published import PUBLISHED
 from tinyagent_fast.presets import PRESETS, REAL_TRAIN
 
 if TYPE_CHECKING:
@@ -369,7 +370,8 @@ def base_shape(base: str) -> ModelShape:
     """Find a base model's sizes without loading it or asking a network.
 
     Args:
-        base: A folder, `nano`, `random`, or the default base's name.
+        base: A folder, a .gguf file, `nano`, `random`, a published base's short name, or the
+            default base's name.
 
     Raises:
         ModelError: It is none of these.
@@ -380,6 +382,12 @@ def base_shape(base: str) -> ModelShape:
         from tinyagent_fast.models.nano import NANO_SHAPE, RANDOM_SHAPE
 
         return NANO_SHAPE if base == "nano" else RANDOM_SHAPE
+    if base in PUBLISHED:
+        return PUBLISHED[base].shape
+    if base.endswith(".gguf"):
+        from tinyagent_fast.models.gguf_base import gguf_shape
+
+        return gguf_shape(Path(base))
     path = Path(base) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -388,7 +396,7 @@ def base_shape(base: str) -> ModelShape:
             f"base model {base!r}",
             f"its sizes are not known: {error}",
             f"put its config.json into a folder and name that with --model.base; known by name are "
-            f"{BASE_MODEL}, nano and random",
+            f"{', '.join((BASE_MODEL, *PUBLISHED))}, nano and random",
         ) from error
     return ModelShape.from_config(raw if isinstance(raw, dict) else {}, str(path))
 
