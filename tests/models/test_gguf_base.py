@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_TEMPLATE
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file
-from tinyagent_fast.prompts.tokenizers import HARD_STRINGS, load_tokenizer
-from tokenizers import decoders, pre_tokenizers
+from tiny_families import MODELS
 
 from tinyagent_fast.config import Config, ModelConfig
 from tinyagent_fast.data.cache import file_sha256
@@ -27,8 +27,8 @@ from tinyagent_fast.models import published
 from tinyagent_fast.models.bases import resolve_base
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.gguf_base import base_from_gguf, gguf_shape
-from tinyagent_fast.models.nano import train_bpe_tokenizer
 from tinyagent_fast.models.published import PUBLISHED, PublishedBase
+from tinyagent_fast.prompts.loading import HARD_STRINGS, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.training.memory import base_shape
 
@@ -46,26 +46,35 @@ def same_ids(one: Path, other: Path) -> bool:
     return special[0] == special[1] and ids[0] == ids[1]
 
 
+@pytest.mark.parametrize("name", MODELS)
 def test_a_file_gives_back_the_model_that_it_was_made_from(
-    tiny_merged: Path, tiny_gguf: dict[str, Path], tmp_path: Path
+    name: str, tiny_family: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
+    source, folder = tiny_family(name), tmp_path / "base"
+    file = to_gguf(source, tmp_path / "m.gguf")
     seen: list[tuple[int, int]] = []
-    folder = tmp_path / "base"
-    base_from_gguf(tiny_gguf["f32"], folder, lambda *counts: seen.append(counts))
+    base_from_gguf(file, folder, lambda *counts: seen.append(counts))
     assert seen[-1][0] == seen[-1][1] == len(seen)
-    before, after = (load_file(at / "model.safetensors") for at in (tiny_merged, folder))
+    before, after = (load_file(at / "model.safetensors") for at in (source, folder))
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    ids = torch.tensor([[5, 17, 300, 9]])
-    models = [AutoModelForCausalLM.from_pretrained(at) for at in (tiny_merged, folder)]
+    for tensor, weight in before.items():
+        assert torch.allclose(weight, after[tensor], rtol=0, atol=1e-6), tensor
+    ids = torch.tensor([[5, 17, 300, 9, 21, 22, 23, 8]])
+    models = [AutoModelForCausalLM.from_pretrained(at) for at in (source, folder)]
     with torch.no_grad():
-        assert torch.equal(*(model(ids).logits for model in models))
+        assert torch.allclose(*(model(ids).logits for model in models), rtol=0, atol=1e-4)
     assert models[0].config.eos_token_id == models[1].config.eos_token_id
-    assert same_ids(tiny_merged, folder)
-    assert load_tokenizer(folder).chat_template
-    assert gguf_shape(tiny_gguf["f32"]) == base_shape(str(tiny_merged))
+    assert same_ids(source, folder)
+    assert gguf_shape(file) == base_shape(str(source)) == base_shape(str(folder))
+
+
+def test_the_chat_template_of_a_file_comes_along(
+    tiny_gguf: dict[str, Path], tmp_path: Path
+) -> None:
+    base_from_gguf(tiny_gguf["f16"], tmp_path / "base")
+    assert load_tokenizer(tmp_path / "base").chat_template == TINY_TEMPLATE
 
 
 @pytest.mark.parametrize(("quant", "most"), [("f16", 1e-3), ("q8_0", 1e-2), ("q4_k_m", 0.12)])
@@ -99,20 +108,6 @@ def test_scaled_positions_of_llama_3_are_read_back(
     base_from_gguf(to_gguf(folder, tmp_path / "m.gguf"), tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
     assert config["rope_parameters"] == rope
-
-
-def test_a_tokenizer_that_cuts_single_digits_keeps_its_ids(
-    make_llama: Callable[..., Path], tmp_path: Path
-) -> None:
-    tokenizer = train_bpe_tokenizer([f"note {n} costs {n * 7}" for n in range(3000)], 700)
-    core = tokenizer.backend_tokenizer
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level])
-    core.decoder = decoders.ByteLevel()
-    folder = make_llama(tmp_path / "m", vocab_size=700)
-    tokenizer.save_pretrained(str(folder))
-    base_from_gguf(to_gguf(folder, tmp_path / "m.gguf"), tmp_path / "base")
-    assert same_ids(folder, tmp_path / "base")
 
 
 def test_a_sentencepiece_tokenizer_keeps_its_ids(

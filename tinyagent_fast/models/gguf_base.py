@@ -19,7 +19,7 @@ from tinyagent_fast.export.checkpoints import Floats, NewTensor, write_safetenso
 from tinyagent_fast.export.conversion import llama3_divisors
 from tinyagent_fast.export.vocabulary import word_patterns
 from tinyagent_fast.models.families import FAMILIES, Family, ModelShape, Tensor
-from tinyagent_fast.prompts.tokenizers import sentencepiece_bpe
+from tinyagent_fast.prompts.loading import sentencepiece_bpe
 from tinyagent_fast.runs import whole_folder
 
 _KEYS: Mapping[str, str] = {
@@ -39,17 +39,8 @@ _READ_APART = (
 )
 _SPECIAL: Mapping[str, str] = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Special tokens as transformers and as GGUF calls them."""
-_LLAMA_3_ROPES = [
-    {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    for factor in (8.0, 32.0)
-]
-"""Of Llama 3.1 and 3.2: a file has only what each frequency is divided by."""
+_LLAMA_3_CONTEXTS_TOKENS = [2**power for power in range(6, 20)]
+"""A file has only what each frequency is divided by; these are tried as the original context."""
 
 
 def base_from_gguf(
@@ -117,9 +108,10 @@ class _GgufFile:
         """Write config.json from the keys, each of which must be understood."""
         prefix = f"{self.family.gguf_architecture}."
         own = {k.removeprefix(prefix): v for k, v in self.keys.items() if k.startswith(prefix)}
-        strange = [key for key in own if key not in _KEYS and key not in _READ_APART]
+        windows = ("attention.sliding_window",) if self.family.full_attention_every > 1 else ()
+        strange = own.keys() - _KEYS.keys() - {*_READ_APART, *windows}
         if strange:
-            what = f"it has the key {prefix}{strange[0]}"
+            what = f"it has the key {prefix}{min(strange)}"
             raise self._refused(what, "the project does not know what it changes")
         config: dict[str, Any] = {
             "architectures": [self.family.causal_lm],
@@ -129,6 +121,7 @@ class _GgufFile:
             "tie_word_embeddings": "output.weight" not in self.stored,
             "dtype": "float32",
             **self.family.config_values,
+            **{key.removeprefix("attention."): own[key] for key in windows if key in own},
         }
         for name, key in _SPECIAL.items():
             config[f"{name}_token_id"] = self.keys.get(f"tokenizer.ggml.{key}_token_id")
@@ -137,14 +130,18 @@ class _GgufFile:
             config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
         shape = ModelShape.from_config(config, str(self.path))
         config["head_dim"] = shape.head_dim
+        config |= {key: config[other] for key, other in self.family.equal_values.items()}
         for key in ("attention.value_length", "rope.dimension_count"):
             if own.get(key, shape.head_dim) != shape.head_dim:
                 raise self._refused(f"{prefix}{key} is {own[key]}", f"heads have {shape.head_dim}")
-        return {**config, "rope_parameters": self._rope(own, shape)}
+        rope = self._rope(own, shape)
+        if windows:  # of the layers that see everything; the base of the others is the family's own
+            return {**config, "rope_theta": rope["rope_theta"]}
+        return {**config, "rope_parameters": rope}
 
     def _rope(self, own: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
         """Say how positions are rotated."""
-        base = float(own.get("rope.freq_base", 10000.0))
+        base = float(own.get("rope.freq_base", self.family.rope_base))
         kind = own.get("rope.scaling.type", "none")
         if kind == "linear":
             factor = float(own["rope.scaling.factor"])
@@ -154,11 +151,13 @@ class _GgufFile:
         if "rope_freqs.weight" not in self.stored:
             return {"rope_type": "default", "rope_theta": base}
         divisors = np.array(self.stored["rope_freqs.weight"].data)
-        for rope in _LLAMA_3_ROPES:
-            ours = llama3_divisors(base, shape.head_dim, rope)
-            if np.allclose(divisors, ours, rtol=1e-5):
-                return {**rope, "rope_theta": base}
-        raise self._refused("it scales RoPE frequencies", "not as Llama 3.1 or 3.2 does")
+        rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": base}
+        rope |= {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        for context in _LLAMA_3_CONTEXTS_TOKENS:
+            rope["original_max_position_embeddings"] = context
+            if np.allclose(divisors, llama3_divisors(base, shape.head_dim, rope), rtol=1e-5):
+                return rope
+        raise self._refused("it scales RoPE frequencies", "not as the Llama 3 models do")
 
     def tensors(self, shape: ModelShape) -> list[NewTensor]:
         """List the weights as transformers names them; all of the file's must be among them."""
@@ -180,7 +179,7 @@ class _GgufFile:
         return found
 
     def _blocks(self, wanted: Tensor) -> Iterator[Floats]:
-        """Dequantise a tensor, with the rows of its heads in transformers' order."""
+        """Dequantise a tensor, with rows and values as transformers stores them."""
         from gguf.quants import dequantize
 
         stored = self.stored[wanted.gguf]
@@ -188,7 +187,7 @@ class _GgufFile:
         if wanted.head_rows:
             pairs = values.reshape(-1, wanted.head_rows // 2, 2, *wanted.shape[1:])
             values = pairs.swapaxes(1, 2)
-        yield values.reshape(wanted.shape)
+        yield values.reshape(wanted.shape) - np.float32(wanted.shift)
 
     def tokenizer(self) -> Any:
         """Build the tokenizer that gives the ids that llama.cpp gives for this file."""
