@@ -204,7 +204,7 @@ class _GgufFile:
             if keys.get(f"{key}_token_id") is not None
         }
         if keys.get("model") == "llama":
-            pieces = [(*token, score) for token, score in zip(tokens, keys["scores"], strict=True)]
+            pieces = list(zip(keys["tokens"], keys["scores"], keys["token_type"], strict=True))
             unknown = [text for text, kind in tokens if kind == TokenType.UNKNOWN]
             core = sentencepiece_bpe(
                 pieces,
