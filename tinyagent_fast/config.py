@@ -21,6 +21,7 @@ from tinyagent_fast.strict_yaml import load_yaml
 
 Backend = Literal["auto", "unsloth", "transformers"]
 Weights = Literal["nf4", "bf16", "fp16", "fp32"]
+CpuCompute = Literal["auto", "fp32", "bf16"]
 Checkpointing = Literal["unsloth", "true", "false"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
@@ -85,6 +86,9 @@ class ModelConfig:
     """`auto` is unsloth where CUDA and unsloth are there, transformers otherwise."""
     weights: Weights = "nf4"
     """Base weights: 4-bit NF4 with double quantisation, or 16/32-bit."""
+    cpu_compute: CpuCompute = "auto"
+    """What a CPU computes in, where weights are not in 4 bits: `auto` is bf16 if the processor has
+    instructions for it, a timing shows that it is faster, and the loss stays the same."""
     gradient_checkpointing: Checkpointing = "false"
     """Recompute activations to save memory; `unsloth` also moves them to host memory."""
     prompt_format: PromptFormat = "alpaca"

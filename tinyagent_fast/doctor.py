@@ -49,8 +49,6 @@ _GENERATED_BYTES = 3200
 """Of a generated entry as JSON; measured: 66.8 MB for 24,200 short ones, 1.2 MB for 400 long."""
 _EXPORT_BYTES_PER_WEIGHT = 12
 """Merged folder, f32 file to compare with and the GGUF files of the default flags, rounded up."""
-_LIBRARIES_GIB = 0.6
-"""What torch, transformers and trl take on a CPU; measured with `--preset smoke`."""
 
 Status = Literal["ok", "warning", "failure"]
 
@@ -435,7 +433,7 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     Where it may not fit there is a warning, as it is an estimate, and training measures it before
     step 1; a machine without a GPU that surely has too little is a failure.
     """
-    from tinyagent_fast.training.memory import ERROR_SHARE, RESERVE_GIB, with_batch
+    from tinyagent_fast.training.memory import ERROR_SHARE, LIBRARIES_GIB, RESERVE_GIB, with_batch
 
     gpu, model = machine.usable_gpu, config.model
     name = "gpu memory" if gpu else "memory"
@@ -444,7 +442,7 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     if total is None or free is None:
         return Finding(name, "ok", "how much is free is not known")
     text = f"{free:.1f} of {total:.1f} GiB free"
-    usable = min(free, total - RESERVE_GIB) if gpu else free - _LIBRARIES_GIB
+    usable = min(free, total - RESERVE_GIB) if gpu else free - LIBRARIES_GIB
     if gpu is None and model.weights in ("bf16", "fp16"):
         config = replace(config, model=replace(model, weights="fp32"))  # as training does on a CPU
     backend = "unsloth" if takes_unsloth(config, machine) else "transformers"
@@ -469,7 +467,7 @@ def check_memory(config: Config, machine: Machine) -> Finding:
         fixes.append(f"--train.batch {largest.batch} --train.accumulation {largest.accumulation}")
     show = f"tinyagent-fast memory --gpu-gib {total:.0f} shows what fits"
     fixes.append(show if gpu else "take a machine with more memory")
-    too_small = gpu is None and predicted.total_gib * (1 - ERROR_SHARE) > total - _LIBRARIES_GIB
+    too_small = gpu is None and predicted.total_gib * (1 - ERROR_SHARE) > total - LIBRARIES_GIB
     status: Status = "failure" if too_small else "warning"
     return Finding(name, status, f"{text} may not fit", ", or ".join(fixes))
 

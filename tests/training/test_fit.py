@@ -417,14 +417,29 @@ def test_memory_that_runs_out_in_the_longest_batch_stops_the_run_with_flags(
         fit.train(tiny_config(), quiet)
 
 
-def test_an_automatic_batch_without_a_gpu_is_that_of_the_preset(
+def test_an_automatic_batch_without_a_gpu_is_what_main_memory_holds(
     tiny_config: MakeConfig, quiet: Any
 ) -> None:
     run = fit.train(tiny_config(train={"batch": "auto", "max_steps": 1, "accumulation": 2}), quiet)
     trained = run.config().train
-    assert (trained.batch, trained.accumulation) == (2, 2)
-    assert "batch auto: no CUDA device, so the 2 rows of preset smoke" in quiet.file.getvalue()
-    assert not (run.path / "memory.json").exists()
+    assert (trained.batch, trained.accumulation) == (4, 1)
+    memory = json.loads((run.path / "memory.json").read_text(encoding="utf-8"))
+    assert memory["predicted"]["total_gib"] < memory["usable_gib"]
+
+
+def test_a_batch_that_needs_more_than_is_free_is_refused_with_flags_that_fit(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_card(monkeypatch, 0.049)
+    config = tiny_config(train={"batch": 4, "max_steps": 1})
+    with pytest.raises(TrainingError, match="GiB are free") as caught:
+        fit.train(config, quiet)
+    assert not config.runs.exists()
+    flags = caught.value.fix.split(", or ")[0].split()
+    assert flags[:3:2] == ["--train.batch", "--train.accumulation"]
+    batch, accumulation = int(flags[1]), int(flags[3])
+    assert batch * accumulation == 4
+    fit.train(tiny_config(train={"batch": batch, "accumulation": accumulation, "max_steps": 1}))
 
 
 def with_card(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
@@ -432,7 +447,7 @@ def with_card(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     monkeypatch.setattr("tinyagent_fast.training.fit.usable_gib", lambda: gib)
 
 
-@pytest.mark.parametrize(("gib", "batch"), [(20.0, 4), (0.049, 2), (0.01, 1)])
+@pytest.mark.parametrize(("gib", "batch"), [(20.0, 4), (0.049, 2)])
 def test_an_automatic_batch_is_the_largest_that_fits_and_is_what_the_run_remembers(
     gib: float, batch: int, tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,7 +458,6 @@ def test_an_automatic_batch_is_the_largest_that_fits_and_is_what_the_run_remembe
     assert (trained.batch, trained.accumulation) == (batch, 4 // batch)
     shown = quiet.file.getvalue()
     assert f"batch auto: {batch} x {4 // batch} rows" in shown
-    assert ("even one row may not fit" in shown) is (gib == 0.01)
     assert f"of {batch} x {4 // batch} rows" in shown
     memory = json.loads((run.path / "memory.json").read_text(encoding="utf-8"))
     assert (memory["batch"], memory["usable_gib"], memory["peak_gib"]) == (batch, gib, None)

@@ -129,7 +129,9 @@ def reference_model(
     """Load a base or merged model by plain transformers, and free it afterwards."""
     import torch
 
-    model = replace(config.model, backend="transformers", weights=weights, base=base)
+    model = replace(
+        config.model, backend="transformers", weights=weights, cpu_compute="fp32", base=base
+    )
     loaded = load_for_generation(replace(config, model=model), base, adapter)
     try:
         yield loaded

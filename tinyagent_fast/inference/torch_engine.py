@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ def generating(loaded: LoadedModel) -> Iterator[None]:
     model.eval()
     model.config.use_cache = True
     try:
-        with torch.no_grad(), _autocast(loaded):
+        with torch.no_grad(), loaded.autocast():
             yield
     finally:
         if unsloth and was_training:
@@ -80,13 +80,6 @@ def generating(loaded: LoadedModel) -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-
-
-def _autocast(loaded: LoadedModel) -> AbstractContextManager[Any]:
-    """Compute in 16 bits as training does, even where parts of the model are kept in fp32."""
-    if loaded.device == "cuda" and loaded.compute_dtype in ("bfloat16", "float16"):
-        return torch.autocast("cuda", dtype=getattr(torch, loaded.compute_dtype))
-    return nullcontext()
 
 
 class TorchEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,8 @@ from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import whole_folder, write_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_SMALL_WEIGHTS = 20_000_000
+"""A smaller model gains nothing by bf16 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,40 @@ class LoadedModel:
     compute_dtype: str
     notes: tuple[str, ...] = ()
     """What was done otherwise than asked, one sentence each; shown to the user."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in 16 bits, even where parts of the model are kept in fp32."""
+        import torch
+
+        if self.compute_dtype in ("bfloat16", "float16"):
+            return torch.autocast(self.device, dtype=getattr(torch, self.compute_dtype))
+        return nullcontext()
+
+
+def may_take_bf16(loaded: LoadedModel, config: Config) -> bool:
+    """Say whether a model on the CPU may be computed in bf16: where asked for, or worth a try.
+
+    That is a model large enough to gain, on a processor that multiplies matrices in bf16.
+    """
+    import torch
+
+    plain = loaded.device == "cpu" and loaded.backend == "transformers"
+    if not plain or config.model.weights == "nf4" or config.train.qat != "off":
+        return False
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    large = sum(parameter.numel() for parameter in loaded.model.parameters()) > _SMALL_WEIGHTS
+    asked = config.model.cpu_compute
+    return asked == "bf16" or bool(asked == "auto" and native and large)
+
+
+def in_bf16(loaded: LoadedModel) -> LoadedModel:
+    """Round the frozen weights of a model to bf16, in place, and let it compute in that."""
+    import torch
+
+    for parameter in loaded.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return replace(loaded, compute_dtype="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -117,7 +154,11 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
             model = PeftModel.from_pretrained(model, str(adapter))
         check_adapter(model, adapter)
     model.eval()
-    return _finish(model, config.model, base, how)
+    loaded = _finish(model, config.model, base, how)
+    if may_take_bf16(loaded, config):
+        model.requires_grad_(False)
+        return in_bf16(loaded)
+    return loaded
 
 
 def check_adapter(model: Any, folder: Path) -> None:

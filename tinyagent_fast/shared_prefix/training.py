@@ -70,7 +70,7 @@ def decide_shared_prefix(
     """
     if remembered is not None and remembered.exists():
         return SharedPrefixDecision(**json.loads(remembered.read_text(encoding="utf-8")))
-    reason = _why_not(loaded, train)
+    reason = why_not_shared(loaded, train)
     if reason is not None:
         if train.shared_prefix == "on":
             raise TrainingError(
@@ -82,7 +82,8 @@ def decide_shared_prefix(
     return SharedPrefixDecision(on=True, reason="", computed_share=_computed_share(rows, train))
 
 
-def _why_not(loaded: LoadedModel, train: TrainConfig) -> str | None:
+def why_not_shared(loaded: LoadedModel, train: TrainConfig) -> str | None:
+    """Say why shared prefixes cannot be computed once; None if they can."""
     from tinyagent_fast.shared_prefix.forward import unsupported
 
     if train.shared_prefix == "off":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tinyagent_fast.config import Config, EvalConfig, check_config, with_types
+from tinyagent_fast.config import Config, CpuCompute, EvalConfig, Weights, check_config, with_types
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
@@ -30,7 +31,6 @@ from tinyagent_fast.models.bases import resolve_base
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.loading import LoadedModel, load_for_training, save_model
-from tinyagent_fast.models.threads import fastest_threads
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.templates import template_hash
@@ -44,13 +44,18 @@ from tinyagent_fast.runs import (
     replace_folder,
     write_json,
 )
-from tinyagent_fast.shared_prefix.training import check_same_loss, decide_shared_prefix
+from tinyagent_fast.shared_prefix.training import (
+    check_same_loss,
+    decide_shared_prefix,
+    why_not_shared,
+)
 from tinyagent_fast.training.best import (
     Best,
     Evaluation,
     load_adapter_weights,
     read_best,
 )
+from tinyagent_fast.training.compute import choose_compute
 from tinyagent_fast.training.inputs import (
     RunExamples,
     RunRows,
@@ -78,14 +83,19 @@ from tinyagent_fast.training.resume import (
 from tinyagent_fast.training.tracking import check_tracker, track_evaluation, tracking_arguments
 from tinyagent_fast.training.trainer import (
     build_trainer,
+    collate,
     optimizer_steps,
-    rehearse,
     steps_between,
     validation_loss,
 )
 
 if TYPE_CHECKING:
     from tinyagent_fast.training.callbacks import History, PlanSuccess
+
+
+_MARGIN_TOKENS = 16
+_FIRST_SAMPLE = 16
+"""Validation queries before the first step: enough to see that an untrained model plans nothing."""
 
 
 def train(config: Config, console: Console | None = None, *, resume: Run | None = None) -> Run:
@@ -174,7 +184,7 @@ class _Prepared:
     rows: RunRows
     loaded: LoadedModel
     estimator: MemoryEstimator | None
-    """None without CUDA, and where the base's sizes are not known."""
+    """None where the base's sizes are not known."""
     display: Display
     processes: Processes
 
@@ -188,7 +198,14 @@ class _Prepared:
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
         say: Callable[[str], None] = lambda _: None,
     ) -> EvaluationResult:
-        """Generate and score plans with the model as it stands."""
+        """Generate and score plans with the model as it stands.
+
+        A plan is given up that is clearly longer than every label: an untrained model writes on.
+        """
+        encode = self.loaded.tokenizer.encode_text
+        longest = max((len(encode(example.output)) for example in examples), default=0)
+        most = min(settings.max_new_tokens, longest + longest // 4 + _MARGIN_TOKENS)
+        settings = replace(settings, max_new_tokens=most)
         return evaluate_examples(
             TorchEngine(self.loaded, lookup_tokens=self.config.eval.lookup_tokens),
             examples,
@@ -251,10 +268,17 @@ def _prepare(
             )
     with display.working("loading the base model"):
         loaded = load_for_training(config, base)
+    if loaded.device == "cpu":
+        with display.working("timing precision and threads"):
+            loaded = _with_compute(config, loaded, rows, display, resume)
     estimator = _memory_estimator(config, loaded, rows, display)
     if config.train.batch == "auto":
         config = _with_automatic_batch(config, estimator, display)
-        estimator = replace(estimator, config=config) if estimator else None
+        estimator = estimator and replace(
+            estimator, config=with_batch(estimator.config, config.train.rows_per_batch)
+        )
+    if estimator is not None and loaded.device == "cpu":
+        _refuse_too_large(estimator)
     prepared = _Prepared(
         run=resume or processes.on_main_process(lambda: hold(create_run(config))),
         config=config,
@@ -266,6 +290,8 @@ def _prepare(
         display=display,
         processes=processes,
     )
+    if processes.is_main_process and loaded.device == "cpu":
+        write_json(prepared.run.path / "compute.json", {"dtype": loaded.compute_dtype})
     processes.on_main_process(
         lambda: remember_or_compare(
             prepared.run,
@@ -287,14 +313,52 @@ def _prepare(
     return prepared
 
 
+def _with_compute(
+    config: Config, loaded: LoadedModel, rows: RunRows, display: Display, resume: Run | None
+) -> LoadedModel:
+    """Choose precision and threads on the CPU; a resumed run keeps its precision."""
+    processes = init_processes()
+    if processes.count > 1:  # timed together they would slow each other down
+        config = replace(
+            config,
+            train=replace(
+                config.train,
+                threads=config.train.threads
+                or max(1, (os.cpu_count() or 1) // processes.local_count),
+            ),
+            model=replace(
+                config.model,
+                cpu_compute="fp32" if config.model.cpu_compute == "auto" else "bf16",
+            ),
+        )
+    record = resume.path / "compute.json" if resume else None
+    if record is not None and record.exists():
+        known = json.loads(record.read_text(encoding="utf-8"))["dtype"]
+        compute: CpuCompute = "bf16" if known == "bfloat16" else "fp32"
+        config = replace(config, model=replace(config.model, cpu_compute=compute))
+    if config.train.batch == "auto":
+        config = with_batch(config, preset_batch(config))
+    shared = why_not_shared(loaded, config.train) is None
+
+    def loss(model: Any, batch: Sequence[dict[str, Any]]) -> Any:
+        if shared:
+            return shared_prefix_loss(model, pack(batch))
+        return model(**collate(batch, loaded.tokenizer.pad_id), use_cache=False).loss
+
+    from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
+    from tinyagent_fast.shared_prefix.packing import pack
+
+    return choose_compute(loaded, config, rows.train.dataset(), loss, display.say)
+
+
 def _memory_estimator(
     config: Config, loaded: LoadedModel, rows: RunRows, display: Display
 ) -> MemoryEstimator | None:
     """Gather what the run's memory is estimated from."""
-    usable = usable_gib()
-    if usable is None:
-        return None
-    usable = init_processes().all_reduce_min(usable)  # all must take the same batch
+    usable = init_processes().all_reduce_min(usable_gib())  # all must take the same batch
+    if loaded.device == "cpu" and config.model.weights != "nf4":
+        held: Weights = "bf16" if loaded.compute_dtype == "bfloat16" else "fp32"
+        config = replace(config, model=replace(config.model, weights=held))
     try:
         shape = ModelShape.from_config(loaded.model.config.to_dict())
     except ModelError as error:
@@ -317,17 +381,37 @@ def _memory_estimator(
     )
 
 
+def _refuse_too_large(estimator: MemoryEstimator) -> None:
+    """Stop before the kernel ends the program, which it does without a word.
+
+    Raises:
+        TrainingError: More memory is predicted than is free.
+    """
+    predicted, usable = estimator.estimate(), estimator.usable_gib
+    if predicted.fits(usable, error_share=0.0):
+        return
+    flags = [
+        f"--train.batch {found.batch} --train.accumulation {found.accumulation}"
+        + (" --model.gradient-checkpointing true" if found.checkpointing == "true" else "")
+        for found in map(estimator.largest_batch, estimator.checkpointings)
+        if found.fits
+    ]
+    raise TrainingError(
+        f"a micro-batch of {estimator.config.train.batch} rows of {estimator.row_tokens} tokens "
+        f"needs about {predicted.total_gib:.1f} GiB, and {usable:.1f} GiB are free",
+        "the system would end the program in the middle of training",
+        ", or ".join([*flags, "end other programs"])
+        if flags
+        else "no batch fits: end other programs, or leave long rows out with "
+        "--model.max-length-tokens and --data.over-long drop",
+    )
+
+
 def _with_automatic_batch(
     config: Config, estimator: MemoryEstimator | None, display: Display
 ) -> Config:
     """Turn `batch: auto` into a number before anything uses it."""
-    if estimator is None:
-        config = with_batch(config, preset_batch(config))
-        display.say(
-            f"batch auto: no CUDA device, so the {config.train.batch} rows of preset "
-            f"{config.preset} are taken"
-        )
-        return config
+    assert estimator is not None, "a base of unknown size was refused"
     found = estimator.largest_batch(config.model.gradient_checkpointing)
     display.say(
         f"batch auto: {found.batch} x {found.accumulation} rows"
@@ -425,9 +509,6 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         processes=processes,
         tracking=tracking_arguments(config.track, run),
     )
-    if loaded.device == "cpu":
-        with display.working("timing CPU threads"):
-            _choose_threads(prepared, trainer)
     prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
     with display.working("checking the longest batch"):
         report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
@@ -470,25 +551,6 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         raise _stopped(run, f"{at} by {NAMES[number]}", "a checkpoint was saved", number)
 
 
-def _choose_threads(prepared: _Prepared, trainer: Any) -> None:
-    """Take the number of threads that is faster now; other programs come and go."""
-    import torch
-
-    train, processes = prepared.config.train, prepared.processes
-    if train.threads is not None:
-        torch.set_num_threads(train.threads)
-    elif processes.count > 1:  # timed together they would slow each other down
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_count))
-    else:
-        before = torch.get_num_threads()
-        rows = range(min(train.rows_per_batch, len(trainer.train_dataset)))
-        threads = fastest_threads(lambda: rehearse(trainer, prepared.loaded, rows))
-        if threads != before:
-            prepared.display.say(
-                f"CPU threads: {threads} (timed; --train.threads sets another number)"
-            )
-
-
 def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSuccess:
     """Make the callback that measures plan success and keeps the best adapter."""
     from tinyagent_fast.training.callbacks import PlanSuccess
@@ -502,16 +564,15 @@ def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSu
         with prepared.display.working(f"validation at step {step}", "plans") as update:
             with generating(loaded):
                 loss = validation_loss(trainer, rows, loaded.tokenizer.pad_id)
+            examples = prepared.examples.validation
             metrics = prepared.evaluate(
-                prepared.examples.validation,
+                examples[:_FIRST_SAMPLE] if step == 0 else examples,
                 replace(config.eval, parity_prompts=0),
                 run.path / "samples" / f"step-{step:06d}",
                 f"Validation sample at step {step}",
                 {"step": step},
                 update,
             ).metrics
-        if loaded.device == "cpu":
-            _choose_threads(prepared, trainer)
         seconds = time.perf_counter() - started
         history.pause(seconds)
         new = Evaluation(

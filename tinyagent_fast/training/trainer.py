@@ -188,7 +188,7 @@ def _arguments(
         seed=train.seed,
         data_seed=train.seed,
         use_cpu=not cuda,
-        bf16=cuda and loaded.compute_dtype == "bfloat16",
+        bf16=loaded.compute_dtype == "bfloat16",
         fp16=cuda and loaded.compute_dtype == "float16",
         dataloader_pin_memory=cuda,
         gradient_checkpointing=False,  # loading has set it up already
