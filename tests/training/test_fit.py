@@ -430,7 +430,7 @@ def test_an_automatic_batch_without_a_gpu_is_what_main_memory_holds(
 def test_a_batch_that_needs_more_than_is_free_is_refused_with_flags_that_fit(
     tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_card(monkeypatch, 0.049)
+    with_card(monkeypatch, 0.044)
     config = tiny_config(train={"batch": 4, "max_steps": 1})
     with pytest.raises(TrainingError, match="GiB are free") as caught:
         fit.train(config, quiet)
