@@ -663,7 +663,7 @@ def check_export(machine: Machine) -> Finding:
 def check_exportable_base(config: Config) -> list[Finding]:
     """Say whether a base model that is here can become a GGUF file after training."""
     model = config.model
-    here = _base_is_here(config) and model.base not in ("nano", "random")
+    here = _base_is_here(config) and not _made_here(model.base)
     if not here or check_base(config).status == "failure" or find_spec("gguf") is None:
         return []
     from tinyagent_fast.export.conversion import export_obstacle
