@@ -79,7 +79,7 @@ def test_small_models_are_not_timed_when_threads_are_given(tiny_config: MakeConf
 def test_a_run_in_bf16_trains_checks_itself_and_is_resumed_in_it(
     tiny_config: MakeConfig, quiet: Any, no_picture: None
 ) -> None:
-    changes = {"max_steps": 4, "evaluations": 2}
+    changes = {"max_steps": 8, "evaluations": 2, "learning_rate": 2e-2}
     config = tiny_config(model=replace_compute(tiny_config(), "bf16"), train=changes)
     run = fit.train(config, quiet)
     shown = quiet.file.getvalue()

@@ -563,9 +563,8 @@ def test_the_measured_memory_is_told_beside_the_predicted() -> None:
 
 
 def test_the_memory_of_the_gpu_is_what_is_free_or_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     import psutil
+    import torch
 
     all_gib = psutil.virtual_memory().total / GIB
     assert 0 < usable_gib() < all_gib  # main memory, without a GPU
