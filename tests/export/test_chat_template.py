@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import LINES, LLAMA, PLAIN, SMOL, THINKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,6 +209,36 @@ def test_llama_cpps_chat_endpoint_evaluates_the_ids_that_were_trained_on(
         ids = trained.encode_prompt(render_prompt(system, "Question: who?\n", prompt_format))
         assert server.tokenize(server.apply_template(sent), bos=True) == ids
         assert server.chat(sent, max_new_tokens=1, stop=None).prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize("own", [PLAIN, SMOL, LLAMA, THINKING, LINES, "{{ bos_token }}" + PLAIN])
+def test_llama_cpp_and_transformers_render_a_bases_own_template_as_training_did(
+    own: str, tiny_merged: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp", reason="rendering in llama.cpp needs the package xllamacpp")
+    from tinyagent_fast.export.conversion import convert_to_gguf
+    from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
+    from tinyagent_fast.prompts.loading import load_tokenizer
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+    hf = load_tokenizer(tiny_merged)
+    hf.chat_template = own
+    trained = PromptTokenizer(hf, "chat")
+    assert trained.chat is not None
+    source, file = trained.chat.source, tmp_path / "tiny.gguf"
+    template = chat_template("chat", source, bos=False)
+    convert_to_gguf(tiny_merged, file, quant="f16", name="tiny", chat_template=template, extra={})
+    plain = LlamaCppSettings(model=file, slots=1, context_tokens_per_slot=2048, threads=1)
+    with LlamaServer(plain) as server:
+        for system in (None, "S", " lead\n\ntwo \n", "{{ x }} {% if %}"):
+            for user in ("U", "  Question: caf\u00e9?\n", "### Response:\n"):
+                sent = messages(system, user)
+                wanted = render_prompt(system, user, "chat", trained.chat)
+                ids = trained.encode_prompt(wanted)
+                assert server.apply_template(sent) == wanted
+                assert server.tokenize(wanted, special=True, bos=True) == ids
+                folder = chat_template("chat", source, bos=True)
+                assert ids == render(hf, folder, sent, tokenize=True, return_dict=False)
 
 
 def test_llama_cpp_refuses_what_the_template_refuses(served: tuple[PromptFormat, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import END, LLAMA, PLAIN, SMOL, THINKING
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,29 +17,6 @@ from tinyagent_fast.prompts.chat_template import ChatTemplate
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.templates import prompt_messages
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-
-END = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-PLAIN = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}" + END
-# As SmolLM2's: BOS begins every turn, and a prompt without a system text gets one.
-SMOL = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<s>system\nYou are helpful</s>\n' }}{% endif %}{{ '<s>' + message['role'] + '\n' + "
-    "message['content'] + '</s>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
-)
-# As Llama 3's: trimmed texts and a date.
-LLAMA = (
-    "{{- bos_token }}\n"
-    "{%- if not date_string is defined %}\n"
-    "    {%- if strftime_now is defined %}\n"
-    '        {%- set date_string = strftime_now("%d %b %Y") %}\n'
-    "    {%- else %}\n"
-    '        {%- set date_string = "26 Jul 2024" %}\n'
-    "    {%- endif %}\n"
-    "{%- endif %}\n"
-    "{%- for m in messages %}{{- m['role'] + '; Today: ' + date_string + '\n' + "
-    "m['content'] | trim + '</s>' }}{%- endfor %}"
-)
 
 
 @pytest.fixture
@@ -104,18 +82,22 @@ def test_a_hostile_template_is_stopped(attack: str, tokenizer: Callable[[Any], A
         PromptTokenizer(tokenizer(attack + PLAIN), "chat")
 
 
-@pytest.mark.parametrize("template", [PLAIN, SMOL, LLAMA], ids=["plain", "smol", "llama"])
+@pytest.fixture(scope="module", params=[PLAIN, SMOL, LLAMA], ids=["plain", "smol", "llama"])
+def rendered(request: pytest.FixtureRequest, tiny_base: Path) -> tuple[Any, ChatTemplate]:
+    """Return a tokenizer with a template whose date is fixed by hand, and ours of it."""
+    hf = load_tokenizer(tiny_base)
+    hf.chat_template = request.param.replace('strftime_now("%d %b %Y")', '"26 Jul 2024"')
+    return hf, ChatTemplate(hf)
+
+
 @given(
     system=st.none() | st.text(st.characters(exclude_categories=["Cs"])),
     user=st.text(st.characters(exclude_categories=["Cs"])),
 )
 def test_prompts_are_what_transformers_renders_and_hold_both_texts(
-    template: str, tiny_base: Path, system: str | None, user: str
+    rendered: tuple[Any, ChatTemplate], system: str | None, user: str
 ) -> None:
-    hf = load_tokenizer(tiny_base)
-    hf.chat_template = template.replace('strftime_now("%d %b %Y")', '"26 Jul 2024"')
-    chat = PromptTokenizer(hf, "chat").chat
-    assert chat is not None
+    hf, chat = rendered
     messages = prompt_messages(system, user)
     if any(token in m["content"] for m in messages for token in ("<s>", "</s>")):
         with pytest.raises(DataError):
@@ -177,6 +159,24 @@ def test_a_template_with_todays_date_writes_the_same_one_always(
 def test_a_date_within_a_branch_is_fixed_too(tokenizer: Callable[[Any], Any]) -> None:
     chat = ChatTemplate(tokenizer(LLAMA))
     assert "Today: 26 Jul 2024" in chat(prompt_messages("S", "U"))
+
+
+@pytest.mark.parametrize("template", [LLAMA, THINKING], ids=["date", "thinking"])
+def test_what_a_server_sets_does_not_change_prompts(
+    template: str, tokenizer: Callable[[Any], Any]
+) -> None:
+    hf = tokenizer(template)
+    chat, messages = ChatTemplate(hf), prompt_messages("S", "U")
+    served = hf.apply_chat_template(
+        messages,
+        chat_template=chat.source,
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string="31 Dec 1999",
+        enable_thinking=True,
+    )
+    assert served.removeprefix("<s>") == chat(messages)
+    assert "<think>" not in served
 
 
 def test_a_list_in_the_settings_trains_and_exports_as_one(tiny_base: Path, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ _PROBES = (
     (None, "Another <question> of one & only"),
 )
 _TIMES = 16
+_SERVER_VALUES = {"date_string": "1 Jan 1970", "datetime": "1 Jan 1970", "enable_thinking": True}
+"""Variables that a server sets for every template. Source: llama.cpp, common/chat.cpp."""
 
 
 class ChatTemplate:
@@ -50,13 +52,13 @@ class ChatTemplate:
         self._bos: str = tokenizer.bos_token or ""
         self._markup: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
-        self.source = self._with_fixed_date(self._chosen(tokenizer.chat_template))
+        self.source = self._with_fixed_values(
+            self._with_fixed_date(self._chosen(tokenizer.chat_template))
+        )
         written = ""
         for system, user in _PROBES:
             messages = prompt_messages(system, user)
             prompt = self(messages)
-            if any(self(messages) != prompt for _ in range(_TIMES)):
-                raise self._refused("it writes another text each time")
             if self._bos and (prompt.startswith(self._bos) or self._writes_bos_late(messages)):
                 raise self._refused(
                     f"it writes BOS ({self._bos}) twice at the beginning, or only further on"
@@ -116,14 +118,42 @@ class ChatTemplate:
             )
         return fixed
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _with_fixed_values(self, template: str) -> str:
+        """Fix the variables that servers set, to values that change nothing."""
+        wanted, day = self._probed(template, {}), json.dumps(TEMPLATE_DATE.strftime("%d %b %Y"))
+        if any(self._probed(template, {}) != wanted for _ in range(_TIMES)):
+            raise self._refused("it writes another text each time")
+        for name, value in _SERVER_VALUES.items():
+            if self._probed(template, {name: value}) == wanted:
+                continue
+            for fixed in ("false", "true", day):
+                # The line break is cut with its tag.
+                pinned = f"{{% set {name} = {fixed} %}}\n{template}"
+                if self._probed(pinned, {name: value}) == wanted:
+                    break
+            else:
+                raise self._refused(f"it depends on {name}, which servers set in their own way")
+            self.notes += (f"{name} of the chat template is always {fixed}, whatever servers set",)
+            template = pinned
+        return template
+
+    def _probed(self, template: str, values: Mapping[str, object]) -> list[str]:
+        return [self._render(prompt_messages(*probe), template, values) for probe in _PROBES]
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        template: str | None = None,
+        values: Mapping[str, object] | None = None,
+    ) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=self.source,
+                chat_template=self.source if template is None else template,
                 tokenize=False,
                 add_generation_prompt=True,
                 strftime_now=_no_date,
+                **(values or {}),
             )
         except Exception as error:  # whatever a program of a stranger does
             roles = " and ".join(f"a {message['role']}" for message in messages)
