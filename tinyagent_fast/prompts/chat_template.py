@@ -124,18 +124,24 @@ class ChatTemplate:
         if any(self._probed(template, {}) != wanted for _ in range(_TIMES)):
             raise self._refused("it writes another text each time")
         for name, value in _SERVER_VALUES.items():
-            if self._probed(template, {name: value}) == wanted:
+            if self._gives(wanted, template, {name: value}):
                 continue
-            for fixed in ("false", "true", day):
+            for fixed in (day, "false", "true"):
                 # The line break is cut with its tag.
                 pinned = f"{{% set {name} = {fixed} %}}\n{template}"
-                if self._probed(pinned, {name: value}) == wanted:
+                if self._gives(wanted, pinned, {name: value}):
                     break
             else:
                 raise self._refused(f"it depends on {name}, which servers set in their own way")
             self.notes += (f"{name} of the chat template is always {fixed}, whatever servers set",)
             template = pinned
         return template
+
+    def _gives(self, wanted: list[str], template: str, values: Mapping[str, object]) -> bool:
+        try:
+            return self._probed(template, values) == wanted
+        except ModelError:
+            return False
 
     def _probed(self, template: str, values: Mapping[str, object]) -> list[str]:
         return [self._render(prompt_messages(*probe), template, values) for probe in _PROBES]
