@@ -272,6 +272,10 @@ def check_config(config: Config) -> None:
             if wanted is not None:
                 problems.append(f"{name} must be {wanted}, got {getattr(part, item.name)}")
     train = config.train
+    if config.model.backend == "unsloth" and config.model.weights == "fp32":
+        problems.append(
+            "model.weights fp32 needs model.backend transformers: Unsloth trains in 16 bits"
+        )
     if train.evaluations and not (config.eval.sample and config.data.validation_entries):
         problems.append(
             "train.evaluations needs eval.sample and data.validation-entries above 0 "

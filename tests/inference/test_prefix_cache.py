@@ -382,9 +382,9 @@ def penalised() -> Any:
     return model
 
 
-def own_length() -> Any:
+def own_generate() -> Any:
     model = make_model(4, 2)
-    model.max_seq_length = 512
+    model.generate = lambda *_, **__: None
     return model
 
 
@@ -400,7 +400,7 @@ def dynamic_positions() -> Any:
         (other_architecture, "those of MistralForCausalLM"),
         (prompt_tuning, "PROMPT_TUNING"),
         (penalised, "sets repetition_penalty"),
-        (own_length, "its own way to generate"),
+        (own_generate, "replaced its way to generate"),
         (dynamic_positions, "depends on the length"),
         (SimpleNamespace, "those of SimpleNamespace"),
     ],

@@ -31,7 +31,7 @@ QUANTISED: dict[str, Any] = {
 }
 PLAIN: dict[str, Any] = {
     "name": "plain",
-    "model": {"backend": "unsloth"},
+    "model": {"backend": "unsloth", "weights": "bf16"},
     "train": {"batching": "length-grouped", "accumulation": 2, "evaluations": 2},
 }
 
@@ -168,7 +168,18 @@ def test_what_unsloth_changes_without_a_gpu_is_said(seen: dict[str, Any]) -> Non
 
 
 def test_nothing_is_said_where_nothing_was_changed(seen: dict[str, Any]) -> None:
-    assert seen["plain"]["notes"] == []
+    assert seen["plain"]["notes"] == ["no GPU: weights are held in fp32 instead of bf16"]
+
+
+def test_plans_are_decoded_over_shared_prefixes(folder: Path) -> None:
+    """Without a GPU, Unsloth leaves transformers' layers as they are."""
+    said = (folder / "stdout.txt").read_text(encoding="utf-8")
+    assert said.count("decoding: shared prefix") == 2
+
+
+def test_prefixes_are_shared_in_training_too(seen: dict[str, Any]) -> None:
+    assert "shared prefixes on: computes" in seen["plain"]["output"]
+    assert "shared prefixes off: rows are packed" in seen["quantised"]["output"]
 
 
 def test_unsloth_trains_just_as_transformers_and_peft_do(

@@ -440,10 +440,10 @@ def test_models_that_it_would_compute_wrongly_are_named_with_the_reason(adapted:
     assert "activated LoRA" in str(unsupported(activated, "training"))
 
 
-def test_every_piece_of_a_layer_is_called_through_the_backends_row(
+def test_every_piece_of_a_layer_is_called_through_its_row(
     adapted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a backend with kernels of its own needs a row and nothing else."""
+    """So layers with kernels of their own need a row and nothing else."""
     calls: Counter[str] = Counter()
 
     def counted(name: str, piece: Callable[..., Any]) -> Callable[..., Any]:
@@ -453,17 +453,13 @@ def test_every_piece_of_a_layer_is_called_through_the_backends_row(
 
         return call
 
-    rows = {name: counted(name, piece) for name, piece in vars(forward.TRANSFORMERS).items()}
-    another = {**forward.PIECES, "another": forward.LayerPieces(**rows)}
-    monkeypatch.setattr(forward, "PIECES", another)
     packed = pack(some_rows())
-    loss = shared_prefix_loss(adapted, packed, backend="another")
+    loss = shared_prefix_loss(adapted, packed)
+    row = {name: counted(name, piece) for name, piece in vars(forward.TRANSFORMERS).items()}
+    monkeypatch.setattr(forward, "PIECES", {"transformers": forward.LayerPieces(**row)})
     assert torch.equal(loss, shared_prefix_loss(adapted, packed))
     # The last of three layers has queries for some tokens only, so it projects them apart.
     assert calls == {
-        "norm": 7, "query_key_value": 2, "projection": 3, "output": 3, "mlp": 3, "rotary": 1
+        "embedding": 1, "norm": 7, "query_key_value": 2, "projection": 3, "output": 3, "mlp": 3,
+        "rotary": 1,
     }  # fmt: skip
-    assert unsupported(adapted, "training", "another") is None
-    assert "unknown runs layers by kernels of its own" in str(
-        unsupported(adapted, "training", "unknown")
-    )

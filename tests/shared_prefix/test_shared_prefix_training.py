@@ -16,7 +16,6 @@ from tinyagent_fast.runs import Run
 from tinyagent_fast.shared_prefix.training import (
     PackingCollator,
     check_same_loss,
-    decide_shared_prefix,
 )
 from tinyagent_fast.training.fit import train
 from tinyagent_fast.training.trainer import collate
@@ -96,14 +95,28 @@ def test_asked_for_where_it_cannot_be_had_is_an_error(
         train(config, quiet)
 
 
-def test_several_processes_compute_whole_rows(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+def test_steps_compute_in_the_type_that_the_trainer_asks_for(
+    tiny_config: MakeConfig, quiet: Any, no_picture: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    loaded: Any = SimpleNamespace(backend="transformers")
-    decision = decide_shared_prefix(loaded, tiny_config().train, [], None)
-    assert not decision.on
-    assert "several processes" in decision.sentence()
+    """The trainer builds autocast into the model's forward, which is not called."""
+    import torch
+    from accelerate import Accelerator
+
+    from tinyagent_fast.shared_prefix import forward
+
+    seen = []
+    right = forward.shared_prefix_loss
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(forward, "shared_prefix_loss", watched)
+    half = torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(Accelerator, "autocast", lambda _: half)
+    train(tiny_config(train={"max_steps": 2}), quiet)
+    assert len(seen) > 2
+    assert all(seen)
 
 
 def test_a_loss_that_is_not_the_same_stops_before_the_first_step(

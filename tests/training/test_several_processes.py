@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -145,7 +144,6 @@ def launch(tmp_path_factory: pytest.TempPathFactory, config_in: Callable[..., Co
             "max_steps": None,
             "epochs": EPOCHS,
             "batching": "length-grouped",
-            "shared_prefix": "off",
             "evaluations": 2,
             "save_every_steps": 4,
             "learning_rate": 1e-2,
@@ -380,17 +378,16 @@ def test_a_later_process_lets_the_first_one_report_an_error(
     assert slept == waits
 
 
-def test_shared_prefixes_are_off_with_several_processes(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from types import SimpleNamespace
+def test_prefixes_are_shared_in_every_process(launch: Launch) -> None:
+    assert launch.output.count("shared prefixes on: computes") == 3  # all but the quiet run
+    for run in (launch.pair, launch.single):
+        steps = [r for r in run.history() if r["event"] == "step"]
+        assert all(0 < r["tokens_computed"] < r["tokens_padded"] for r in steps)
 
-    from tinyagent_fast.shared_prefix.training import decide_shared_prefix
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    loaded: Any = SimpleNamespace(backend="transformers", model=None)
-    sharing = decide_shared_prefix(
-        loaded, replace(launch.config.train, shared_prefix="auto"), None, None
-    )
-    assert not sharing.on
-    assert "several processes" in sharing.reason
+def test_averaged_gradients_are_those_of_one_process(launch: Launch) -> None:
+    norms = [
+        [r["grad_norm"] for r in run.history() if r["event"] == "step"][:3]
+        for run in (launch.pair, launch.single)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)

@@ -105,13 +105,12 @@ def check_limits(stop: str, max_new_tokens: int, batch: int) -> None:
         )
 
 
-def check_room(longest_tokens: int, room_tokens: int, advice: str = "") -> None:
+def check_room(longest_tokens: int, room_tokens: int) -> None:
     """Refuse prompts that leave no room for a completion.
 
     Args:
         longest_tokens: Of the longest prompt.
         room_tokens: Of the model, for prompt and completion.
-        advice: Added to what can be done.
 
     Raises:
         ModelError: The longest prompt does not fit.
@@ -120,6 +119,5 @@ def check_room(longest_tokens: int, room_tokens: int, advice: str = "") -> None:
         raise ModelError(
             f"a prompt of {longest_tokens} tokens",
             f"the model has a context of {room_tokens} tokens for the prompt and what it writes",
-            "shorten the request or the system text, or take a base model with a longer context"
-            + advice,
+            "shorten the request or the system text, or take a base model with a longer context",
         )

@@ -134,7 +134,7 @@ class TorchEngine:
         """Say why prefixes are not shared; None where they are."""
         if not self.shared_prefix:
             return "asked for"
-        return unsupported(self.loaded.model, "decoding", self.loaded.backend)
+        return unsupported(self.loaded.model, "decoding")
 
     def generate(
         self,
@@ -213,17 +213,14 @@ class TorchEngine:
         return self._constraints.begin(grammar)
 
     def _room_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Tell how many tokens prompt and completion may have; Unsloth would cut the prompt."""
-        model = self.loaded.model
-        context: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
-        room: int = getattr(model, "max_seq_length", None) or context
-        advice = "; with the backend unsloth, --model.max-length-tokens raises it"
-        check_room(max(map(len, prompts), default=0), room, advice)
+        """Tell how many tokens prompt and completion may have."""
+        room: int = getattr(self.loaded.model.config, "max_position_embeddings", sys.maxsize)
+        check_room(max(map(len, prompts), default=0), room)
         return room
 
     def _grouped(self, answers: Sequence[_Answer], batch: int) -> Iterator[Sequence[_Answer]]:
         """Run each group of prompts over its prefix, which is computed once."""
-        forward = DecoderForward(self.loaded.model, self.loaded.backend)
+        forward = DecoderForward(self.loaded.model)
         step_cost = _STEP_COST_TOKENS.get(forward.device.type, _STEP_COST_TOKENS_ELSEWHERE)
         longest = max((answer.most_tokens for answer in answers), default=0)
         prompts = [answer.prompt for answer in answers]
@@ -242,7 +239,7 @@ class TorchEngine:
 
     def _single(self, answer: _Answer) -> Iterator[Sequence[_Answer]]:
         """Run one prompt over what is kept of the last one, in chunks; keep what was computed."""
-        forward, prompt = DecoderForward(self.loaded.model, self.loaded.backend), answer.prompt
+        forward, prompt = DecoderForward(self.loaded.model), answer.prompt
         with generating(self.loaded):
             kept_ids, kept = self._kept
             answer.cached_tokens = min(common_tokens(kept_ids, prompt), len(prompt) - 1)

@@ -38,6 +38,8 @@ class LoadedModel:
     backend: str
     device: str
     compute_dtype: str
+    fused: str = ""
+    """How many layers Unsloth's kernels compute; empty where there are no such layers."""
     notes: tuple[str, ...] = ()
     """What was done otherwise than asked, one sentence each; shown to the user."""
 
@@ -153,6 +155,10 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
         with reading(f"adapter {adapter}", "train or copy it again, or name another one"):
             model = PeftModel.from_pretrained(model, str(adapter))
         check_adapter(model, adapter)
+        if _is_by_unsloth(model):
+            from unsloth import FastLanguageModel
+
+            model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=False)
     model.eval()
     loaded = _finish(model, config.model, base, how)
     if may_take_bf16(loaded, config):
@@ -197,7 +203,8 @@ def choose_backend(config: ModelConfig, *, cuda: bool) -> str:
     """Give the backend, `unsloth` or `transformers`, also where `auto` was asked for."""
     if config.backend != "auto":
         return config.backend
-    return "unsloth" if cuda and find_spec("unsloth") is not None else "transformers"
+    fits = config.weights != "fp32"  # its kernels are made for 16 bits
+    return "unsloth" if cuda and fits and find_spec("unsloth") is not None else "transformers"
 
 
 def _choose(config: ModelConfig) -> _Choice:
@@ -208,8 +215,9 @@ def _choose(config: ModelConfig) -> _Choice:
     notes: list[str] = []
     unsloth_installed = find_spec("unsloth") is not None
     backend = choose_backend(config, cuda=cuda)
-    if config.backend == "auto" and cuda and not unsloth_installed:
-        notes.append("unsloth is not installed: using transformers, which is slower")
+    if config.backend == "auto" and cuda and backend == "transformers":
+        why = "computes in 16 bits, not fp32" if unsloth_installed else "is not installed"
+        notes.append(f"unsloth {why}: using transformers, which is slower")
     if backend == "unsloth" and not unsloth_installed:
         raise ModelError(
             "backend unsloth",
@@ -255,6 +263,9 @@ def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedM
     model.config.pad_token_id = tokenizer.pad_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_id
+    fused, others = _fused_layers(model) if _is_by_unsloth(model) else ("", 0)
+    if others:
+        how.notes.append(f"Unsloth's kernels compute only a part: {fused}; the rest is slower")
     kinds = {type(parameter).__name__ for parameter in model.parameters()}
     if config.weights == "nf4" and "Params4bit" not in kinds:
         how.notes.append("bitsandbytes could not quantise the weights: they are not in 4 bits")
@@ -264,6 +275,7 @@ def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedM
         backend=how.backend,
         device=how.device,
         compute_dtype=how.compute_dtype,
+        fused=fused,
         notes=tuple(how.notes),
     )
 
@@ -323,6 +335,32 @@ def _refuse_incomplete(base: str, found: Mapping[str, Any]) -> list[str]:
         count, first = len(left_over), left_over[0]
         return [f"{count} tensors of the base's files are no part of the model: {first}, ..."]
     return []
+
+
+def _is_by_unsloth(model: Any) -> bool:
+    """Say whether an adapter's model has layers of Unsloth's."""
+    from tinyagent_fast.shared_prefix.forward import layers_by
+
+    return hasattr(model, "peft_config") and layers_by(model) == "unsloth"
+
+
+def _fused_layers(model: Any) -> tuple[str, int]:
+    """Count the layers that Unsloth's kernels compute, in words, and those that they do not."""
+    layers = model.get_base_model().model.layers
+    places = {
+        "QKV": [(layer.self_attn, "apply_qkv") for layer in layers],
+        "O": [(layer.self_attn, "apply_o") for layer in layers],
+        "MLP": [(layer.mlp, "forward") for layer in layers],
+    }
+    kernels = "unsloth.kernels.fast_lora"
+    names: dict[int, list[str]] = {}
+    for name, modules in places.items():
+        found = [getattr(vars(module).get(at), "__module__", "") for module, at in modules]
+        names.setdefault(found.count(kernels), []).append(name)
+    counted = (f"{count} of {len(layers)} {', '.join(names[count])}" for count in names)
+    return "; ".join(counted) + " fused", sum(
+        (len(layers) - count) * len(names[count]) for count in names
+    )
 
 
 def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
@@ -413,27 +451,31 @@ def _unsloth_cpu_notes(train: TrainConfig) -> list[str]:
 
 def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
     prepare_libraries(config.model)
+    from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    arguments: dict[str, Any] = {
-        # A relative name with one slash would be looked up in the network.
-        "model_name": str(Path(base).resolve()) if Path(base).is_dir() else base,
-        "max_seq_length": config.model.max_length_tokens,
-        "dtype": how.dtype,
-        "load_in_4bit": config.model.weights == "nf4",
-        "use_gradient_checkpointing": how.checkpointing,
-        "random_state": config.train.seed,
-        "use_exact_model_name": True,
-        "trust_remote_code": False,
-    }
     _refuse_files(base)
-    if config.model.revision is not None:
-        arguments["revision"] = config.model.revision
-    if launch_environment().count > 1:
-        arguments["device_map"] = how.device_map
+    # A relative name with one slash would be looked up in the network.
+    name = str(Path(base).resolve()) if Path(base).is_dir() else base
+    revision = {} if config.model.revision is None else {"revision": config.model.revision}
     fix = "check the name and the network, or try --model.backend transformers"
     with reading(f"base model {base!r}", fix):
-        model, _ = FastLanguageModel.from_pretrained(**arguments)
+        shape = AutoConfig.from_pretrained(name, trust_remote_code=False, **revision)
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=name,
+            # Its own forward cuts longer rows, and would stretch positions for a larger number.
+            max_seq_length=getattr(shape, "max_position_embeddings", 0)
+            or config.model.max_length_tokens,
+            dtype=how.dtype,
+            load_in_4bit=config.model.weights == "nf4",
+            use_gradient_checkpointing=how.checkpointing,
+            random_state=config.train.seed,
+            use_exact_model_name=True,
+            trust_remote_code=False,
+            device_map=how.device_map,
+            offload_embedding=False,  # it would be on another device than the layers
+            **revision,
+        )
     return model
 
 
@@ -445,7 +487,6 @@ def _unsloth_adapter(model: Any, config: Config, how: _Choice) -> Any:
         **_lora(model, config),
         use_gradient_checkpointing=how.checkpointing,
         random_state=config.train.seed,
-        max_seq_length=config.model.max_length_tokens,
     )
 
 

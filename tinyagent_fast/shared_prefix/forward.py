@@ -1,8 +1,9 @@
 """A decoder's layers over packed sequences: the one forward pass of training and of decoding.
 
 Only the way from module to module is written here. Weights, their quantisation, adapters, norms
-and rotary embedding are the model's, called through the table `LayerPieces`, so another backend is
-another row. Who keeps keys and values decides what a query attends: the caller's `attend`.
+and rotary embedding are the model's, called through the table `PIECES`, which has a row for
+transformers' layers and one for Unsloth's fused kernels. Who keeps keys and values decides what a
+query attends: the caller's `attend`.
 
 Letters in names of shapes: T tokens of the sequence, W of them that are wanted, H heads, K heads of
 keys and values, D numbers a head, E numbers a token.
@@ -13,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
-from tinyagent_fast.models.families import FAMILIES
+from tinyagent_fast.models.families import FAMILIES, LLAMA
 from tinyagent_fast.shared_prefix.attention import kernel_for, packed_attention
 from tinyagent_fast.shared_prefix.projections import project
 
@@ -52,18 +53,24 @@ _PROCESSORS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPieces:
-    """How one backend computes the pieces of a decoder layer."""
+    """How one kind of layers computes its pieces.
 
+    States that go into `query_key_value` and `mlp` have no other use: Unsloth writes their gradient
+    over them, which is also why each may be asked for its gradient once only.
+    """
+
+    embedding: Callable[[Any, Tensor], Tensor]
+    """Decoder and tokens 1T to states 1TE in the type that the layers compute in."""
     norm: Callable[[Any, Tensor], Tensor]
     """Norm module and states."""
     query_key_value: Callable[[Any, Tensor], Sequence[Tensor]]
-    """Attention module and normed states, which have no other use."""
-    projection: Callable[[Any, Tensor], Tensor]
-    """A single linear module and states."""
+    """Attention module and normed states."""
+    projection: Callable[[Any, Any, Tensor], Tensor]
+    """Attention module, its query, key or value module, and normed states."""
     output: Callable[[Any, Tensor], Tensor]
     """Attention module and what its heads read."""
     mlp: Callable[[Any, Tensor], Tensor]
-    """MLP module and normed states, which have no other use."""
+    """MLP module and normed states."""
     rotary: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     """Decoder, states 1TE and positions 1T to cosines and sines, 1TD each."""
 
@@ -74,38 +81,85 @@ def _mlp(mlp: Any, states: Tensor) -> Tensor:
 
 
 TRANSFORMERS = LayerPieces(
+    embedding=lambda decoder, ids: decoder.embed_tokens(ids),
     norm=lambda norm, states: norm(states),
     query_key_value=lambda attention, states: project(
         states, (attention.q_proj, attention.k_proj, attention.v_proj)
     ),
-    projection=lambda linear, states: project(states, (linear,))[0],
+    projection=lambda _attention, linear, states: project(states, (linear,))[0],
     output=lambda attention, read: project(read, (attention.o_proj,))[0],
     mlp=_mlp,
     rotary=lambda decoder, states, positions: decoder.rotary_emb(states, position_ids=positions),
 )
 """transformers' modules, with peft's adapters in them."""
-PIECES: Mapping[str, LayerPieces] = {"transformers": TRANSFORMERS}
-"""By `LoadedModel.backend`."""
 
 
-def unsupported(
-    model: Any, use: Literal["training", "decoding"], backend: str = "transformers"
-) -> str | None:
+def _unsloth_embedding(decoder: Any, ids: Tensor) -> Tensor:
+    # The kernels add adapters in place, which needs states of the weights' type, not autocast's.
+    states: Tensor = decoder.embed_tokens(ids).to(decoder.config.dtype)
+    # Their backward, and checkpointing that enters autograd again, need an input with a gradient.
+    return states.requires_grad_() if torch.is_grad_enabled() else states
+
+
+def _unsloth_norm(norm: Any, states: Tensor) -> Tensor:
+    from unsloth.kernels import fast_rms_layernorm
+
+    normed: Tensor = fast_rms_layernorm(norm, states)
+    return normed
+
+
+def _unsloth_projection(attention: Any, linear: Any, states: Tensor) -> Tensor:
+    from unsloth.kernels.fast_lora import apply_lora_o, apply_lora_qkv
+
+    if attention.apply_qkv is not apply_lora_qkv:
+        return project(states, (linear,))[0]
+    # The kernel for the output projection serves any single one: it knows it by its name only.
+    projected: Tensor = apply_lora_o(SimpleNamespace(o_proj=linear), states)
+    return projected
+
+
+def _unsloth_rotary(decoder: Any, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = int(positions.max()) + 1
+    decoder.rotary_emb.extend_rope_embedding(states, tokens)
+    tables = decoder.rotary_emb.get_cached(tokens, states.device.index or 0)
+    cos, sin = (table.to(states)[positions] for table in tables)
+    return cos, sin
+
+
+UNSLOTH = LayerPieces(
+    embedding=_unsloth_embedding,
+    norm=_unsloth_norm,
+    query_key_value=lambda attention, states: attention.apply_qkv(attention, states),
+    projection=_unsloth_projection,
+    output=lambda attention, read: attention.apply_o(attention, read),
+    mlp=lambda mlp, states: mlp(states),
+    rotary=_unsloth_rotary,
+)
+"""Unsloth's kernels where it put them into the model, else the modules themselves."""
+PIECES: Mapping[str, LayerPieces] = {"transformers": TRANSFORMERS, "unsloth": UNSLOTH}
+"""By who made the layers what they are."""
+
+
+def layers_by(model: Any) -> Literal["transformers", "unsloth"]:
+    """Tell whose layers a model has, the key of its row in `PIECES`.
+
+    Unsloth without a GPU leaves transformers' layers as they are.
+    """
+    layers = getattr(getattr(_without_adapter(model), "model", None), "layers", None)
+    attention = getattr(layers[0], "self_attn", None) if layers else None
+    return "unsloth" if hasattr(attention, "apply_qkv") else "transformers"
+
+
+def unsupported(model: Any, use: Literal["training", "decoding"]) -> str | None:
     """Say why a model's layers cannot be run here.
 
     Args:
         model: A causal language model, wrapped by peft or not.
         use: Dropout in attention matters to training only, `generate` and its settings to decoding.
-        backend: What loaded it.
 
     Returns:
         The reason, or None if what is computed here is what the model itself computes.
     """
-    if backend not in PIECES:
-        return f"{backend} runs layers by kernels of its own (model.backend transformers does not)"
-    own_generate = getattr(model, "max_seq_length", None) is not None or "generate" in vars(model)
-    if use == "decoding" and own_generate:
-        return "the model brings its own way to generate"
     if _is_peft(model):
         for adapter in map(model.peft_config.get, model.active_adapters):
             if adapter.peft_type != "LORA":
@@ -138,14 +192,30 @@ def _other_layers(base: Any) -> str | None:
         return family.whole_rows
     if "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
         return "some of its layers see a sliding window of each row"
+    by_unsloth = ("unsloth.",) if layers_by(base) == "unsloth" else ()
+    if by_unsloth and family is not LLAMA:
+        return f"Unsloth's kernels were not tried here with {family.name}"
     for part in _passes(base):
-        kind, forward = type(part), vars(part).get("forward")
-        # trl's way to the loss goes round the head only, and the layers are called one by one here.
-        replaced = forward is not None and not str(forward.__module__).startswith("trl.")
-        known = kind.__module__ == kind.forward.__module__ == family.modeling
-        if replaced or not known or "generate" in vars(part):
+        kind, own = type(part), vars(part)
+        # The layers are called one by one here, so another way round the head changes nothing.
+        ways_round = ("trl.", "unsloth_zoo.cpu.", *by_unsloth)
+        known = kind.forward.__module__.startswith((family.modeling, *by_unsloth))
+        if (
+            kind.__module__ != family.modeling
+            or not known
+            or not _is_of(own, "forward", ways_round)
+        ):
             return "another library replaced its forward pass"
+        if not _is_of(own, "generate", ("unsloth",)):
+            return "another library replaced its way to generate"
     return None
+
+
+def _is_of(own: Mapping[str, Any], name: str, modules: tuple[str, ...]) -> bool:
+    """Say whether an object that has a function of its own has it from one of these modules."""
+    # `__module__` is that of the function replaced, if it was replaced with manners.
+    code = getattr(own.get(name), "__globals__", {"__name__": ""})
+    return name not in own or code["__name__"].startswith(modules)
 
 
 def _passes(base: Any) -> Iterator[Any]:
@@ -171,19 +241,14 @@ def _without_adapter(model: Any) -> Any:
 class DecoderForward:
     """Runs the layers of a Llama, or of a family alike, over keys and values the caller keeps."""
 
-    def __init__(self, model: Any, backend: str = "transformers") -> None:
-        """Look into a model.
-
-        Args:
-            model: One that `unsupported` has nothing against.
-            backend: What loaded it.
-        """
+    def __init__(self, model: Any) -> None:
+        """Look into a model, one that `unsupported` has nothing against."""
         base = _without_adapter(model)
         self.decoder = base.model
         self.lm_head = base.lm_head
         self.layers = list(base.model.layers)
         self.device: torch.device = base.device
-        self.pieces = PIECES[backend]
+        self.pieces = PIECES[layers_by(base)]
 
     def hidden_states(
         self,
@@ -207,12 +272,12 @@ class DecoderForward:
         Returns:
             Normed hidden states WE, which the head takes.
         """
-        hidden = self.decoder.embed_tokens(ids_T[None])
+        hidden = self.pieces.embedding(self.decoder, ids_T[None])
         rotary = self.pieces.rotary(self.decoder, hidden, positions_T[None])
         for at, layer in enumerate(self.layers):
             wanted = wanted_W if at == len(self.layers) - 1 else None
             run = partial(self._layer, layer, rotary, partial(attend, at), wanted)
-            hidden = checkpoint(run, hidden, use_reentrant=False) if checkpointing else run(hidden)
+            hidden = _checkpoint(run, hidden) if checkpointing else run(hidden)
         return self.pieces.norm(self.decoder.norm, hidden)[0]
 
     def _layer(
@@ -229,13 +294,13 @@ class DecoderForward:
         if wanted_W is None:
             query, key, value = pieces.query_key_value(attention, normed)
         else:
-            key = pieces.projection(attention.k_proj, normed)
-            value = pieces.projection(attention.v_proj, normed)
+            key = pieces.projection(attention, attention.k_proj, normed)
+            value = pieces.projection(attention, attention.v_proj, normed)
             cos, sin, hidden, normed = (
                 x.index_select(1, wanted_W) for x in (*rotary, hidden, normed)
             )
             of_queries = (cos, sin)
-            query = pieces.projection(attention.q_proj, normed)
+            query = pieces.projection(attention, attention.q_proj, normed)
         query, key, value = (_by_heads(x, attention.head_dim) for x in (query, key, value))
         if hasattr(attention, "q_norm"):
             query, key = pieces.norm(attention.q_norm, query), pieces.norm(attention.k_norm, key)
@@ -255,7 +320,6 @@ def shared_prefix_loss(
     num_items: float | Tensor | None = None,
     *,
     checkpointing: bool = False,
-    backend: str = "transformers",
 ) -> Tensor:
     """Compute the loss of a micro-batch, equal to that of its padded full rows.
 
@@ -269,12 +333,11 @@ def shared_prefix_loss(
         num_items: What the sum of the token losses is divided by: the supervised tokens of the
             optimizer step; by default those of the micro-batch.
         checkpointing: Keep each layer's input only and compute the layer again in the backward.
-        backend: What loaded the model.
 
     Returns:
         A scalar, in fp32 or better.
     """
-    forward = DecoderForward(model, backend)
+    forward = DecoderForward(model)
     last = len(forward.layers) - 1
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -294,6 +357,20 @@ def shared_prefix_loss(
     return total / (packed.supervised_tokens if num_items is None else num_items)
 
 
+class SharedPrefixLoss(nn.Module):
+    """`shared_prefix_loss` as a module, whose gradients DDP averages."""
+
+    def __init__(self, model: Any) -> None:
+        """Hold a model, one that `unsupported` has nothing against for training."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, packed: PackedSequence, num_items: float | Tensor | None) -> Tensor:
+        """Compute the loss, with the checkpointing that the model is set to."""
+        checkpointing = _without_adapter(self.model).is_gradient_checkpointing
+        return shared_prefix_loss(self.model, packed, num_items, checkpointing=checkpointing)
+
+
 def _by_heads(x: Tensor, head_dim: int) -> Tensor:
     """View a projection 1TE as 1HTD."""
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
@@ -310,13 +387,22 @@ def _summed_losses(lm_head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross-entropies; of many positions the logits are not kept but computed again."""
     size = _HEAD_CHUNK_TOKENS
     if len(targets) <= size:
-        return _losses(lm_head, hidden, targets)
+        return _losses(lm_head, targets, hidden)
     chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    sums = [checkpoint(_losses, lm_head, *chunk, use_reentrant=False) for chunk in chunks]
+    sums = [_checkpoint(partial(_losses, lm_head, ids), states) for states, ids in chunks]
     return torch.stack(sums).sum()
 
 
-def _losses(lm_head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _checkpoint(run: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """Keep what goes in and compute the rest again in the backward.
+
+    Looked up at every call, because Unsloth may put there what moves `states` to host memory.
+    """
+    computed: Tensor = torch.utils.checkpoint.checkpoint(run, states, use_reentrant=False)
+    return computed
+
+
+def _losses(lm_head: Any, targets: Tensor, hidden: Tensor) -> Tensor:
     logits = lm_head(hidden)
     logits = logits.float() if logits.element_size() < 4 else logits
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")

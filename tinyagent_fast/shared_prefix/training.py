@@ -7,7 +7,6 @@ its loss is `forward`'s, which gives the same loss and gradients.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +89,7 @@ def why_not_shared(loaded: LoadedModel, train: TrainConfig) -> str | None:
         return "asked for by train.shared-prefix"
     if train.batching == "packed":
         return "rows are packed (train.batching)"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return "several processes average gradients in the model's own forward"
-    return unsupported(loaded.model, "training", loaded.backend)
+    return unsupported(loaded.model, "training")
 
 
 def _computed_share(rows: Any, train: TrainConfig) -> float:

@@ -461,7 +461,8 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         f"{len(prepared.examples.test)} test queries",
         "leaks": ", ".join(leaks) or "no query in two splits",
         "base": f"{prepared.base} ({config.model.weights})",
-        "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}",
+        "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}"
+        + (f", {loaded.fused}" if loaded.fused else ""),
         "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
         f"{trainable:,} parameters",
         "steps": f"{'packed rows:' if train.batching == 'packed' else steps} "

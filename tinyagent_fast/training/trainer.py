@@ -75,6 +75,8 @@ def build_trainer(
     from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
 
+    from tinyagent_fast.shared_prefix.forward import SharedPrefixLoss
+
     train = config.train
 
     class PlanTrainer(SFTTrainer):  # type: ignore[misc]
@@ -96,6 +98,7 @@ def build_trainer(
             self.args.logging_steps = max(1, min(10, self.steps // 20))
             every = steps_between(self.steps, train.evaluations or 6)
             self.args.save_steps = train.save_every_steps or every
+            self.packed_loss = SharedPrefixLoss(loaded.model)
             if shared_prefix:
                 collator: Any = self.data_collator  # type: ignore[has-type]
                 self.data_collator = PackingCollator(collator)
@@ -151,15 +154,20 @@ def build_trainer(
             packed = inputs.get("packed")
             if packed is None:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
+            joined = processes.count > 1 and model is not loaded.model
+            # The model's own forward, into which the trainer builds autocast, is not called here.
+            with self.accelerator.autocast():
+                loss = (model if joined else self.packed_loss)(
+                    packed.to(self.args.device), num_items_in_batch
+                )
+            # The gradients of all processes are averaged, and each was divided by all tokens.
+            return loss if num_items_in_batch is None else loss * processes.count
 
-            return shared_prefix_loss(
-                model,
-                packed.to(self.args.device),
-                num_items_in_batch,
-                checkpointing=loaded.model.get_base_model().is_gradient_checkpointing,
-                backend=loaded.backend,
-            )
+        def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+            wrapped = super()._wrap_model(model, training, dataloader)
+            if not (shared_prefix and training and processes.count > 1 and model is loaded.model):
+                return wrapped
+            return self.accelerator.prepare_model(self.packed_loss, device_placement=False)
 
     return PlanTrainer()
 
