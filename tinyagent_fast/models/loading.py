@@ -216,8 +216,11 @@ def _choose(config: ModelConfig) -> _Choice:
     unsloth_installed = find_spec("unsloth") is not None
     backend = choose_backend(config, cuda=cuda)
     if config.backend == "auto" and cuda and backend == "transformers":
-        why = "computes in 16 bits, not fp32" if unsloth_installed else "is not installed"
-        notes.append(f"unsloth {why}: using transformers, which is slower")
+        notes.append(
+            "unsloth computes in 16 bits, not fp32: using transformers, which is slower"
+            if unsloth_installed
+            else "unsloth is not installed: using transformers, which is slower"
+        )
     if backend == "unsloth" and not unsloth_installed:
         raise ModelError(
             "backend unsloth",
