@@ -349,6 +349,17 @@ def resolve(*arguments: str, default: str = "cpu", start: Config | None = None) 
     return resolve_config("train", arguments, lambda: default, start=start)
 
 
+@pytest.mark.parametrize("weights", ["nf4", "bf16", "fp16", "fp32"])
+def test_unsloth_is_refused_in_fp32_which_it_does_not_compute_in(weights: str) -> None:
+    model = replace(Config().model, backend="unsloth", weights=weights)
+    config = replace(Config(), model=model)
+    if weights == "fp32":
+        with pytest.raises(ConfigError, match=r"fp32 needs model\.backend transformers"):
+            check_config(config)
+    else:
+        check_config(config)
+
+
 def test_flags_go_before_the_file_which_goes_before_the_preset(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text("train: {batch: 3, epochs: 2}\nlora: {rank: 8}")

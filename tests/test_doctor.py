@@ -465,6 +465,9 @@ def test_the_backend_is_the_one_that_training_takes(installed: Callable[..., Non
     installed("unsloth")
     assert doctor.takes_unsloth(config, WITH_L4)
     assert not doctor.takes_unsloth(config, LAPTOP)
+    exact = with_changes("l4", model__weights="fp32")
+    assert not doctor.takes_unsloth(exact, WITH_L4)
+    assert doctor.check_backend(exact, WITH_L4).status == "ok"
     rounded = with_changes("l4", train__qat="q4_k_m")
     assert not doctor.takes_unsloth(rounded, WITH_L4)
     assert doctor.check_backend(rounded, WITH_L4).status == "ok"

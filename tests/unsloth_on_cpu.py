@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +106,9 @@ def _trainer_as_with_a_device() -> None:
     patch_sft_trainer()
 
 
-@contextmanager
-def fused_in_fp32() -> Iterator[None]:
-    """Let Unsloth fuse layers whose base is held in fp32, which a CPU computes in."""
+def fuse_in_fp32(fuse: bool = True) -> None:
+    """Let Unsloth fuse layers whose base is held in fp32, which a CPU computes in, or not."""
     import torch
     from unsloth.models import llama
 
-    told = llama._base_weight_dtype
-    llama._base_weight_dtype = lambda _: torch.bfloat16
-    try:
-        yield
-    finally:
-        llama._base_weight_dtype = told
+    llama._base_weight_dtype = lambda _: torch.bfloat16 if fuse else torch.float32

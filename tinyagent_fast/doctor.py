@@ -388,7 +388,8 @@ def check_backend(config: Config, machine: Machine) -> Finding:
     backend = "unsloth" if unsloth else "transformers"
     if gpu is None:
         return Finding("backend", "ok", f"{backend}, on the CPU")
-    if not unsloth and config.model.backend == "auto" and config.train.qat == "off":
+    wanted = config.model.backend == "auto" and config.train.qat == "off"
+    if wanted and find_spec("unsloth") is None:
         text = "transformers, because unsloth is not installed: slower"
         return Finding("backend", "warning", text, install)
     packed, old = config.train.batching == "packed", gpu.bf16 is False

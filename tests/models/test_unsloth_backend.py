@@ -36,8 +36,16 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def main(folder: Path) -> None:
-    """Train and evaluate the configs in a folder and write what was seen to seen.json there."""
+def main(folder: Path, *, kernels: bool = False) -> None:
+    """Train and evaluate the configs in a folder and write what was seen to seen.json there.
+
+    `kernels` takes Unsloth's code for GPUs, whose kernels Triton's interpreter runs.
+    """
+    if kernels:
+        import unsloth_on_cpu
+
+        unsloth_on_cpu.start()
+        unsloth_on_cpu.fuse_in_fp32()
     import torch
 
     from tinyagent_fast.commands import evaluate
@@ -281,4 +289,4 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), kernels=sys.argv[2:] == ["kernels"])

@@ -16,6 +16,7 @@ from tinyagent_fast.runs import Run
 from tinyagent_fast.shared_prefix.training import (
     PackingCollator,
     check_same_loss,
+    decide_shared_prefix,
 )
 from tinyagent_fast.training.fit import train
 from tinyagent_fast.training.trainer import collate
@@ -87,6 +88,17 @@ def test_where_it_is_off_the_reason_is_said(
     assert f"shared prefixes off: {reason}" in quiet.file.getvalue()
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_it_is_off_where_the_weights_of_a_layer_are_spread_over_processes(
+    name: str, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    loaded: Any = SimpleNamespace(model=None)
+    decision = decide_shared_prefix(loaded, tiny_config().train, [], None)
+    assert not decision.on
+    assert name in decision.reason
+
+
 def test_asked_for_where_it_cannot_be_had_is_an_error(
     tiny_config: MakeConfig, quiet: Any, no_picture: None
 ) -> None:
@@ -133,6 +145,24 @@ def test_a_loss_that_is_not_the_same_stops_before_the_first_step(
     with pytest.raises(TrainingError, match="whole rows"):
         train(tiny_config(), quiet)
     assert steps(Run(tiny_config().runs / "tiny")) == []
+
+
+def test_rows_longer_than_the_base_s_context_stop_before_the_first_step(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyagent_fast.errors import DataError
+    from tinyagent_fast.training import fit
+
+    load = fit.load_for_training
+
+    def shorter(config: Config, base: str) -> Any:
+        loaded = load(config, base)
+        loaded.model.config.max_position_embeddings = 60
+        return loaded
+
+    monkeypatch.setattr(fit, "load_for_training", shorter)
+    with pytest.raises(DataError, match="context of 60 tokens"):
+        train(tiny_config(), quiet)
 
 
 class StandInTrainer:

@@ -106,10 +106,9 @@ def main(folder: Path) -> None:
     seen = {}
     for name in CASES:
         config = parse_config((folder / f"{name}.yaml").read_text(encoding="utf-8"))
-        fused = nullcontext() if name == "fp32 base" else unsloth_on_cpu.fused_in_fp32()
+        unsloth_on_cpu.fuse_in_fp32(name != "fp32 base")
         torch.manual_seed(0)
-        with fused:
-            tensors, seen[name] = look_at(name, config)
+        tensors, seen[name] = look_at(name, config)
         save_file(tensors, folder / f"{name}.safetensors")
     (folder / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
 
@@ -121,6 +120,7 @@ def look_at(name: str, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
     from unsloth import FastLanguageModel
 
+    from tinyagent_fast.inference import torch_engine
     from tinyagent_fast.models import loading
     from tinyagent_fast.shared_prefix import forward
 
@@ -147,6 +147,7 @@ def look_at(name: str, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "layers": forward.layers_by(model),
         "unsupported": [forward.unsupported(model, use) for use in ("training", "decoding")],
         "notes": loaded.notes,
+        "fused": loaded.fused,
         "checkpoint": torch.utils.checkpoint.checkpoint.__name__,
         "checkpointing": checkpointing,
         "tokens": tokens,
@@ -160,7 +161,15 @@ def look_at(name: str, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors = shared(model, checkpointing=checkpointing)
     for hook in hooks:
         hook.remove()
+    with torch_engine.generating(loaded):
+        seen["checkpointing while generating"] = bool(base.is_gradient_checkpointing)
+    seen["checkpointing after"] = bool(base.is_gradient_checkpointing)
     if name == "nf4":
+        seen["decoding"] = torch_engine.TorchEngine(loaded).notes()
+        seen["texts"] = texts(loaded, lookup_tokens=2)
+        model.save_pretrained("adapter")
+        again = loading.load_for_generation(config, config.model.base, Path("adapter"))
+        seen["fused again"] = again.fused
         seen["plain"] = worst(tensors, padded(model))
         seen["asks for gradient"] = asks_for_gradient(model)
         tensors["positions"] = positions = torch.tensor([0, 3, 5000])
@@ -169,6 +178,16 @@ def look_at(name: str, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         cos, sin = forward.PIECES["unsloth"].rotary(decoder, states, positions[None])
         tensors |= {"cos": cos.contiguous(), "sin": sin.contiguous()}
     return tensors, seen
+
+
+def texts(loaded: Any, **options: Any) -> list[str]:
+    """Complete the rows without their ends, two at a time."""
+    from tinyagent_fast.inference.torch_engine import TorchEngine
+
+    prompts = [row["input_ids"][:-4] for row in rows()]
+    limits = {"stop": "<END_OF_PLAN>", "max_new_tokens": 5, "batch": 2}
+    found = dict(TorchEngine(loaded, **options).complete_tokens(prompts, **limits))
+    return [found[at].text for at in range(len(prompts))]
 
 
 def asks_for_gradient(model: Any) -> bool:
@@ -227,9 +246,9 @@ def by_transformers(config_in: MakeConfig, folder: Path, name: str) -> tuple[Any
     from tinyagent_fast.models.loading import load_for_training
 
     config = case_config(config_in, folder, name, "transformers")
-    model = load_for_training(config, config.model.base).model
-    fill(model)
-    return model, padded(model.eval() if name == "dropout" else model.train())
+    loaded = load_for_training(config, config.model.base)
+    fill(loaded.model)
+    return loaded, padded(loaded.model.eval() if name == "dropout" else loaded.model.train())
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -291,6 +310,42 @@ def test_checkpointing_is_the_one_asked_for(
     assert (seen[name]["checkpoint"], seen[name]["checkpointing"]) == (function, on)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_generation_puts_checkpointing_back(name: str, seen: dict[str, Any]) -> None:
+    assert not seen[name]["checkpointing while generating"]
+    assert seen[name]["checkpointing after"] == seen[name]["checkpointing"]
+
+
+def test_plans_are_decoded_over_a_prefix_with_guesses_and_are_those_of_transformers(
+    folder: Path, config_in: MakeConfig, seen: dict[str, Any]
+) -> None:
+    loaded, _ = by_transformers(config_in, folder, "nf4")
+    assert seen["nf4"]["decoding"] == ["decoding: shared prefix"]
+    wanted = texts(loaded, shared_prefix=False)
+    assert seen["nf4"]["texts"] == wanted
+    assert len(set(wanted)) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "fused", "noted"),
+    [
+        ("nf4", "2 of 2 QKV, O, MLP fused", False),
+        ("dropout", "2 of 2 QKV, O, MLP fused", False),
+        ("attention only", "2 of 2 QKV, O; 0 of 2 MLP fused", True),
+        ("fp32 base", "0 of 2 QKV, O, MLP fused", True),
+    ],
+)
+def test_fused_layers_are_counted_and_fewer_are_noted(
+    name: str, fused: str, noted: bool, seen: dict[str, Any]
+) -> None:
+    assert seen[name]["fused"] == fused
+    assert any(fused in note for note in seen[name]["notes"]) == noted
+
+
+def test_they_are_fused_also_where_an_adapter_is_loaded(seen: dict[str, Any]) -> None:
+    assert seen["nf4"]["fused again"] == "2 of 2 QKV, O, MLP fused"
+
+
 def test_dropout_is_drawn_anew_in_training(seen: dict[str, Any]) -> None:
     first, second = seen["dropout"]["losses that dropout makes"]
     assert first != second
@@ -306,10 +361,10 @@ def test_rotary_tables_are_those_of_transformers_also_past_their_first_length(
     import torch
     from safetensors.torch import load_file
 
-    model, _ = by_transformers(config_in, folder, "nf4")
+    loaded, _ = by_transformers(config_in, folder, "nf4")
     found = load_file(folder / "nf4.safetensors")
     states, positions = torch.zeros(1, 3, 64), found["positions"]
-    rotary = model.get_base_model().model.rotary_emb
+    rotary = loaded.model.get_base_model().model.rotary_emb
     for name, wanted in zip(("cos", "sin"), rotary(states, positions[None]), strict=True):
         torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=0)
 

@@ -321,6 +321,8 @@ def _adapter(task: _Task) -> dict[str, EvaluationResult]:
         loaded = load_for_generation(config, base, adapter)
     for note in loaded.notes:
         task.display.say(f"note: {note}")
+    if loaded.fused:
+        task.display.say(f"kernels: {loaded.fused}")
     name = _ADAPTER if adapter else "base"
     result = _measure(
         task,

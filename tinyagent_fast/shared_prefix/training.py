@@ -7,6 +7,7 @@ its loss is `forward`'s, which gives the same loss and gradients.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
 
 _SAMPLED_BATCHES = 32
+_SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+"""Ways to spread a model over processes, and the variables by which accelerate asks for them."""
 _ALLOWED_DIFFERENCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative differences that the rounding of a compute type explains, with a margin: of two rows, a
 gradient norm in bf16 differs by up to about 1e-2, one in fp32 by about 1e-6."""
@@ -89,6 +92,9 @@ def why_not_shared(loaded: LoadedModel, train: TrainConfig) -> str | None:
         return "asked for by train.shared-prefix"
     if train.batching == "packed":
         return "rows are packed (train.batching)"
+    for name, variable in _SHARDING.items():
+        if os.environ.get(variable, "false") == "true":
+            return f"{name} gathers the weights of a layer in that layer's own forward pass"
     return unsupported(loaded.model, "training")
 
 

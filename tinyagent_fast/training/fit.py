@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from tinyagent_fast.config import Config, CpuCompute, EvalConfig, Weights, check
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
-from tinyagent_fast.errors import ModelError, Stopped, TrainingError, is_full_disk
+from tinyagent_fast.errors import DataError, ModelError, Stopped, TrainingError, is_full_disk
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
@@ -268,6 +269,7 @@ def _prepare(
             )
     with display.working("loading the base model"):
         loaded = load_for_training(config, base)
+    _refuse_rows_past_the_context(loaded, rows)
     if loaded.device == "cpu":
         with display.working("timing precision and threads"):
             loaded = _with_compute(config, loaded, rows, display, resume)
@@ -349,6 +351,24 @@ def _with_compute(
     from tinyagent_fast.shared_prefix.packing import pack
 
     return choose_compute(loaded, config, rows.train.dataset(), loss, display.say)
+
+
+def _refuse_rows_past_the_context(loaded: LoadedModel, rows: RunRows) -> None:
+    """Stop where a row has positions that the base was not made for.
+
+    Raises:
+        DataError: Unsloth's own forward would cut such a row, and transformers goes on past it.
+    """
+    context = getattr(loaded.model.config, "max_position_embeddings", sys.maxsize)
+    files = [file for file in (rows.train, rows.validation) if file is not None]
+    longest = max(file.statistics.longest_tokens for file in files)
+    if longest > context:
+        raise DataError(
+            f"a row of {longest} tokens",
+            f"the base has a context of {context} tokens",
+            f"take a base with a longer context, or leave such rows out: "
+            f"--model.max-length-tokens {context} --data.over-long drop",
+        )
 
 
 def _memory_estimator(

@@ -1,0 +1,70 @@
+"""A whole training on Unsloth's GPU code, without a GPU: its kernels by Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tinyagent_fast.config import Config
+
+TESTS = Path(__file__).resolve().parents[1]
+PROGRAM = TESTS / "models" / "test_unsloth_backend.py"
+REHEARSED: dict[str, Any] = {
+    "name": "rehearsed",
+    "model": {"backend": "unsloth", "weights": "nf4", "gradient_checkpointing": "unsloth"},
+    "train": {"max_steps": 3, "accumulation": 2, "evaluations": 1},
+    "eval": {"before_and_after": True, "limit": 3, "sample": 3, "parity_prompts": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("unsloth") is None or find_spec("triton") is None,
+    reason="unsloth or triton is not installed (make setup-unsloth)",
+)
+def test_a_whole_training_by_unsloth_s_kernels_is_that_of_transformers(
+    tiny_config: Callable[..., Config], tmp_path: Path, quiet: Any, no_picture: None
+) -> None:
+    from tinyagent_fast.config import dump_config
+    from tinyagent_fast.runs import Run
+    from tinyagent_fast.training.fit import train
+
+    config = tiny_config(**REHEARSED)
+    (tmp_path / "rehearsed.yaml").write_text(dump_config(config), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(tmp_path), "kernels"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    said = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))["rehearsed"]["output"]
+    assert "shared prefixes on: computes" in said
+    assert "2 of 2 QKV, O, MLP fused" in said
+    assert "shared prefixes give the loss of whole rows within" in said
+    assert "decoding: shared prefix" in done.stdout
+
+    model = {**REHEARSED["model"], "backend": "transformers"}
+    plain = train(tiny_config(**{**REHEARSED, "name": "plain", "model": model}), quiet)
+    runs = [Run(tmp_path / "runs" / "rehearsed"), plain]
+    steps = [[r for r in run.history() if r["event"] == "step"] for run in runs]
+    assert len(steps[0]) == 3
+    for ours, theirs in zip(*steps, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["tokens_computed"] == theirs["tokens_computed"] < ours["tokens_padded"]
+    plans = [(run.path / "test" / "after" / "predictions.jsonl").read_text() for run in runs]
+    texts = [[json.loads(line)["prediction"] for line in text.splitlines()] for text in plans]
+    assert texts[0] == texts[1]
