@@ -16,7 +16,7 @@ CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nu
 REQUIREMENTS ?= $(if $(CUDA),requirements.txt,requirements-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-unsloth doctor data preview train chat serve eval export score report compare test test-faults test-rehearsal lint bench gpu-check clean
+.PHONY: help setup setup-dev setup-unsloth doctor data preview train chat serve eval agent-eval export score report compare test test-faults test-rehearsal lint bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ serve: setup ## the same as a web page on this machine (RUN=latest or MODEL=file
 
 eval: setup ## measure plan success of a run (RUN=latest ENGINE=auto|torch|gguf|vllm MODEL=file.gguf)
 	$(BIN)/tinyagent-fast eval --run $(call quoted,$(RUN)) $(if $(ENGINE),--engine $(call quoted,$(ENGINE))) $(if $(MODEL),--model $(call quoted,$(MODEL))) $(ARGS)
+
+agent-eval: setup ## task success of a run: its plans are carried out in a sandbox (RUN=latest)
+	$(BIN)/tinyagent-fast agent-eval --run $(RUN) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 export: setup ## merged weights and GGUF files of a run, proved (RUN=latest)
 	$(BIN)/tinyagent-fast export --run $(call quoted,$(RUN)) $(ARGS)

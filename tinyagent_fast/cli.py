@@ -41,6 +41,11 @@ COMMANDS = {
     "score": ("score", "score predictions or a list of label/prediction pairs; needs no torch"),
     "export": ("export", "merged weights and GGUF files of a run, proved against its adapter"),
     "chat": ("chat", "type a request, see its plan being written and its graph drawn"),
+    "agent": (
+        "agent",
+        "plan a request, carry it out, judge it: in a sandbox, or with your tools",
+    ),
+    "agent-eval": ("agent_eval", "task success: a run's plans are carried out in a sandbox"),
     "serve": ("serve", "the same as a small web page on this machine"),
     "report": ("report", "a run as one HTML page and as Markdown"),
     "compare": ("compare", "two runs on the same queries: difference, interval, what flipped"),

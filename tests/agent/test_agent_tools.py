@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from tinyagent_fast.agent.loop import Agent, Execution, RuleJoiner, Written
+from tinyagent_fast.agent.loop import Execution, execute
 from tinyagent_fast.agent.tools import (
     RunnableTool,
     ToolError,
@@ -75,15 +76,10 @@ def test_a_module_gives_a_tool_for_each_public_function(home: dict[str, Runnable
 
 
 def run_plan(tools: dict[str, RunnableTool], text: str) -> Execution:
-    async def plan() -> object:
+    async def plan() -> AsyncIterator[str]:
         yield text
 
-    class Nobody:
-        def plan(self, prompt: object, done: object) -> object:
-            raise NotImplementedError
-
-    agent = Agent(Nobody(), RuleJoiner(), tools)  # type: ignore[arg-type]
-    return asyncio.run(agent.execute(plan()))  # type: ignore[arg-type]
+    return asyncio.run(execute(plan(), tools))
 
 
 def test_a_plan_calls_them_with_what_their_types_ask_for(home: dict[str, RunnableTool]) -> None:
@@ -159,12 +155,10 @@ def test_the_tools_of_a_real_mcp_server_can_be_planned_with() -> None:
                 '3. dim(["$1"], 40, "2.5", True)\n4. dim(["$1"], "much", "1", False)\n5. join()'
             )
 
-            class Scripted:
-                async def plan(self, prompt: object, done: object) -> object:
-                    yield plan
+            async def pieces() -> AsyncIterator[str]:
+                yield plan
 
-            agent = Agent(Scripted(), RuleJoiner(), tools)  # type: ignore[arg-type]
-            return tools, await agent.execute(Scripted().plan(None, Written))  # type: ignore[arg-type]
+            return tools, await execute(pieces(), tools)
 
     tools, execution = asyncio.run(drive())
     find, dim = tools.values()

@@ -6,12 +6,14 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.agent.loop import Agent, AgentSettings, Execution, RuleJoiner, Writer
+from tinyagent_fast.agent import loop
+from tinyagent_fast.agent.loop import AgentSettings, Execution
 from tinyagent_fast.agent.sandbox import (
     RECOVERABLE,
     Desktop,
@@ -28,13 +30,11 @@ from tinyagent_fast.plans.grammar import Plan, PlanError, Step, parse_plan, rend
 from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool
 
 
-def execute(tools: object, text: str, **settings: float) -> Execution:
+def execute(tools: Any, text: str, **settings: float) -> Execution:
     async def pieces() -> AsyncIterator[str]:
         yield text
 
-    nobody: Writer = None  # type: ignore[assignment]
-    agent = Agent(nobody, RuleJoiner(), tools, AgentSettings(**settings))  # type: ignore[arg-type]
-    return asyncio.run(agent.execute(pieces()))
+    return asyncio.run(loop.execute(pieces(), tools, AgentSettings(**settings)))
 
 
 def after(label: str, text: str, *faults: Fault, **settings: float) -> tuple[State, Execution]:

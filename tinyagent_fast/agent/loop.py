@@ -99,6 +99,55 @@ class Execution:
         return max((c.ended_s for c in ran), default=0) - min((c.started_s for c in ran), default=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """Limits of the loop."""
+
+    max_replans: int = 2
+    """How often another plan is made at most."""
+    call_timeout_s: float = 30.0
+    """Longest time for one call; a tool may have its own."""
+    grace_s: float = 2.0
+    """How long a call that was broken off may take to end."""
+
+
+Allow = Callable[[RunnableTool, Sequence[object]], Awaitable[bool]]
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+
+async def allow_all(_tool: RunnableTool, _arguments: Sequence[object]) -> bool:
+    """Allow every change, as in a sandbox."""
+    return True
+
+
+async def execute(
+    pieces: AsyncIterator[str],
+    tools: Mapping[str, RunnableTool],
+    settings: AgentSettings = AgentSettings(),
+    *,
+    allow: Allow = allow_all,
+    on_event: OnEvent = lambda _kind, _content: None,
+) -> Execution:
+    """Run a plan while it is being written.
+
+    Cancelling it, and leaving it in any other way, leaves no call running; plain functions, which
+    cannot be broken off, are waited for up to `grace_s` and then named.
+
+    Args:
+        pieces: The plan's text.
+        tools: By name; the plan may call no others.
+        settings: Limits.
+        allow: Asked before each call that changes something, with converted arguments.
+        on_event: As for `Agent`.
+    """
+    return await _Plan(tools, settings, allow, on_event).run(pieces)
+
+
+async def whole_plan(text: str) -> AsyncIterator[str]:
+    """Give a plan that is there already in one piece, for `execute`."""
+    yield text
+
+
 class _TimedOut(Exception):
     """A call took too long; not one of the errors that a tool may raise itself."""
 
@@ -106,8 +155,17 @@ class _TimedOut(Exception):
 class _Plan:
     """One plan under way: a task for each call, which waits for the tasks that it needs."""
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+    def __init__(
+        self,
+        tools: Mapping[str, RunnableTool],
+        settings: AgentSettings,
+        allow: Allow,
+        on_event: OnEvent,
+    ) -> None:
+        self.tools = tools
+        self.settings = settings
+        self.allow = allow
+        self.on_event = on_event
         self.began = time.perf_counter()
         self.tasks: dict[int, asyncio.Task[CallRecord]] = {}
         self.inner: dict[asyncio.Future[Any], str] = {}
@@ -119,6 +177,7 @@ class _Plan:
             async with aclosing(_as_generator(pieces)) as written:
                 async for piece in written:
                     text += piece
+                    self.on_event("text", {"piece": piece})
                     while problem is None and (end := text.find("\n", done_chars)) >= 0:
                         done_chars = end + 1
                         problem = self.start_calls(text[:done_chars], whole=False)
@@ -142,13 +201,13 @@ class _Plan:
         for step in steps[len(self.tasks) :]:
             if step.number in self.tasks:
                 break  # `told` says so
-            if step.tool not in self.agent.tools:
+            if step.tool not in self.tools:
                 return _stopped(f"there is no tool {step.tool}")
             if len(self.tasks) == _MAX_CALLS:
                 return _stopped(f"it has more than {_MAX_CALLS} calls")
             earlier = [number for number in self.tasks if number < step.number]
             self.tasks[step.number] = asyncio.create_task(self.call(step, earlier))
-            self.agent.on_event("call", {"number": step.number, "tool": step.tool})
+            self.on_event("call", {"number": step.number, "tool": step.tool})
         return None if told is None else _stopped(told.message)
 
     async def call(self, step: Step, earlier: Sequence[int]) -> CallRecord:
@@ -172,7 +231,7 @@ class _Plan:
                 started_s=started,
                 ended_s=self.now(),
             )
-            self.agent.on_event("observation", record.to_json())
+            self.on_event("observation", record.to_json())
             return record
 
         if missing := [call for call in before.values() if call.status != "done"]:
@@ -182,19 +241,19 @@ class _Plan:
         astray = [number for number, whole in uses if whole and number not in earlier]
         if astray:
             return ended("failed", f"Error: ${astray[0]} is no earlier call; {TRY_AGAIN}.")
-        tool = self.agent.tools[step.tool]
+        tool = self.tools[step.tool]
         for _, wrong in call_problems(step.tool, step.arguments, {step.tool: tool.tool}):
             return ended("failed", f"Error: {wrong}; {TRY_AGAIN}.")
         try:
             converted = tool.arguments(arguments)
-            if tool.changes and not await self.agent.allow(tool, converted):
+            if tool.changes and not await self.allow(tool, converted):
                 return ended("refused", "Not done: the user refused it.")
             started = self.now()
-            self.agent.on_event("start", {"number": step.number, "arguments": converted})
-            limit = tool.timeout_s or self.agent.settings.call_timeout_s
+            self.on_event("start", {"number": step.number, "arguments": converted})
+            limit = tool.timeout_s or self.settings.call_timeout_s
             value = await self.bounded(tool, converted, limit)
         except _TimedOut:
-            return ended("failed", f"Error: no answer within {limit:g} s; {TRY_AGAIN}.")
+            return ended("failed", f"Error: {step.tool} gave no answer in time; {TRY_AGAIN}.")
         except ToolError as error:
             return ended("failed", f"Error: {error}")
         except Exception as error:  # a tool may fail in any way; the joiner sees how
@@ -234,7 +293,7 @@ class _Plan:
             task.cancel()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
         if self.inner:
-            await asyncio.wait(list(self.inner), timeout=self.agent.settings.grace_s)
+            await asyncio.wait(list(self.inner), timeout=self.settings.grace_s)
         return tuple(self.inner.values())
 
     def now(self) -> float:
@@ -401,18 +460,6 @@ def _answer(execution: Execution) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentSettings:
-    """Limits of the loop."""
-
-    max_replans: int = 2
-    """How often another plan is made at most."""
-    call_timeout_s: float = 30.0
-    """Longest time for one call; a tool may have its own."""
-    grace_s: float = 2.0
-    """How long a call that was broken off may take to end."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Round:
     """One plan, what it gave, and the verdict on it."""
 
@@ -446,6 +493,27 @@ class Outcome:
         """Whether the last plan left anything undone."""
         return self.gave_up or self.rounds[-1].execution.failed
 
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for a trace: plans with their calls, verdicts, and what it cost."""
+        return {
+            "request": self.request,
+            "message": self.message,
+            "failed": self.failed,
+            "gave_up": self.gave_up,
+            "rounds": [
+                {
+                    "plan": r.execution.text,
+                    "calls": [call.to_json() for call in r.execution.calls],
+                    "problem": r.execution.problem,
+                    "left_running": list(r.execution.left_running),
+                    **vars(r.verdict.answer),
+                }
+                for r in self.rounds
+            ],
+            "seconds": round(self.seconds, 3),
+            "cost": {name: round(value, 3) for name, value in self.cost().items()},
+        }
+
     def cost(self) -> dict[str, float]:
         """Sum tokens, calls and seconds."""
         written = [w for r in self.rounds for w in (r.plan, r.verdict.cost)]
@@ -458,15 +526,6 @@ class Outcome:
             "calls_s": sum(e.seconds for e in executions),
             "calls_one_after_another_s": sum(e.sequential_s for e in executions),
         }
-
-
-Allow = Callable[[RunnableTool, Sequence[object]], Awaitable[bool]]
-OnEvent = Callable[[str, Mapping[str, Any]], None]
-
-
-async def allow_all(_tool: RunnableTool, _arguments: Sequence[object]) -> bool:
-    """Allow every change, as in a sandbox."""
-    return True
 
 
 class Agent:
@@ -490,8 +549,8 @@ class Agent:
             tools: By name; plans may call no others.
             settings: Limits.
             allow: Asked before each call that changes something, with converted arguments.
-            on_event: Told what happens: `plan`, `call`, `start`, `observation`, `problem`, `join`
-                and `end`, with plain values.
+            on_event: Told what happens: `plan`, `text`, `call`, `start`, `observation`, `problem`,
+                `join` and `end`, with plain values.
         """
         self.writer = writer
         self.joiner = joiner
@@ -499,14 +558,6 @@ class Agent:
         self.settings = settings
         self.allow = allow
         self.on_event = on_event
-
-    async def execute(self, pieces: AsyncIterator[str]) -> Execution:
-        """Run a plan while it is being written.
-
-        Cancelling it, and leaving it in any other way, leaves no call running; plain functions,
-        which cannot be broken off, are waited for up to `grace_s` and then named.
-        """
-        return await _Plan(self).run(pieces)
 
     async def run(
         self,
@@ -534,7 +585,13 @@ class Agent:
                 asked = replace(prompt, user=replan_user_text(prompt.user, told))
             self.on_event("plan", {"number": number, "system": asked.system, "user": asked.user})
             costs: list[Written] = []
-            execution = await self.execute(self.writer.plan(asked, costs.append))
+            execution = await execute(
+                self.writer.plan(asked, costs.append),
+                self.tools,
+                self.settings,
+                allow=self.allow,
+                on_event=self.on_event,
+            )
             if execution.problem is not None:
                 self.on_event("problem", {"observation": execution.problem})
             after_round(number)

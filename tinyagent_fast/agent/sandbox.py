@@ -168,9 +168,9 @@ def choose_fault(label: Plan, rng: random.Random, kinds: Sequence[FaultKind]) ->
 
 
 def malformed(plan: str, rng: random.Random) -> str:
-    """Break one line of a plan, as small models do: its closing bracket is missing."""
+    """Break one line of a plan, as small models do: the closing bracket of a call is missing."""
     lines = plan.split("\n")
-    at = rng.randrange(len(lines))
+    at = rng.randrange(max(1, len(lines) - 1))  # join comes last
     lines[at] = lines[at].rstrip().removesuffix(")")
     return "\n".join(lines)
 
@@ -221,19 +221,26 @@ class Desktop:
     """
 
     def __init__(
-        self, path: Path | None = None, *, faults: Sequence[Fault] = (), time_scale: float = 0.0
+        self,
+        path: Path | None = None,
+        *,
+        faults: Sequence[Fault] = (),
+        time_scale: float = 0.0,
+        obliging: bool = False,
     ) -> None:
         """Open an empty desktop.
 
         Args:
-            path: File for the database; None keeps it in memory.
+            path: File for a new database, or None to keep it in memory.
             faults: What goes wrong.
+            obliging: Make contacts, files and notes up when they are asked for.
             time_scale: Calls take this share of the time that such calls take on a desktop.
         """
         self.database = sqlite3.connect(path or ":memory:", isolation_level=None)
         self.database.executescript(_SCHEMA)
         self._faults = _Faults(faults)
         self._time_scale = time_scale
+        self._obliging = obliging
         self._furnished: set[str] = set()
         self._add("inbox", "ana@example.org", "Next week", "Shall we meet next week?", 1)
         self.tools: Mapping[str, RunnableTool] = {
@@ -330,6 +337,8 @@ class Desktop:
         await self._faults.strike(name)
         if self._time_scale:
             await asyncio.sleep(_DELAYS_S.get(name, _DELAY_S) * self._time_scale)
+        if self._obliging:
+            self.furnish(Step(number=1, tool=name, arguments=arguments))
         done: Callable[..., str] = getattr(self, f"_{name}")
         return done(*arguments)  # nothing waits in it, so it happens whole or not at all
 

@@ -202,7 +202,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
     engine = _check_options(options)
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
-    config = _config(run, options)
+    config = eval_config(run, options)
     with ExitStack() as held:
         if processes.is_main_process:
             fix = "or name another folder with --out"
@@ -215,29 +215,13 @@ def _evaluate(
     run: Run, config: Config, options: EvalOptions, engine: EngineName, display: Display
 ) -> dict[str, EvaluationResult]:
     """Evaluate a run whose folder for results this process holds."""
-    processes = init_processes()
     from tinyagent_fast.models.libraries import prepare_libraries
 
     backend = config.model.backend if engine == "torch" else "transformers"
     prepare_libraries(replace(config.model, backend=backend))
     from tinyagent_fast.data.generation.catalogue import plan_tools
-    from tinyagent_fast.training.inputs import load_test_examples, retriever_of_run
 
-    examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
-    about_test: dict[str, object] = {"test_sha256": test_sha256}
-    if config.data.prompts != "as-is":
-        retriever = processes.main_process_first(lambda: retriever_of_run(run))
-        if retriever is None or retriever.system is None:
-            raise ConfigError(
-                "--prompts retrieved",
-                "the run has no tool retriever, and its training file is not here"
-                if retriever is None
-                else "the system prompts of the run's training file have no tool list",
-                "evaluate with --prompts as-is",
-            )
-        display.say(f"prompts rewritten: {retriever.measure(examples).sentence()}")
-        examples = retriever.rewrite(examples)
-        about_test["retriever"] = retriever.facts()
+    examples, about_test = test_queries(run, config, display)
     if options.grammar == "on":
         about_test["grammar"] = "on"
     task = _Task(
@@ -253,7 +237,41 @@ def _evaluate(
     return {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](task)
 
 
-def _config(run: Run, options: EvalOptions) -> Config:
+def test_queries(
+    run: Run, config: Config, display: Display
+) -> tuple[Sequence[Example], dict[str, object]]:
+    """Read the test queries of a run's config, with prompts as the config wants them.
+
+    Returns:
+        The plans, and what predictions for them depend on: the file, and the retriever if there is
+        one.
+
+    Raises:
+        ConfigError: Retrieved prompts are wanted, and there is no retriever that writes them.
+        DataError: There is no test file, or it is faulty.
+    """
+    from tinyagent_fast.training.inputs import load_test_examples, retriever_of_run
+
+    processes = init_processes()
+    examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
+    about_test: dict[str, object] = {"test_sha256": test_sha256}
+    if config.data.prompts != "as-is":
+        retriever = processes.main_process_first(lambda: retriever_of_run(run))
+        if retriever is None or retriever.system is None:
+            raise ConfigError(
+                "--prompts retrieved",
+                "the run has no tool retriever, and its training file is not here"
+                if retriever is None
+                else "the system prompts of the run's training file have no tool list",
+                "evaluate with --prompts as-is",
+            )
+        display.say(f"prompts rewritten: {retriever.measure(examples).sentence()}")
+        examples = retriever.rewrite(examples)
+        about_test["retriever"] = retriever.facts()
+    return examples, about_test
+
+
+def eval_config(run: Run, options: EvalOptions) -> Config:
     """Take the run's config with what the options change."""
     config = run.config()
     changes = {name: value for name, value in asdict(options.eval).items() if value is not None}

@@ -259,6 +259,23 @@ class Planner:
             ):
                 yield index, self.planned(requests[index], asked[index], completion)
 
+    def complete(self, prompts: Sequence[Prompt], stop: str) -> list[Completion]:
+        """Complete prompts that were made elsewhere, such as a joiner's, and give them in order.
+
+        Args:
+            prompts: What to answer, several of them together.
+            stop: Text that ends a completion.
+
+        Raises:
+            ModelError: A prompt does not fit into the model's context.
+        """
+        with self.turn():
+            limit = self.max_new_tokens
+            done = dict(
+                self.engine.generate(prompts, stop=stop, max_new_tokens=limit, batch=self.batch)
+            )
+        return [done[index] for index in range(len(prompts))]
+
     def planned(self, request: str, built: BuiltPrompt, done: Completion) -> PlannedRequest:
         """Put a request and what was written for it together."""
         return PlannedRequest(request=request, built=built, completion=done, tools=self.tools)

@@ -72,6 +72,10 @@ class DrawnStep:
     """Place within the layer, from 0."""
     problems: tuple[str, ...]
     mark: Mark = "same"
+    status: str = ""
+    """`running`, `done`, `failed`, `skipped` or `refused`, once the plan is run."""
+    outcome: str = ""
+    """What the call gave, or why it gave nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,18 @@ class PlanDrawing:
         for step in sorted(self.steps, key=lambda step: step.place):
             layers[step.layer].append(step)
         return [layers[layer] for layer in sorted(layers)]
+
+    def with_outcomes(self, outcomes: Mapping[int, tuple[str, str]]) -> PlanDrawing:
+        """Fill in what became of calls.
+
+        Args:
+            outcomes: Status and observation by the number of the call.
+        """
+        steps = (
+            replace(s, status=o[0], outcome=o[1]) if (o := outcomes.get(s.number)) else s
+            for s in self.steps
+        )
+        return replace(self, steps=tuple(steps))
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values, edges as a list of pairs of positions."""
@@ -390,6 +406,9 @@ def _cut(text: str, most: int) -> str:
 def _box_lines(step: DrawnStep) -> tuple[tuple[str, str], ...]:
     title = _cut(f"{_SIGN[step.mark]}{step.number} {step.tool}", _TOOL_CHARS)
     texts = [("argument", step.arguments), *(("problem", problem) for problem in step.problems)]
+    if step.status:
+        failed = step.status in ("failed", "skipped", "refused")
+        texts.append(("problem" if failed else "outcome", f"{step.status}: {step.outcome}"))
     wrapped = (
         (kind, line)
         for kind, text in texts
@@ -468,6 +487,7 @@ def _curve(route: Sequence[_Point]) -> str:
 _TERMINAL_COLOURS = ["cyan", "green", "magenta", "blue", "yellow", "bright_cyan", "bright_green"]
 _PROBLEM = "red"
 _PANEL_COLUMNS, _ARGUMENT_LINES = 42, 6
+_STATUS_STYLES = {"running": "dim", "done": "green", "skipped": "yellow", "refused": "yellow"}
 
 
 def _panel(step: DrawnStep) -> RenderableType:
@@ -480,6 +500,10 @@ def _panel(step: DrawnStep) -> RenderableType:
         body.stylize(_bold_colour(_referred(match)), *match.span())
     for problem in step.problems:
         body.append(f"\nproblem: {printable(problem)}", style=_PROBLEM)
+    if step.status:
+        told = printable(_cut(" ".join(step.outcome.split()), _PANEL_COLUMNS * _ARGUMENT_LINES))
+        style = _STATUS_STYLES.get(step.status, _PROBLEM)
+        body.append(f"\n{step.status}{': ' * bool(told)}{told}", style=style)
     title = Text(f"{_SIGN[step.mark]}{step.number}", style=_bold_colour(step.number))
     title.append(f" {printable(step.tool)}", style="not bold")
     widest = max(map(len, (*body.plain.split("\n"), f"{title.plain}  ")))

@@ -6,22 +6,23 @@ import json
 import random
 import uuid
 from collections.abc import Iterator, Set
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, Catalogue, load_catalogue
+from tinyagent_fast.data.generation.outcomes import Outcomes
 from tinyagent_fast.data.generation.prompts import (
     PromptStyle,
     full_planner_prompt,
-    joiner_prompt,
     short_planner_prompt,
 )
 from tinyagent_fast.data.generation.queries import SINGLE_CALLS, Mix, Request, write_request
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.plans.grammar import render_call
+from tinyagent_fast.plans.grammar import parse_plan, render_call
 from tinyagent_fast.plans.tools import JOIN
 
 _MAX_REPEATS = 2000
@@ -47,7 +48,7 @@ class GenerationSpec:
     single_calls: bool = False
     """Only requests that one call with literal arguments answers."""
     failure_share: float = 0.15
-    """Share of join points whose observations hold a failure and call for a replan."""
+    """Share of plans that meet a failure when they are run: most call for a replan."""
     catalogue: Path = BUILT_IN_CATALOGUE
     """YAML file with the tools."""
 
@@ -118,13 +119,14 @@ def generate_entries(
     Raises:
         DataError: No new query came out of many attempts.
     """
-    writer = _EntryWriter(catalogue, spec, rng, frozenset(taken))
     mix = SINGLE_CALLS if spec.single_calls else Mix(max_calls=spec.max_calls)
-    for done in range(count):
-        asked = f"{count} queries asked for, {done} different ones found"
-        request = writer.new_request(mix, taken, asked)
-        taken.add(normalise_query(request.query))
-        yield writer.uuid().hex, writer.entry(request)
+    with closing(Outcomes(catalogue)) as outcomes:
+        writer = _EntryWriter(catalogue, spec, rng, frozenset(taken), outcomes)
+        for done in range(count):
+            asked = f"{count} queries asked for, {done} different ones found"
+            request = writer.new_request(mix, taken, asked)
+            taken.add(normalise_query(request.query))
+            yield writer.uuid().hex, writer.entry(request)
 
 
 def _write_object(path: Path, entries: Iterator[tuple[str, dict[str, Any]]]) -> None:
@@ -146,6 +148,7 @@ class _EntryWriter:
     spec: GenerationSpec
     rng: random.Random
     held_out: frozenset[str]
+    outcomes: Outcomes
 
     def uuid(self) -> uuid.UUID:
         return uuid.UUID(int=self.rng.getrandbits(128), version=4)
@@ -178,7 +181,7 @@ class _EntryWriter:
         plan = self.point("plan", messages, _render(request), steps, 0)
         return {
             "input": request.query,
-            "output": [plan, self.join_point(request)],
+            "output": [plan, *self.later_points(request, messages)],
             "closest_5_queries": [],
         }
 
@@ -197,29 +200,18 @@ class _EntryWriter:
         request = self.new_request(Mix(), forbidden, asked)
         return f"Question: {request.query}\n{_render(request)}"
 
-    def join_point(self, request: Request) -> dict[str, Any]:
-        rng, calls = self.rng, request.calls
-        fails = rng.random() < self.spec.failure_share
-        failing = rng.randrange(len(calls)) if fails else -1
-        returns = {tool.name: tool.returns for tool in self.catalogue.tools}
-        observations = [
-            f"Error: {call.tool} found nothing that fits."
-            if number == failing
-            else f"<{returns[call.tool] or 'done'} {rng.randrange(1000):03d}>"
-            for number, call in enumerate(calls)
-        ]
-        if fails:
-            thought, action, message = "One call failed, so the plan must change.", "Replan", ""
-        elif request.query.endswith("?") and not request.query.startswith("Can you"):
-            thought, action = "The user asked a question that the last result answers.", "Finish"
-            message = observations[-1]
-        else:
-            thought, action, message = "All calls succeeded.", "Finish", "Task completed!"
-        shown = [render_call(call.tool, call.arguments) for call in calls]
-        messages = [{"role": "user", "content": joiner_prompt(request.query, shown, observations)}]
-        answer = action if fails else f"{action}({message})"
-        parsed = {"thought": thought, "action": action, "message": message}
-        return self.point("join", messages, f"Thought: {thought}\nAction: {answer}", parsed, 1)
+    def later_points(
+        self, request: Request, messages: list[dict[str, str]]
+    ) -> Iterator[dict[str, Any]]:
+        """Play the plan through, and write what a joiner and a planner should say then."""
+        plan = parse_plan(_render(request))
+        share, user = self.spec.failure_share, messages[-1]["content"]
+        played = self.outcomes.points(request.query, user, plan, share, self.rng)
+        for index, point in enumerate(played, start=1):
+            asked = [*messages[:-1], {"role": "user", "content": point.user}]
+            if point.kind == "join":
+                asked = asked[-1:]
+            yield self.point(point.kind, asked, point.output, point.parsed, index)
 
     def point(
         self, kind: str, messages: list[dict[str, str]], output: str, parsed: object, index: int

@@ -59,15 +59,17 @@ def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], now: date
     return "\n".join(lines) + "\n"
 
 
-def joiner_prompt(query: str, calls: Sequence[str], observations: Sequence[str]) -> str:
-    """Write the one user message that asks for a verdict on what each call (join left out) gave."""
-    steps = "\n".join(
-        f"{call}\nObservation: {seen}" for call, seen in zip(calls, observations, strict=True)
-    )
+def joiner_prompt(query: str, scratchpad: str) -> str:
+    """Write the one user message that asks for a verdict.
+
+    Args:
+        query: What the user asked for.
+        scratchpad: What each call (join left out) gave, as `agent.loop.scratchpad` writes it.
+    """
     return (
         "Look at the results of a plan and decide what comes next.\n"
         " - Write a line `Thought: ` and then a line `Action: `.\n"
         " - Action is Finish(Task completed!) when all was done, Finish(<answer>) when the user "
         "asked a question, and Replan when a result shows that another plan is needed.\n\n"
-        f"Question: {query}\n\n{steps}\n"
+        f"Question: {query}\n\n{scratchpad}\n"
     )

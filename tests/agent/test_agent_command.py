@@ -1,0 +1,162 @@
+"""The command `agent`: the sandbox, own tools, what is asked before it is done, the trace."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stand_ins import ScriptedWriter, planner_with
+
+from tinyagent_fast.cli import main
+from tinyagent_fast.config import Config
+from tinyagent_fast.inference import planner
+from tinyagent_fast.runs import create_run
+
+PLAN = '1. get_phone_number("Anna")\n2. send_sms(["$1"], "hello \x1b[31m")\n3. join()'
+HOME = '''
+from pathlib import Path
+from tinyagent_fast.agent.tools import tool
+
+@tool(changes=False)
+def find_lamp(room: str) -> str:
+    """Gives the id of the lamp in a room."""
+    return f"lamp-{room}"
+
+def dim(lamp: str, percent: int) -> str:
+    """Dims a lamp."""
+    Path("dimmed").write_text(f"{lamp} {percent}")
+    return "dimmed"
+'''
+HOME_PLAN = '1. find_lamp("hall")\n2. dim("$1", 40)\n3. join()'
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], ScriptedWriter]:
+    """Return a function that lets every planner write one plan, in a folder with a run."""
+    monkeypatch.chdir(tmp_path)
+    run = create_run(Config(name="r"))
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").touch()
+
+    def let(plan: str) -> ScriptedWriter:
+        writer = ScriptedWriter(plan.splitlines(keepends=True))
+        monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer))
+        return writer
+
+    return let
+
+
+def test_a_request_is_carried_out_in_the_sandbox(
+    says: Callable[[str], ScriptedWriter], capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(PLAN)
+    assert main(["agent", "text Anna", "--sandbox", "desktop.sqlite"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing real is touched" in said and "The message was sent." in said
+    assert "\x1b[31m" not in said
+    with sqlite3.connect("desktop.sqlite") as database:
+        ((recipients, text),) = database.execute("select * from messages").fetchall()
+    assert recipients.startswith('["555-') and text == "hello \x1b[31m"
+    (line,) = Path("runs/r/agent/traces.jsonl").read_text().splitlines()
+    trace = json.loads(line)
+    assert trace["request"] == "text Anna" and not trace["failed"]
+    assert [call["status"] for call in trace["rounds"][0]["calls"]] == ["done", "done"]
+
+
+def test_json_is_the_trace_and_nothing_else(
+    says: Callable[[str], ScriptedWriter], capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(PLAN)
+    assert main(["agent", "text Anna", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["message"].endswith("The message was sent.")
+
+
+def test_what_is_not_done_gives_1(says: Callable[[str], ScriptedWriter]) -> None:
+    says('1. send_sms(["1"], "x", "too much")\n2. join()')
+    assert main(["agent", "text", "--max-replans", "0"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer", "done"),
+    [
+        ([], "y", True),
+        ([], "n", False),
+        ([], EOFError(), False),
+        (["--yes"], AssertionError("asked"), True),
+        (["--json"], AssertionError("asked"), False),
+    ],
+)
+def test_real_changes_are_shown_and_asked_for(
+    flags: list[str],
+    answer: str | BaseException,
+    done: bool,
+    says: Callable[[str], ScriptedWriter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def reply(_: str) -> str:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("builtins.input", reply)
+    says(HOME_PLAN)
+    Path("home_tools.py").write_text(HOME)
+    code = main(["agent", "dim the hall", "--tools", "home_tools.py", *flags])
+    assert code == (0 if done else 1)
+    assert Path("dimmed").exists() == done
+    said = capsys.readouterr().out
+    if not flags:
+        assert 'dim("lamp-hall", 40)' in said
+        assert "find_lamp" not in said.partition("this would be done")[2].partition("\n")[0]
+
+
+def test_a_dry_run_only_plans(
+    says: Callable[[str], ScriptedWriter], capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(HOME_PLAN)
+    Path("home_tools.py").write_text(HOME)
+    assert main(["agent", "dim", "--tools", "home_tools.py", "--dry-run"]) == 0
+    assert "find_lamp" in capsys.readouterr().out
+    assert not Path("dimmed").exists() and not Path("runs/r/agent").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [" "],
+        ["x", "--tools", "a.py", "--mcp", "b"],
+        ["x", "--max-replans", "-1"],
+        ["x", "--call-timeout-s", "0"],
+        ["x", "--sandbox", "there"],
+        ["x", "--tools", "absent.py"],
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    words: list[str], says: Callable[[str], ScriptedWriter]
+) -> None:
+    says(PLAN)
+    Path("there").touch()
+    assert main(["agent", *words]) == 2
+
+
+def test_the_python_of_the_document_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+
+    from tinyagent_fast.agent.tools import tools_of_module
+
+    text = (Path(__file__).parents[2] / "docs" / "agent.md").read_text(encoding="utf-8")
+    home, script = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("home.py").write_text(home)
+    assert {name: tool.changes for name, tool in tools_of_module(Path("home.py")).items()} == {
+        "find_lamp": False,
+        "dim": True,
+    }
+    exec(compile(script, "docs/agent.md", "exec"), {"__name__": "document"})
+    assert "send_sms done The message was sent." in capsys.readouterr().out

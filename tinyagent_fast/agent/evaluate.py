@@ -1,0 +1,507 @@
+"""Task success: plans are run in a sandbox, and what they led to is compared with the label's.
+
+Every query is answered twice by the whole loop: as it is, and with a fault that another plan can
+mend. All agents run side by side, so that the model answers in batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyagent_fast.agent.loop import (
+    Agent,
+    AgentSettings,
+    Joiner,
+    Outcome,
+    RuleJoiner,
+    Writer,
+    Written,
+    execute,
+    whole_plan,
+)
+from tinyagent_fast.agent.models import (
+    OWN_JOINER_TEXT,
+    BatchedModel,
+    JoinerText,
+    ModelJoiner,
+    joiner_text_of,
+)
+from tinyagent_fast.agent.sandbox import (
+    RECOVERABLE,
+    Fault,
+    State,
+    choose_fault,
+    malformed,
+    sandbox_for,
+)
+from tinyagent_fast.data.cache import load_examples
+from tinyagent_fast.data.schema import Example
+from tinyagent_fast.display import Display
+from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.evaluation.report import Cell, FactTable, percent, plain
+from tinyagent_fast.evaluation.scoring import score_pair
+from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
+from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan, render_plan
+from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.runs import Run, find_run, write_json, write_text
+
+JoinerName = Literal["auto", "model", "rule"]
+
+_CALL_TIMEOUT_S = 30.0
+_SHORTEST_TIMEOUT_S = 1.0
+"""However fast the sandbox plays time, a busy machine needs so long at times."""
+_MEANINGS = {
+    "plan success": "the published metric; arguments do not count",
+    "task success": "the sandbox is as the label leaves it",
+    "task success but wording": "the same, free texts not compared",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentEvalOptions:
+    """What to evaluate and how."""
+
+    run: str = "latest"
+    """Run to evaluate: its name, its folder, or `latest`."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    model: Path | None = None
+    """A .gguf file, a merged folder or an adapter instead of the run's own adapter."""
+    test: Path | None = None
+    """Another test file in the published schema."""
+    prompts: Literal["as-is", "retrieved"] | None = None
+    """System prompts as the test file has them, or with the tools that the run's retriever finds;
+    None takes what the run was trained with."""
+    joiner: JoinerName = "auto"
+    """Who judges the observations: the model, or a rule that finishes when every call is done and
+    plans again when an observation says to try again; `auto` is the model where it was trained on
+    join points, else the rule."""
+    max_replans: int = 2
+    """How often another plan is made at most."""
+    limit: int | None = None
+    """Only the first so many test queries."""
+    batch: int = 16
+    """Prompts answered together."""
+    seed: int = 0
+    """Seed of the faults."""
+    time_scale: float = 0.1
+    """Sandbox calls take this share of the time that such calls take on a desktop."""
+    max_new_tokens: int | None = None
+    """Tokens after which a plan or an answer is broken off; None takes the run's."""
+    threads: int | None = None
+    """CPU threads; None leaves it to torch or llama.cpp."""
+    out: Path | None = None
+    """Folder for metrics, report and traces; by default `agent/` in the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A query with what a right plan leads to."""
+
+    example: Example
+    label: Plan
+    target: State
+    label_runs: bool
+    """Whether every call of the label itself is done in the sandbox."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What became of one query in one sandbox."""
+
+    task: Task
+    outcome: Outcome
+    fault: Fault | None
+    reached: tuple[bool, ...]
+    """Whether the target was reached, after each plan."""
+    reached_but_wording: bool
+    """The same at the end, free texts not compared."""
+    plan_right: bool
+    """Whether the first plan counts by the published metric."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the task is done at the end."""
+        return self.reached[-1]
+
+    def done_within(self, replans: int) -> bool:
+        """Whether it is done if no more replans than these are made."""
+        return self.reached[min(replans, len(self.reached) - 1)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for a trace."""
+        return {
+            "key": self.task.example.key,
+            "label": self.task.example.output,
+            "fault": asdict(self.fault) if self.fault else None,
+            "done": self.done,
+            "plan_right": self.plan_right,
+            **self.outcome.to_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentMetrics:
+    """Figures of an evaluation."""
+
+    plain: Sequence[TaskResult]
+    faulty: Sequence[TaskResult]
+    joiner: str
+    """`model` or `rule`."""
+    max_replans: int
+    time_scale: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values for metrics.json."""
+        every = range(self.max_replans + 1)
+        within = {str(k): _share(r.done_within(k) for r in self.plain) for k in every}
+        faulty_within = {str(k): _share(r.done_within(k) for r in self.faulty) for k in every}
+        kinds = Counter(r.fault.kind for r in self.faulty if r.fault)
+        only_with = sum(r.done and not r.reached[0] for r in self.faulty)
+        only_without = sum(r.reached[0] and not r.done for r in self.faulty)
+        return {
+            "n": len(self.plain),
+            "joiner": self.joiner,
+            "plan_success": _share(r.plan_right for r in self.plain),
+            "task_success": _share(r.done for r in self.plain),
+            "task_success_but_wording": _share(r.reached_but_wording for r in self.plain),
+            "task_success_by_replans": within,
+            "labels_that_fail_themselves": sum(not r.task.label_runs for r in self.plain),
+            "with_faults": {
+                "without_replan": _share(r.reached[0] for r in self.faulty),
+                "with_replan": _share(r.done for r in self.faulty),
+                "mcnemar_p": mcnemar_exact_p(only_with, only_without),
+                "by_replans": faulty_within,
+                "by_kind": {
+                    kind: {
+                        "without_replan": _share(r.reached[0] for r in chosen),
+                        "with_replan": _share(r.done for r in chosen),
+                    }
+                    for kind in sorted(kinds)
+                    if (chosen := [r for r in self.faulty if r.fault and r.fault.kind == kind])
+                },
+            },
+            "cost": _mean_cost(self.plain, self.time_scale),
+            "cost_with_faults": _mean_cost(self.faulty, self.time_scale),
+        }
+
+    def tables(self) -> tuple[FactTable, ...]:
+        """Lay the figures out."""
+        figures = self.to_json()
+        faults = figures["with_faults"]
+        rows: list[tuple[Cell, ...]] = [
+            (
+                "plan success (the published metric; arguments do not count)",
+                _of(figures["plan_success"]),
+            ),
+            ("task success (the sandbox is as the label leaves it)", _of(figures["task_success"])),
+            ("the same, wording of free texts left out", _of(figures["task_success_but_wording"])),
+        ]
+        for k, share in figures["task_success_by_replans"].items():
+            rows.append((f"task success with at most {k} replans", _of(share)))
+        joiner = "the model" if self.joiner == "model" else "a rule, not the model"
+        fault_rows = [("all", faults["without_replan"], faults["with_replan"])]
+        for kind, both in faults["by_kind"].items():
+            fault_rows.append((kind, both["without_replan"], both["with_replan"]))
+        costs = [
+            (name.replace("_", " "), f"{figures['cost'][name]:.2f}", f"{value:.2f}")
+            for name, value in figures["cost_with_faults"].items()
+        ]
+        return (
+            FactTable(
+                title="Tasks",
+                note=f"Observations were judged by {joiner}.",
+                head=("figure", "value"),
+                rows=tuple(rows),
+            ),
+            FactTable(
+                title="With one fault a query that another plan can mend",
+                note=f"Exact McNemar test of the first row: p = {faults['mcnemar_p']:.3g}.",
+                head=("fault", "queries", "without replan", "with replan"),
+                rows=tuple((k, a["n"], _of(a), _of(b)) for k, a, b in fault_rows),
+            ),
+            FactTable(
+                title="Cost of a query",
+                note="Means; seconds of calls are those of a desktop, as the sandbox plays them.",
+                head=("what", "without faults", "with faults"),
+                rows=tuple(costs),
+            ),
+        )
+
+
+def _share(values: Any) -> dict[str, Any]:
+    found = list(values)
+    share = Proportion(sum(found), len(found))
+    return {
+        "share": share.share if found else None,
+        "interval": list(share.interval),
+        "n": share.total,
+        "count": share.count,
+    }
+
+
+def _of(share: Mapping[str, Any]) -> Proportion:
+    return Proportion(share["count"], share["n"])
+
+
+def _mean_cost(results: Sequence[TaskResult], time_scale: float) -> dict[str, float]:
+    costs = [{**r.outcome.cost(), "plans": float(len(r.outcome.rounds))} for r in results]
+    if not costs:
+        return {}
+    means = {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}
+    scale = time_scale or 1.0
+    timed = ("calls_s", "calls_one_after_another_s")
+    return {k: round(v / scale if k in timed else v, 3) for k, v in means.items()}
+
+
+async def run_tasks(
+    tasks: Sequence[Task],
+    writer: Writer,
+    joiner: Joiner,
+    tools: Mapping[str, Tool] | None,
+    *,
+    max_replans: int = 2,
+    time_scale: float = 0.0,
+    faults_seed: int | None = None,
+    on_done: Callable[[TaskResult], None] = lambda _: None,
+) -> list[TaskResult]:
+    """Answer all queries side by side, each in a sandbox of its own.
+
+    Args:
+        tasks: The queries.
+        writer: Writes the plans.
+        joiner: Judges the observations.
+        tools: Tools by name; None stands for TinyAgent's own.
+        max_replans: How often another plan is made at most.
+        time_scale: As for a sandbox.
+        faults_seed: Each query meets a fault that is drawn with it; None is no faults.
+        on_done: Told of each result.
+
+    Returns:
+        Results in the order of the tasks.
+    """
+    limit_s = max(_SHORTEST_TIMEOUT_S, _CALL_TIMEOUT_S * time_scale)
+    settings = AgentSettings(max_replans=max_replans, call_timeout_s=limit_s)
+
+    async def one(task: Task) -> TaskResult:
+        rng = random.Random(f"{faults_seed}/{task.example.key}")
+        fault = None if faults_seed is None else choose_fault(task.label, rng, RECOVERABLE)
+        faults = [fault] if fault else []
+        sandbox = sandbox_for(task.label, tools, faults=faults, time_scale=time_scale)
+        spoilt = writer if fault is None or fault.kind != "malformed" else _Spoilt(writer, rng)
+        states: list[State] = []
+        agent = Agent(spoilt, joiner, sandbox.tools, settings)
+        try:
+            example = task.example
+            outcome = await agent.run(
+                example.query,
+                Prompt(system=example.system, user=example.user),
+                after_round=lambda _: states.append(sandbox.state()),
+            )
+        finally:
+            sandbox.close()
+        first = outcome.rounds[0].execution.text if fault is None else outcome.rounds[0].plan.text
+        result = TaskResult(
+            task=task,
+            outcome=outcome,
+            fault=fault,
+            reached=tuple(state.reaches(task.target) for state in states),
+            reached_but_wording=states[-1].reaches(task.target, wording=False),
+            plan_right=score_pair(example.output, first, tools).success,
+        )
+        on_done(result)
+        return result
+
+    return list(await asyncio.gather(*map(one, tasks)))
+
+
+class _Spoilt:
+    """Breaks the first plan that a writer writes."""
+
+    def __init__(self, writer: Writer, rng: random.Random) -> None:
+        self.writer = writer
+        self.rng: random.Random | None = rng
+
+    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+        text = "".join([piece async for piece in self.writer.plan(prompt, done)])
+        rng, self.rng = self.rng, None
+        yield text if rng is None else malformed(text, rng)
+
+
+async def tasks_of(
+    examples: Sequence[Example], tools: Mapping[str, Tool] | None = None
+) -> tuple[list[Task], int]:
+    """Run the labels, to know what right plans lead to.
+
+    Args:
+        examples: Plans.
+        tools: Tools by name; None stands for TinyAgent's own.
+
+    Returns:
+        Tasks, and how many labels are no plan and were left out.
+    """
+    tasks, left_out = [], 0
+    for example in examples:
+        try:
+            label = parse_plan(example.output)
+        except PlanError:
+            left_out += 1
+            continue
+        sandbox = sandbox_for(label, tools)
+        execution = await execute(whole_plan(render_plan(label)), sandbox.tools)
+        tasks.append(
+            Task(
+                example=example,
+                label=label,
+                target=sandbox.state(),
+                label_runs=not execution.failed,
+            )
+        )
+        sandbox.close()
+    return tasks, left_out
+
+
+def joiner_of_run(
+    run: Run | None, wanted: JoinerName, test: Path | None
+) -> tuple[Literal["model", "rule"], JoinerText]:
+    """Choose who judges, and find the text of the joiner's prompt in the run's data.
+
+    Args:
+        run: The run; None for a model outside any.
+        wanted: As in `AgentEvalOptions`.
+        test: A file in the published schema; None takes the run's test file.
+
+    Raises:
+        DataError: The file is faulty.
+    """
+    if wanted == "rule" or (wanted == "auto" and not (run and _trained_on_joins(run))):
+        return "rule", OWN_JOINER_TEXT
+    path = test or (run.test_file() if run else None)
+    if path is None or not path.exists():
+        return "model", OWN_JOINER_TEXT
+    joins = load_examples(path, on_bad_entry="skip", points="join")
+    return "model", joiner_text_of(joins[0]) if len(joins) else OWN_JOINER_TEXT
+
+
+def _trained_on_joins(run: Run) -> bool:
+    return run.config().data.points in ("join", "all")
+
+
+def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
+    """Measure task success of a run, with and without faults, and write figures and traces.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ConfigError: There is no such run or model, or an option is out of range.
+        DataError: The test file is faulty, or none of its labels is a plan.
+    """
+    for name, value in (("limit", options.limit), ("batch", options.batch)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
+    if options.max_replans < 0 or options.time_scale < 0:
+        raise ConfigError(
+            f"--max-replans {options.max_replans} --time-scale {options.time_scale}",
+            "neither can be negative",
+            "give 0 or more",
+        )
+    from tinyagent_fast.evaluation.evaluate import (
+        EvalChanges,
+        EvalOptions,
+        eval_config,
+        test_queries,
+    )
+    from tinyagent_fast.inference.planner import load
+
+    run = find_run(options.run, options.runs)
+    asked = EvalOptions(
+        run=str(run.path),
+        test=options.test,
+        prompts=options.prompts,
+        eval=EvalChanges(limit=options.limit),
+    )
+    config = eval_config(run, asked)
+    examples, _ = test_queries(run, config, display)
+    joiner_name, text = joiner_of_run(run, options.joiner, config.data.test)
+    from tinyagent_fast.data.generation.catalogue import plan_tools
+
+    # A catalogue's tools say what they return, which the recorder uses.
+    tools = plan_tools(config.data.catalogue)
+    tasks, left_out = asyncio.run(tasks_of(examples, tools))
+    if left_out:
+        display.say(f"{left_out} labels are no plans, and are left out")
+    if not tasks:
+        raise DataError("the test file", "none of its labels is a plan", "name another --test FILE")
+    failing = sum(not task.label_runs for task in tasks)
+    if failing:
+        display.say(f"{failing} of {len(tasks)} labels have calls that fail in the sandbox")
+    display.say(
+        "observations are judged by the model"
+        if joiner_name == "model"
+        else "observations are judged by a rule, as the run was not trained on join points"
+        if options.joiner == "auto"
+        else "observations are judged by a rule"
+    )
+    planner = load(
+        options.model,
+        run=str(run.path),
+        max_new_tokens=options.max_new_tokens,
+        threads=options.threads,
+        batch=options.batch,
+    )
+
+    async def both() -> list[list[TaskResult]]:
+        with display.bar("tasks", "prompts") as update:
+            model = BatchedModel(planner, update)
+            rule = joiner_name == "rule"
+            joiner = RuleJoiner() if rule else ModelJoiner(model.complete, text)
+            return [
+                await run_tasks(
+                    tasks,
+                    model,
+                    joiner,
+                    tools,
+                    max_replans=options.max_replans,
+                    time_scale=options.time_scale,
+                    faults_seed=seed,
+                )
+                for seed in (None, options.seed)
+            ]
+
+    with planner:
+        without, with_faults = asyncio.run(both())
+    metrics = AgentMetrics(
+        plain=without,
+        faulty=with_faults,
+        joiner=joiner_name,
+        max_replans=options.max_replans,
+        time_scale=options.time_scale,
+    )
+    _write(metrics, options.out or run.path / "agent", run, display)
+    return metrics
+
+
+def _write(metrics: AgentMetrics, folder: Path, run: Run, display: Display) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(result.to_json(), ensure_ascii=False)
+        for result in (*metrics.plain, *metrics.faulty)
+    ]
+    write_text(folder / "outcomes.jsonl", "\n".join(lines) + "\n")
+    write_json(folder / "metrics.json", metrics.to_json())
+    tables = [table.to_markdown() for table in metrics.tables()]
+    report = "\n".join([f"# Tasks of {plain(run.path.name)}\n", *tables])
+    write_text(folder / "report.md", report)
+    display.say(report)
+    task = _of(metrics.to_json()["task_success"])
+    display.say(f"task success {percent(task)}, n = {task.total}")
+    display.say(f"written: {folder}/metrics.json, report.md, outcomes.jsonl")

@@ -1,0 +1,180 @@
+"""Plans and verdicts of a planner's model, for one agent as it writes or for many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tinyagent_fast.agent.loop import Execution, Verdict, Written, scratchpad
+from tinyagent_fast.data.generation.prompts import joiner_prompt
+from tinyagent_fast.inference.engine import Completion, Prompt
+from tinyagent_fast.inference.planner import Planner, PlanStream
+from tinyagent_fast.plans.grammar import END_OF_PLAN, END_OF_RESPONSE, parse_joiner
+from tinyagent_fast.prompts.builder import BuiltPrompt
+
+if TYPE_CHECKING:
+    from tinyagent_fast.data.schema import Example
+
+Complete = Callable[[Prompt, str], Awaitable[Completion]]
+"""Completes a prompt up to a stop string."""
+
+
+def cost_of(done: Completion) -> Written:
+    """Take what a completion cost out of it."""
+    return Written(
+        text=done.text,
+        new_tokens=done.new_tokens,
+        prompt_tokens=done.prompt_tokens,
+        seconds=done.seconds,
+    )
+
+
+class StreamingModel:
+    """A planner that writes for one agent; its plans can be run while they are written."""
+
+    def __init__(self, planner: Planner) -> None:
+        """Take a planner; it stays the caller's to close."""
+        self.planner = planner
+
+    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+        """Write a plan piece by piece; leaving early breaks the model off."""
+        stream = PlanStream(self.planner, prompt.user, BuiltPrompt(prompt, "an agent"))
+        loop, left = asyncio.get_running_loop(), threading.Event()
+        arrived: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def write() -> None:
+            """Take the whole stream in one thread, as a generator is used by one at a time."""
+            try:
+                with closing(iter(stream)) as pieces:
+                    for piece in pieces:
+                        loop.call_soon_threadsafe(arrived.put_nowait, piece)
+                        if left.is_set():
+                            return
+            finally:
+                loop.call_soon_threadsafe(arrived.put_nowait, None)
+
+        writing = asyncio.ensure_future(asyncio.to_thread(write))
+        try:
+            while (piece := await arrived.get()) is not None:
+                yield piece
+        finally:
+            left.set()
+            await asyncio.wait({writing})
+        writing.result()
+        if stream.result is not None:
+            done(cost_of(stream.result.completion))
+
+    async def complete(self, prompt: Prompt, stop: str) -> Completion:
+        """Complete a prompt, such as a joiner's."""
+        (done,) = await asyncio.to_thread(self.planner.complete, [prompt], stop)
+        return done
+
+
+class BatchedModel:
+    """A planner that writes for many agents: what they ask while it is busy is its next batch.
+
+    A prompt that comes again is answered from memory, as greedy decoding would answer it the same.
+    """
+
+    def __init__(
+        self, planner: Planner, on_progress: Callable[[int, int], None] = lambda _done, _asked: None
+    ) -> None:
+        """Take a planner; it stays the caller's to close.
+
+        Args:
+            planner: Its `batch` is the size of batches.
+            on_progress: Told how many prompts are answered and how many were asked.
+        """
+        self.planner = planner
+        self.on_progress = on_progress
+        self._asked: dict[tuple[Prompt, str], asyncio.Future[Completion]] = {}
+        self._waiting: list[tuple[Prompt, str]] = []
+        self._working: asyncio.Task[None] | None = None
+
+    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+        """Write a plan, and give it in one piece."""
+        completion = await self.complete(prompt, END_OF_PLAN)
+        done(cost_of(completion))
+        yield completion.text
+
+    async def complete(self, prompt: Prompt, stop: str) -> Completion:
+        """Complete a prompt in the next batch."""
+        key = (prompt, stop)
+        if key not in self._asked:
+            self._asked[key] = asyncio.get_running_loop().create_future()
+            self._waiting.append(key)
+            if self._working is None:
+                self._working = asyncio.create_task(self._work())
+        return await asyncio.shield(self._asked[key])
+
+    async def _work(self) -> None:
+        batch: list[tuple[Prompt, str]] = []
+        try:
+            while self._waiting:
+                stop = self._waiting[0][1]
+                batch = [key for key in self._waiting if key[1] == stop][: self.planner.batch]
+                prompts = [prompt for prompt, _ in batch]
+                done = await asyncio.to_thread(self.planner.complete, prompts, stop)
+                for key, completion in zip(batch, done, strict=True):
+                    self._waiting.remove(key)
+                    self._asked[key].set_result(completion)
+                self.on_progress(len(self._asked) - len(self._waiting), len(self._asked))
+        except BaseException as error:
+            for key in self._waiting:
+                self._asked[key].set_exception(error)
+            self._waiting.clear()
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._working = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinerText:
+    """What stands around request and observations in a joiner's prompt."""
+
+    system: str | None
+    before: str
+
+    def prompt(self, request: str, executions: Sequence[Execution]) -> Prompt:
+        """Make the prompt that asks for a verdict."""
+        seen = scratchpad(executions)
+        return Prompt(system=self.system, user=f"{self.before}Question: {request}\n\n{seen}\n")
+
+
+OWN_JOINER_TEXT = JoinerText(system=None, before=joiner_prompt("", "").partition("Question:")[0])
+"""That of generated data."""
+
+
+def joiner_text_of(example: Example) -> JoinerText:
+    """Take the text out of a join point of any data: all that stands before its question."""
+    before, found, _ = example.user.rpartition(f"Question: {example.query}\n")
+    return JoinerText(system=example.system, before=before) if found else OWN_JOINER_TEXT
+
+
+class ModelJoiner:
+    """Asks the model for a verdict on the observations."""
+
+    name = "model"
+
+    def __init__(self, complete: Complete, text: JoinerText = OWN_JOINER_TEXT) -> None:
+        """Take what completes prompts, and the prompt's text.
+
+        Args:
+            complete: That of one of the models here.
+            text: As in the data that the model was trained on.
+        """
+        self.complete = complete
+        self.text = text
+
+    async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
+        """Ask; an answer without an action is a Finish, as it is for the app."""
+        done = await self.complete(self.text.prompt(request, executions), END_OF_RESPONSE)
+        answer = parse_joiner(done.text)
+        if answer.action is None:
+            answer = replace(answer, action="Finish")
+        return Verdict(answer=answer, cost=cost_of(done))
