@@ -46,6 +46,9 @@ class DataConfig:
     """Test file in the published schema; None takes the generated one."""
     points: Literal["plan", "join", "all"] = "plan"
     """Which points of an entry become training rows; evaluation always takes the plans."""
+    joins_per_plan: float | None = None
+    """Join points for each plan among the training rows, chosen with the seed; replans are all
+    kept. None keeps every join."""
     on_bad_entry: Literal["error", "skip"] = "error"
     """What to do with entries that break the schema; skipped ones are counted and listed."""
     over_long: Literal["error", "drop"] = "error"
@@ -208,6 +211,7 @@ _MAY_BE_ZERO = frozenset(
 """Counts that may be 0; every other one must be at least 1."""
 _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "data.retrieval-recall": ("in (0, 1)", lambda value: 0 < value < 1),
+    "data.joins-per-plan": ("0 or more", lambda value: value >= 0),
     "train.learning-rate": ("in (0, 1)", lambda value: 0 < value < 1),
     "train.warmup": ("a share in [0, 1)", lambda value: 0 <= value < 1),
     "train.epochs": ("more than 0", lambda value: value > 0),
@@ -283,6 +287,8 @@ def check_config(config: Config) -> None:
         )
     if config.data.prompts != "as-is" and config.data.points == "join":
         problems.append("data.prompts retrieved needs data.points plan or all")
+    if config.data.joins_per_plan is not None and config.data.points != "all":
+        problems.append("data.joins-per-plan needs data.points all")
     if train.qat != "off":
         if config.model.weights == "nf4":
             problems.append("train.qat needs model.weights in 16 or 32 bits, not nf4")

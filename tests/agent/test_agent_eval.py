@@ -378,6 +378,12 @@ def test_agent_eval_writes_figures_report_and_traces(
     assert {"key", "fault", "done", "rounds", "cost"} <= json.loads(lines[0]).keys()
     report = (run.path / "agent" / "report.md").read_text()
     assert "| task success" in report and "With one fault" in report
+    joins = written["joins"]
+    assert joins["action_accuracy"]["total"] == len(
+        load_examples(test, on_bad_entry="error", points="join")
+    )
+    assert joins["action_accuracy"]["share"] > 0.8
+    assert set(joins["confusion"]) <= {"Finish", "Replan"}
 
 
 def _verdict(user: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def queries(examples: Any) -> set[str]:
     return {normalise_query(example.query) for example in examples}
 
 
+def kept(examples: RunExamples) -> set[str]:
+    return {example.key for example in examples.train}
+
+
 def leaked(examples: Any, files: tuple[Path, Path]) -> int:
     test = json.loads(files[1].read_text("utf-8"))
     held_out = {normalise_query(entry["input"]) for entry in test.values()}
@@ -88,7 +93,12 @@ def test_leaks_can_stop_the_run(files: tuple[Path, Path]) -> None:
 
 def test_every_point_of_a_leaking_entry_is_left_out(files: tuple[Path, Path]) -> None:
     plans, everything = load(files, "drop"), load(files, "drop", points="all")
-    assert everything.left_out_as_leaks == 2 * plans.left_out_as_leaks
+    assert leaked(everything.train, files) == 0
+    points = [
+        e.kind for e in load(files, "keep", points="all").train if e.key not in kept(everything)
+    ]
+    assert everything.left_out_as_leaks == len(points)
+    assert points.count("plan") == plans.left_out_as_leaks
 
 
 def test_a_training_file_of_test_queries_only_is_refused(files: tuple[Path, Path]) -> None:
@@ -114,3 +124,17 @@ def test_generated_data_has_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     examples = load_run_examples(replace(config, data=data))
     assert (len(examples.train), examples.left_out_as_leaks) == (140, 0)
     assert all(pair.normalised == 0 for pair in examples.leaks.between)
+
+
+@pytest.mark.parametrize(("ratio", "wanted"), [(None, 1.0), (0.0, 0.0), (0.3, 0.3), (9.0, 1.0)])
+def test_joins_are_mixed_in_as_asked_and_replans_are_all_kept(
+    ratio: float | None, wanted: float, files: tuple[Path, Path]
+) -> None:
+    def kinds(**data: Any) -> Counter[str]:
+        return Counter(e.kind for e in load(files, "drop", points="all", **data).train)
+
+    every, mixed = kinds(), kinds(joins_per_plan=ratio)
+    assert every["replan"] > 0 and every["join"] == every["plan"] + every["replan"]
+    assert (mixed["plan"], mixed["replan"]) == (every["plan"], every["replan"])
+    least = every["join"] if wanted == 1.0 else round(wanted * every["plan"])
+    assert mixed["join"] == least

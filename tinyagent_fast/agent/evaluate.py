@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,11 +45,12 @@ from tinyagent_fast.data.cache import load_examples
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.evaluation.joins import JoinMetrics, score_joins
 from tinyagent_fast.evaluation.report import Cell, FactTable, percent, plain
 from tinyagent_fast.evaluation.scoring import score_pair
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
 from tinyagent_fast.inference.engine import Prompt
-from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan, render_plan
+from tinyagent_fast.plans.grammar import END_OF_RESPONSE, Plan, PlanError, parse_plan, render_plan
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run, write_json, write_text
 
@@ -156,6 +157,8 @@ class AgentMetrics:
     faulty: Sequence[TaskResult]
     joiner: str
     """`model` or `rule`."""
+    joins: JoinMetrics | None = None
+    """The model's verdicts on the test file's own join points, where it judges."""
     max_replans: int
     time_scale: float
 
@@ -170,6 +173,7 @@ class AgentMetrics:
         return {
             "n": len(self.plain),
             "joiner": self.joiner,
+            "joins": self.joins.to_json() if self.joins else None,
             "plan_success": _share(r.plan_right for r in self.plain),
             "task_success": _share(r.done for r in self.plain),
             "task_success_but_wording": _share(r.reached_but_wording for r in self.plain),
@@ -193,48 +197,55 @@ class AgentMetrics:
             "cost_with_faults": _mean_cost(self.faulty, self.time_scale),
         }
 
-    def tables(self) -> tuple[FactTable, ...]:
-        """Lay the figures out."""
-        figures = self.to_json()
-        faults = figures["with_faults"]
-        rows: list[tuple[Cell, ...]] = [
-            (
-                "plan success (the published metric; arguments do not count)",
-                _of(figures["plan_success"]),
-            ),
-            ("task success (the sandbox is as the label leaves it)", _of(figures["task_success"])),
-            ("the same, wording of free texts left out", _of(figures["task_success_but_wording"])),
-        ]
-        for k, share in figures["task_success_by_replans"].items():
-            rows.append((f"task success with at most {k} replans", _of(share)))
-        joiner = "the model" if self.joiner == "model" else "a rule, not the model"
-        fault_rows = [("all", faults["without_replan"], faults["with_replan"])]
-        for kind, both in faults["by_kind"].items():
-            fault_rows.append((kind, both["without_replan"], both["with_replan"]))
-        costs = [
-            (name.replace("_", " "), f"{figures['cost'][name]:.2f}", f"{value:.2f}")
-            for name, value in figures["cost_with_faults"].items()
-        ]
-        return (
-            FactTable(
-                title="Tasks",
-                note=f"Observations were judged by {joiner}.",
-                head=("figure", "value"),
-                rows=tuple(rows),
-            ),
-            FactTable(
-                title="With one fault a query that another plan can mend",
-                note=f"Exact McNemar test of the first row: p = {faults['mcnemar_p']:.3g}.",
-                head=("fault", "queries", "without replan", "with replan"),
-                rows=tuple((k, a["n"], _of(a), _of(b)) for k, a, b in fault_rows),
-            ),
-            FactTable(
-                title="Cost of a query",
-                note="Means; seconds of calls are those of a desktop, as the sandbox plays them.",
-                head=("what", "without faults", "with faults"),
-                rows=tuple(costs),
+
+def agent_tables(figures: Mapping[str, Any]) -> Iterator[FactTable]:
+    """Lay the figures of a metrics.json out."""
+    faults, joins = figures["with_faults"], figures["joins"]
+    rows: list[tuple[Cell, ...]] = [
+        (f"{name}: {meaning}", _of(figures[name.replace(" ", "_")]))
+        for name, meaning in _MEANINGS.items()
+    ]
+    for k, share in figures["task_success_by_replans"].items():
+        rows.append((f"task success with at most {k} replans", _of(share)))
+    if joins is not None:
+        for name in ("action_accuracy", "message_match"):
+            share = Proportion(joins[name]["count"], joins[name]["total"])
+            rows.append((f"joins: {name.replace('_', ' ')}", share))
+    joiner = "the model" if figures["joiner"] == "model" else "a rule, not the model"
+    yield FactTable(
+        title="Tasks",
+        note=f"Observations were judged by {joiner}.",
+        head=("figure", "value"),
+        rows=tuple(rows),
+    )
+    fault_rows = [("all", faults["without_replan"], faults["with_replan"])]
+    for kind, both in faults["by_kind"].items():
+        fault_rows.append((kind, both["without_replan"], both["with_replan"]))
+    yield FactTable(
+        title="With one fault a query that another plan can mend",
+        note=f"Exact McNemar test of the first row: p = {faults['mcnemar_p']:.3g}.",
+        head=("fault", "queries", "without replan", "with replan"),
+        rows=tuple((k, a["n"], _of(a), _of(b)) for k, a, b in fault_rows),
+    )
+    if joins is not None:
+        said = sorted({name for row in joins["confusion"].values() for name in row})
+        yield FactTable(
+            title="Verdicts on the test file's join points",
+            head=("label", *(f"model: {name}" for name in said)),
+            rows=tuple(
+                (label, *(row.get(name, 0) for name in said))
+                for label, row in joins["confusion"].items()
             ),
         )
+    yield FactTable(
+        title="Cost of a query",
+        note="Means; seconds of calls are those of a desktop, as the sandbox plays them.",
+        head=("what", "without faults", "with faults"),
+        rows=tuple(
+            (name.replace("_", " "), f"{figures['cost'][name]:.2f}", f"{value:.2f}")
+            for name, value in figures["cost_with_faults"].items()
+        ),
+    )
 
 
 def _share(values: Any) -> dict[str, Any]:
@@ -384,11 +395,16 @@ def joiner_of_run(
     """
     if wanted == "rule" or (wanted == "auto" and not (run and _trained_on_joins(run))):
         return "rule", OWN_JOINER_TEXT
+    joins = _joins(run, test)
+    return "model", joiner_text_of(joins[0]) if len(joins) else OWN_JOINER_TEXT
+
+
+def _joins(run: Run | None, test: Path | None) -> Sequence[Example]:
+    """Read the join points of a test file; none where it is not here."""
     path = test or (run.test_file() if run else None)
     if path is None or not path.exists():
-        return "model", OWN_JOINER_TEXT
-    joins = load_examples(path, on_bad_entry="skip", points="join")
-    return "model", joiner_text_of(joins[0]) if len(joins) else OWN_JOINER_TEXT
+        return ()
+    return load_examples(path, on_bad_entry="skip", points="join")
 
 
 def _trained_on_joins(run: Run) -> bool:
@@ -459,12 +475,21 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
         batch=options.batch,
     )
 
-    async def both() -> list[list[TaskResult]]:
+    joins: Sequence[Example] = ()
+    if joiner_name == "model":
+        of_tasks = {task.example.entry_key for task in tasks}
+        joins = [join for join in _joins(run, config.data.test) if join.entry_key in of_tasks]
+
+    async def judged(model: BatchedModel, join: Example) -> tuple[str, str]:
+        prompt = Prompt(system=join.system, user=join.user)
+        return join.output, (await model.complete(prompt, END_OF_RESPONSE)).text
+
+    async def measure() -> tuple[list[list[TaskResult]], JoinMetrics | None]:
         with display.bar("tasks", "prompts") as update:
             model = BatchedModel(planner, update)
             rule = joiner_name == "rule"
             joiner = RuleJoiner() if rule else ModelJoiner(model.complete, text)
-            return [
+            results = [
                 await run_tasks(
                     tasks,
                     model,
@@ -476,13 +501,16 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
                 )
                 for seed in (None, options.seed)
             ]
+            said = await asyncio.gather(*(judged(model, join) for join in joins))
+            return results, score_joins(said) if said else None
 
     with planner:
-        without, with_faults = asyncio.run(both())
+        (without, with_faults), verdicts = asyncio.run(measure())
     metrics = AgentMetrics(
         plain=without,
         faulty=with_faults,
         joiner=joiner_name,
+        joins=verdicts,
         max_replans=options.max_replans,
         time_scale=options.time_scale,
     )
@@ -498,7 +526,7 @@ def _write(metrics: AgentMetrics, folder: Path, run: Run, display: Display) -> N
     ]
     write_text(folder / "outcomes.jsonl", "\n".join(lines) + "\n")
     write_json(folder / "metrics.json", metrics.to_json())
-    tables = [table.to_markdown() for table in metrics.tables()]
+    tables = [table.to_markdown() for table in agent_tables(metrics.to_json())]
     report = "\n".join([f"# Tasks of {plain(run.path.name)}\n", *tables])
     write_text(folder / "report.md", report)
     display.say(report)

@@ -158,6 +158,9 @@ def load_run_examples(config: Config) -> RunExamples:
     leaked = len(split.train) - len(train_indices)
     if data.limit_entries is not None:
         train_indices = _limit(keys, train_indices, data.limit_entries, data.seed)
+    if data.joins_per_plan is not None:
+        kinds = table.column("kind")
+        train_indices = _mix(kinds, train_indices, data.joins_per_plan, data.seed)
     train = table.select(train_indices)
     plans = _plans(table, split.validation)
     sample = plans
@@ -296,6 +299,15 @@ def _limit(keys: Sequence[str], indices: list[int], entries: int, seed: int) -> 
     different = sorted({keys[index] for index in indices})
     chosen = set(random.Random(seed).sample(different, min(entries, len(different))))
     return [index for index in indices if keys[index] in chosen]
+
+
+def _mix(kinds: Sequence[str], indices: list[int], joins_per_plan: float, seed: int) -> list[int]:
+    """Keep so many joins for each plan, chosen with the seed, and all else, in file order."""
+    joins = [index for index in indices if kinds[index] == "join"]
+    plans = sum(kinds[index] == "plan" for index in indices)
+    wanted = min(len(joins), round(joins_per_plan * plans))
+    left_out = set(joins).difference(random.Random(seed).sample(joins, wanted))
+    return [index for index in indices if index not in left_out]
 
 
 def _plans(table: ExampleTable, indices: list[int]) -> list[int]:
