@@ -46,6 +46,10 @@ COMMANDS = {
         "plan a request, carry it out, judge it: in a sandbox, or with your tools",
     ),
     "agent-eval": ("agent_eval", "task success: a run's plans are carried out in a sandbox"),
+    "tools check": (
+        "tools_check",
+        "check tools of your own: functions, a catalogue, or both",
+    ),
     "serve": ("serve", "the same as a small web page on this machine"),
     "report": ("report", "a run as one HTML page and as Markdown"),
     "compare": ("compare", "two runs on the same queries: difference, interval, what flipped"),
@@ -112,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for number in STOP_SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
             return code
-    if words[0] == "data" and words[1:2] in (["-h"], ["--help"]):
+    if words[0] in ("data", "tools") and words[1:2] in (["-h"], ["--help"]):
         print(_help())
         return 0
     print(_unknown(words), file=sys.stderr)
@@ -202,10 +206,10 @@ def _help() -> str:
 def _unknown(words: list[str]) -> str:
     import difflib
 
-    asked = " ".join(words[:2]) if words[0] == "data" else words[0]
+    asked = " ".join(words[:2]) if words[0] in ("data", "tools") else words[0]
     near = difflib.get_close_matches(asked, COMMANDS, n=1)
-    if words == ["data"]:
-        near = [name for name in COMMANDS if name.startswith("data ")]
+    if words in (["data"], ["tools"]):
+        near = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     hint = f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
     return f"error: unknown command {asked!r}{hint}\n\n{_help()}"
 

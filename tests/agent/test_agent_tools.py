@@ -71,7 +71,8 @@ def test_a_module_gives_a_tool_for_each_public_function(home: dict[str, Runnable
         "Percent is 100 unless I ask for less.",
         "scene is one of film, dinner.",
     )
-    assert scene.defaults == (("percent", 100),)
+    assert scene.defaults == {"percent": 100}
+    assert scene.choices == {"scene": ["film", "dinner"]}
     assert find("hall") == "lamp-hall"  # the module's own code can call it
 
 

@@ -377,10 +377,12 @@ class Desktop:
         return found
 
     def _addresses(self, values: Sequence[str], column: str) -> list[str]:
-        """Look names up where addresses or numbers were asked for."""
-        marks = "@" if column == "email" else "0123456789"
+        """Look names up where addresses or numbers were asked for; either of these will do."""
         given = [value for value in values if value.strip()]
-        return [v if any(c in marks for c in v) else str(self._contact(v)[column]) for v in given]
+        return [
+            v if any(c in "@0123456789" for c in v) else str(self._contact(v)[column])
+            for v in given
+        ]
 
     def _paths(self, values: Sequence[str]) -> list[str]:
         for value in values:

@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.plans.tools import Parameter, Tool
 
 _TYPES: Mapping[object, str] = {str: "str", int: "int", bool: "bool"}
+_START_S = 120.0
+"""How long an MCP server may take to start; on a busy machine imports alone take half a minute."""
 _JSON_TYPES = {"string": "str", "integer": "int", "boolean": "bool"}
 
 
@@ -46,8 +48,10 @@ class RunnableTool:
     """It changes something, and does not only give an answer; a user is asked before."""
     timeout_s: float | None = None
     """Longest time for one call; None takes the agent's."""
-    defaults: tuple[tuple[str, object], ...] = ()
+    defaults: Mapping[str, object] = field(default_factory=dict)
     """Default values by parameter, for a catalogue made of the tool."""
+    choices: Mapping[str, list[str]] = field(default_factory=dict)
+    """Texts that a parameter may be, where they are limited."""
 
     @property
     def name(self) -> str:
@@ -133,7 +137,9 @@ def tool_of_function(function: Callable[..., Any]) -> RunnableTool:
         DataError: A parameter has no type, or one that no plan can write.
     """
     hints = typing.get_type_hints(function)
-    parameters, lines, defaults = [], [*_description(function)], []
+    parameters, lines = [], [*_description(function)]
+    defaults: dict[str, object] = {}
+    limited: dict[str, list[str]] = {}
     for name, given in inspect.signature(function).parameters.items():
         if given.kind not in (given.POSITIONAL_ONLY, given.POSITIONAL_OR_KEYWORD):
             raise DataError(
@@ -144,11 +150,12 @@ def tool_of_function(function: Callable[..., Any]) -> RunnableTool:
         parameter, choices = _parameter(function.__name__, name, hints.get(name))
         parameters.append(parameter)
         if choices:
+            limited[name] = list(choices)
             lines.append(f"{name} is one of {', '.join(choices)}.")
         if given.default is not given.empty:
-            defaults.append((name, given.default))
+            defaults[name] = given.default
     made = Tool(function.__name__, tuple(parameters), description=tuple(lines))
-    return RunnableTool(tool=made, run=function, defaults=tuple(defaults))
+    return RunnableTool(tool=made, run=function, defaults=defaults, choices=limited)
 
 
 def _description(function: Callable[..., Any]) -> Iterable[str]:
@@ -255,7 +262,7 @@ async def mcp_tools(command: str | Sequence[str]) -> AsyncIterator[dict[str, Run
 
     keeper = asyncio.create_task(keep())
     try:
-        await asyncio.wait({keeper, ready}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({keeper, ready}, timeout=_START_S, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             raise ConfigError(
                 f"MCP server {shlex.join(words)}",
@@ -274,7 +281,7 @@ async def mcp_tools(command: str | Sequence[str]) -> AsyncIterator[dict[str, Run
 
 def _reason(ended: asyncio.Task[None]) -> str:
     if not ended.done():
-        return "no answer within 30 s"
+        return f"no answer within {_START_S:g} s"
     error = ended.exception()
     while error is not None and getattr(error, "exceptions", None):
         error = error.exceptions[0]  # type: ignore[attr-defined]

@@ -1,0 +1,76 @@
+"""The document on own tools, followed step by step up to the training data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tinyagent_fast.agent.tools import tools_of_module
+from tinyagent_fast.cli import main
+from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.plans.grammar import parse_plan
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "own_tools.md"
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with home.py and home.yaml of the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for kind, name in (("python", "home.py"), ("yaml", "home.yaml")):
+        (block,) = re.findall(rf"```{kind}\n(.*?)```", text, flags=re.S)
+        Path(name).write_text(block, encoding="utf-8")
+    return tmp_path
+
+
+def test_functions_and_catalogue_agree(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tools", "check", "home.py", "--catalogue", "home.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "find_lamp(room: str) -> str, only looks up" in said
+    assert "5 tools, the same in home.yaml" in said
+    assert main(["tools", "check", "home.yaml"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("degrees: int", "degrees: str", "set_heating"),
+        ("def announce", "def announce_it", "announce_it: not in the catalogue"),
+    ],
+)
+def test_what_differs_is_told(
+    old: str, new: str, told: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("home.py").write_text(Path("home.py").read_text().replace(old, new))
+    assert main(["tools", "check", "home.py", "--catalogue", "home.yaml"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_draft_is_a_catalogue_that_data_can_be_generated_from(files: Path) -> None:
+    assert main(["tools", "check", "home.py", "--draft", "draft.yaml"]) == 0
+    draft, tools = load_catalogue(Path("draft.yaml")), tools_of_module(Path("home.py"))
+    assert [tool.name for tool in draft.tools] == list(tools)
+    assert draft.words["volume"] == ("quiet", "loud")
+    assert main(["tools", "check", "home.py", "--catalogue", "draft.yaml"]) == 0
+    assert main(["tools", "check", "home.py", "--draft", "draft.yaml"]) == 2  # it is there now
+
+
+def test_the_catalogue_gives_requests_that_use_all_tools(files: Path) -> None:
+    words = ["--catalogue", "home.yaml", "--out", "data/lamps"]
+    assert main(["data", "generate", *words, "--train-entries", "60", "--test-entries", "5"]) == 0
+    entries = json.loads(Path("data/lamps/training_data.json").read_text())
+    plans = [parse_plan(entry["output"][0]["raw_output"]) for entry in entries.values()]
+    assert {step.tool for plan in plans for step in plan.steps} == {
+        *tools_of_module(Path("home.py")),
+        "join",
+    }
+
+
+def test_one_source_is_checked(files: Path) -> None:
+    assert main(["tools", "check"]) == 2
+    assert main(["tools", "check", "home.py", "--mcp", "x"]) == 2
+    assert main(["tools", "check", "absent.py"]) == 2
