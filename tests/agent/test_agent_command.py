@@ -66,6 +66,16 @@ def test_a_request_is_carried_out_in_the_sandbox(
     assert [call["status"] for call in trace["rounds"][0]["calls"]] == ["done", "done"]
 
 
+def test_the_report_shows_what_was_carried_out(says: Callable[[str], ScriptedWriter]) -> None:
+    says(PLAN)
+    assert main(["agent", "text Anna"]) == 0
+    assert main(["report", "r"]) == 0
+    for name in ("report.html", "report.md"):
+        text = Path("runs/r", name).read_text()
+        assert "Requests carried out" in text and "The message was sent." in text
+    assert "\x1b" not in text
+
+
 def test_json_is_the_trace_and_nothing_else(
     says: Callable[[str], ScriptedWriter], capsys: pytest.CaptureFixture[str]
 ) -> None:

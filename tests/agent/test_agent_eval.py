@@ -35,6 +35,7 @@ from tinyagent_fast.agent.models import (
     joiner_text_of,
 )
 from tinyagent_fast.agent.sandbox import RECOVERABLE, choose_fault, malformed, sandbox_for
+from tinyagent_fast.cli import main
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
 from tinyagent_fast.data.generation.outcomes import replan
@@ -392,6 +393,9 @@ def test_agent_eval_writes_figures_report_and_traces(
     )
     assert joins["action_accuracy"]["count"] == right > 0
     assert set(joins["confusion"]) <= {"Finish", "Replan"}
+    assert main(["report", "r"]) == 0
+    page = (run.path / "report.html").read_text()
+    assert "With one fault" in page and "join points" in page
 
 
 def _verdict(user: str) -> str:

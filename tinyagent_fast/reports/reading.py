@@ -80,6 +80,10 @@ class RunContents:
     validations: tuple[ValidationRecord, ...]
     evaluations: Mapping[str, Evaluation]
     export: Export | None
+    agent: Mapping[str, object]
+    """Figures of agent-eval; empty where it was not run."""
+    traces: tuple[Mapping[str, object], ...]
+    """Requests that the command `agent` has carried out, the latest last."""
     environment: Mapping[str, object]
     data: Mapping[str, object]
     timings_s: Mapping[str, float]
@@ -124,6 +128,8 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
         validations=validations,
         evaluations=evaluations,
         export=_read_export(run.path, notes),
+        agent=_read_optional(run.path / "agent" / "metrics.json", notes),
+        traces=_read_traces(run.path / "agent" / "traces.jsonl"),
         environment=_read_object(run.path / "environment.json", notes),
         data=data,
         timings_s={k: v for k in timings if (v := number(timings, k)) is not None},
@@ -165,6 +171,16 @@ def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
         notes.append(f"{path.name} is left out: it is no JSON object")
         return {}
     return value
+
+
+def _read_optional(path: Path, notes: list[str]) -> Mapping[str, object]:
+    return _read_object(path, notes) if path.exists() else {}
+
+
+def _read_traces(path: Path) -> tuple[Mapping[str, object], ...]:
+    if not path.exists():
+        return ()
+    return tuple(trace for trace in _json_lines(path) if isinstance(trace.get("rounds"), list))
 
 
 def read_history(

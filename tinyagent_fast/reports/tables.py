@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any
 
+from tinyagent_fast.agent.evaluate import agent_tables
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import Cell, FactTable, percent, success_by_calls
@@ -36,6 +38,8 @@ PUBLISHED_RESULTS = (
 )
 """Model, plan success on the published test file, and who published it; lowest first."""
 _TOOL_ROWS = 40
+_TRACES = 20
+"""Requests carried out that a report shows, the latest ones."""
 
 
 def result_tables(contents: RunContents) -> Iterator[FactTable]:
@@ -184,7 +188,11 @@ def training_gain(contents: RunContents) -> str:
 
 
 def other_tables(contents: RunContents) -> Iterator[FactTable]:
-    """Write what stands after the failing cases: files, evaluations, circumstances."""
+    """Write what stands after the failing cases: tasks, files, evaluations, circumstances."""
+    if contents.agent:
+        yield from agent_tables(contents.agent)
+    if contents.traces:
+        yield _trace_table(contents.traces[-_TRACES:])
     if contents.export is not None:
         yield _export_table(contents, contents.export)
         if contents.export.gates:
@@ -218,6 +226,24 @@ def other_tables(contents: RunContents) -> Iterator[FactTable]:
             head=("work", "time"),
             rows=tuple((name, duration(s)) for name, s in contents.timings_s.items()),
         )
+
+
+def _trace_table(traces: Sequence[Mapping[str, Any]]) -> FactTable:
+    """List requests that were carried out, each with its calls and what these gave."""
+    rows = []
+    for trace in traces:
+        told = [
+            f"{call['tool']}({', '.join(map(repr, call['arguments']))}): {call['observation']}"
+            for plan in trace["rounds"]
+            for call in plan["calls"]
+        ]
+        outcome = "not done" if trace["failed"] else "done"
+        rows.append((trace["request"], "; ".join(told), f"{outcome}: {trace['message']}"))
+    return FactTable(
+        title="Requests carried out",
+        head=("request", "calls and observations", "answer"),
+        rows=tuple(rows),
+    )
 
 
 def _export_table(contents: RunContents, export: Export) -> FactTable:
