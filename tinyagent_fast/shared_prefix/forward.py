@@ -353,7 +353,7 @@ def shared_prefix_loss(
     )
     if len(packed.target_positions) != len(hidden):
         hidden = hidden.index_select(0, packed.target_positions)
-    total = _summed_losses(forward.lm_head, hidden, packed.target_ids)
+    total = summed_losses(forward.lm_head, hidden, packed.target_ids)
     return total / (packed.supervised_tokens if num_items is None else num_items)
 
 
@@ -383,9 +383,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos.unsqueeze(1)) + (rotated * sin.unsqueeze(1))
 
 
-def _summed_losses(lm_head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross-entropies; of many positions the logits are not kept but computed again."""
-    size = _HEAD_CHUNK_TOKENS
+def summed_losses(
+    lm_head: Any, hidden: Tensor, targets: Tensor, size: int = _HEAD_CHUNK_TOKENS
+) -> Tensor:
+    """Sum the cross-entropies; of more positions than `size` logits are computed again."""
     if len(targets) <= size:
         return _losses(lm_head, targets, hidden)
     chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)

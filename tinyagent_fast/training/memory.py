@@ -47,7 +47,7 @@ _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # loss, and `_CE_BYTES_PER_LOGIT` in unsloth_zoo/fused_losses/cross_entropy_loss.py.
 _BYTES_PER_LOGIT = 16
 # Rows of logits at a time. Source: `_CHUNKED_LM_HEAD_CHUNK_SIZE` in trl/trainer/sft_trainer.py.
-_CHUNK_TOKENS = 256
+CHUNK_TOKENS = 256
 # Unsloth's loss takes half of the free memory, but no more than this. Source: `_CE_TARGET_GB_CAP`.
 _FUSED_LOSS_GIB = 4.0
 _WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS. Source: torch's notes on CUBLAS_WORKSPACE_CONFIG
@@ -62,6 +62,8 @@ class RowLengths:
     longest_tokens: int
     supervised_tokens: float
     """Mean tokens with loss of a row."""
+    shared_tokens: float = 0.0
+    """Tokens that stand once in a micro-batch instead of once a row, where prefixes are shared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,17 @@ class MemoryEstimator:
         return ("false", "true", "unsloth") if self.backend == "unsloth" else ("false", "true")
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether what rows share is computed once, if the model's layers allow it."""
+        train = self.config.train
+        return train.shared_prefix != "off" and train.batching != "packed"
+
+    @property
+    def _joins_projections(self) -> bool:
+        """Whether `shared_prefix.projections` computes the linear layers, not the modules."""
+        return self.config.model.weights != "nf4" and not self.config.lora.dropout
+
+    @property
     def row_tokens(self) -> int:
         """Tokens of the longest row of a micro-batch, packed rows being filled up."""
         packed = self.config.train.batching == "packed"
@@ -156,6 +169,8 @@ class MemoryEstimator:
             if unsloth
             else _plain_token(shape, self.config.lora, held, wide, masked)
         )
+        if not unsloth and computed_tokens is not None and self._joins_projections:
+            token = _shared_token(shape, self.config.lora, held, wide)
         kept, backward = token.kept_and_backward(
             shape.layers, checkpointing or model.gradient_checkpointing
         )
@@ -170,7 +185,7 @@ class MemoryEstimator:
             loss_gib = min(loss_gib, max(0.0, free_gib / 2))
         else:
             supervised = round(batch * self.lengths.supervised_tokens)
-            rows = min(_CHUNK_TOKENS, tokens if computed_tokens is None else supervised)
+            rows = min(CHUNK_TOKENS, tokens if computed_tokens is None else supervised)
             copied_head = 2 * shape.hidden if wide == 4 else 0  # autocast's copy of an fp32 head
             loss_gib = shape.vocab * (rows * _BYTES_PER_LOGIT + copied_head) / GIB
         logits_gib = max(0.0, loss_gib - tokens * backward / GIB)
@@ -298,6 +313,19 @@ def _plain_token(
         layer=norms + attention + mlp + adapter,
         layer_input=wide * shape.hidden,
         # Counted: an MLP's gradients, with peft's fp32 copies.
+        backward=(6 if held == 2 else 4) * shape.intermediate + 4 * shape.hidden,
+    )
+
+
+def _shared_token(shape: ModelShape, lora: LoraConfig, held: int, wide: int) -> _TokenBytes:
+    """Count what autograd keeps where projections of one input are computed together."""
+    norms = (2 * 4 + 2 * held) * shape.hidden  # what goes in, in fp32, and what comes out
+    attention = held * (2 * shape.query_width + 2 * shape.kv_width) + 4 * shape.heads
+    mlp = held * 4 * shape.intermediate
+    return _TokenBytes(
+        outside=2 * wide * shape.hidden,
+        layer=norms + attention + mlp + held * lora.rank * len(shape.linears(lora.targets)),
+        layer_input=wide * shape.hidden,
         backward=(6 if held == 2 else 4) * shape.intermediate + 4 * shape.hidden,
     )
 
