@@ -22,7 +22,7 @@ from tinyagent_fast.strict_yaml import load_yaml
 Backend = Literal["auto", "unsloth", "transformers"]
 Weights = Literal["nf4", "bf16", "fp16", "fp32"]
 CpuCompute = Literal["auto", "fp32", "bf16"]
-Checkpointing = Literal["unsloth", "true", "false"]
+Checkpointing = Literal["unsloth", "true", "false", "auto"]
 PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
 Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
@@ -93,7 +93,8 @@ class ModelConfig:
     """What a CPU computes in, where weights are not in 4 bits: `auto` is bf16 if the processor has
     instructions for it, a timing shows that it is faster, and the loss stays the same."""
     gradient_checkpointing: Checkpointing = "false"
-    """Recompute activations to save memory; `unsloth` also moves them to host memory."""
+    """Recompute activations to save memory; `unsloth` also moves them to host memory, `auto`
+    recomputes only in those micro-batches of shared prefixes that would not fit otherwise."""
     prompt_format: PromptFormat = "alpaca"
     """The prompt template; it is stored with the adapter and used wherever that is used."""
     max_length_tokens: int = 4608

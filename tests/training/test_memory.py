@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import subprocess
 import sys
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +45,13 @@ LLAMA_8B = ModelShape(
     vocab=128256,
     tied=False,
 )
-PUBLISHED = RowLengths(rows=39_030, mean_tokens=3490, longest_tokens=4608, supervised_tokens=88)
+PUBLISHED = RowLengths(
+    rows=39_030,
+    mean_tokens=3490,
+    longest_tokens=4608,
+    supervised_tokens=88,
+    shared_tokens=1865,
+)
 CHECKPOINTINGS = ("false", "true", "unsloth")
 FULL_LOGITS = 18
 """Bytes of a logit where all are made at once, in the figures of plain transformers."""
@@ -58,11 +62,15 @@ def predicted(shape: ModelShape = TINYLLAMA, **changes: Any) -> MemoryEstimate:
     row_tokens = changes.pop("row_tokens", 4608)
     checkpointing = changes.pop("checkpointing", "unsloth")
     batch, computed = changes.pop("batch", 1), changes.pop("computed_tokens", None)
+    sharing = "off" if computed is None else "auto"
     others = {key: changes.pop(key) for key in ("usable_gib",) if key in changes}
     backend = changes.pop("backend", "unsloth")
     config = Config(
         model=ModelConfig(weights=changes.pop("weights", "nf4")),
-        train=TrainConfig(optimizer=changes.pop("optimizer", "adamw_8bit")),
+        train=TrainConfig(
+            optimizer=changes.pop("optimizer", "adamw_8bit"),
+            shared_prefix=changes.pop("shared_prefix", sharing),
+        ),
         lora=LoraConfig(**{"rank": 16, **changes}),
     )
     lengths = RowLengths(
@@ -143,9 +151,21 @@ def test_the_work_of_a_token_is_the_published_one(
     lengths = RowLengths(
         rows=1, mean_tokens=row_tokens, longest_tokens=row_tokens, supervised_tokens=88
     )
-    flops = estimator_of(Config(lora=LoraConfig(rank=16)), lengths=lengths).flops_per_epoch(
-        checkpointing
+    config = Config(lora=LoraConfig(rank=16), train=TrainConfig(shared_prefix="off"))
+    flops = estimator_of(config, lengths=lengths).flops_per_epoch(checkpointing)
+    assert flops / row_tokens / 1e9 == pytest.approx(giga_per_token, rel=0.03)
+
+
+@pytest.mark.parametrize(("row_tokens", "giga_per_token"), [(3500, 4.89), (1500, 4.27)])
+def test_without_dead_work_a_token_takes_the_published_work(
+    row_tokens: int, giga_per_token: float
+) -> None:
+    """Nothing is shared here; the head and the last layer are computed only where loss is."""
+    lengths = RowLengths(
+        rows=1, mean_tokens=row_tokens, longest_tokens=row_tokens, supervised_tokens=88
     )
+    config = Config(lora=LoraConfig(rank=16), train=TrainConfig(batch=1))
+    flops = estimator_of(config, lengths=lengths).flops_per_epoch("false")
     assert flops / row_tokens / 1e9 == pytest.approx(giga_per_token, rel=0.03)
 
 
@@ -153,63 +173,62 @@ def test_the_work_of_a_token_is_the_published_one(
 def test_three_epochs_on_an_l4_take_at_least_the_published_hours(
     checkpointing: Any, hours: float
 ) -> None:
-    flops = 3 * estimator_of(Config(lora=LoraConfig(rank=16))).flops_per_epoch(checkpointing)
+    config = Config(lora=LoraConfig(rank=16), train=TrainConfig(shared_prefix="off"))
+    flops = 3 * estimator_of(config).flops_per_epoch(checkpointing)
     assert flops / (57e12 * 3600) == pytest.approx(hours, rel=0.02)
 
 
-COUNTED = ModelShape(
-    hidden=256,
-    intermediate=704,
-    layers=4,
-    heads=4,
-    kv_heads=1,
-    head_dim=64,
-    vocab=640,
-    tied=False,
-)
+COUNTED = replace(TINYLLAMA, layers=6)
 
 
+@pytest.mark.parametrize("shared_prefix", ["off", "auto"])
 @pytest.mark.parametrize(
-    ("weights", "targets", "checkpointing", "batch"),
+    ("weights", "targets", "checkpointing", "batch", "dropout"),
     [
-        ("bf16", "all-linear", "false", 1),
-        ("nf4", "all-linear", "false", 1),
-        ("nf4", "attention", "false", 1),
-        ("bf16", "all-linear", "false", 2),
-        ("fp32", "all-linear", "false", 1),
-        ("bf16", "all-linear", "true", 1),
-        ("nf4", "all-linear", "true", 1),
-        ("nf4", "all-linear", "true", 2),
-        ("fp32", "all-linear", "true", 1),
+        ("bf16", "all-linear", "false", 4, 0.0),
+        ("nf4", "all-linear", "false", 2, 0.0),
+        ("bf16", "attention", "false", 2, 0.0),
+        ("fp32", "all-linear", "false", 2, 0.0),
+        ("bf16", "all-linear", "true", 4, 0.0),
+        ("nf4", "all-linear", "true", 2, 0.0),
+        ("bf16", "all-linear", "false", 2, 0.1),
     ],
 )
-def test_transformers_keep_what_is_predicted(
-    weights: str, targets: str, checkpointing: str, batch: int
+def test_a_dry_run_counts_what_is_estimated(
+    shared_prefix: Any, weights: Any, targets: Any, checkpointing: Any, batch: int, dropout: float
 ) -> None:
-    """Counts what is alive in forward and backward; 4-bit weights keep as much as 16-bit ones."""
-    tokens, supervised = 512, 20
-    counted = _counted_bytes(weights, targets, checkpointing, batch, tokens, supervised)
-    got = predicted(
-        COUNTED,
-        weights=weights,
-        targets=targets,
-        checkpointing=checkpointing,
-        batch=batch,
-        row_tokens=tokens,
-        backend="transformers",
+    """Of a 1.1B model's layers, on tensors without content; weights and optimizer apart."""
+    from tinyagent_fast.training.dry_run import dry_run
+
+    config = Config(
+        model=ModelConfig(weights=weights),
+        lora=LoraConfig(targets=targets, dropout=dropout),
+        train=TrainConfig(shared_prefix=shared_prefix),
     )
-    assert (got.activations_gib + got.logits_gib) * GIB == pytest.approx(counted, rel=0.1)
+    lengths = replace(PUBLISHED, longest_tokens=3490, shared_tokens=1865)
+    estimator = replace(estimator_of(config, math.inf, "transformers", lengths), shape=COUNTED)
+    counted = dry_run(estimator, batch, checkpointing)
+    got = estimator.estimate(batch, checkpointing)
+    assert got.activations_gib + got.logits_gib == pytest.approx(counted.peak_gib, rel=0.1)
+    assert counted.padded_tokens == batch * 3490
+    if shared_prefix == "off":
+        assert counted.computed_tokens == counted.padded_tokens
+    else:  # what stands behind the last supervised token is left out
+        assert counted.computed_tokens == pytest.approx(estimator.computed_tokens(batch), abs=batch)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
 @pytest.mark.parametrize("model_type", [kind for kind in FAMILIES if kind != "llama"])
-def test_what_other_families_keep_is_predicted_too(model_type: str, weights: str) -> None:
+def test_what_other_families_keep_is_predicted_too(model_type: str, weights: Any) -> None:
+    from tinyagent_fast.training.dry_run import dry_run
+
+    config = Config(model=ModelConfig(weights=weights), train=TrainConfig(shared_prefix="off"))
+    lengths = replace(PUBLISHED, longest_tokens=512, supervised_tokens=20)
     shape = replace(COUNTED, model_type=model_type, tied=True)
-    counted = _counted_bytes(weights, "all-linear", "false", 1, 512, 20, shape)
-    got = predicted(
-        shape, weights=weights, checkpointing="false", row_tokens=512, backend="transformers"
-    )
-    assert (got.activations_gib + got.logits_gib) * GIB == pytest.approx(counted, rel=0.1)
+    estimator = replace(estimator_of(config, math.inf, "transformers", lengths), shape=shape)
+    got = estimator.estimate(2, "false")
+    counted = dry_run(estimator, 2)
+    assert got.activations_gib + got.logits_gib == pytest.approx(counted.peak_gib, rel=0.1)
 
 
 def test_an_embedding_that_is_the_output_layer_too_counts_once() -> None:
@@ -230,97 +249,47 @@ def test_an_embedding_that_is_the_output_layer_too_counts_once() -> None:
     assert untied.embedding_weights == 2 * shape.embedding_weights
 
 
-def _counted_bytes(
-    weights: str,
-    targets: Any,
-    checkpointing: str,
-    batch: int,
-    tokens: int,
-    supervised: int,
-    shape: ModelShape = COUNTED,
-) -> int:
-    """Train once on a CPU and count the bytes of all tensors that live at the same time."""
-    import torch
+def test_a_dry_run_counts_the_same_as_real_tensors() -> None:
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            shape.model_type,
-            vocab_size=shape.vocab,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
+    from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
+    from tinyagent_fast.shared_prefix.packing import pack
+    from tinyagent_fast.training.dry_run import LiveBytes, dry_run, made_rows
+
+    shape = ModelShape(
+        hidden=64,
+        intermediate=160,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        vocab=128,
+        tied=True,
+    )
+    lengths = RowLengths(
+        rows=4, mean_tokens=200, longest_tokens=200, supervised_tokens=20, shared_tokens=120
+    )
+    config = Config(model=ModelConfig(weights="fp32"), lora=LoraConfig(rank=4))
+    estimator = replace(estimator_of(config, math.inf, "transformers", lengths), shape=shape)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
         )
     )
-    model = model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
-    if weights == "nf4":
-        for name, parameter in model.named_parameters():
-            if not name.endswith("_proj.weight"):
-                parameter.data = parameter.data.float()
-    if checkpointing == "true":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    adapter = PeftLora(r=16, lora_dropout=0.0, target_modules=LLAMA.target_modules(targets))
-    model = get_peft_model(model, adapter).train()
-    base = model.get_base_model()
-    ids = torch.zeros(batch, tokens, dtype=torch.long)
-    labels = torch.full((batch, tokens), -100)
-    labels[0, -supervised:] = 1
-    mask = torch.ones(batch, tokens, dtype=torch.long)
-    mask[1:, -1] = 0
-    cast = torch.autocast("cpu", torch.bfloat16) if weights != "fp32" else contextlib.nullcontext()
-    with _live_bytes() as live:
-        with cast:
-            hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            loss = _chunked_cross_entropy_loss(hidden, base.lm_head.weight, 256, labels=labels)[0]
-        del hidden
-        loss.backward()
+    model = get_peft_model(model, PeftLora(r=4, target_modules=LLAMA.target_modules("all-linear")))
+    packed = pack(made_rows(4, 200, 20, 120))
+    with LiveBytes() as live:
+        shared_prefix_loss(model.train(), packed).backward()
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    return int(live.peak) - gradients
-
-
-def _live_bytes() -> Any:
-    """Make a mode that counts the bytes of tensors made within it that are still alive."""
-    from torch import Tensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_iter
-
-    class LiveBytes(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.live = self.peak = 0
-            self.known: Any = weakref.WeakSet()
-
-        def __torch_dispatch__(
-            self, function: Any, _: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            before = {
-                id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
-            }
-            out = function(*args, **(kwargs or {}))
-            for tensor in tree_iter(out):
-                if isinstance(tensor, Tensor):
-                    self.note(tensor.untyped_storage(), before)
-            return out
-
-        def note(self, storage: Any, before: set[int]) -> None:
-            if storage in self.known or id(storage) in before:
-                return  # a view of something else
-            self.known.add(storage)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, storage.nbytes())
-
-        def forget(self, size: int) -> None:
-            self.live -= size
-
-    return LiveBytes()
+    assert dry_run(estimator, 4).peak_gib * GIB == pytest.approx(live.peak - gradients, rel=0.01)
 
 
 SIZES = st.fixed_dictionaries(
@@ -331,6 +300,7 @@ SIZES = st.fixed_dictionaries(
         "optimizer": st.sampled_from(["adamw_8bit", "adamw_torch"]),
         "backend": st.sampled_from(["unsloth", "transformers"]),
         "checkpointing": st.sampled_from(CHECKPOINTINGS),
+        "shared_prefix": st.sampled_from(["off", "auto"]),
         "batch": st.integers(1, 64),
         "row_tokens": st.integers(1, 40_000),
         "rank": st.integers(1, 256),
@@ -366,6 +336,7 @@ def test_computing_again_never_needs_more_once_there_are_several_layers(
 @settings(max_examples=100, deadline=None)
 def test_unsloth_keeps_less_than_transformers_in_16_bits(sizes: dict[str, Any]) -> None:
     sizes = {**sizes, "weights": "nf4" if sizes["weights"] == "fp32" else sizes["weights"]}
+    sizes["shared_prefix"] = "off"
     ours, plain = (
         predicted(**{**sizes, "backend": b}).activations_gib for b in ("unsloth", "transformers")
     )
@@ -453,25 +424,41 @@ def with_train(config: Config, **changes: Any) -> Config:
     return replace(config, train=replace(config.train, **changes))
 
 
-def test_an_l4_needs_no_checkpointing_for_two_of_the_longest_rows() -> None:
-    found = estimator_of(preset_config("l4")).recommend()
-    assert found.checkpointing == "false"
-    assert (found.batch, found.accumulation) == (2, 8)
+def test_on_an_l4_eight_mean_rows_that_share_their_beginning_compute_nothing_twice() -> None:
+    config = preset_config("l4")
+    estimator = estimator_of(config)
+    found = estimator.recommend()
     assert found.fits
+    assert (found.batch, found.accumulation, found.checkpointing) == (8, 2, "auto")
+    assert (config.train.batch, config.model.gradient_checkpointing) == (8, "auto")
+    mean, longest = (estimator.computed_tokens(8, tokens) for tokens in (3490, 4608))
+    assert mean < estimator.kept_tokens(8) < longest
+
+
+def test_what_computes_again_only_where_it_must_never_needs_more_than_is_there() -> None:
+    estimator = estimator_of(preset_config("l4"))
+    assert not estimator.estimate(8, "false").fits(21.5)
+    got = estimator.estimate(8, "auto")
+    assert got.fits(21.5)
+    kept = estimator.estimate(8, "false", computed_tokens=estimator.kept_tokens(8))
+    assert got.total_gib >= kept.total_gib
+    assert estimator.estimate(2, "auto") == estimator.estimate(2, "false")
 
 
 def test_a_card_too_small_for_two_rows_computes_again_instead() -> None:
     for backend, checkpointing in (("unsloth", "unsloth"), ("transformers", "true")):
-        found = estimator_of(preset_config("l4"), 8.0, backend).recommend()
+        config = with_train(preset_config("l4"), shared_prefix="off", batch=2, accumulation=8)
+        found = estimator_of(config, 8.0, backend).recommend()
         assert found.checkpointing == checkpointing
         assert found.fits
 
 
 def test_a_batch_of_one_that_was_asked_for_is_enough_to_leave_checkpointing_out() -> None:
-    one = with_train(preset_config("l4"), batch=1, accumulation=16)
+    two = with_train(preset_config("l4"), shared_prefix="off", batch=2, accumulation=8)
+    one = with_train(two, batch=1, accumulation=16)
     found = estimator_of(one, 9.0).recommend()
     assert (found.checkpointing, found.batch) == ("false", 1)
-    assert estimator_of(preset_config("l4"), 9.0).recommend().checkpointing == "unsloth"
+    assert estimator_of(two, 9.0).recommend().checkpointing == "unsloth"
 
 
 def test_where_nothing_fits_a_batch_of_one_is_named_as_not_fitting() -> None:
@@ -532,8 +519,8 @@ def test_a_recommendation_fits_wherever_any_batch_does(
 def test_an_automatic_batch_keeps_the_rows_of_a_step_of_its_preset() -> None:
     config = preset_config("a100")
     auto = with_train(config, batch="auto")
-    assert preset_batch(auto) == preset_batch(config) == 4
-    assert with_batch(with_train(auto, accumulation=6), 8).train.accumulation == 3
+    assert preset_batch(auto) == preset_batch(config) == 16
+    assert with_batch(with_train(auto, accumulation=6), 8).train.accumulation == 12
     assert preset_batch(Config(preset="mine", train=TrainConfig(batch="auto"))) == 1
     found = estimator_of(auto).recommend()
     resolved = with_batch(auto, found.batch)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _BATCHES = (1, 2, 4, 8, 16)
 _WEIGHTS: tuple[Weights, ...] = ("nf4", "bf16")
-_NAMES = {"false": "off", "true": "true", "unsloth": "unsloth"}
+_NAMES = {"false": "off", "true": "true", "unsloth": "unsloth", "auto": "auto"}
 _MARKS = {"fits": ("", "green"), "perhaps": (" ?", "yellow"), "no": (" x", "red")}
 _REACHED = (0.85, 0.70)
 """Shares of a matmul rate between which good training kernels lie, the best first."""
@@ -82,6 +82,8 @@ def run(arguments: Sequence[str]) -> int:
             ]
             for how in estimator.checkpointings
         },
+        "preset": _as_asked(estimator, tflops),
+        **({"dry_run": _dry_run(estimator)} if flags.dry_run else {}),
     }
     print(json.dumps(answer, indent=2)) if flags.json else _show(answer, config)
     return 0
@@ -89,7 +91,8 @@ def run(arguments: Sequence[str]) -> int:
 
 _FLAGS_HELP = (
     "--card l4|t4|a100 or --gpu-gib GIB names the memory, --tflops N what the card sustains, "
-    "--lengths MEAN,LONGEST the tokens of the rows, --json prints JSON."
+    "--lengths MEAN,LONGEST the tokens of the rows, --dry-run counts the memory of a training step "
+    "on tensors without content (needs torch, no GPU), --json prints JSON."
 )
 
 
@@ -101,6 +104,7 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpu-gib", type=float)
     parser.add_argument("--tflops", type=float)
     parser.add_argument("--lengths")
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true")
     flags, rest = parser.parse_known_args(list(arguments))
     for name, value in (("--gpu-gib", flags.gpu_gib), ("--tflops", flags.tflops)):
@@ -113,6 +117,55 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             "give one of them",
         )
     return flags, rest
+
+
+def _as_asked(estimator: MemoryEstimator, tflops: float) -> dict[str, Any]:
+    """Estimate the config as it was asked for, for all of its epochs."""
+    from tinyagent_fast.training.memory import preset_batch
+
+    config, batch = estimator.config, preset_batch(estimator.config)
+    how = config.model.gradient_checkpointing
+    estimate = estimator.estimate(batch)
+    epoch = estimator.flops_per_epoch(how)
+    return {
+        "batch": batch,
+        "checkpointing": _NAMES[how],
+        "shared_prefixes": estimator.shares_prefixes,
+        "mean_micro_batch_tokens": estimator.computed_tokens(batch, estimator.lengths.mean_tokens),
+        "longest_micro_batch_tokens": estimator.computed_tokens(batch),
+        "kept_micro_batch_tokens": estimator.kept_tokens(batch),
+        "total_gib": round(estimate.total_gib, 3),
+        "fits": estimate.fits(estimator.usable_gib),
+        "epochs": config.train.epochs,
+        "hours": [
+            round(config.train.epochs * epoch / (tflops * share * 3.6e15), 2) for share in _REACHED
+        ],
+    }
+
+
+def _dry_run(estimator: MemoryEstimator) -> dict[str, Any]:
+    """Count a step of the longest rows on the transformers path, and estimate the same step."""
+    from tinyagent_fast.training.dry_run import dry_run
+    from tinyagent_fast.training.memory import preset_batch
+
+    batch, how = preset_batch(estimator.config), estimator.config.model.gradient_checkpointing
+    counted = replace(estimator, backend="transformers")
+    if how == "auto":
+        longest = estimator.computed_tokens(batch)
+        how = "false" if longest <= counted.kept_tokens(batch) else "true"
+    how = "true" if how == "unsloth" else how
+    got = dry_run(counted, batch, how)
+    expected = counted.estimate(batch, how)
+    return {
+        "backend": counted.backend,
+        "batch": batch,
+        "checkpointing": _NAMES[how],
+        **{name: round(value, 3) for name, value in asdict(got).items()},
+        "estimated_gib": round(expected.activations_gib + expected.logits_gib, 3),
+        "weights_and_optimizer_gib": round(
+            expected.weights_gib + expected.adapter_and_optimizer_gib, 3
+        ),
+    }
 
 
 def _preset_for(flags: argparse.Namespace) -> str:
@@ -220,14 +273,26 @@ def _show(answer: dict[str, Any], config: Config) -> None:
 
 def _advice(answer: dict[str, Any], config: Config) -> list[str]:
     found = answer["recommendation"]
+    asked = answer["preset"]
+    best, worst = asked["hours"]
     lines = [
         "",
+        f"as it is: {asked['batch']} x {config.train.accumulation} rows, checkpointing "
+        f"{asked['checkpointing']}, {asked['total_gib']:.1f} GiB, {best:.1f}-{worst:.1f} hours for "
+        f"{asked['epochs']:g} epochs"
+        + (
+            f"; micro-batches of {asked['mean_micro_batch_tokens']:,} tokens on average, at most "
+            f"{asked['longest_micro_batch_tokens']:,}, and up to "
+            f"{asked['kept_micro_batch_tokens']:,} without computing layers again"
+            if asked["shared_prefixes"]
+            else ""
+        ),
         f"recommended: {found['batch']} x {found['accumulation']} rows, checkpointing "
         f"{found['checkpointing']}, {config.model.weights}: {found['total_gib']:.1f} GiB",
         f"  {found['command']}",
     ]
     if not found["fits"]:
-        lines[1:] = [
+        lines[2:] = [
             f"not even one row fits for certain: {found['total_gib']:.1f} GiB; take a card with "
             "more memory, --model.weights nf4, or shorter rows (--model.max-length-tokens with "
             "--data.over-long drop)"
@@ -240,6 +305,12 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
         f"hours per epoch at {100 * _REACHED[1]:.0f}-{100 * _REACHED[0]:.0f} % of "
         f"{answer['tflops']:g} TFLOP/s: {hours}"
     )
-    if config.train.epochs != 1 and config.train.max_steps is None:
-        lines.append(f"this config makes {config.train.epochs:g} epochs")
+    if counted := answer.get("dry_run"):
+        lines.append(
+            f"dry run of {counted['batch']} of the longest rows, {counted['computed_tokens']:,} "
+            f"tokens, {counted['backend']}, checkpointing {counted['checkpointing']}: "
+            f"{counted['peak_gib']:.2f} GiB counted, {counted['estimated_gib']:.2f} estimated; "
+            f"weights, adapter and optimizer {counted['weights_and_optimizer_gib']:.2f} GiB apart "
+            f"(counted in a dry run in {counted['duration_s']:.1f} s)"
+        )
     return lines

@@ -237,7 +237,8 @@ def _choose(config: ModelConfig) -> _Choice:
         dtype = "float32"
         if config.weights in ("bf16", "fp16"):
             notes.append(f"no GPU: weights are held in fp32 instead of {config.weights}")
-    checkpointing: str | bool = config.gradient_checkpointing != "false"
+    # With `auto` the packed forward pass decides for each micro-batch.
+    checkpointing: str | bool = config.gradient_checkpointing not in ("false", "auto")
     if config.gradient_checkpointing == "unsloth":
         if backend == "unsloth":
             checkpointing = "unsloth"

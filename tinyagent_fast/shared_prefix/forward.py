@@ -11,6 +11,7 @@ keys and values, D numbers a head, E numbers a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -360,14 +361,23 @@ def shared_prefix_loss(
 class SharedPrefixLoss(nn.Module):
     """`shared_prefix_loss` as a module, whose gradients DDP averages."""
 
-    def __init__(self, model: Any) -> None:
-        """Hold a model, one that `unsupported` has nothing against for training."""
+    def __init__(self, model: Any, kept_tokens: float = math.inf) -> None:
+        """Hold a model, one that `unsupported` has nothing against for training.
+
+        Args:
+            model: The model.
+            kept_tokens: A packed sequence of more tokens computes its layers again.
+        """
         super().__init__()
         self.model = model
+        self.kept_tokens = kept_tokens
 
     def forward(self, packed: PackedSequence, num_items: float | Tensor | None) -> Tensor:
-        """Compute the loss, with the checkpointing that the model is set to."""
-        checkpointing = _without_adapter(self.model).is_gradient_checkpointing
+        """Compute the loss; layers again where the model is set to it or the tokens are many."""
+        checkpointing = (
+            packed.computed_tokens > self.kept_tokens
+            or _without_adapter(self.model).is_gradient_checkpointing
+        )
         return shared_prefix_loss(self.model, packed, num_items, checkpointing=checkpointing)
 
 

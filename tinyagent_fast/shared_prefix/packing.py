@@ -203,6 +203,23 @@ def pack(
     )
 
 
+def mean_shared_tokens(rows: Sequence[Mapping[str, Sequence[int]]], batch: int) -> float:
+    """Count the tokens that stand once in a micro-batch instead of once a row, on average.
+
+    Args:
+        rows: A sample of the training rows, with input_ids and labels.
+        batch: Rows of a micro-batch; those that begin alike come together.
+
+    Returns:
+        Their number; 0 with micro-batches of one row.
+    """
+    ordered = sorted(rows, key=lambda row: row["input_ids"])
+    groups = [ordered[at : at + batch] for at in range(0, len(ordered), batch)]
+    repeated = sum(len(group) - 1 for group in groups)
+    computed = sum(pack(group).computed_tokens for group in groups)
+    return (sum(len(row["input_ids"]) for row in rows) - computed) / max(1, repeated)
+
+
 def _causal_first(blocks: list[Block]) -> tuple[Block, ...]:
     """Order blocks so that the first one of every query writes and the others add to it."""
     return tuple(sorted(blocks, key=lambda block: not block.causal))

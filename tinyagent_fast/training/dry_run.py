@@ -53,6 +53,7 @@ def dry_run(
     """Run one step of transformers and peft on tensors without content, and count storages.
 
     4-bit weights keep as much for the backward pass as 16-bit ones, so they are counted as those.
+    A padded batch is counted with its mask, which transformers leaves out of a single row.
 
     Args:
         estimator: Config, sizes of the model and lengths of the rows.
@@ -69,7 +70,7 @@ def dry_run(
         cast = torch.autocast("cpu", torch.bfloat16)
     lengths = estimator.lengths
     shared = round(lengths.shared_tokens) if estimator.shares_prefixes else 0
-    rows = _rows(batch, estimator.row_tokens, round(lengths.supervised_tokens), shared)
+    rows = made_rows(batch, estimator.row_tokens, round(lengths.supervised_tokens), shared)
     packed = pack(rows)
     fake, live = FakeTensorMode(), LiveBytes()
     with fake:
@@ -91,7 +92,9 @@ def dry_run(
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return DryRun(
         peak_gib=(live.peak - gradients) / GIB,
-        computed_tokens=packed.computed_tokens if estimator.shares_prefixes else packed.plain_tokens,
+        computed_tokens=packed.computed_tokens
+        if estimator.shares_prefixes
+        else packed.plain_tokens,
         padded_tokens=packed.plain_tokens,
         duration_s=time.perf_counter() - started,
     )
@@ -167,8 +170,8 @@ def _give_storages(module: Any) -> None:
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
-def _rows(batch: int, tokens: int, supervised: int, shared: int) -> list[dict[str, list[int]]]:
-    """Make rows that agree in their first `shared` tokens."""
+def made_rows(batch: int, tokens: int, supervised: int, shared: int) -> list[dict[str, list[int]]]:
+    """Make rows of so many tokens that agree in their first `shared` tokens."""
     if not 0 < supervised < tokens:
         supervised = 1
     labels = [IGNORED] * (tokens - supervised) + [1] * supervised
@@ -198,8 +201,7 @@ def _padded_step(model: Any, rows: Sequence[dict[str, list[int]]]) -> Any:
     """
     size = (len(rows), len(rows[0]["labels"]))
     ids = torch.zeros(size, dtype=torch.long)
-    # Of one row there is nothing to mask, which transformers cannot see here.
-    mask = torch.ones(size, dtype=torch.long) if len(rows) > 1 else None
+    mask = torch.ones(size, dtype=torch.long)
     supervised = sum(label != IGNORED for row in rows for label in row["labels"])
     order, targets = torch.zeros(ids.numel(), dtype=torch.long), torch.zeros(supervised).long()
     base = model.get_base_model()

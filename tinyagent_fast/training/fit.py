@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -45,7 +46,9 @@ from tinyagent_fast.runs import (
     replace_folder,
     write_json,
 )
+from tinyagent_fast.shared_prefix.packing import mean_shared_tokens
 from tinyagent_fast.shared_prefix.training import (
+    SharedPrefixDecision,
     check_same_loss,
     decide_shared_prefix,
     why_not_shared,
@@ -89,6 +92,8 @@ from tinyagent_fast.training.trainer import (
     steps_between,
     validation_loss,
 )
+
+_SAMPLED_ROWS = 256
 
 if TYPE_CHECKING:
     from tinyagent_fast.training.callbacks import History, PlanSuccess
@@ -395,6 +400,7 @@ def _memory_estimator(
             mean_tokens=statistics.mean_tokens,
             longest_tokens=statistics.longest_tokens,
             supervised_tokens=statistics.supervised_tokens / max(1, statistics.rows),
+            shared_tokens=_shared_tokens(config, rows),
         ),
         backend=loaded.backend,
         usable_gib=usable,
@@ -425,6 +431,36 @@ def _refuse_too_large(estimator: MemoryEstimator) -> None:
         else "no batch fits: end other programs, or leave long rows out with "
         "--model.max-length-tokens and --data.over-long drop",
     )
+
+
+def _shared_tokens(config: Config, rows: RunRows) -> float:
+    """Count on a sample what stands once in a micro-batch instead of once a row."""
+    dataset = rows.train.dataset()
+    step = max(1, len(dataset) // _SAMPLED_ROWS)
+    sample = [dataset[at] for at in range(0, len(dataset), step)]
+    return mean_shared_tokens(sample, preset_batch(config))
+
+
+def _kept_tokens(prepared: _Prepared, shared: SharedPrefixDecision) -> float:
+    """Find from how many tokens on a micro-batch computes its layers again, and say it."""
+    config, estimator = prepared.config, prepared.estimator
+    if config.model.gradient_checkpointing != "auto":
+        return math.inf
+    if not shared.on:
+        raise TrainingError(
+            "model.gradient-checkpointing auto",
+            f"it decides for each packed sequence, and shared prefixes are off: {shared.reason}",
+            "add --model.gradient-checkpointing unsloth, or false where memory is enough",
+        )
+    if estimator is None:
+        return math.inf
+    batch = config.train.rows_per_batch
+    found, longest = estimator.kept_tokens(batch), estimator.computed_tokens(batch)
+    prepared.display.say(
+        f"checkpointing auto: layers are computed again in micro-batches of more than {found:,} "
+        f"tokens; one of the longest rows has {longest:,}"
+    )
+    return found
 
 
 def _with_automatic_batch(
@@ -521,18 +557,22 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
     if processes.is_main_process:
         write_json(decision_path, asdict(shared))
     display.say(f"shared prefixes {shared.sentence()}")
+    kept_tokens = _kept_tokens(prepared, shared)
     trainer = build_trainer(
         loaded,
         rows,
         config,
         output_dir=run.checkpoints,
         shared_prefix=shared.on,
+        kept_tokens=kept_tokens,
         processes=processes,
         tracking=tracking_arguments(config.track, run),
     )
     prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
     with display.working("checking the longest batch"):
-        report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
+        report = preflight(
+            trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator, kept_tokens
+        )
     display.say(report.sentence())
     if prepared.estimator is not None and processes.is_main_process:
         write_json(run.path / "memory.json", {**prepared.estimator.to_json(), **asdict(report)})

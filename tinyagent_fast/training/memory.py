@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.models.families import ModelShape, nearest_family
 from tinyagent_fast.models.published import PUBLISHED
 from tinyagent_fast.presets import PRESETS, REAL_TRAIN
 
@@ -48,6 +48,8 @@ _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _BYTES_PER_LOGIT = 16
 # Rows of logits at a time. Source: `_CHUNKED_LM_HEAD_CHUNK_SIZE` in trl/trainer/sft_trainer.py.
 CHUNK_TOKENS = 256
+# Rows of logits at a time where prefixes are shared, as in `shared_prefix.forward`.
+_HEAD_TOKENS = 1024
 # Unsloth's loss takes half of the free memory, but no more than this. Source: `_CE_TARGET_GB_CAP`.
 _FUSED_LOSS_GIB = 4.0
 _WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS. Source: torch's notes on CUBLAS_WORKSPACE_CONFIG
@@ -124,9 +126,10 @@ class MemoryEstimator:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether what rows share is computed once, if the model's layers allow it."""
-        train = self.config.train
-        return train.shared_prefix != "off" and train.batching != "packed"
+        """Whether what rows share is computed once."""
+        train, family = self.config.train, nearest_family(self.shape.model_type)
+        wanted = train.shared_prefix != "off" and train.batching != "packed"
+        return wanted and not family.whole_rows
 
     @property
     def _joins_projections(self) -> bool:
@@ -153,39 +156,50 @@ class MemoryEstimator:
         Args:
             batch: Its rows; None takes the config's, which must be a number by now.
             checkpointing: What is computed again; None takes the config's.
-            computed_tokens: Tokens computed where prefixes are shared; None for a padded batch.
+            computed_tokens: Tokens of the micro-batch's packed sequence, where prefixes are shared;
+                None takes those of the longest rows.
         """
         shape, model, train = self.shape, self.config.model, self.config.train
         batch = train.rows_per_batch if batch is None else batch
-        tokens = batch * self.row_tokens if computed_tokens is None else computed_tokens
-        unsloth = self.backend == "unsloth"
+        checkpointing = checkpointing or model.gradient_checkpointing
+        tokens = computed_tokens or self.computed_tokens(batch)
+        if checkpointing == "auto":
+            whole = self.estimate(batch, "false", computed_tokens=tokens)
+            if whole.fits(self.usable_gib):
+                return whole
+            # Other micro-batches fill the memory as far as it is safe.
+            again = self.estimate(batch, self.checkpointings[-1], computed_tokens=tokens)
+            most = self.estimate(batch, "false", computed_tokens=max(1, self.kept_tokens(batch)))
+            return max(again, most, key=lambda estimate: estimate.total_gib)
+        unsloth, shared = self.backend == "unsloth", self.shares_prefixes
         # Unsloth drops the mask, and a packed sequence has none of this size.
-        masked = not unsloth and computed_tokens is None and batch > 1
+        masked = not unsloth and not shared and batch > 1
         # prepare_model_for_kbit_training turns all that is not in 4 bits into fp32. Source: peft.
         wide = 4 if model.weights == "fp32" or (model.weights == "nf4" and not unsloth) else 2
         held = 4 if model.weights == "fp32" else 2
         token = (
-            _unsloth_token(shape, self.config.lora, held)
+            _unsloth_token(shape, self.config.lora, held, shared)
             if unsloth
+            else _shared_token(shape, self.config.lora, held, wide)
+            if shared and self._joins_projections
             else _plain_token(shape, self.config.lora, held, wide, masked)
         )
-        if not unsloth and computed_tokens is not None and self._joins_projections:
-            token = _shared_token(shape, self.config.lora, held, wide)
-        kept, backward = token.kept_and_backward(
-            shape.layers, checkpointing or model.gradient_checkpointing
-        )
+        if shared:  # the last layer needs keys and values of all tokens, and little else
+            needed = 3 * (4 + held) * shape.hidden + 2 * held * shape.kv_width
+            token = replace(token, last_layer=min(token.layer, needed))
+        kept, backward = token.kept_and_backward(shape.layers, checkpointing)
         weight = {"nf4": _NF4_BYTES, "fp32": 4}.get(model.weights, 2)
         weights_gib = (shape.body_weights * weight + shape.embedding_weights * wide) / GIB
         # fp32 weight and gradient, and AdamW's two moments in 8 or 32 bits.
         moments = 2 if train.optimizer == "adamw_8bit" else 8
         adapter_gib = adapter_weights(shape, self.config.lora) * (8 + moments) / GIB
-        if unsloth:  # its loss runs over every token
+        if unsloth and not shared:  # its own loss runs over every token
             loss_gib = min(tokens * shape.vocab * _BYTES_PER_LOGIT / GIB, _FUSED_LOSS_GIB)
             free_gib = self.usable_gib - weights_gib - adapter_gib - tokens * kept / GIB
             loss_gib = min(loss_gib, max(0.0, free_gib / 2))
         else:
             supervised = round(batch * self.lengths.supervised_tokens)
-            rows = min(CHUNK_TOKENS, tokens if computed_tokens is None else supervised)
+            rows = min(_HEAD_TOKENS, supervised) if shared else min(CHUNK_TOKENS, tokens)
             copied_head = 2 * shape.hidden if wide == 4 else 0  # autocast's copy of an fp32 head
             loss_gib = shape.vocab * (rows * _BYTES_PER_LOGIT + copied_head) / GIB
         logits_gib = max(0.0, loss_gib - tokens * backward / GIB)
@@ -200,19 +214,47 @@ class MemoryEstimator:
             kept_gib=tokens * kept / GIB,
             logits_gib=logits_gib,
             overhead_gib=(_WORKSPACE_BYTES + dequantised + mask) / GIB,
-            shrinkable_gib=logits_gib if unsloth else 0.0,
+            shrinkable_gib=logits_gib if unsloth and not shared else 0.0,
         )
+
+    def computed_tokens(self, batch: int, row_tokens: float | None = None) -> int:
+        """Count the tokens that a micro-batch computes, by default one of the longest rows."""
+        row_tokens = self.row_tokens if row_tokens is None else row_tokens
+        shared = min(self.lengths.shared_tokens, row_tokens) if self.shares_prefixes else 0.0
+        return round(shared + batch * (row_tokens - shared))
+
+    def kept_tokens(self, batch: int) -> int:
+        """Find the most tokens of a micro-batch whose activations fit without computing again.
+
+        Returns:
+            Their number, at most those of the longest rows; 0 if there are none.
+        """
+        low, high = 0, self.computed_tokens(batch)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.estimate(batch, "false", computed_tokens=middle).fits(self.usable_gib)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
     def largest_batch(self, checkpointing: Checkpointing, most: int | None = None) -> BatchChoice:
         """Find the largest batch, of `most` rows, that fits and divides those of an optimizer step.
+
+        With `auto`, a micro-batch of mean rows must fit without computing again.
 
         Returns:
             The batch, or a batch of one with `fits` false.
         """
         wanted = preset_batch(self.config) * self.config.train.accumulation
+
+        def is_good(batch: int, estimate: MemoryEstimate) -> bool:
+            if wanted % batch or not estimate.fits(self.usable_gib):
+                return False
+            mean_tokens = self.computed_tokens(batch, self.lengths.mean_tokens)
+            return checkpointing != "auto" or mean_tokens <= self.kept_tokens(batch)
+
         batch = min(wanted, most or wanted)
         estimate = self.estimate(batch, checkpointing)
-        while batch > 1 and (wanted % batch or not estimate.fits(self.usable_gib)):
+        while batch > 1 and not is_good(batch, estimate):
             batch -= 1
             estimate = self.estimate(batch, checkpointing)
         return BatchChoice(
@@ -232,7 +274,11 @@ class MemoryEstimator:
         Returns:
             The largest batch that fits, or a batch of one with `fits` false.
         """
-        found = self.largest_batch("false")
+        found = self.largest_batch("auto" if self.shares_prefixes else "false")
+        if found.checkpointing == "auto" and self.computed_tokens(found.batch) <= self.kept_tokens(
+            found.batch
+        ):
+            found = replace(found, checkpointing="false")
         if found.fits and found.batch >= min(preset_batch(self.config), 2):
             return found
         return self.largest_batch(self.checkpointings[-1])
@@ -242,16 +288,29 @@ class MemoryEstimator:
 
         The base is frozen: its backward pass makes gradients of activations only.
         """
-        shape, rows = self.shape, self.lengths
+        shape, rows, batch = self.shape, self.lengths, preset_batch(self.config)
+        tokens = self.computed_tokens(batch, rows.mean_tokens)
+        if checkpointing == "auto":
+            checkpointing = "false" if tokens <= self.kept_tokens(batch) else "true"
         forwards = 1 if checkpointing == "false" else 2
-        body = 2 * shape.body_weights * (forwards + 1)
-        adapter = 2 * adapter_weights(shape, self.config.lora) * (forwards + 2)
-        # Half of T^2 for scores and for values; the backward pass makes five such products of two.
-        attention = 2 * shape.layers * rows.mean_tokens * shape.query_width * (forwards + 2.5)
-        # Unsloth makes logits of all tokens, the others of the supervised ones.
-        logits = rows.mean_tokens if self.backend == "unsloth" else rows.supervised_tokens
-        head = 4 * shape.vocab * shape.hidden
-        return rows.rows * (rows.mean_tokens * (body + adapter + attention) + logits * head)
+        # Multiplications of a token: base, which has no gradient of its own, and adapter.
+        body, adapter = shape.body_weights, adapter_weights(shape, self.config.lora)
+        multiplied = body * (forwards + 1) + adapter * (forwards + 2)
+        # Pairs of tokens that attend, a row's own half square apart for each segment.
+        shared = rows.shared_tokens if self.shares_prefixes else 0.0
+        own = rows.mean_tokens - shared
+        pairs = shared**2 / 2 + batch * (own * shared + own**2 / 2)
+        # Scores and values of a pair; the backward pass makes five such products of two.
+        attended = 2 * shape.layers * shape.query_width * pairs * (forwards + 2.5)
+        layers = 1.0
+        if self.shares_prefixes:  # the last layer has queries at supervised tokens only
+            layers = (shape.layers - 1) / shape.layers
+        # Unsloth's own loss makes logits of all tokens, the others of the supervised ones.
+        fused_loss = self.backend == "unsloth" and not self.shares_prefixes
+        logits = batch * (rows.mean_tokens if fused_loss else rows.supervised_tokens)
+        multiplied_in_all = layers * (tokens * multiplied + attended)
+        multiplied_in_all += 2 * logits * shape.vocab * shape.hidden
+        return rows.rows / batch * 2 * multiplied_in_all
 
     def to_json(self) -> dict[str, Any]:
         """Give what was estimated and from what, as plain values."""
@@ -279,13 +338,16 @@ class _TokenBytes:
     """Of a layer that is computed again."""
     backward: int
     """What the backward pass of one layer adds."""
+    last_layer: int | None = None
+    """Of the last one, where only supervised tokens go through it; None if it is as the others."""
     offloaded: int = 0
     """Of all layers where their inputs are moved to host memory: the last one, and a buffer."""
 
     def kept_and_backward(self, layers: int, checkpointing: Checkpointing) -> tuple[int, int]:
         """Give the bytes that are kept through the step, and those that a backward layer adds."""
         if checkpointing == "false":
-            return self.outside + layers * self.layer, self.backward
+            last = self.layer if self.last_layer is None else self.last_layer
+            return self.outside + (layers - 1) * self.layer + last, self.backward
         inputs = layers * self.layer_input
         if checkpointing == "unsloth" and self.offloaded:
             inputs = self.offloaded
@@ -319,25 +381,28 @@ def _plain_token(
 
 def _shared_token(shape: ModelShape, lora: LoraConfig, held: int, wide: int) -> _TokenBytes:
     """Count what autograd keeps where projections of one input are computed together."""
-    norms = (2 * 4 + 2 * held) * shape.hidden  # what goes in, in fp32, and what comes out
+    adapts_mlp = lora.targets == "all-linear"
+    # What goes into the norms, in fp32, and what comes out, where an adapter needs it.
+    norms = 4 * shape.normed_features + (2 if adapts_mlp else 1) * held * shape.hidden
     attention = held * (2 * shape.query_width + 2 * shape.kv_width) + 4 * shape.heads
-    mlp = held * 4 * shape.intermediate
+    mlp = held * (4 if adapts_mlp else 3) * shape.intermediate
     return _TokenBytes(
         outside=2 * wide * shape.hidden,
         layer=norms + attention + mlp + held * lora.rank * len(shape.linears(lora.targets)),
         layer_input=wide * shape.hidden,
-        backward=(6 if held == 2 else 4) * shape.intermediate + 4 * shape.hidden,
+        backward=4 * shape.hidden,
     )
 
 
-def _unsloth_token(shape: ModelShape, lora: LoraConfig, held: int) -> _TokenBytes:
-    """Count what Unsloth's kernels keep; xformers gets k and v of all heads.
+def _unsloth_token(shape: ModelShape, lora: LoraConfig, held: int, shared: bool) -> _TokenBytes:
+    """Count what Unsloth's kernels keep; xformers gets k and v of all heads, packed sequences not.
 
     Source: save_for_backward in unsloth/kernels (fast_lora, rms_layernorm); the backward pass is
     fitted to an 8B model's 212 KB a token, unsloth.ai/docs/basics/unsloth-benchmarks.
     """
     hidden = 4 * shape.hidden  # inputs of both norms, of q, k, v and of the MLP
-    attention = 4 * shape.query_width  # q, k, v and the output
+    # q, k, v and the output
+    attention = 2 * shape.query_width + 2 * (shape.kv_width if shared else shape.query_width)
     layer = held * (hidden + attention + 2 * shape.intermediate) + 4 * shape.heads
     if lora.dropout:
         layer += sum(features for features, _ in shape.linears(lora.targets))
@@ -435,9 +500,16 @@ def base_shape(base: str) -> ModelShape:
     return ModelShape.from_config(raw if isinstance(raw, dict) else {}, str(path))
 
 
-_PUBLISHED = RowLengths(rows=39_030, mean_tokens=3490, longest_tokens=4608, supervised_tokens=88)
+_PUBLISHED = RowLengths(
+    rows=39_030,
+    mean_tokens=3490,
+    longest_tokens=4608,
+    supervised_tokens=88,
+    shared_tokens=1865,
+)
 """Plans of the published training file. Source: counts of its public re-training
-(github.com/SamvelMinasyan/TinyAgent), mean and supervised tokens partly inferred."""
+(github.com/SamvelMinasyan/TinyAgent), mean and supervised tokens partly inferred; the beginning
+that prompts share was counted on prompts of its own builder, up to their date."""
 _SAMPLE_ROWS = 256
 _LONGEST_ROWS = 64
 
@@ -456,12 +528,13 @@ def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengt
     if given is None and data.train is not None and _can_count(data.train, config.model.base):
         return _counted(config, data.train), f"a sample and the longest texts of {data.train}"
     rows = _PUBLISHED.rows
+    published = config.model.base == BASE_MODEL or data.train == REAL_TRAIN
     if data.train is None:
         rows = max(1, data.generated_entries - data.validation_entries)
     rows = min(rows, data.limit_entries or rows)
     if given is not None:
         (mean, longest), source = given, "as given"
-    elif config.model.base == BASE_MODEL or data.train == REAL_TRAIN:
+    elif published:
         longest = min(_PUBLISHED.longest_tokens, allowed)
         mean = min(int(_PUBLISHED.mean_tokens), longest)
         source = "as published for plans; --lengths MEAN,LONGEST gives others"
@@ -473,6 +546,7 @@ def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengt
         mean_tokens=mean,
         longest_tokens=longest,
         supervised_tokens=mean * _PUBLISHED.supervised_tokens / _PUBLISHED.mean_tokens,
+        shared_tokens=min(_PUBLISHED.shared_tokens, mean) if published else 0.0,
     )
     return lengths, source
 
@@ -489,6 +563,7 @@ def _counted(config: Config, train: Path) -> RowLengths:
     from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokens import PromptTokenizer
+    from tinyagent_fast.shared_prefix.packing import mean_shared_tokens
 
     data, form = config.data, config.model.prompt_format
     table = load_examples(train, on_bad_entry=data.on_bad_entry, points=data.points)
@@ -511,4 +586,8 @@ def _counted(config: Config, train: Path) -> RowLengths:
         mean_tokens=statistics.fmean(len(row.input_ids) for row in sample),
         longest_tokens=min(tokens, config.model.max_length_tokens),
         supervised_tokens=statistics.fmean(row.supervised_tokens for row in sample),
+        shared_tokens=mean_shared_tokens(
+            [{"input_ids": row.input_ids, "labels": row.labels} for row in sample],
+            preset_batch(config),
+        ),
     )

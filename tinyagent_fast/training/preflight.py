@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.shared_prefix.packing import pack
 from tinyagent_fast.training.memory import GIB, MemoryEstimator
 from tinyagent_fast.training.trainer import collate, computed_tokens, rehearse
 
@@ -53,6 +55,7 @@ def preflight(
     evaluation_prompts: Sequence[list[int]],
     evaluation_batch: int,
     estimator: MemoryEstimator | None = None,
+    kept_tokens: float = math.inf,
 ) -> PreflightReport:
     """Compare a real batch with ours, then run the longest batch and one evaluation batch.
 
@@ -63,6 +66,8 @@ def preflight(
         evaluation_prompts: Prompts of the validation sample.
         evaluation_batch: Prompts generated together.
         estimator: What the memory is predicted from; None predicts nothing.
+        kept_tokens: A packed sequence of more tokens computes its layers again, so the longest one
+            that does not is run too.
 
     Raises:
         TrainingError: The trainer's batch is not ours, the loss is not finite, or memory runs out.
@@ -78,6 +83,9 @@ def preflight(
     try:
         started = time.perf_counter()
         inputs = rehearse(trainer, loaded, _longest_rows(trainer))
+        kept = _longest_rows(trainer, kept_tokens)
+        if kept != _longest_rows(trainer):
+            rehearse(trainer, loaded, kept)
         train_s = time.perf_counter() - started
         train_gib = _reserved_gib() if cuda else None
         longest = sorted(evaluation_prompts, key=len)[-evaluation_batch:]
@@ -168,13 +176,23 @@ def _other_batch(name: str) -> TrainingError:
     )
 
 
-def _longest_rows(trainer: Any) -> list[int]:
-    """Choose the rows of the longest micro-batch; packed rows are all about equally long."""
+def _longest_rows(trainer: Any, most_tokens: float = math.inf) -> list[int]:
+    """Choose the rows of the longest micro-batch of `most_tokens` computed tokens.
+
+    Packed rows are all about equally long.
+    """
     batch_rows = trainer.args.per_device_train_batch_size
     if trainer.args.packing:
         return list(range(min(batch_rows, len(trainer.train_dataset))))
     lengths = list(trainer.train_dataset["length"])
-    return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_rows]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    low, high = 0, max(0, len(order) - batch_rows) if most_tokens < math.inf else 0
+    while low < high:  # the longest that are short enough, which come after longer ones
+        middle = (low + high) // 2
+        rows = [trainer.train_dataset[at] for at in order[middle : middle + batch_rows]]
+        short = pack(rows).computed_tokens <= most_tokens
+        low, high = (low, middle) if short else (middle + 1, high)
+    return order[low : low + batch_rows]
 
 
 def _out_of_memory(

@@ -46,6 +46,7 @@ def build_trainer(
     *,
     output_dir: Path,
     shared_prefix: bool = False,
+    kept_tokens: float = math.inf,
     processes: Processes = ALONE,
     tracking: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -57,6 +58,7 @@ def build_trainer(
         config: The run's config, with the batch as a number.
         output_dir: Folder for resumable checkpoints.
         shared_prefix: Whether beginnings that rows share are computed once.
+        kept_tokens: A packed sequence of more tokens computes its layers again.
         processes: They share the rows of each step.
         tracking: Arguments that say where figures go besides the run's folder; None for nowhere.
 
@@ -98,7 +100,7 @@ def build_trainer(
             self.args.logging_steps = max(1, min(10, self.steps // 20))
             every = steps_between(self.steps, train.evaluations or 6)
             self.args.save_steps = train.save_every_steps or every
-            self.packed_loss = SharedPrefixLoss(loaded.model)
+            self.packed_loss = SharedPrefixLoss(loaded.model, kept_tokens)
             if shared_prefix:
                 collator: Any = self.data_collator  # type: ignore[has-type]
                 self.data_collator = PackingCollator(collator)
