@@ -363,11 +363,12 @@ def test_bf16_is_missed_only_where_it_is_asked_for(
 
 
 def test_a_batch_that_may_not_fit_is_named_with_one_that_does() -> None:
-    config = preset_config("a100")
+    whole = ("--model.gradient-checkpointing", "false")
+    config = with_changes("a100", model__gradient_checkpointing="false")
     found = doctor.check_memory(config, WITH_L4)
     assert found.status == "warning"
     flags = shlex.split(str(found.fix).partition(", or ")[0])
-    smaller = resolve_config("train", ["--preset", "a100", *flags], lambda: "cpu")
+    smaller = resolve_config("train", ["--preset", "a100", *whole, *flags], lambda: "cpu")
     assert doctor.check_memory(smaller, WITH_L4).status == "ok"
     before, after = config.train, smaller.train
     assert before.rows_per_batch * before.accumulation == after.rows_per_batch * after.accumulation

@@ -69,8 +69,8 @@ sys.exit(main(["memory", "--card", "l4"]))
     for words in (
         "39,030, mean 3,490 tokens, longest 4,608 (as published",
         "not measured on this card",
-        "recommended: 2 x 8 rows, checkpointing off, nf4",
-        "tinyagent-fast train --preset l4 --train.batch 2",
+        "recommended: 8 x 2 rows, checkpointing auto, nf4",
+        "tinyagent-fast train --preset l4 --train.batch 8",
         "hours per epoch at 70-85 % of 57 TFLOP/s",
     ):
         assert words in done.stdout
@@ -101,7 +101,7 @@ def test_every_batch_weight_and_checkpointing_has_a_prediction(plan: Plan) -> No
 
 def test_the_table_says_what_does_not_fit(text: Callable[..., str]) -> None:
     shown = text("--card", "l4")
-    row = next(line for line in shown.splitlines() if line.startswith("\u2502    4 "))
+    row = next(line for line in shown.splitlines() if line.startswith("\u2502    8 "))
     assert " x " in row
     assert "x does not fit" in shown
     assert "not even one row fits" in text("--gpu-gib", "1.5")
@@ -131,9 +131,9 @@ def test_the_card_is_named_or_that_of_the_preset(
 @pytest.mark.parametrize(
     ("given", "rows_per_step"),
     [
-        (["--lora.rank", "64", "--train.batch", "8", "--data.points=all"], 64),
+        (["--lora.rank", "64", "--train.batch", "8", "--data.points=all"], 16),
         (["--preset", "seed", "--train.accumulation=4"], 4),
-        (["--preset=a100", "--name", "my run", "--train.batch=4"], 16),
+        (["--preset=a100", "--name", "my run", "--train.batch=4"], 4),
         (["--model.gradient-checkpointing", "true", "--lora.alpha", "8"], 16),
         (["--train.batch", "auto"], 16),
     ],
@@ -155,6 +155,25 @@ def test_the_recommended_command_is_the_one_given_with_a_batch_that_fits(
     how = config.model.gradient_checkpointing
     assert config.model == replace(before.model, gradient_checkpointing=how)
     assert replace(config, train=before.train, model=before.model) == before
+
+
+def test_a_dry_run_stands_beside_the_estimate(plan: Plan, text: Callable[..., str]) -> None:
+    small = ("--model.base", "random", "--model.weights", "bf16", "--lengths", "300,400")
+    answer = plan(*small, "--dry-run")
+    counted = answer["dry_run"]
+    assert counted["backend"] == "transformers"
+    assert counted["computed_tokens"] <= counted["padded_tokens"] == counted["batch"] * 400
+    assert counted["estimated_gib"] == pytest.approx(counted["peak_gib"], rel=0.25, abs=0.01)
+    assert "dry_run" not in plan(*small)
+    assert "counted in a dry run" in text(*small, "--dry-run")
+
+
+def test_three_epochs_on_an_l4_take_a_working_day(plan: Plan) -> None:
+    asked = plan("--preset", "l4")["preset"]
+    best, worst = asked["hours"]
+    assert 6 < best < 7 < worst < 8.2
+    assert asked["mean_micro_batch_tokens"] < asked["kept_micro_batch_tokens"]
+    assert asked["fits"]
 
 
 def test_lengths_that_are_given_are_taken(plan: Plan) -> None:

@@ -491,7 +491,10 @@ def estimator_of(usable_gib: float, **changes: Any) -> MemoryEstimator:
     )
     model = {"gradient_checkpointing": "false", "weights": "bf16", **changes}
     return MemoryEstimator(
-        config=Config(model=ModelConfig(**model), train=TrainConfig(batch=3, accumulation=2)),
+        config=Config(
+            model=ModelConfig(**model),
+            train=TrainConfig(batch=3, accumulation=2, shared_prefix="off"),
+        ),
         shape=shape,
         lengths=RowLengths(rows=9, mean_tokens=3490, longest_tokens=4608, supervised_tokens=88),
         backend="unsloth",
