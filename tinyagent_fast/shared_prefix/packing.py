@@ -213,7 +213,7 @@ def mean_shared_tokens(rows: Sequence[Mapping[str, Sequence[int]]], batch: int) 
     Returns:
         Their number; 0 with micro-batches of one row.
     """
-    ordered = sorted(rows, key=lambda row: row["input_ids"])
+    ordered = sorted(rows, key=lambda row: list(row["input_ids"]))
     groups = [ordered[at : at + batch] for at in range(0, len(ordered), batch)]
     repeated = sum(len(group) - 1 for group in groups)
     computed = sum(pack(group).computed_tokens for group in groups)

@@ -77,7 +77,7 @@ def dry_run(
         for module in model.modules():
             _give_storages(module)
         if estimator.shares_prefixes:
-            on_fake = {
+            on_fake: dict[str, Any] = {
                 name: fake.from_tensor(value)
                 for name, value in vars(packed).items()
                 if isinstance(value, torch.Tensor)
@@ -214,12 +214,12 @@ def _padded_step(model: Any, rows: Sequence[dict[str, list[int]]]) -> Any:
     return step
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors made within it that are still alive, and the most there were."""
 
     def __init__(self) -> None:
         """Begin with nothing."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
