@@ -315,8 +315,12 @@ def _prepare(
     if find_spec("gguf") is not None:  # an export needs it, training does not
         from tinyagent_fast.export.conversion import export_obstacle
 
-        if obstacle := export_obstacle(base, config.model.revision, tokenizer):
-            display.say(f"warning: the trained model cannot become a GGUF file. {obstacle}")
+        obstacle = export_obstacle(base, config.model.revision, tokenizer)
+        display.say(
+            "export: the trained model can become GGUF files"
+            if obstacle is None
+            else f"warning: the trained model cannot become a GGUF file. {obstacle}"
+        )
     return prepared
 
 
