@@ -37,7 +37,7 @@ def choose_compute(
     loss: Callable[[Any, Rows], torch.Tensor],
     say: Callable[[str], None],
 ) -> LoadedModel:
-    """Time a short step in fp32 and bf16, and with one thread; set and say what is fastest.
+    """Time a short step with all threads and one, then in bf16; set and say what is fastest.
 
     Args:
         loaded: A model in fp32 on the CPU with an adapter to be trained.
@@ -67,6 +67,14 @@ def choose_compute(
     batch = batch[: max(1, int(_STEP_S / one_row_s))]
     best_s, plain_loss = _timed(loaded, batch, loss)
     said = [f"{best_s:.2f} s in {loaded.compute_dtype}"]
+    if threads is None and cores != 1:
+        torch.set_num_threads(1)
+        alone_s, _ = _timed(loaded, batch, loss)
+        said.append(f"{alone_s:.2f} s with one thread")
+        if best_s * _CLEARLY_FASTER < alone_s:
+            torch.set_num_threads(cores or 1)
+        else:
+            best_s = alone_s
     if half_possible:
         stored = [parameter.data for parameter in frozen]
         half = in_bf16(loaded)
@@ -78,12 +86,6 @@ def choose_compute(
         else:
             for parameter, data in zip(frozen, stored, strict=True):
                 parameter.data = data
-    if threads is None and cores != 1:
-        torch.set_num_threads(1)
-        alone_s, _ = _timed(loaded, batch, loss)
-        said.append(f"{alone_s:.2f} s with one thread")
-        if best_s * _CLEARLY_FASTER < alone_s:
-            torch.set_num_threads(cores or 1)
     count = torch.get_num_threads()
     say(
         f"computing in {loaded.compute_dtype} with {count} thread{'s' * (count > 1)}: a short step "
