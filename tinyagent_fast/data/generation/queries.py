@@ -64,7 +64,7 @@ class Mix:
 
     single_share: float = 0.18
     clause_weights: tuple[float, ...] = (0.27, 0.33, 0.25, 0.15)
-    dependency_share: float = 0.85
+    dependency_share: float = 0.75
     optional_share: float = 0.3
     list_weights: tuple[float, ...] = (0.4, 0.4, 0.2)
     reuse_share: float = 0.2
