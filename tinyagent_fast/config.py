@@ -68,7 +68,7 @@ class DataConfig:
     """Use only this many training entries (seeded choice); None uses all."""
     generated_entries: int = 8000
     """Training entries to generate when `train` is None; 200 test entries come with them."""
-    generated_max_calls: int = 7
+    generated_max_calls: int = 8
     """Most calls of a generated plan, join not counted; fewer are easier to learn."""
     catalogue: Path | None = None
     """YAML file with tools of your own, for generating and scoring; None takes TinyAgent's 16."""

@@ -82,18 +82,22 @@ def a100() -> Config:
 
 
 def cpu() -> Config:
-    """A laptop without a GPU: SmolLM2-135M learns generated plans of up to seven calls."""
+    """A laptop without a GPU: SmolLM2-135M learns generated plans of up to eight calls."""
     return Config(
         preset="cpu",
-        data=DataConfig(validation_entries=200, generated_entries=3_560),
+        # More entries than the steps see: the retriever learns from all of them in seconds.
+        data=DataConfig(validation_entries=200, generated_entries=3_200, prompts="retrieved"),
         model=ModelConfig(
             base="smollm2-135m", backend="transformers", weights="fp32", max_length_tokens=1024
         ),
         train=TrainConfig(
             epochs=1.0,
-            batch=8,
+            max_steps=420,
+            # Small steps at a high rate learn most from few rows: after 200 rows the loss on unseen
+            # ones was 0.25, and 0.38 at half the rate.
+            batch=4,
             accumulation=1,
-            learning_rate=1e-3,
+            learning_rate=4e-3,
             schedule="cosine",
             warmup=0.05,
             optimizer="adamw_torch",
