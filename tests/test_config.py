@@ -292,6 +292,7 @@ WRONG = [
     ("eval", "parity_prompts", -1),
     ("eval", "sample", -1),
     ("eval", "limit", 0),
+    ("eval", "before_limit", 0),
     ("data", "generated_entries", 0),
     ("data", "limit_entries", 0),
     ("data", "validation_entries", -1),

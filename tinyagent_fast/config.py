@@ -183,6 +183,9 @@ class EvalConfig:
     """Evaluate only the first so many test entries; None takes all."""
     before_and_after: bool = False
     """Let training measure the test entries before its first step and after its last."""
+    before_limit: int | None = None
+    """Of these, measure only the first so many before the first step: a model that cannot plan yet
+    writes on and on. None measures all."""
 
 
 @dataclass(frozen=True, kw_only=True)

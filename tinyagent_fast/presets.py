@@ -104,7 +104,9 @@ def cpu() -> Config:
             evaluations=2,
             batching="length-grouped",
         ),
-        eval=EvalConfig(batch=50, sample=40, before_and_after=True),
+        eval=EvalConfig(
+            batch=50, sample=32, parity_prompts=2, before_and_after=True, before_limit=16
+        ),
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tinyagent_fast.config import Config, EvalConfig
 from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
+from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.reports.charts import plot_training
 from tinyagent_fast.runs import Run, create_run
@@ -62,7 +63,8 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
 ) -> None:
     monkeypatch.setattr(fit, "plot_training", plot_training)
     config = tiny_config(
-        train={"evaluations": 2}, eval={"before_and_after": True, "limit": 2, "sample": 3}
+        train={"evaluations": 2},
+        eval={"before_and_after": True, "before_limit": 1, "limit": 2, "sample": 3},
     )
     run = fit.train(config, quiet)
     assert run.config() == config
@@ -77,6 +79,8 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
     for folder in ("samples/step-000002", "test/before", "test/after"):
         assert (run.path / folder / "predictions.jsonl").exists()
     data = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+    assert len(PredictionFile(run.path / "test" / "before").read()) == 1
+    assert len(PredictionFile(run.path / "test" / "after").read()) == 2
     counts = {"train": 32, "left_out_as_leaks": 0, "validation": 8, "sample": 3, "test": 2}
     assert data["examples"] == counts
     text = quiet.file.getvalue()

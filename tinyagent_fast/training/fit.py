@@ -227,9 +227,10 @@ class _Prepared:
 
     def measure_test_queries(self, when: str) -> None:
         """Measure the test queries `before` or `after` training, and say what came out."""
+        most = self.config.eval.before_limit if when == "before" else None
         with self.display.bar(f"test queries, {when} training", "plans") as update:
             result = self.evaluate(
-                self.examples.test,
+                self.examples.test[:most],
                 self.config.eval,
                 self.run.path / "test" / when,
                 f"Test queries {when} training",
