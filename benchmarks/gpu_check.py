@@ -137,8 +137,14 @@ PACKED = {"train.batching": "packed", "train.batch": 1, "model.max_length_tokens
 LONG = {"model.max_length_tokens": 32768}
 BF16 = {"model.weights": "bf16"}
 L4 = "train: l4 preset"
+WHOLE = "train: unsloth, whole rows"
 SEED = "train: seed preset, plain transformers"
 STOCK = "train: stock Unsloth, packed rows"
+
+
+def micro_batch(batch: int) -> dict[str, int]:
+    """Take so many rows a micro-batch, of the 16 of an optimizer step."""
+    return {"train.batch": batch, "train.accumulation": 16 // batch}
 
 
 def checkpointing(how: str) -> dict[str, str]:
@@ -170,10 +176,12 @@ def plan(scale: Scale) -> list[Measurement]:
         # The first backend leaves its losses and gradients for the second one.
         on("numerics: transformers, NF4", "numerics", plain),
         on("evaluation: transformers, NF4", "evaluation", plain, limit_s=150),
-        on("train: transformers, shared prefix", "train", plain, SHARED),
-        on("train: transformers, whole rows", "train", plain, UNSHARED),
+        # Each with the most rows that are predicted to fit under the cap.
+        on("train: transformers, shared prefix", "train", plain, SHARED, micro_batch(4)),
+        on("train: transformers, whole rows", "train", plain, UNSHARED, micro_batch(2)),
         on("numerics: unsloth, NF4", "numerics", fused),
         on(L4, "train", fused),
+        on(WHOLE, "train", fused, UNSHARED, micro_batch(4)),
         on("evaluation: unsloth, NF4", "evaluation", fused),
         on(SEED, "train", TRANSFORMERS, preset="seed", limit_s=150),
         on(STOCK, "train", fused, UNSHARED, PACKED),
@@ -203,9 +211,10 @@ RATIOS: Mapping[str, tuple[str, str, str]] = {
         "train: transformers, shared prefix",
         "train: transformers, whole rows",
     ),
+    "shared_prefix_on_over_off_unsloth": ("samples_per_s", L4, WHOLE),
     "without_over_with_checkpointing": (
         "samples_per_s",
-        L4,
+        WHOLE,
         "train: unsloth, unsloth checkpointing",
     ),
     "bf16_over_nf4": ("samples_per_s", "train: unsloth, bf16 weights", L4),
