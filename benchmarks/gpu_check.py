@@ -651,7 +651,7 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {
         "whole rows": lambda: loaded.model(**inputs, use_cache=False).loss
     }
-    if loaded.backend == "transformers" and unsupported(loaded.model, "training") is None:
+    if unsupported(loaded.model, "training") is None:
         ways["shared prefix"] = lambda: shared_prefix_loss(loaded.model, packed)
     bench.release()
     found: dict[str, dict[str, Any]] = {}
