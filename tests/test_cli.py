@@ -299,7 +299,7 @@ def test_pairs_are_summed_up_for_people(call: Callable[..., Output], pairs_file:
     [
         ("{", "it cannot be read as JSON"),
         ("[" * 100_000, "it cannot be read as JSON"),
-        ("{}", "the top level is no list"),
+        ("{}", "item 0"),
         ("[1]", "item 0"),
         ('[{"label": "a", "prediction": "b"}, {"label": "a"}]', "item 1"),
         ('[{"label": "a", "prediction": null}]', "it has no texts `label` and `prediction`"),

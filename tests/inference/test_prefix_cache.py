@@ -294,7 +294,7 @@ def test_sixteen_bits_read_what_the_model_itself_reads(monkeypatch: pytest.Monke
         states.append(hidden)
         return [0] * len(hidden)
 
-    monkeypatch.setattr(prefix_cache, "_most_likely", note)
+    monkeypatch.setattr(prefix_cache.RowBatch, "_most_likely", note)
     model = make_model(4, 2, seed=2).to(torch.bfloat16)
     prompts = family_of(4)
     exact = make_model(4, 2, seed=2).double()

@@ -223,7 +223,7 @@ def test_what_other_families_keep_is_predicted_too(model_type: str, weights: Any
     from tinyagent_fast.training.dry_run import dry_run
 
     config = Config(model=ModelConfig(weights=weights), train=TrainConfig(shared_prefix="off"))
-    lengths = replace(PUBLISHED, longest_tokens=512, supervised_tokens=20)
+    lengths = replace(PUBLISHED, longest_tokens=3490)
     shape = replace(COUNTED, model_type=model_type, tied=True)
     estimator = replace(estimator_of(config, math.inf, "transformers", lengths), shape=shape)
     got = estimator.estimate(2, "false")

@@ -7,7 +7,6 @@ estimate of `training.memory` is held against it.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import weakref
 from collections.abc import Sequence
@@ -65,9 +64,8 @@ def dry_run(
     """
     started = time.perf_counter()
     model = _model_without_content(estimator, checkpointing)
-    cast: Any = contextlib.nullcontext()
-    if estimator.config.model.weights != "fp32":
-        cast = torch.autocast("cpu", torch.bfloat16)
+    half = estimator.config.model.weights != "fp32"
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     lengths = estimator.lengths
     shared = round(lengths.shared_tokens) if estimator.shares_prefixes else 0
     rows = made_rows(batch, estimator.row_tokens, round(lengths.supervised_tokens), shared)

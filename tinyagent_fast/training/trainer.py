@@ -183,6 +183,9 @@ def _arguments(
     train = config.train
     packed = train.batching == "packed"
     cuda = loaded.device == "cuda"
+    bf16, fp16 = loaded.compute_dtype == "bfloat16", cuda and loaded.compute_dtype == "float16"
+    # What a former run of this process, or Unsloth, has left there would decide otherwise.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "fp16" if fp16 else "no"
     return SFTConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=train.rows_per_batch,
@@ -198,8 +201,8 @@ def _arguments(
         seed=train.seed,
         data_seed=train.seed,
         use_cpu=not cuda,
-        bf16=loaded.compute_dtype == "bfloat16",
-        fp16=cuda and loaded.compute_dtype == "float16",
+        bf16=bf16,
+        fp16=fp16,
         dataloader_pin_memory=cuda,
         gradient_checkpointing=False,  # loading has set it up already
         logging_nan_inf_filter=False,
