@@ -57,7 +57,7 @@ def test_every_family_is_trained_and_exported_through_all_gates(
     base = tiny_family(name)
     config = tiny_config(
         model={"base": str(base), "prompt_format": prompt_format, "max_length_tokens": 1500},
-        train={"learning_rate": 2e-2, "max_steps": 8},
+        train={"learning_rate": 2e-2, "max_steps": 16},
     )
     run = train(config, quiet)
     family = FAMILIES[MODELS[name].model_type]
