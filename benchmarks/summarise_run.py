@@ -43,6 +43,11 @@ def summarise(run: Run) -> dict[str, Any]:
         "test_before": _figures(run.path / "test" / "before"),
         "test_after": _figures(run.path / "test" / "after"),
         "eval": _figures(run.evaluation),
+        "other_evaluations": {
+            folder.name: _figures(folder)
+            for folder in sorted(run.path.glob("eval-*"))
+            if (folder / "metrics.json").exists()
+        },
         "gguf_files": _read(run.path / "eval-gguf.json"),
     }
 
