@@ -124,8 +124,8 @@ def test_steps_compute_in_the_type_that_the_trainer_asks_for(
         return right(*arguments, **named)
 
     monkeypatch.setattr(forward, "shared_prefix_loss", watched)
-    half = torch.autocast("cpu", torch.bfloat16)
-    monkeypatch.setattr(Accelerator, "autocast", lambda _: half)
+    # A new one each time: one that is entered twice leaves autocast on for good.
+    monkeypatch.setattr(Accelerator, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
     train(tiny_config(train={"max_steps": 2}), quiet)
     assert len(seen) > 2
     assert all(seen)
