@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinyagent_fast.agent import loop
@@ -147,6 +147,9 @@ def reordered(plan: Plan, rng: random.Random) -> str:
 def test_a_sandbox_holds_what_a_label_needs_and_order_does_not_matter(
     plan: Plan, rng: random.Random
 ) -> None:
+    # Of a note that several calls write to or read, the order of the calls decides what it holds.
+    notes = [s.arguments[0] for s in plan.steps if s.tool.endswith(("_note", "_note_content"))]
+    assume(len(notes) == len(set(notes)))
     label = render_plan(plan)
     target, execution = after(label, label)
     assert not execution.failed

@@ -28,7 +28,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 os.environ.update(
-    OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg", HF_HUB_ETAG_TIMEOUT="5"
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="agg",
+    HF_HUB_ETAG_TIMEOUT="5",
+    HF_HUB_OFFLINE="0",  # the hub is a server of this script
 )
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
 _PATIENCE_S = 300.0

@@ -243,9 +243,12 @@ class LlamaServer:
         if on_text is None:
             raw = self.request("POST", "/completion", body)
             return self._completion(raw, raw["content"], max_new_tokens)
-        text = ""
+        text = held = ""
         for message in self._events("/completion", body):
-            piece = message.get("content", "")
+            piece = held + message.get("content", "")
+            # Bytes of a character that the limit cuts; an answer in one piece leaves them out.
+            whole = piece.rstrip("\ufffd")
+            piece, held = whole, piece[len(whole) :]
             text += piece
             on_text(piece)
             if message.get("stop"):
