@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
 from stand_ins import ScriptedWriter, planner_with
@@ -169,6 +169,9 @@ def test_a_right_graph_with_a_wrong_argument_is_plan_success_and_no_task_success
 def test_a_replan_of_any_failure_leads_to_the_label_s_state(seed: int) -> None:
     (example,) = plans(1, seed=seed)
     label, rng = parse_plan(example.output), random.Random(seed)
+    # Of a note that several calls write to or read, their order decides what it holds.
+    notes = [s.arguments[0] for s in label.steps if s.tool.endswith(("_note", "_note_content"))]
+    assume(len(notes) == len(set(notes)))
     fault = choose_fault(label, rng, RECOVERABLE)
     text = malformed(example.output, rng) if fault.kind == "malformed" else example.output
     clean, sandbox = sandbox_for(label), sandbox_for(label, faults=[fault])
@@ -182,7 +185,7 @@ def test_a_replan_of_any_failure_leads_to_the_label_s_state(seed: int) -> None:
 def _run_in(sandbox: Any, text: str) -> Any:
     from tinyagent_fast.agent.loop import AgentSettings
 
-    sandbox_settings = AgentSettings(call_timeout_s=0.01)
+    sandbox_settings = AgentSettings(call_timeout_s=0.2)
     return asyncio.run(execute(whole_plan(text), sandbox.tools, sandbox_settings))
 
 

@@ -164,7 +164,7 @@ def test_a_recoverable_fault_spoils_a_plan_and_says_that_it_can_be_mended(
     fault = choose_fault(plan, rng, RECOVERABLE)
     label = render_plan(plan)
     text = malformed(label, rng) if fault.kind == "malformed" else label
-    _, execution = after(label, text, fault, call_timeout_s=0.02)
+    _, execution = after(label, text, fault, call_timeout_s=0.2)
     assert execution.failed
     told = [c.observation for c in execution.calls] + [execution.problem or ""]
     assert any("try again" in text.lower() for text in told)

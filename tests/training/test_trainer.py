@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.inference.torch_engine import generating
+from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models import threads
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
@@ -467,7 +467,7 @@ def test_memory_that_runs_out_is_found_before_the_first_step_and_the_fix_names_f
     if where == "training":
         monkeypatch.setattr(trainer, "compute_loss", run_out)
     else:
-        monkeypatch.setattr(loaded.model, "generate", run_out)
+        monkeypatch.setattr(TorchEngine, "complete_tokens", run_out)
     with pytest.raises(TrainingError) as caught:
         preflight(trainer, loaded, rows, [[1, 5, 6]], 16)
     text = str(caught.value)
