@@ -93,12 +93,11 @@ from tinyagent_fast.training.trainer import (
     validation_loss,
 )
 
-_SAMPLED_ROWS = 256
-
 if TYPE_CHECKING:
     from tinyagent_fast.training.callbacks import History, PlanSuccess
 
 
+_SAMPLED_ROWS = 256
 _MARGIN_TOKENS = 16
 _FIRST_SAMPLE = 16
 """Validation queries before the first step: enough to see that an untrained model plans nothing."""

@@ -82,11 +82,11 @@ def preflight(
         torch.cuda.reset_peak_memory_stats()
     try:
         started = time.perf_counter()
-        inputs = rehearse(trainer, loaded, _longest_rows(trainer))
-        kept = _longest_rows(trainer, kept_tokens)
-        if kept != _longest_rows(trainer):
-            rehearse(trainer, loaded, kept)
+        longest_rows = _longest_rows(trainer)
+        inputs = rehearse(trainer, loaded, longest_rows)
         train_s = time.perf_counter() - started
+        if (kept := _longest_rows(trainer, kept_tokens)) != longest_rows:
+            rehearse(trainer, loaded, kept)
         train_gib = _reserved_gib() if cuda else None
         longest = sorted(evaluation_prompts, key=len)[-evaluation_batch:]
         list(
