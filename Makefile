@@ -63,7 +63,7 @@ eval: setup ## measure plan success of a run (RUN=latest ENGINE=auto|torch|gguf|
 	$(BIN)/tinyagent-fast eval --run $(call quoted,$(RUN)) $(if $(ENGINE),--engine $(call quoted,$(ENGINE))) $(if $(MODEL),--model $(call quoted,$(MODEL))) $(ARGS)
 
 agent-eval: setup ## task success of a run: its plans are carried out in a sandbox (RUN=latest)
-	$(BIN)/tinyagent-fast agent-eval --run $(RUN) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(BIN)/tinyagent-fast agent-eval --run $(call quoted,$(RUN)) $(if $(MODEL),--model $(call quoted,$(MODEL))) $(ARGS)
 
 export: setup ## merged weights and GGUF files of a run, proved (RUN=latest)
 	$(BIN)/tinyagent-fast export --run $(call quoted,$(RUN)) $(ARGS)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stand_ins import ScriptedWriter, planner_with
@@ -122,6 +125,41 @@ def test_real_changes_are_shown_and_asked_for(
     if not flags:
         assert 'dim("lamp-hall", 40)' in said
         assert "find_lamp" not in said.partition("this would be done")[2].partition("\n")[0]
+
+
+class InTurn(ScriptedWriter):
+    """Writes one plan after another."""
+
+    def generate(self, prompts: Any, **how: Any) -> Any:
+        first, *rest = self.answers
+        self.answers = [first]
+        yield from super().generate(prompts, **how)
+        self.answers = rest
+
+
+def test_tools_of_an_mcp_server_are_planned_with_asked_for_and_planned_again(
+    says: Callable[[str], ScriptedWriter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("mcp", reason="needs the package mcp")
+    says("")
+    plans = [f'1. find_lamp("{room}")\n2. dim(["$1"], 40, "2.5", True)\n3. join()' for room in
+             ("attic", "hall")]  # fmt: skip
+    writer = InTurn(plans)
+    monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda said: asked.append(said) or "y")
+    server = shlex.join([sys.executable, str(Path(__file__).with_name("lamp_server.py"))])
+    assert main(["agent", "dim the hall", "--mcp", server]) == 0
+    said = capsys.readouterr().out
+    assert len(asked) == 1 and 'dim(["lamp-2"], 40, "2.5", True)' in said
+    assert "lamp-2 at 40 within 2.5 s slowly" in said
+    first, second = (user for _, user in writer.asked)
+    assert second.startswith(first) and "there is no lamp in the attic, try again" in second
+    (trace,) = map(json.loads, Path("runs/r/agent/traces.jsonl").read_text().splitlines())
+    statuses = [[call["status"] for call in one["calls"]] for one in trace["rounds"]]
+    assert statuses == [["failed", "skipped"], ["done", "done"]]
 
 
 def test_a_dry_run_only_plans(

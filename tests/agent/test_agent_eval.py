@@ -189,6 +189,27 @@ def _run_in(sandbox: Any, text: str) -> Any:
     return asyncio.run(execute(whole_plan(text), sandbox.tools, sandbox_settings))
 
 
+def test_with_the_grammar_every_plan_is_held_to_the_tools_of_its_prompt() -> None:
+    asked: list[Prompt] = []
+
+    class Noted(Oracle):
+        async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+            asked.append(prompt)
+            async for piece in super().plan(prompt, done):
+                yield piece
+
+    async def run() -> None:
+        tasks, _ = await tasks_of(plans(4), grammar=True)
+        await run_tasks(tasks, Noted(tasks), RuleJoiner(), None, faults_seed=1)
+        for prompt in asked:
+            task = next(t for t in tasks if prompt.user.startswith(t.prompt.user))
+            assert prompt.grammar == task.prompt.grammar is not None
+        assert len(asked) == 8  # the replans too
+        assert all(t.prompt.grammar is None for t in (await tasks_of(plans(4)))[0])
+
+    asyncio.run(run())
+
+
 def test_labels_that_are_no_plans_are_counted() -> None:
     good, bad = plans(2)
     from dataclasses import replace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinyagent_fast.plans.grammar import (
@@ -243,3 +243,33 @@ def test_a_joiner_answer_is_read_as_the_app_acts_on_it(
     text: str, answer: tuple[str, str | None, str]
 ) -> None:
     assert parse_joiner(text) == JoinerAnswer(*answer)
+
+
+ANSWERS = st.lists(
+    st.sampled_from(
+        ["Thought:", "Action:", "Finish", "Replan", "(", ")", "\n", " ", "x", "<END_OF_RESPONSE>"]
+    ),
+    max_size=14,
+).map("".join)
+
+
+@given(ANSWERS)
+def test_any_answer_leads_to_what_the_published_parser_makes_of_it(text: str) -> None:
+    """Source: `get_parsed_joinner_output` of SqueezeAILab/TinyAgent, described in own words."""
+    acting = [line[line.index("Action:") :] for line in text.split("\n") if "Action:" in line]
+    answer = parse_joiner(text)
+    if not acting:
+        assert (answer.action, answer.message) == (None, "")
+        return
+    last = acting[-1]
+    assert answer.action == ("Replan" if "Replan" in last else "Finish")
+    opened, closed = last.find("("), last.rfind(")")
+    if 0 <= opened < closed:  # elsewhere the published one cuts the line at odd places
+        assert answer.message == last[opened + 1 : closed]
+
+
+@given(st.text(st.characters(exclude_characters="\n"), max_size=20), st.text("a (b).", max_size=9))
+def test_an_answer_of_the_usual_form_is_read_as_it_was_meant(thought: str, said: str) -> None:
+    assume("Action:" not in thought)
+    text = f"Thought: {thought}\nAction: Finish({said})"
+    assert parse_joiner(text) == JoinerAnswer(thought.strip(), "Finish", said)

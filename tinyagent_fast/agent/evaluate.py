@@ -41,6 +41,7 @@ from tinyagent_fast.agent.sandbox import (
     malformed,
     sandbox_for,
 )
+from tinyagent_fast.config import GrammarUse
 from tinyagent_fast.data.cache import load_examples
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.display import Display
@@ -52,6 +53,7 @@ from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.plans.grammar import END_OF_RESPONSE, Plan, PlanError, parse_plan, render_plan
 from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.prompts.builder import held_to_tools
 from tinyagent_fast.runs import Run, find_run, write_json, write_text
 
 JoinerName = Literal["auto", "model", "rule"]
@@ -81,6 +83,9 @@ class AgentEvalOptions:
     prompts: Literal["as-is", "retrieved"] | None = None
     """System prompts as the test file has them, or with the tools that the run's retriever finds;
     None takes what the run was trained with."""
+    grammar: GrammarUse = "off"
+    """`on` lets the model write nothing but plans of the tools that each prompt lists, as `agent`
+    does."""
     joiner: JoinerName = "auto"
     """Who judges the observations: the model, or a rule that finishes when every call is done and
     plans again when an observation says to try again; `auto` is the model where it was trained on
@@ -100,7 +105,8 @@ class AgentEvalOptions:
     threads: int | None = None
     """CPU threads; None leaves it to torch or llama.cpp."""
     out: Path | None = None
-    """Folder for metrics, report and traces; by default `agent/` in the run's folder."""
+    """Folder for metrics, report and traces; by default `agent/` in the run's folder, and
+    `agent-grammar/` with `--grammar on`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +114,8 @@ class Task:
     """A query with what a right plan leads to."""
 
     example: Example
+    prompt: Prompt
+    """Asks for the first plan."""
     label: Plan
     target: State
     label_runs: bool
@@ -159,6 +167,7 @@ class AgentMetrics:
     """`model` or `rule`."""
     joins: JoinMetrics | None = None
     """The model's verdicts on the test file's own join points, where it judges."""
+    grammar: GrammarUse = "off"
     max_replans: int
     time_scale: float
 
@@ -173,6 +182,7 @@ class AgentMetrics:
         return {
             "n": len(self.plain),
             "joiner": self.joiner,
+            "grammar": self.grammar,
             "joins": self.joins.to_json() if self.joins else None,
             "plan_success": _share(r.plan_right for r in self.plain),
             "task_success": _share(r.done for r in self.plain),
@@ -214,7 +224,8 @@ def agent_tables(figures: Mapping[str, Any]) -> Iterator[FactTable]:
     joiner = "the model" if figures["joiner"] == "model" else "a rule, not the model"
     yield FactTable(
         title="Tasks",
-        note=f"Observations were judged by {joiner}.",
+        note=f"Observations were judged by {joiner}."
+        + " Plans were held to the listed tools." * (figures.get("grammar") == "on"),
         head=("figure", "value"),
         rows=tuple(rows),
     )
@@ -311,10 +322,9 @@ async def run_tasks(
         states: list[State] = []
         agent = Agent(spoilt, joiner, sandbox.tools, settings)
         try:
-            example = task.example
             outcome = await agent.run(
-                example.query,
-                Prompt(system=example.system, user=example.user),
+                task.example.query,
+                task.prompt,
                 after_round=lambda _: states.append(sandbox.state()),
             )
         finally:
@@ -326,7 +336,7 @@ async def run_tasks(
             fault=fault,
             reached=tuple(state.reaches(task.target) for state in states),
             reached_but_wording=states[-1].reaches(task.target, wording=False),
-            plan_right=score_pair(example.output, first, tools).success,
+            plan_right=score_pair(task.example.output, first, tools).success,
         )
         on_done(result)
         return result
@@ -348,13 +358,17 @@ class _Spoilt:
 
 
 async def tasks_of(
-    examples: Sequence[Example], tools: Mapping[str, Tool] | None = None
+    examples: Sequence[Example],
+    tools: Mapping[str, Tool] | None = None,
+    *,
+    grammar: bool = False,
 ) -> tuple[list[Task], int]:
     """Run the labels, to know what right plans lead to.
 
     Args:
         examples: Plans.
         tools: Tools by name; None stands for TinyAgent's own.
+        grammar: Hold the plans that will be asked for to the tools that their prompts list.
 
     Returns:
         Tasks, and how many labels are no plan and were left out.
@@ -368,9 +382,11 @@ async def tasks_of(
             continue
         sandbox = sandbox_for(label, tools)
         execution = await execute(whole_plan(render_plan(label)), sandbox.tools)
+        prompt = Prompt(system=example.system, user=example.user)
         tasks.append(
             Task(
                 example=example,
+                prompt=held_to_tools(prompt, tools) if grammar else prompt,
                 label=label,
                 target=sandbox.state(),
                 label_runs=not execution.failed,
@@ -452,7 +468,8 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
 
     # A catalogue's tools say what they return, which the recorder uses.
     tools = plan_tools(config.data.catalogue)
-    tasks, left_out = asyncio.run(tasks_of(examples, tools))
+    held = options.grammar == "on"
+    tasks, left_out = asyncio.run(tasks_of(examples, tools, grammar=held))
     if left_out:
         display.say(f"{left_out} labels are no plans, and are left out")
     if not tasks:
@@ -511,10 +528,11 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
         faulty=with_faults,
         joiner=joiner_name,
         joins=verdicts,
+        grammar=options.grammar,
         max_replans=options.max_replans,
         time_scale=options.time_scale,
     )
-    _write(metrics, options.out or run.path / "agent", run, display)
+    _write(metrics, options.out or run.path / ("agent-grammar" if held else "agent"), run, display)
     return metrics
 
 

@@ -255,7 +255,12 @@ async def mcp_tools(command: str | Sequence[str]) -> AsyncIterator[dict[str, Run
 
     async def keep() -> None:
         """Hold the connection in a task of its own: it would wrap up what the caller raises."""
-        async with stdio_client(server) as (read, write), ClientSession(read, write) as session:
+        # Not sys.stderr: a child needs a real file, which a notebook's or a test's is not.
+        errors = sys.__stderr__ or sys.stderr
+        async with (
+            stdio_client(server, errlog=errors) as (read, write),
+            ClientSession(read, write) as session,
+        ):
             await session.initialize()
             ready.set_result((session, (await session.list_tools()).tools))
             await leave.wait()
