@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tinyagent_fast.agent.session import AgentSpec, open_agent
 from tinyagent_fast.chat.web import PlannerServer, listen
 from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
 from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.prompts.builder import ChosenText, PromptBuilder
+from tinyagent_fast.runs import Run
 
 WAIT_S = 20.0
 
@@ -77,15 +79,18 @@ class ScriptedWriter:
             )
 
 
-def planner_with(writer: ScriptedWriter) -> Planner:
+def planner_with(writer: ScriptedWriter, run: Run | None = None) -> Planner:
     prompts = PromptBuilder(system=ChosenText("tools", "a test"), question=("Q: ", ""))
-    return Planner(writer, prompts, facts={"model": "scripted"})
+    return Planner(writer, prompts, facts={"model": "scripted"}, run=run)
 
 
 @contextmanager
-def serving(planner: Planner, host: str = "127.0.0.1") -> Iterator[PlannerServer]:
-    """Serve a planner in a thread, on a free port."""
-    server = PlannerServer(planner, listen(host, 0), host)
+def serving(
+    planner: Planner, host: str = "127.0.0.1", agent: AgentSpec | None = None
+) -> Iterator[PlannerServer]:
+    """Serve a planner, and an agent if one is described, in a thread, on a free port."""
+    opened = None if agent is None else open_agent(planner, agent)
+    server = PlannerServer(planner, listen(host, 0), host, opened)
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from stand_ins import ScriptedWriter, planner_with
 from tinyagent_fast.cli import main
 from tinyagent_fast.config import Config
 from tinyagent_fast.inference import planner
-from tinyagent_fast.runs import create_run
+from tinyagent_fast.runs import Run, create_run
 
 PLAN = '1. get_phone_number("Anna")\n2. send_sms(["$1"], "hello \x1b[31m")\n3. join()'
 HOME = '''
@@ -41,12 +43,10 @@ def says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Scr
     """Return a function that lets every planner write one plan, in a folder with a run."""
     monkeypatch.chdir(tmp_path)
     run = create_run(Config(name="r"))
-    run.adapter.mkdir()
-    (run.adapter / "adapter_model.safetensors").touch()
 
     def let(plan: str) -> ScriptedWriter:
         writer = ScriptedWriter(plan.splitlines(keepends=True))
-        monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer))
+        monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer, run))
         return writer
 
     return let
@@ -92,30 +92,41 @@ def test_what_is_not_done_gives_1(says: Callable[[str], ScriptedWriter]) -> None
     assert main(["agent", "text", "--max-replans", "0"]) == 1
 
 
+@pytest.fixture
+def types(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return a function that types into the standard input, and then ends it."""
+    with ExitStack() as stack:
+
+        def type_text(text: str) -> None:
+            there, here = os.pipe()
+            with os.fdopen(here, "w") as stream:
+                stream.write(text)
+            monkeypatch.setattr(sys, "stdin", stack.enter_context(os.fdopen(there)))
+
+        yield type_text
+
+
 @pytest.mark.parametrize(
     ("flags", "answer", "done"),
     [
-        ([], "y", True),
-        ([], "n", False),
-        ([], EOFError(), False),
-        (["--yes"], AssertionError("asked"), True),
-        (["--json"], AssertionError("asked"), False),
+        ([], "y\n", True),
+        ([], "YES\n", True),
+        ([], "n\n", False),
+        ([], "\n", False),
+        ([], "", False),
+        (["--yes"], "", True),
+        (["--json"], "y\n", False),
     ],
 )
 def test_real_changes_are_shown_and_asked_for(
     flags: list[str],
-    answer: str | BaseException,
+    answer: str,
     done: bool,
     says: Callable[[str], ScriptedWriter],
-    monkeypatch: pytest.MonkeyPatch,
+    types: Callable[[str], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def reply(_: str) -> str:
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-    monkeypatch.setattr("builtins.input", reply)
+    types(answer)
     says(HOME_PLAN)
     Path("home_tools.py").write_text(HOME)
     code = main(["agent", "dim the hall", "--tools", "home_tools.py", *flags])
@@ -139,6 +150,7 @@ class InTurn(ScriptedWriter):
 
 def test_tools_of_an_mcp_server_are_planned_with_asked_for_and_planned_again(
     says: Callable[[str], ScriptedWriter],
+    types: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -147,13 +159,12 @@ def test_tools_of_an_mcp_server_are_planned_with_asked_for_and_planned_again(
     plans = [f'1. find_lamp("{room}")\n2. dim(["$1"], 40, "2.5", True)\n3. join()' for room in
              ("attic", "hall")]  # fmt: skip
     writer = InTurn(plans)
-    monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer))
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda said: asked.append(said) or "y")
+    monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer, Run(Path("runs/r"))))
+    types("y\n")
     server = shlex.join([sys.executable, str(Path(__file__).with_name("lamp_server.py"))])
     assert main(["agent", "dim the hall", "--mcp", server]) == 0
     said = capsys.readouterr().out
-    assert len(asked) == 1 and 'dim(["lamp-2"], 40, "2.5", True)' in said
+    assert said.count("do it?") == 1 and 'dim(["lamp-2"], 40, "2.5", True)' in said
     assert "lamp-2 at 40 within 2.5 s slowly" in said
     first, second = (user for _, user in writer.asked)
     assert second.startswith(first) and "there is no lamp in the attic, try again" in second

@@ -22,7 +22,6 @@ from tinyagent_fast.agent.evaluate import (
     Task,
     TaskResult,
     evaluate_agent,
-    joiner_of_run,
     run_tasks,
     tasks_of,
 )
@@ -35,6 +34,7 @@ from tinyagent_fast.agent.models import (
     joiner_text_of,
 )
 from tinyagent_fast.agent.sandbox import RECOVERABLE, choose_fault, malformed, sandbox_for
+from tinyagent_fast.agent.session import joiner_of_run
 from tinyagent_fast.cli import main
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries

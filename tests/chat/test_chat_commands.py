@@ -241,4 +241,4 @@ def test_serve_warns_of_an_address_that_others_can_reach(
     assert main(["serve", "--port", "0"]) == 0
     assert "warning" not in capsys.readouterr().out
     assert main(["serve", "--port", "0", "--host", "0.0.0.0"]) == 0
-    assert "no password" in capsys.readouterr().out
+    assert "without password" in capsys.readouterr().out

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from browser import show_as
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from stand_ins import ScriptedWriter, wait_until
+from stand_ins import ScriptedWriter, planner_with, serving, wait_until
 
+from tinyagent_fast.agent.session import AgentSpec
 from tinyagent_fast.chat.web import PlannerServer
 
 PLAN = [
@@ -240,3 +242,57 @@ def test_what_a_call_gives_and_takes_stands_out_under_the_pointer(page: Chrome) 
         "return edges.map((edge) => edge.dataset.edge);"
     )
     assert loud == ["1-2"]
+
+
+HOME = """
+from pathlib import Path
+from tinyagent_fast.agent.tools import tool
+
+@tool(changes=False)
+def find_lamp(room: str) -> str:
+    return f"lamp <b>{room}</b>"
+
+def dim(lamp: str, percent: int) -> str:
+    Path(__file__).with_name(f"done-{percent}").touch()
+    return "dimmed"
+"""
+HOME_PLAN = [
+    '1. find_lamp("hall")\n',
+    '2. dim("$1", 40)\n',
+    '3. dim("$1", 60)\n',
+    "4. join()",
+]
+STATUSES = "return [...document.querySelectorAll('#graph .step')].map((n) => n.dataset.status)"
+
+
+def test_a_plan_is_carried_out_before_the_user_s_eyes_and_asks_before_it_changes_anything(
+    browser: Chrome, tmp_path: Path
+) -> None:
+    (tmp_path / "page_home.py").write_text(HOME)
+    writer = ScriptedWriter(HOME_PLAN)
+    writer.gate = threading.Semaphore(1)
+    spec = AgentSpec(tools=tmp_path / "page_home.py")
+    with serving(planner_with(writer), agent=spec) as server:
+        show_as(browser, width=390, height=844, scheme="dark")
+        browser.get(server.url)
+        wait_until(lambda: browser.find_element(By.ID, "act").is_displayed(), "the button")
+        write(browser, "#request", "dim the hall")
+        click(browser, "#act")
+        wait_until(lambda: browser.execute_script(STATUSES) == ["done"], "the first call")
+        assert "lamp <b>hall</b>" in text_of(browser, "calls")  # while the plan is still written
+        writer.gate.release(len(HOME_PLAN))
+        wait_until(lambda: "one more" in text_of(browser, "more"), "two questions")
+        assert 'dim("lamp <b>hall</b>", 40)' in text_of(browser, "asked")
+        assert list(tmp_path.glob("done-*")) == []
+        click(browser, "#allow")
+        wait_until(lambda: "60" in text_of(browser, "asked"), "the second question")
+        click(browser, "#refuse")
+        wait_until(lambda: text_of(browser, "answer"), "the answer")
+        assert browser.execute_script(STATUSES) == ["done", "done", "refused"]
+        assert [path.name for path in tmp_path.glob("done-*")] == ["done-40"]
+        assert "user refused" in text_of(browser, "calls")
+        assert not browser.find_element(By.ID, "question").is_displayed()
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert not browser.execute_script(OVERLAPS)
+        assert not browser.execute_script(OUTSIDE)
+    assert browser.get_log("browser") == []

@@ -7,11 +7,13 @@ import socket
 import threading
 import urllib.request
 from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
 from typing import Any
 
 import pytest
 from stand_ins import WAIT_S, ScriptedWriter, planner_with, serving, wait_until
 
+from tinyagent_fast.agent.session import AgentSpec
 from tinyagent_fast.chat import web
 from tinyagent_fast.chat.web import (
     MAX_REQUEST_CHARS,
@@ -217,7 +219,7 @@ def test_the_page_runs_only_its_own_script_and_asks_nobody_else(server: PlannerS
 
 def test_the_page_is_told_what_plans(server: PlannerServer) -> None:
     response = ask(server, "GET", "/planner")
-    assert json.loads(response.read()) == {"facts": {"model": "scripted"}}
+    assert json.loads(response.read()) == {"facts": {"model": "scripted"}, "agent": False}
 
 
 def test_requests_wait_for_one_another_and_are_told_so(
@@ -339,3 +341,135 @@ def test_an_ipv6_address_is_shown_as_a_browser_reads_it(planner: Planner) -> Non
     with listen("127.0.0.1", 0) as listener:
         url = PlannerServer(planner, listener, "::1").url
     assert url.startswith("http://[::1]:")
+
+
+# --- plans that are carried out
+
+HOME = '''
+import asyncio
+from pathlib import Path
+from tinyagent_fast.agent.tools import ToolError, tool
+
+BUSY = Path(__file__).with_name("busy")
+DONE = Path(__file__).with_name("done")
+ENDED = Path(__file__).with_name("ended")
+
+@tool(changes=False)
+def find_lamp(room: str) -> str:
+    """Gives the id of a lamp."""
+    if BUSY.exists():
+        BUSY.unlink()
+        raise ToolError("the lamps are busy, try again")
+    return f"lamp-{room}"
+
+def dim(lamp: str, percent: int) -> str:
+    """Dims a lamp."""
+    DONE.write_text(f"{lamp} {percent}")
+    return "dimmed"
+
+@tool(changes=False)
+async def wait() -> str:
+    """Waits."""
+    try:
+        await asyncio.sleep(60)
+    finally:
+        ENDED.touch()
+'''
+HOME_PLAN = ['1. find_lamp("hall")\n', '2. dim("$1", 40)\n', "3. join()"]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> AgentSpec:
+    (tmp_path / "web_home.py").write_text(HOME)
+    return AgentSpec(tools=tmp_path / "web_home.py", trace=tmp_path / "traces.jsonl")
+
+
+def next_event(response: HTTPResponse) -> tuple[str, Any]:
+    name = response.readline().decode().removeprefix("event: ").strip()
+    value = json.loads(response.readline().decode().removeprefix("data: "))
+    assert response.readline() == b"\n"
+    return name, value
+
+
+def until(response: HTTPResponse, kind: str) -> list[tuple[str, Any]]:
+    found = [next_event(response)]
+    while found[-1][0] != kind:
+        found.append(next_event(response))
+    return found
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_an_agent_s_changes_are_asked_for_and_its_graph_fills_in(
+    home: AgentSpec, tmp_path: Path, allowed: bool
+) -> None:
+    (tmp_path / "busy").touch()
+    with serving(planner_with(ScriptedWriter(HOME_PLAN)), agent=home) as server:
+        assert json.loads(ask(server, "GET", "/planner").read())["agent"] is True
+        response = ask(server, "POST", "/agent", {"request": "dim the hall"})
+        found = until(response, "ask")
+        assert found[-1][1]["call"] == 'dim("lamp-hall", 40)'
+        assert [v["number"] for v in of_kind(found, "plan")] == [0, 1]  # it was busy, and mended
+        assert [v["status"] for v in of_kind(found, "observation")] == ["failed", "skipped", "done"]
+        assert not (tmp_path / "done").exists()
+        answer = {"question": found[-1][1]["question"], "allow": allowed}
+        assert ask(server, "POST", "/allow", answer, Origin="http://evil.example").status == 403
+        assert ask(server, "POST", "/allow", answer).status == 200
+        assert ask(server, "POST", "/allow", answer).status == 404
+        rest = events(response)
+    assert (tmp_path / "done").exists() == allowed
+    status = "done" if allowed else "refused"
+    assert of_kind(rest, "observation")[-1]["status"] == status
+    assert f'data-status="{status}"' in of_kind(rest, "drawing")[-1]["svg"]
+    assert rest[-1][0] == "end" and rest[-1][1]["failed"] is not allowed
+    (trace,) = map(json.loads, (tmp_path / "traces.jsonl").read_text().splitlines())
+    assert trace["request"] == "dim the hall" and len(trace["rounds"]) == 2
+
+
+@pytest.mark.parametrize("end", ["reader", "server"])
+def test_a_reader_who_leaves_or_a_server_that_closes_leaves_no_call_running(
+    home: AgentSpec, tmp_path: Path, end: str
+) -> None:
+    writer = ScriptedWriter(["1. wait()\n", "2. join()"])
+    with serving(planner_with(writer), agent=home) as server:
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=20)
+        connection.request("POST", "/agent", json.dumps({"request": "wait"}).encode(), JSON)
+        response = connection.getresponse()
+        while "running" not in next_event(response)[1].get("svg", ""):
+            pass
+        if end == "server":
+            server.stop()
+            assert events(response)[-1] == ("failed", {"message": "the server is closing"})
+        else:
+            response.close()
+            connection.close()
+        wait_until((tmp_path / "ended").exists, "the end of the call")
+        if end == "reader":
+            assert events(ask(server, "POST", "/plan", {"request": "go"}))[-1][0] == "done"
+
+
+def test_in_the_sandbox_nothing_is_asked_for() -> None:
+    plan = ['1. get_phone_number("Anna")\n', '2. send_sms(["$1"], "late")\n', "3. join()"]
+    with serving(planner_with(ScriptedWriter(plan)), agent=AgentSpec()) as server:
+        assert "nothing real is touched" in ask(server, "GET", "/planner").read().decode()
+        found = events(ask(server, "POST", "/agent", {"request": "text Anna"}))
+    assert of_kind(found, "ask") == []
+    assert found[-1][0] == "end" and not found[-1][1]["failed"]
+
+
+def test_a_server_without_an_agent_and_a_failing_model_say_so(
+    server: PlannerServer, home: AgentSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(server, "POST", "/agent", {"request": "go"}).status == 404
+    assert ask(server, "POST", "/allow", {"question": "x", "allow": True}).status == 404
+    for body in (b"", b"[]", b"{}", b'{"question": [1]}'):
+        assert ask(server, "POST", "/allow", body).status == 404
+    writer = ScriptedWriter(HOME_PLAN)
+    with serving(planner_with(writer), agent=home) as other:
+        for error, said in (
+            (ModelError("a", "b", "shorten it"), "shorten it"),
+            (KeyError(), "bug"),
+        ):
+            writer.error = error
+            found = events(ask(other, "POST", "/agent", {"request": "go"}))
+            assert found[-1][0] == "failed" and said in found[-1][1]["message"]
+    assert "KeyError" in capsys.readouterr().err

@@ -26,13 +26,7 @@ from tinyagent_fast.agent.loop import (
     execute,
     whole_plan,
 )
-from tinyagent_fast.agent.models import (
-    OWN_JOINER_TEXT,
-    BatchedModel,
-    JoinerText,
-    ModelJoiner,
-    joiner_text_of,
-)
+from tinyagent_fast.agent.models import BatchedModel, ModelJoiner
 from tinyagent_fast.agent.sandbox import (
     RECOVERABLE,
     Fault,
@@ -41,8 +35,8 @@ from tinyagent_fast.agent.sandbox import (
     malformed,
     sandbox_for,
 )
+from tinyagent_fast.agent.session import JoinerName, join_points, joiner_of_run
 from tinyagent_fast.config import GrammarUse
-from tinyagent_fast.data.cache import load_examples
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, DataError
@@ -55,8 +49,6 @@ from tinyagent_fast.plans.grammar import END_OF_RESPONSE, Plan, PlanError, parse
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import held_to_tools
 from tinyagent_fast.runs import Run, find_run, write_json, write_text
-
-JoinerName = Literal["auto", "model", "rule"]
 
 _CALL_TIMEOUT_S = 30.0
 _SHORTEST_TIMEOUT_S = 1.0
@@ -396,37 +388,6 @@ async def tasks_of(
     return tasks, left_out
 
 
-def joiner_of_run(
-    run: Run | None, wanted: JoinerName, test: Path | None
-) -> tuple[Literal["model", "rule"], JoinerText]:
-    """Choose who judges, and find the text of the joiner's prompt in the run's data.
-
-    Args:
-        run: The run; None for a model outside any.
-        wanted: As in `AgentEvalOptions`.
-        test: A file in the published schema; None takes the run's test file.
-
-    Raises:
-        DataError: The file is faulty.
-    """
-    if wanted == "rule" or (wanted == "auto" and not (run and _trained_on_joins(run))):
-        return "rule", OWN_JOINER_TEXT
-    joins = _joins(run, test)
-    return "model", joiner_text_of(joins[0]) if len(joins) else OWN_JOINER_TEXT
-
-
-def _joins(run: Run | None, test: Path | None) -> Sequence[Example]:
-    """Read the join points of a test file; none where it is not here."""
-    path = test or (run.test_file() if run else None)
-    if path is None or not path.exists():
-        return ()
-    return load_examples(path, on_bad_entry="skip", points="join")
-
-
-def _trained_on_joins(run: Run) -> bool:
-    return run.config().data.points in ("join", "all")
-
-
 def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     """Measure task success of a run, with and without faults, and write figures and traces.
 
@@ -495,7 +456,7 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     joins: Sequence[Example] = ()
     if joiner_name == "model":
         of_tasks = {task.example.entry_key for task in tasks}
-        joins = [join for join in _joins(run, config.data.test) if join.entry_key in of_tasks]
+        joins = [join for join in join_points(run, config.data.test) if join.entry_key in of_tasks]
 
     async def judged(model: BatchedModel, join: Example) -> tuple[str, str]:
         prompt = Prompt(system=join.system, user=join.user)

@@ -56,12 +56,17 @@ class CallRecord:
     """Since the plan began; for a call that was never run, when that was clear."""
     ended_s: float
 
+    def shown(self) -> str:
+        """Write the call with results filled in, for a prompt or a person."""
+        return render_call(self.step.tool, [_plain(argument) for argument in self.arguments])
+
     def to_json(self) -> dict[str, Any]:
         """Give plain values for a trace."""
         return {
             "number": self.step.number,
             "tool": self.step.tool,
-            "arguments": list(self.arguments),
+            "arguments": [_plain(argument) for argument in self.arguments],
+            "call": self.shown(),
             "needs": list(self.needs),
             "status": self.status,
             "observation": self.observation,
@@ -252,13 +257,14 @@ class _Plan:
             self.on_event("start", {"number": step.number, "arguments": converted})
             limit = tool.timeout_s or self.settings.call_timeout_s
             value = await self.bounded(tool, converted, limit)
+            observation = as_text(value)
         except _TimedOut:
             return ended("failed", f"Error: {step.tool} gave no answer in time; {TRY_AGAIN}.")
         except ToolError as error:
             return ended("failed", f"Error: {error}")
         except Exception as error:  # a tool may fail in any way; the joiner sees how
             return ended("failed", f"Error: {type(error).__name__}: {error}")
-        return ended("done", as_text(value), value)
+        return ended("done", observation, value)
 
     async def bounded(self, tool: RunnableTool, arguments: Sequence[object], limit: float) -> Any:
         """Run a tool; on a time-out or when the call is cancelled, break it off."""
@@ -310,6 +316,14 @@ async def _as_generator(pieces: AsyncIterator[str]) -> Any:
             await pieces.aclose()
 
 
+def _plain(value: object) -> Any:
+    """Give what plans and traces can hold; whatever else a tool gave stands as its text."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    number = isinstance(value, (int, float)) and abs(value) < 2**63
+    return value if value is None or isinstance(value, str) or number else as_text(value)
+
+
 def _stopped(why: str) -> str:
     return f"Error: the plan was stopped, as {why}. Correct this and {TRY_AGAIN}."
 
@@ -346,16 +360,9 @@ def _in_thread(tool: RunnableTool, arguments: Sequence[object]) -> asyncio.Futur
 # --- texts for the model
 
 
-def shown_call(call: CallRecord, *, filled_in: bool = True) -> str:
-    """Write a call for a prompt, with results filled in or with its references."""
-    arguments = call.arguments if filled_in else call.step.arguments
-    plain = [a if isinstance(a, (str, int, list, type(None))) else as_text(a) for a in arguments]
-    return render_call(call.step.tool, plain)
-
-
 def observed(execution: Execution) -> list[tuple[str, str]]:
     """List calls and observations as prompts show them; a problem of the plan is that of join."""
-    pairs = [(shown_call(call), _shortened(call.observation)) for call in execution.calls]
+    pairs = [(call.shown(), _shortened(call.observation)) for call in execution.calls]
     if execution.problem is not None:
         pairs.append((f"{JOIN}()", execution.problem))
     return pairs
@@ -513,6 +520,15 @@ class Outcome:
             "seconds": round(self.seconds, 3),
             "cost": {name: round(value, 3) for name, value in self.cost().items()},
         }
+
+    def cost_sentence(self) -> str:
+        """Say what it cost, such as `2 calls in 0.6 s (one after another 1.1 s), 40 tokens ...`."""
+        cost = self.cost()
+        return (
+            f"{cost['calls']:.0f} calls in {cost['calls_s']:.1f} s (one after another "
+            f"{cost['calls_one_after_another_s']:.1f} s), {cost['new_tokens']:.0f} tokens in "
+            f"{cost['model_s']:.1f} s{f', {self.replans} replans' * bool(self.replans)}"
+        )
 
     def cost(self) -> dict[str, float]:
         """Sum tokens, calls and seconds."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from tinyagent_fast.agent.loop import Outcome
+from tinyagent_fast.agent.session import PlanUnderWay
 from tinyagent_fast.agent.tools import RunnableTool
-from tinyagent_fast.plans.drawing import draw_plan, printable
+from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.plans.grammar import render_call
 from tinyagent_fast.plans.tools import Tool
 
@@ -31,35 +35,24 @@ class AgentView:
             ask: Ask before each call that changes something; else all are allowed.
         """
         self.console = console
-        self.tools = tools
         self.ask = ask
-        self._text = ""
-        self._outcomes: dict[int, tuple[str, str]] = {}
+        self._plan = PlanUnderWay(tools)
         self._asking = asyncio.Lock()
         self._live = self._new_live()
 
     def on_event(self, kind: str, content: Mapping[str, Any]) -> None:
         """Take an event of the agent."""
+        self._plan.on_event(kind, content)
         if kind == "plan":
             if content["number"]:
                 self.console.print(Text("planning again", style="bold"))
-            self._text, self._outcomes = "", {}
-            self._live = Live(
-                console=self.console, refresh_per_second=8, get_renderable=self._graph
-            )
+            self._live = self._new_live()
             if self.console.is_terminal:
                 self._live.start()
-        elif kind == "text":
-            self._text += content["piece"]
-        elif kind == "start":
-            self._outcomes[content["number"]] = ("running", "")
-        elif kind == "observation":
-            told = (content["status"], content["observation"])
-            self._outcomes[content["number"]] = told
-            if not self.console.is_terminal:
-                call = render_call(content["tool"], content["arguments"])
-                line = f"{content['number']}. {call}: {told[0]}: {told[1]}"
-                self.console.print(Text(printable(line)), soft_wrap=True)
+        elif kind == "observation" and not self.console.is_terminal:
+            told = f"{content['status']}: {content['observation']}"
+            line = f"{content['number']}. {content['call']}: {told}"
+            self.console.print(Text(printable(line)), soft_wrap=True)
         elif kind == "problem":
             self.console.print(Text(printable(content["observation"]), style="red"))
         elif kind == "join":
@@ -82,10 +75,8 @@ class AgentView:
             live = self._live.is_started
             self.close()
             self.console.print(Text(f"this would be done: {printable(call)}", style="bold"))
-            try:
-                answer = await asyncio.to_thread(input, "do it? [y/N] ")
-            except EOFError:
-                answer = ""
+            self.console.print("do it? \\[y/N] ", end="")
+            answer = await _typed_line()
             if live:
                 self._live.start()
         return answer.strip().lower() in ("y", "yes")
@@ -94,22 +85,34 @@ class AgentView:
         return Live(console=self.console, refresh_per_second=8, get_renderable=self._graph)
 
     def _graph(self) -> RenderableType:
-        if not self._text:
+        if not self._plan.text:
             return Text("reading the prompt", style="dim")
-        drawing = draw_plan(self._text, self.tools, finished=False)
-        return Group(drawing.with_outcomes(self._outcomes))
+        return self._plan.drawing
+
+
+async def _typed_line() -> str:
+    """Read a line as it is typed; nothing goes on waiting for it when this is cancelled.
+
+    Not input() in a thread: after Ctrl-C that would hold the program until the next Enter.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        try:
+            if not select.select([sys.stdin], [], [], 0)[0]:
+                await asyncio.sleep(0.05)
+                continue
+            typed = os.read(sys.stdin.fileno(), 1)
+        except (OSError, ValueError):  # there is no standard input
+            break
+        if not typed:
+            break
+        line += typed
+    return line.decode(errors="replace")
 
 
 def show_outcome(console: Console, outcome: Outcome) -> None:
     """Print the answer and what it cost."""
     console.print(Text(printable(outcome.message or "done"), style="red" if outcome.failed else ""))
-    cost = outcome.cost()
-    replans = f", {outcome.replans} replans" * bool(outcome.replans)
-    told = (
-        f"{cost['calls']:.0f} calls in {cost['calls_s']:.1f} s (one after another "
-        f"{cost['calls_one_after_another_s']:.1f} s), {cost['new_tokens']:.0f} tokens in "
-        f"{cost['model_s']:.1f} s{replans}"
-    )
-    console.print(Text(told, style="dim"))
+    console.print(Text(outcome.cost_sentence(), style="dim"))
     for name in {name for r in outcome.rounds for name in r.execution.left_running}:
         console.print(Text(f"still running, as it cannot be broken off: {name}", style="yellow"))

@@ -110,7 +110,12 @@ def as_text(value: object) -> str:
     """Write a result as an observation or as a text argument: texts as they are, else JSON."""
     if isinstance(value, str):
         return value
-    return "done" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    if value is None:
+        return "done"
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # such as a dict with odd keys, or a circle
+        return str(value)
 
 
 # --- Python functions

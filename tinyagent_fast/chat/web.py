@@ -1,8 +1,9 @@
 """A small web page for one person on one machine: requests in, plans streamed out as events.
 
 `GET /` is the page, `GET /planner` says what plans, and `POST /plan` answers with server-sent
-events. Other sites must not get at it through the user's browser: names that lead here by DNS
-rebinding are refused, and so are posts from other origins.
+events. So does `POST /agent`, which also carries the plan out; what it asks for is answered by
+`POST /allow`. Other sites must not get at it through the user's browser: names that lead here by
+DNS rebinding are refused, and so are posts from other origins.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import json
 import secrets
 import socket
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from functools import partial
 from http import HTTPStatus
 from importlib.resources import files
@@ -32,15 +33,21 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tinyagent_fast.agent.loop import Outcome
+from tinyagent_fast.agent.session import OpenAgent, PlanUnderWay
+from tinyagent_fast.agent.tools import RunnableTool
 from tinyagent_fast.errors import ConfigError, UserError
 from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.plans.drawing import PlanDrawing
+from tinyagent_fast.plans.grammar import render_call
 
 MAX_REQUEST_CHARS = 20_000
 MAX_WAITING = 16
 """Requests that may wait for the one that is being answered."""
 _MAX_BODY_BYTES = 1_000_000
 _MAX_CONNECTIONS = 64
+_LOOK_ROUND_S = 0.5
+"""How often a request under way looks whether the server closes."""
 _CLOSING_S = 5
 """After Ctrl-C, for requests that are still being sent or read."""
 _POLICY = (
@@ -115,15 +122,25 @@ class _OwnNamesOnly:
 
 
 class PlannerServer:
-    """The three addresses, and the queue before the model, which writes one plan at a time."""
+    """The addresses, and the queue before the model, which writes one plan at a time."""
 
-    def __init__(self, planner: Planner, listener: socket.socket, host: str) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        listener: socket.socket,
+        host: str,
+        agent: AbstractAsyncContextManager[OpenAgent] | None = None,
+        *,
+        ask: bool = True,
+    ) -> None:
         """Prepare to serve.
 
         Args:
             planner: Writes the plans.
             listener: Where requests arrive; closed when the serving ends.
             host: Address or name by which it was asked for.
+            agent: Carries plans out; it is opened where the serving begins. None is plans only.
+            ask: Ask before each call that changes something real; else all are allowed.
         """
         self.port = int(listener.getsockname()[1])
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
@@ -132,14 +149,21 @@ class PlannerServer:
         self._page = (files("tinyagent_fast.chat") / "page.html").read_text(encoding="utf-8")
         self._queue: list[asyncio.Event] = []
         """One for each request, in the order of arrival; set when a request has left."""
+        self._opened = agent
+        self._agent: OpenAgent | None = None
+        self._ask = ask
+        self._questions: dict[str, asyncio.Future[bool]] = {}
+        """Calls that wait for a word of the user, by random names."""
         app = Starlette(
             routes=[
                 Route("/", self._give_page),
                 Route("/planner", self._give_facts),
                 Route("/plan", self._plan, methods=["POST"]),
+                Route("/agent", self._carry_out, methods=["POST"]),
+                Route("/allow", self._allow, methods=["POST"]),
             ],
             middleware=[Middleware(_OwnNamesOnly, host=host)],
-            exception_handlers={HTTPException: _refuse},
+            exception_handlers={HTTPException: _refuse, UserError: _refuse},
         )
         config = uvicorn.Config(
             app,
@@ -158,7 +182,13 @@ class PlannerServer:
 
     def serve(self) -> None:
         """Answer requests until `stop`, or until Ctrl-C, which raises KeyboardInterrupt."""
-        self._uvicorn.run(sockets=[self._listener])
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        async with AsyncExitStack() as stack:
+            if self._opened is not None:
+                self._agent = await stack.enter_async_context(self._opened)
+            await self._uvicorn.serve(sockets=[self._listener])
 
     def stop(self) -> None:
         """Let `serve` return, from another thread; a plan under way ends with its next piece."""
@@ -171,16 +201,75 @@ class PlannerServer:
         return HTMLResponse(self._page.replace("@NONCE@", nonce), headers=policy)
 
     async def _give_facts(self, _: Request) -> Response:
-        return _json({"facts": dict(self._planner.facts)})
+        facts = dict(self._planner.facts)
+        if self._agent is not None:
+            tools = ", ".join(self._agent.tools)
+            facts["carried out"] = "; ".join([*self._agent.notes, f"tools: {tools}"])
+        return _json({"facts": facts, "agent": self._agent is not None})
 
     async def _plan(self, request: Request) -> ASGIApp:
+        text, system = await self._read(request)
+        return _Events(partial(self._answer, self._planner.stream(text, system)))
+
+    async def _carry_out(self, request: Request) -> ASGIApp:
+        text, system = await self._read(request)
+        if self._agent is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "this server only plans")
+        return _Events(partial(self._answer_by_agent, self._agent, text, system))
+
+    async def _allow(self, request: Request) -> Response:
+        _check_origin(request.headers)
+        try:
+            value = json.loads(await _read_body(request))
+            name, allowed = value["question"], value["allow"]
+            question = self._questions.pop(name)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise HTTPException(HTTPStatus.NOT_FOUND, "nothing waits for that answer") from None
+        question.set_result(allowed is True)
+        return _json({})
+
+    async def _read(self, request: Request) -> tuple[str, str | None]:
+        """Read a request and its system text, if there is room for another one."""
         _check_origin(request.headers)
         text, system = _read_request(await _read_body(request))
         if len(self._queue) > MAX_WAITING:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many requests wait; try again later"
             )
-        return _Events(partial(self._answer, self._planner.stream(text, system)))
+        return text, system
+
+    async def _answer_by_agent(
+        self, agent: OpenAgent, text: str, system: str | None, send: Send
+    ) -> None:
+        """Tell what an agent does until it has ended; it ends too when the reader leaves."""
+        events: asyncio.Queue[tuple[str, Mapping[str, Any]] | None] = asyncio.Queue()
+        story = _Story(agent, self._ask and agent.real, self._questions, events.put_nowait)
+        place = asyncio.Event()
+        self._queue.append(place)  # so that others are told what they wait for
+        # A task of its own, as what it tidies up when it is cancelled takes moments of its own.
+        work = asyncio.create_task(
+            agent.answer(text, system, allow=story.allow, on_event=story.on_event)
+        )
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await self._next_event(events)) is not None:
+                await _tell(send, *event)
+            if not work.done():
+                await _tell(send, "failed", {"message": "the server is closing"})
+                return
+            await _tell(send, *_ending(work))
+        finally:
+            work.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({work})
+            self._leave(place)
+
+    async def _next_event(self, events: asyncio.Queue[Any]) -> Any:
+        """Wait for an event; None also when the server closes."""
+        while not self._uvicorn.should_exit:
+            with anyio.move_on_after(_LOOK_ROUND_S):
+                return await events.get()
+        return None
 
     async def _answer(self, stream: PlanStream, send: Send) -> None:
         place = asyncio.Event()
@@ -192,9 +281,12 @@ class PlannerServer:
                 place.clear()
             await anyio.to_thread.run_sync(self._write, stream, send)
         finally:
-            self._queue.remove(place)
-            for other in self._queue:
-                other.set()
+            self._leave(place)
+
+    def _leave(self, place: asyncio.Event) -> None:
+        self._queue.remove(place)
+        for other in self._queue:
+            other.set()
 
     def _write(self, stream: PlanStream, send: Send) -> None:
         def say(name: str, value: Mapping[str, Any]) -> None:
@@ -224,6 +316,60 @@ class PlannerServer:
             return
         say("drawing", _shown(stream.drawing))
         say("done", {**stream.result.to_json(), "sentence": stream.result.cost()})
+
+
+class _Story:
+    """Turns what an agent tells into events for the page, and asks the page for permission."""
+
+    def __init__(
+        self,
+        agent: OpenAgent,
+        ask: bool,
+        questions: dict[str, asyncio.Future[bool]],
+        say: Callable[[tuple[str, Mapping[str, Any]]], None],
+    ) -> None:
+        self._plan = PlanUnderWay(agent.plain_tools)
+        self._ask = ask
+        self._questions = questions
+        self._say = say
+
+    def on_event(self, kind: str, content: Mapping[str, Any]) -> None:
+        changed = self._plan.on_event(kind, content)
+        if kind == "plan":
+            self._say(("plan", {"number": content["number"]}))
+        elif kind == "text":
+            self._say(("piece", {"text": content["piece"]}))
+        elif kind in ("observation", "problem", "join"):
+            self._say((kind, content))
+        if changed and kind != "plan":
+            self._say(("drawing", _shown(self._plan.drawing)))
+
+    async def allow(self, tool: RunnableTool, arguments: Sequence[object]) -> bool:
+        if not self._ask:
+            return True
+        name = secrets.token_urlsafe(16)
+        self._questions[name] = asyncio.get_running_loop().create_future()
+        self._say(("ask", {"question": name, "call": render_call(tool.name, arguments)}))
+        try:
+            return await self._questions[name]
+        finally:
+            self._questions.pop(name, None)
+
+
+def _ending(work: asyncio.Task[Outcome]) -> tuple[str, Mapping[str, Any]]:
+    """Give the last event of an agent that has ended in whatever way."""
+    error = work.exception()
+    if error is None:
+        outcome = work.result()
+        return "end", {
+            "message": outcome.message,
+            "failed": outcome.failed,
+            "sentence": outcome.cost_sentence(),
+        }
+    if isinstance(error, UserError):
+        return "failed", {"message": str(error)}
+    traceback.print_exception(error)
+    return "failed", {"message": "this is a bug; the terminal has the details"}
 
 
 class _Events:
@@ -271,8 +417,9 @@ def _refusal(status: int, reason: str) -> Response:
 
 
 def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _refusal(error.status_code, error.detail)
+    if isinstance(error, HTTPException):
+        return _refusal(error.status_code, error.detail)
+    return _refusal(HTTPStatus.BAD_REQUEST, str(error))
 
 
 def _check_origin(headers: Headers) -> None:

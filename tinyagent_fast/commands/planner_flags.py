@@ -1,4 +1,4 @@
-"""Flags that `chat` and `serve` share."""
+"""Flags that `chat`, `serve` and `agent` share."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyagent_fast.agent.session import AgentSpec
 from tinyagent_fast.config import GrammarUse
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from tinyagent_fast.agent.session import OpenAgent
     from tinyagent_fast.inference.planner import Planner
 
 
@@ -58,3 +62,17 @@ class PlannerFlags:
             )
         raise_swallowed_interrupt()
         return opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentFlags(PlannerFlags, AgentSpec):
+    """Flags that also say which tools plans are carried out with."""
+
+    yes: bool = False
+    """Do what changes something without asking; a sandbox never asks."""
+
+    def open_agent(self, planner: Planner) -> AbstractAsyncContextManager[OpenAgent]:
+        """Give the agent that is meant, to be opened in the loop that it will run in."""
+        from tinyagent_fast.agent.session import open_agent
+
+        return open_agent(planner, self)

@@ -1,15 +1,15 @@
-"""`serve`: a small web page on this machine, where requests become plans and graphs."""
+"""`serve`: a small web page on this machine, where requests become plans that are carried out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyagent_fast.commands.planner_flags import PlannerFlags
+from tinyagent_fast.commands.planner_flags import AgentFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags(PlannerFlags):
+class ServeFlags(AgentFlags):
     """Flags of `serve`."""
 
     host: str = "127.0.0.1"
@@ -23,6 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     import tyro
 
     flags = tyro.cli(ServeFlags, args=list(arguments), prog="tinyagent-fast serve")
+    flags.check()
     from contextlib import suppress
 
     from rich.console import Console
@@ -32,13 +33,14 @@ def run(arguments: Sequence[str]) -> int:
 
     console = Console(highlight=False)
     with listen(flags.host, flags.port) as listener, flags.load() as planner:
-        server = PlannerServer(planner, listener, flags.host)
+        agent = flags.open_agent(planner)
+        server = PlannerServer(planner, listener, flags.host, agent, ask=not flags.yes)
         show_header(console, "tinyagent-fast serve", planner.facts)
         if not is_loopback(flags.host):
-            console.print(
-                f"warning: whoever can reach {flags.host} can use the model; there is no password",
-                style="yellow",
+            said = (
+                f"warning: whoever can reach {flags.host} can use model and tools without password"
             )
+            console.print(said, style="yellow", soft_wrap=True)
         print(f"{server.url} (Ctrl-C ends)", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve()

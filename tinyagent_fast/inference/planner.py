@@ -183,6 +183,7 @@ class Planner:
         max_new_tokens: int = _MAX_NEW_TOKENS,
         batch: int = 1,
         facts: Mapping[str, str] | None = None,
+        run: Run | None = None,
     ) -> None:
         """Put it together.
 
@@ -193,6 +194,7 @@ class Planner:
             max_new_tokens: Where a plan is broken off.
             batch: Requests that `plan_batch` answers together.
             facts: What a user should know, by short names.
+            run: The run that the model belongs to.
         """
         self.engine = engine
         self.prompts = prompts
@@ -200,6 +202,7 @@ class Planner:
         self.max_new_tokens = max_new_tokens
         self.batch = batch
         self.facts = dict(facts or {})
+        self.run = run
         self._lock = threading.Lock()
         self._writes_for: int | None = None
         self.worker = ThreadPoolExecutor(1, "planner")
@@ -425,7 +428,7 @@ def load(
     chosen = engines[0] if engine == "auto" else engine
     opened, facts["engine"] = _open_engine(chosen, found, config, threads, batch)
     limit = max_new_tokens or (config.eval.max_new_tokens if found.run else _MAX_NEW_TOKENS)
-    return Planner(opened, prompts, max_new_tokens=limit, batch=batch, facts=facts)
+    return Planner(opened, prompts, max_new_tokens=limit, batch=batch, facts=facts, run=found.run)
 
 
 def find_source(

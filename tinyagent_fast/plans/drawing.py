@@ -159,7 +159,7 @@ class PlanDrawing:
         Colours are `currentColor` until a page's CSS sets them by class: `plan-graph` with
         `layers-N`; `step` with `faulty`, `missing`, `extra` and a colour `c0` to `c6` by step
         number; `edge` and `head` with mark and colour; texts `tool`, `argument`, `reference`,
-        `problem`.
+        `problem`, `outcome`. A step that was run has its status as `data-status`.
 
         Args:
             name: What the drawing shows, read out to those who cannot see it.
@@ -363,6 +363,8 @@ def _colour_class(number: int) -> str:
 
 def _add_box(root: ET.Element, step: DrawnStep, box: _Box) -> None:
     group = _set(ET.SubElement(root, "g"), data_step=step.number)
+    if step.status:
+        _set(group, data_status=step.status)
     faulty = " faulty" if step.problems else ""
     _set(group, class_=f"step {step.mark} {_colour_class(step.number)}{faulty}")
     whole = _cut(f"{step.number}. {step.tool}({step.arguments})", _TITLE_CHARS)

@@ -1,0 +1,247 @@
+"""An agent as a user asks for it: whose tools, who judges, what it shows, and where traces go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyagent_fast.agent.loop import (
+    Agent,
+    AgentSettings,
+    Allow,
+    Joiner,
+    OnEvent,
+    Outcome,
+    RuleJoiner,
+    allow_all,
+)
+from tinyagent_fast.agent.models import (
+    OWN_JOINER_TEXT,
+    JoinerText,
+    ModelJoiner,
+    StreamingModel,
+    joiner_text_of,
+)
+from tinyagent_fast.agent.sandbox import Desktop, Recorder
+from tinyagent_fast.agent.tools import RunnableTool, mcp_tools, tools_of_module
+from tinyagent_fast.data.cache import load_examples
+from tinyagent_fast.data.schema import Example
+from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.inference.planner import Planner
+from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
+from tinyagent_fast.plans.tools import TINYAGENT, Tool
+from tinyagent_fast.runs import Run
+
+JoinerName = Literal["auto", "model", "rule"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSpec:
+    """What an agent is made of beside its planner."""
+
+    tools: Path | None = None
+    """A Python file whose typed functions are the tools. Without it and `--mcp`, TinyAgent's 16
+    tools work in a sandbox, where contacts and files are made up and nothing real is touched."""
+    mcp: str | None = None
+    """Command line of an MCP server, whose tools are used; it is started on stdio."""
+    sandbox: Path | None = None
+    """Keep the sandbox's database in this new file, to look into."""
+    joiner: JoinerName = "auto"
+    """Who judges the observations: the model, or a rule; `auto` is the model where it was trained
+    on join points, else the rule."""
+    max_replans: int = 2
+    """How often another plan is made at most."""
+    call_timeout_s: float = 30.0
+    """Longest time for one call; a tool may have its own."""
+    trace: Path | None = None
+    """File that gets a line of JSON for each request; by default agent/traces.jsonl in the run's
+    folder."""
+
+    def check(self) -> None:
+        """Refuse what makes no sense, before a model is loaded.
+
+        Raises:
+            ConfigError: Tools come from two places, a file is there already, or a limit is odd.
+        """
+        if self.tools and self.mcp:
+            raise ConfigError("--tools with --mcp", "tools come from one place", "leave one out")
+        if self.tools and not self.tools.is_file():
+            why, fix = "there is no such file", "name a .py file with functions"
+            raise ConfigError(f"--tools {self.tools}", why, fix)
+        if self.mcp is not None and not self.mcp.strip():
+            raise ConfigError("--mcp", "it is empty", "give the server's command line")
+        if self.sandbox and (self.tools or self.mcp or self.sandbox.exists()):
+            why = "the file exists" if self.sandbox.exists() else "own tools need no sandbox"
+            raise ConfigError(f"--sandbox {self.sandbox}", why, "name a new file, or leave it out")
+        if self.max_replans < 0 or self.call_timeout_s <= 0:
+            raise ConfigError(
+                f"--max-replans {self.max_replans} --call-timeout-s {self.call_timeout_s}",
+                "the first cannot be negative, and the second must be above 0",
+                "give other numbers",
+            )
+
+
+class OpenAgent:
+    """A planner with tools that can be run; it answers requests, also several at once."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        tools: Mapping[str, RunnableTool],
+        joiner: Joiner,
+        spec: AgentSpec,
+        trace: Path | None,
+    ) -> None:
+        """Put it together; `open_agent` is the usual way."""
+        self.tools = tools
+        self.real = spec.tools is not None or spec.mcp is not None
+        """Whether calls may change something outside a sandbox."""
+        self.trace = trace
+        """File that gets a line of JSON for each request."""
+        self._planner = planner
+        self._joiner = joiner
+        self._settings = AgentSettings(
+            max_replans=spec.max_replans, call_timeout_s=spec.call_timeout_s
+        )
+
+    @property
+    def plain_tools(self) -> dict[str, Tool]:
+        """The tools as plans know them."""
+        return {name: one.tool for name, one in self.tools.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before anything is run."""
+        if not self.real:
+            return ["in a sandbox: nothing real is touched"]
+        missing = [n for n in self._planner.tools or TINYAGENT if n not in self.tools]
+        if not missing:
+            return []
+        return [f"note: the model may call {', '.join(missing)}, which is not among the tools"]
+
+    async def answer(
+        self,
+        request: str,
+        system: str | None = None,
+        *,
+        allow: Allow = allow_all,
+        on_event: OnEvent = lambda _kind, _content: None,
+    ) -> Outcome:
+        """Plan, carry out, judge, and write the trace.
+
+        Args:
+            request: What should be done.
+            system: A system text for this request alone.
+            allow: As for `Agent`.
+            on_event: As for `Agent`.
+        """
+        model = StreamingModel(self._planner)
+        agent = Agent(
+            model, self._joiner, self.tools, self._settings, allow=allow, on_event=on_event
+        )
+        outcome = await agent.run(request, self._planner.prompts.build(request, system).prompt)
+        if self.trace is not None:
+            self.trace.parent.mkdir(parents=True, exist_ok=True)
+            with self.trace.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(outcome.to_json(), ensure_ascii=False) + "\n")
+        return outcome
+
+
+@asynccontextmanager
+async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAgent]:
+    """Open the tools that are meant, and give an agent that plans with them.
+
+    Args:
+        planner: Writes the plans; it stays the caller's to close.
+        spec: What else it is made of.
+
+    Raises:
+        ConfigError: An MCP server does not answer.
+        DataError: A Python file gives no tools, or the run's test file is faulty.
+    """
+    run = planner.run
+    judge, text = joiner_of_run(run, spec.joiner, None)
+    joiner = (
+        RuleJoiner() if judge == "rule" else ModelJoiner(StreamingModel(planner).complete, text)
+    )
+    trace = spec.trace or (run.path / "agent" / "traces.jsonl" if run else None)
+    tools: Mapping[str, RunnableTool]
+    async with AsyncExitStack() as stack:
+        if spec.tools:
+            tools = tools_of_module(spec.tools)
+        elif spec.mcp:
+            tools = await stack.enter_async_context(mcp_tools(spec.mcp))
+        else:
+            known = planner.tools
+            box = (
+                Recorder(known, time_scale=1.0)
+                if known is not None and not set(known) <= set(TINYAGENT)
+                else Desktop(spec.sandbox, time_scale=1.0, obliging=True)
+            )
+            stack.callback(box.close)
+            tools = box.tools
+        yield OpenAgent(planner, tools, joiner, spec, trace)
+
+
+def joiner_of_run(
+    run: Run | None, wanted: JoinerName, test: Path | None
+) -> tuple[Literal["model", "rule"], JoinerText]:
+    """Choose who judges, and find the text of the joiner's prompt in the run's data.
+
+    Args:
+        run: The run; None for a model outside any.
+        wanted: As in `AgentSpec`.
+        test: A file in the published schema; None takes the run's test file.
+
+    Raises:
+        DataError: The file is faulty.
+    """
+    trained = run is not None and run.config().data.points in ("join", "all")
+    if wanted == "rule" or (wanted == "auto" and not trained):
+        return "rule", OWN_JOINER_TEXT
+    joins = join_points(run, test)
+    return "model", joiner_text_of(joins[0]) if len(joins) else OWN_JOINER_TEXT
+
+
+def join_points(run: Run | None, test: Path | None) -> Sequence[Example]:
+    """Read the join points of a test file, or of the run's; none where it is not here."""
+    path = test or (run.test_file() if run else None)
+    if path is None or not path.exists():
+        return ()
+    return load_examples(path, on_bad_entry="skip", points="join")
+
+
+class PlanUnderWay:
+    """The plan that an agent is at, as a graph that fills in; it takes the agent's events."""
+
+    def __init__(self, tools: Mapping[str, Tool] | None) -> None:
+        """Take the tools that plans may call; None stands for TinyAgent's own."""
+        self.text = ""
+        self._tools = tools
+        self._ended = False
+        self._outcomes: dict[int, tuple[str, str]] = {}
+
+    def on_event(self, kind: str, content: Mapping[str, Any]) -> bool:
+        """Take an event of the agent, and say whether the drawing has changed."""
+        if kind == "plan":
+            self.text, self._ended, self._outcomes = "", False, {}
+        elif kind == "text":
+            self.text += content["piece"]
+            return "\n" in content["piece"]
+        elif kind == "start":
+            self._outcomes[content["number"]] = ("running", "")
+        elif kind == "observation":
+            self._outcomes[content["number"]] = (content["status"], content["observation"])
+        elif kind == "join":
+            self._ended = True
+        return kind in ("plan", "start", "observation", "join")
+
+    @property
+    def drawing(self) -> PlanDrawing:
+        """The plan as far as it is written, with what became of its calls."""
+        drawing = draw_plan(self.text, self._tools, finished=self._ended)
+        return drawing.with_outcomes(self._outcomes)
