@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyagent_fast.cli import main
+from tinyagent_fast.config import Config
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import Prediction, score_all
 from tinyagent_fast.reports.flips import (
@@ -22,7 +23,7 @@ from tinyagent_fast.reports.flips import (
     flipped_plans,
 )
 from tinyagent_fast.reports.pages import compare_page
-from tinyagent_fast.runs import Run
+from tinyagent_fast.runs import Run, create_run
 
 ONE = '1. open_note("n", "")\n2. join()'
 TWO = '1. get_phone_number("A")\n2. send_sms(["$1"], "x")\n3. join()'
@@ -137,6 +138,41 @@ def test_runs_are_found_by_name_and_the_evaluation_that_both_have_is_taken(
     )
     assert "7 queries planned by one alone are left out" in capsys.readouterr().out
     assert Path("c/x.html").exists()
+
+
+def test_tasks_and_verdicts_of_both_runs_stand_beside_each_other(
+    full_run: Run, write_predictions: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = create_run(Config(name="other"))
+    write_predictions(other.path / "test" / "after", [WRONG] * 10)
+    for run, done in ((full_run, 30), (other, 70)):
+        metrics = agent_figures(done)
+        (run.path / "agent").mkdir()
+        (run.path / "agent" / "metrics.json").write_text(json.dumps(metrics))
+    words = ["compare", full_run.path.name, "other", "--html"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "task success: A 30.0 % (21.9 - 39.6), B 70.0 % (60.4 - 78.1)" in said
+    assert "joins: action accuracy: A 30.0 %" in said
+    (page,) = other.path.glob("test/after/compare-*.html")
+    assert "with faults, with replan" in page.read_text(encoding="utf-8")
+    assert main([*words[:3], "--json"]) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert [side["count"] for side in tasks["with faults, without replan"]] == [30, 70]
+    (other.path / "agent" / "metrics.json").write_text("{")
+    assert main(words) == 0
+    assert "task success" not in capsys.readouterr().out
+
+
+def agent_figures(done: int) -> dict[str, object]:
+    """Figures of an evaluation in which so many of 100 tasks were done, and of all else too."""
+    share = {"share": done / 100, "interval": [0, 1], "n": 100, "count": done}
+    join = {"count": done, "total": 100}
+    return {
+        "task_success": share,
+        "with_faults": {"without_replan": share, "with_replan": share},
+        "joins": {"action_accuracy": join, "message_match": join},
+    }
 
 
 def test_errors_say_what_to_do(full_run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,10 +209,7 @@ def agent_tables(figures: Mapping[str, Any]) -> Iterator[FactTable]:
     ]
     for k, share in figures["task_success_by_replans"].items():
         rows.append((f"task success with at most {k} replans", _of(share)))
-    if joins is not None:
-        for name in ("action_accuracy", "message_match"):
-            share = Proportion(joins[name]["count"], joins[name]["total"])
-            rows.append((f"joins: {name.replace('_', ' ')}", share))
+    rows += [(name, v) for name, v in task_shares(figures).items() if name.startswith("joins")]
     joiner = "the model" if figures["joiner"] == "model" else "a rule, not the model"
     yield FactTable(
         title="Tasks",
@@ -249,6 +246,22 @@ def agent_tables(figures: Mapping[str, Any]) -> Iterator[FactTable]:
             for name, value in figures["cost_with_faults"].items()
         ),
     )
+
+
+def task_shares(figures: Mapping[str, Any]) -> dict[str, Proportion]:
+    """Take the shares out of a metrics.json by which two runs are held against each other."""
+    faults, joins = figures["with_faults"], figures["joins"] or {}
+    shares = {
+        "task success": _of(figures["task_success"]),
+        "with faults, without replan": _of(faults["without_replan"]),
+        "with faults, with replan": _of(faults["with_replan"]),
+    }
+    of_joins = {
+        f"joins: {name.replace('_', ' ')}": Proportion(joins[name]["count"], joins[name]["total"])
+        for name in ("action_accuracy", "message_match")
+        if name in joins
+    }
+    return shares | of_joins
 
 
 def _share(values: Any) -> dict[str, Any]:

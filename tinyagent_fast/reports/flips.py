@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from tinyagent_fast.agent.evaluate import task_shares
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.evaluation.comparison import PairedComparison, compare_plans
 from tinyagent_fast.evaluation.predictions import find_predictions
 from tinyagent_fast.evaluation.report import percent
 from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
+from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.reports.reading import catalogue_of_run
+from tinyagent_fast.reports.reading import catalogue_of_run, tasks_of_run
 from tinyagent_fast.reports.tables import count_calls
 
 SIGNIFICANT_P = 0.05
@@ -33,6 +35,8 @@ class ComparedPlanner:
     name: str
     folder: Path
     predictions: tuple[Prediction, ...]
+    tasks: Mapping[str, object] = field(default_factory=dict)
+    """Figures of agent-eval of its run; empty where it was not run."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,14 @@ class FlippedPlans:
     by_calls: tuple[FlipCount, ...]
     left_out: int
 
+    @property
+    def tasks(self) -> dict[str, tuple[Proportion, Proportion]]:
+        """Shares of agent-eval that both runs have, by name; they are not paired."""
+        if not self.a.tasks or not self.b.tasks or self.a.tasks == self.b.tasks:
+            return {}
+        of_a, of_b = task_shares(self.a.tasks), task_shares(self.b.tasks)
+        return {name: (of_a[name], of_b[name]) for name in of_a if name in of_b}
+
     def lines(self) -> list[str]:
         """Say the outcome in lines for a terminal and the head of a page."""
         paired, a, b = self.paired, self.a.name, self.b.name
@@ -91,6 +103,11 @@ class FlippedPlans:
             f"flipped: {len(paired.only_a)} right in A only, {len(paired.only_b)} right in B only; "
             f"{paired.identical_texts} of {paired.n} plans identical",
             *([f"{self.left_out} queries planned by one alone are left out"] * bool(self.left_out)),
+            *(
+                f"{name}: A {percent(a)}, B {percent(b)}"
+                for name, (a, b) in self.tasks.items()
+                if a.total and b.total
+            ),
         ]
 
     def verdict(self) -> str:
@@ -108,6 +125,7 @@ class FlippedPlans:
             "b": str(self.b.folder),
             **self.paired.to_json(),
             "left_out": self.left_out,
+            "tasks": {n: [a.to_json(), b.to_json()] for n, (a, b) in self.tasks.items()},
             "flips_by_tool": [count._asdict() for count in self.by_tool],
             "flips_by_calls": [count._asdict() for count in self.by_calls],
             "flips": [flip.to_json() for flip in self.flips],
@@ -141,7 +159,8 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[ComparedPlanner, Compared
                 f"{files[kind].path}", "it holds no prediction", "let the evaluation finish"
             )
         shown = name.rstrip("/") + (f"/{kind}" if kind else "")
-        planners.append(ComparedPlanner(shown, files[kind].folder, predictions))
+        folder = files[kind].folder
+        planners.append(ComparedPlanner(shown, folder, predictions, tasks_of_run(folder)))
     return planners[0], planners[1]
 
 

@@ -139,9 +139,20 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
 
 def catalogue_of_run(folder: Path) -> Path | None:
     """Find the catalogue that the plans in a run, or in a folder within it, were made for."""
+    run = _run_around(folder)
+    return None if run is None else run.config().data.catalogue
+
+
+def tasks_of_run(folder: Path) -> Mapping[str, object]:
+    """Find the figures of agent-eval in a run, or in the run that a folder lies in, if any."""
+    run = _run_around(folder)
+    return {} if run is None else _read_optional(run.path / "agent" / "metrics.json", [])
+
+
+def _run_around(folder: Path) -> Run | None:
     inside = folder.resolve()
     runs = [Run(path) for path in (inside, *list(inside.parents)[:3])]
-    return next((run.config().data.catalogue for run in runs if run.config_path.exists()), None)
+    return next((run for run in runs if run.config_path.exists()), None)
 
 
 def number(record: Mapping[str, object], key: str) -> float | None:
