@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shlex
+import signal
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -219,3 +222,65 @@ def test_the_python_of_the_document_runs(
     }
     exec(compile(script, "docs/agent.md", "exec"), {"__name__": "document"})
     assert "send_sms done The message was sent." in capsys.readouterr().out
+
+
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from stand_ins import ScriptedWriter, planner_with
+from tinyagent_fast.cli import main
+from tinyagent_fast.inference import planner
+
+plan = sys.argv[2]
+planner.load = lambda *_, **__: planner_with(ScriptedWriter([plan + "\\n", "2. join()"]))
+sys.exit(main(["agent", "go", "--tools", "tools.py"]))
+"""
+TOOLS = """
+import asyncio, time
+from pathlib import Path
+from tinyagent_fast.agent.tools import tool
+
+def change() -> None:
+    Path("changed").touch()
+
+@tool(changes=False)
+async def wait() -> None:
+    print("begun", flush=True)
+    try:
+        await asyncio.sleep(60)
+    finally:
+        Path("tidied").touch()
+
+@tool(changes=False)
+def sleep() -> None:
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("plan", "sign"), [("1. change()", "do it?"), ("1. wait()", "begun"), ("1. sleep()", "begun")]
+)
+def test_ctrl_c_ends_it_at_once_at_the_question_and_in_a_call(
+    plan: str, sign: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tools.py").write_text(TOOLS)
+    keyboard, terminal = pty.openpty()
+    words = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parents[1]), plan]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    try:
+        said = ""
+        while sign not in said:
+            said += os.read(keyboard, 1000).decode(errors="replace")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+    finally:
+        process.kill()
+        os.close(keyboard)
+    assert not (tmp_path / "changed").exists()
+    assert (tmp_path / "tidied").exists() == ("wait" in plan)

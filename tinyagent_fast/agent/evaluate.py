@@ -26,7 +26,7 @@ from tinyagent_fast.agent.loop import (
     execute,
     whole_plan,
 )
-from tinyagent_fast.agent.models import BatchedModel, ModelJoiner
+from tinyagent_fast.agent.models import BatchedModel, JoinerText, ModelJoiner
 from tinyagent_fast.agent.sandbox import (
     RECOVERABLE,
     Fault,
@@ -45,6 +45,7 @@ from tinyagent_fast.evaluation.report import Cell, FactTable, percent, plain
 from tinyagent_fast.evaluation.scoring import score_pair
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
 from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.plans.grammar import END_OF_RESPONSE, Plan, PlanError, parse_plan, render_plan
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import held_to_tools
@@ -411,15 +412,8 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
         ConfigError: There is no such run or model, or an option is out of range.
         DataError: The test file is faulty, or none of its labels is a plan.
     """
-    for name, value in (("limit", options.limit), ("batch", options.batch)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
-    if options.max_replans < 0 or options.time_scale < 0:
-        raise ConfigError(
-            f"--max-replans {options.max_replans} --time-scale {options.time_scale}",
-            "neither can be negative",
-            "give 0 or more",
-        )
+    _check(options)
+    from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.evaluation.evaluate import (
         EvalChanges,
         EvalOptions,
@@ -437,13 +431,47 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     )
     config = eval_config(run, asked)
     examples, _ = test_queries(run, config, display)
-    joiner_name, text = joiner_of_run(run, options.joiner, config.data.test)
-    from tinyagent_fast.data.generation.catalogue import plan_tools
-
+    judge, text = joiner_of_run(run, options.joiner, config.data.test)
     # A catalogue's tools say what they return, which the recorder uses.
     tools = plan_tools(config.data.catalogue)
-    held = options.grammar == "on"
-    tasks, left_out = asyncio.run(tasks_of(examples, tools, grammar=held))
+    tasks = _find_tasks(examples, tools, options.grammar == "on", display)
+    untaught = ", as the run was not trained on join points" * (options.joiner == "auto")
+    judging = "the model" if judge == "model" else f"a rule{untaught}"
+    display.say(f"observations are judged by {judging}")
+    joins: Sequence[Example] = ()
+    if judge == "model":
+        of_tasks = {task.example.entry_key for task in tasks}
+        joins = [j for j in join_points(run, config.data.test) if j.entry_key in of_tasks]
+    with load(
+        options.model,
+        run=str(run.path),
+        max_new_tokens=options.max_new_tokens,
+        threads=options.threads,
+        batch=options.batch,
+    ) as planner:
+        joiner_text = text if judge == "model" else None
+        metrics = asyncio.run(_measure(planner, tasks, joins, joiner_text, tools, options, display))
+    folder = "agent" if options.grammar == "off" else "agent-grammar"
+    _write(metrics, options.out or run.path / folder, run, display)
+    return metrics
+
+
+def _check(options: AgentEvalOptions) -> None:
+    for name, value in (("limit", options.limit), ("batch", options.batch)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
+    if options.max_replans < 0 or options.time_scale < 0:
+        raise ConfigError(
+            f"--max-replans {options.max_replans} --time-scale {options.time_scale}",
+            "neither can be negative",
+            "give 0 or more",
+        )
+
+
+def _find_tasks(
+    examples: Sequence[Example], tools: Mapping[str, Tool] | None, grammar: bool, display: Display
+) -> list[Task]:
+    tasks, left_out = asyncio.run(tasks_of(examples, tools, grammar=grammar))
     if left_out:
         display.say(f"{left_out} labels are no plans, and are left out")
     if not tasks:
@@ -451,63 +479,49 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     failing = sum(not task.label_runs for task in tasks)
     if failing:
         display.say(f"{failing} of {len(tasks)} labels have calls that fail in the sandbox")
-    display.say(
-        "observations are judged by the model"
-        if joiner_name == "model"
-        else "observations are judged by a rule, as the run was not trained on join points"
-        if options.joiner == "auto"
-        else "observations are judged by a rule"
-    )
-    planner = load(
-        options.model,
-        run=str(run.path),
-        max_new_tokens=options.max_new_tokens,
-        threads=options.threads,
-        batch=options.batch,
-    )
+    return tasks
 
-    joins: Sequence[Example] = ()
-    if joiner_name == "model":
-        of_tasks = {task.example.entry_key for task in tasks}
-        joins = [join for join in join_points(run, config.data.test) if join.entry_key in of_tasks]
 
-    async def judged(model: BatchedModel, join: Example) -> tuple[str, str]:
-        prompt = Prompt(system=join.system, user=join.user)
-        return join.output, (await model.complete(prompt, END_OF_RESPONSE)).text
+async def _measure(
+    planner: Planner,
+    tasks: Sequence[Task],
+    joins: Sequence[Example],
+    text: JoinerText | None,
+    tools: Mapping[str, Tool] | None,
+    options: AgentEvalOptions,
+    display: Display,
+) -> AgentMetrics:
+    """Answer all queries without and with faults; without a joiner's text the rule judges."""
+    with display.bar("tasks", "prompts") as update:
+        model = BatchedModel(planner, update)
+        joiner = RuleJoiner() if text is None else ModelJoiner(model.complete, text)
+        plain, faulty = [
+            await run_tasks(
+                tasks,
+                model,
+                joiner,
+                tools,
+                max_replans=options.max_replans,
+                time_scale=options.time_scale,
+                faults_seed=seed,
+            )
+            for seed in (None, options.seed)
+        ]
 
-    async def measure() -> tuple[list[list[TaskResult]], JoinMetrics | None]:
-        with display.bar("tasks", "prompts") as update:
-            model = BatchedModel(planner, update)
-            rule = joiner_name == "rule"
-            joiner = RuleJoiner() if rule else ModelJoiner(model.complete, text)
-            results = [
-                await run_tasks(
-                    tasks,
-                    model,
-                    joiner,
-                    tools,
-                    max_replans=options.max_replans,
-                    time_scale=options.time_scale,
-                    faults_seed=seed,
-                )
-                for seed in (None, options.seed)
-            ]
-            said = await asyncio.gather(*(judged(model, join) for join in joins))
-            return results, score_joins(said) if said else None
+        async def judged(join: Example) -> tuple[str, str]:
+            prompt = Prompt(system=join.system, user=join.user)
+            return join.output, (await model.complete(prompt, END_OF_RESPONSE)).text
 
-    with planner:
-        (without, with_faults), verdicts = asyncio.run(measure())
-    metrics = AgentMetrics(
-        plain=without,
-        faulty=with_faults,
-        joiner=joiner_name,
-        joins=verdicts,
+        said = await asyncio.gather(*map(judged, joins))
+    return AgentMetrics(
+        plain=plain,
+        faulty=faulty,
+        joiner=joiner.name,
+        joins=score_joins(said) if said else None,
         grammar=options.grammar,
         max_replans=options.max_replans,
         time_scale=options.time_scale,
     )
-    _write(metrics, options.out or run.path / ("agent-grammar" if held else "agent"), run, display)
-    return metrics
 
 
 def _write(metrics: AgentMetrics, folder: Path, run: Run, display: Display) -> None:
