@@ -16,7 +16,7 @@ CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nu
 REQUIREMENTS ?= $(if $(CUDA),requirements.txt,requirements-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-unsloth doctor data preview train chat serve eval agent-eval export score report compare test test-faults test-rehearsal lint bench gpu-check clean
+.PHONY: help setup setup-dev setup-unsloth doctor data preview train chat serve eval agent-eval export score report compare test test-faults test-fuzz test-rehearsal lint bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,8 +80,11 @@ compare: setup ## two runs on the same queries, and which plans flipped (A=run B
 test: setup-dev setup-unsloth ## run the tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
-test-faults: setup-dev ## kill commands at random moments, and compare with what came of no kill
+test-faults: setup-dev ## break commands off, and compare with what came of no kill
 	$(BIN)/python tests/faults/kills.py $(ARGS)
+
+test-fuzz: setup-dev ## feed 100,000 hostile inputs to all that is read from users and models
+	$(BIN)/python tests/faults/fuzz.py $(ARGS)
 
 test-rehearsal: setup-dev setup-unsloth ## a whole training by Unsloth's GPU kernels on a CPU (minutes)
 	$(BIN)/python -m pytest -m slow tests/training/test_unsloth_rehearsal.py $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,6 +220,53 @@ def test_odd_tags_and_values_are_the_users_error(value: str) -> None:
         parse_config(f"train:\n  batch: {value}")
     with pytest.raises(ConfigError):
         parse_config(value)
+
+
+@pytest.mark.parametrize("tag", ["!!int 5", "!!str x", "!!float 1.5", "!own x", "!!map {}"])
+def test_a_tag_is_refused_also_where_its_value_fits(tag: str) -> None:
+    with pytest.raises(ValueError, match="leave it out"):
+        load_yaml(f"a: {tag}")
+
+
+@pytest.mark.parametrize("text", ["12:30", "1:1:1", "010", "9" * 4000, "0x" + "f" * 4000, "1.5:3"])
+def test_what_is_a_number_to_yaml_1_1_only_or_a_gigantic_one_is_a_text(text: str) -> None:
+    assert load_yaml(f"a: {text}") == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("12", 12), ("-7", -7), ("0x1F", 31), ("1_000", 1000)]
+)
+def test_whole_numbers_are_read_as_such(text: str, number: int) -> None:
+    assert load_yaml(text) == number
+
+
+@pytest.mark.parametrize("text", ["1: a\n0x1: b", "true: a\nTrue: b", "null: a\n~: b"])
+def test_a_key_given_twice_in_other_words_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="twice, again in line 2"):
+        load_yaml(text)
+
+
+def test_aliases_cannot_make_a_document_larger_than_the_memory() -> None:
+    lines = [f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in pairwise("abcdefghij")]
+    with pytest.raises(ConfigError, match="aliases make it too large"):
+        parse_config("\n".join(["a: &a [x, x]", *lines]))
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        parse_config("train: &t {batch: *t}")
+    assert load_yaml("a: &x [1, 2]\nb: [*x, *x]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+def test_a_message_does_not_repeat_a_gigantic_value() -> None:
+    (problem,) = problems_of(f"train: {{batch: {'x' * 100_000}}}")
+    assert len(problem) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train: {max_steps: 99999999999}", "train: {seed: -1}", "data: {seed: 4294967296}"],
+)
+def test_numbers_that_no_library_takes_are_refused_early(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be"):
+        check_config(parse_config(text))
 
 
 def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:

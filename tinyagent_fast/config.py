@@ -207,7 +207,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-_ANY_NUMBER = frozenset({"data.seed", "train.seed"})
+_SEEDS = frozenset({"data.seed", "train.seed"})
 _MAY_BE_ZERO = frozenset(
     {"data.validation-entries", "train.evaluations"}
     | {f"eval.{name}" for name in ("sample", "parity-prompts", "lookup-tokens")}
@@ -225,6 +225,8 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
+_SHOWN_CHARACTERS = 200
+_LARGEST = 2**31 - 1
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 Settings = TypeVar("Settings")
@@ -261,7 +263,7 @@ def _with_types(settings: Any, path: str, problems: list[str]) -> Any:
         try:
             changes[name] = _converted(value, hint)
         except (TypeError, ValueError):
-            problems.append(f"{path}{name}: {value!r} is not {_described(hint, value)}")
+            problems.append(f"{path}{name}: {_shown(value)} is not {_described(hint, value)}")
     return replace(settings, **changes)
 
 
@@ -315,9 +317,13 @@ def _wanted(name: str, value: object) -> str | None:
     if isinstance(value, float):
         wanted, is_right = _RANGES[name]
         return None if is_right(value) else wanted
-    if not isinstance(value, int) or isinstance(value, bool) or name in _ANY_NUMBER:
+    if not isinstance(value, int) or isinstance(value, bool):
         return None
+    if name in _SEEDS:
+        return None if 0 <= value < 2**32 else "from 0 to 4,294,967,295"
     least = 0 if name in _MAY_BE_ZERO else 1
+    if value > _LARGEST:
+        return f"{_LARGEST:,} or less"
     return None if value >= least else f"{least} or more"
 
 
@@ -370,7 +376,8 @@ def parse_config(text: str, base: Config | None = None, source: str = "config") 
 
 def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(raw, Mapping):
-        problems.append(f"{path.rstrip('.') or 'the top level'}: must be a mapping, got {raw!r}")
+        where = path.rstrip(".") or "the top level"
+        problems.append(f"{where}: must be a mapping, got {_shown(raw)}")
         return base
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
@@ -379,7 +386,7 @@ def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(hints)}"
-            problems.append(f"{path}{key}: unknown setting{hint}")
+            problems.append(f"{path}{key!s:.{_SHOWN_CHARACTERS}}: unknown setting{hint}")
         elif name in changes:
             problems.append(f"{path}{key}: given twice, with - and with _")
         elif is_dataclass(hints[name]):
@@ -388,8 +395,14 @@ def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
             try:
                 changes[name] = _converted(value, hints[name])
             except (TypeError, ValueError):
-                problems.append(f"{path}{key}: {value!r} is not {_described(hints[name], value)}")
+                wanted = _described(hints[name], value)
+                problems.append(f"{path}{key}: {_shown(value)} is not {wanted}")
     return replace(base, **changes)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
 
 
 def _described(hint: Any, value: object = None) -> str:

@@ -189,12 +189,12 @@ class Run:
         if not self.history_path.exists():
             return []
         records: list[dict[str, Any]] = []
-        lines = self.history_path.read_text(encoding="utf-8").splitlines()
+        lines = self.history_path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             record = None
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
             if not isinstance(record, dict):
                 raise ConfigError(
@@ -371,9 +371,10 @@ def find_run(name: str, runs: Path | str = Path("runs")) -> Run:
         ConfigError: There is none; the message lists those that are there.
     """
     runs = Path(runs)
-    for path in map(followed, (runs / name, Path(name))):
-        if (path / "config.yaml").exists():
-            return Run(path.resolve())
+    with suppress(OSError, ValueError):  # no file can have that name
+        for path in map(followed, (runs / name, Path(name))):
+            if (path / "config.yaml").exists():
+                return Run(path.resolve())
     names = {path.parent.name for path in runs.glob("*/config.yaml")} - {_LATEST}
     there = sorted(name for name in names if not name.startswith("."))
     raise ConfigError(

@@ -239,6 +239,8 @@ FAULTS: list[tuple[dict[str, object], str]] = [
     ({"find_bed__phrases": []}, "find_bed.phrases: must be a list of sentences"),
     ({"find_bed__phrases": "find"}, "find_bed.phrases: must be a list of sentences"),
     ({"find_bed__phrases": [""]}, "find_bed.phrases: must be a list of sentences"),
+    ({"find_bed__phrases": ["{plant}" + "(" * 3000]}, "has more than 2,000 characters"),
+    ({"find_bed__phrases": ["{plant}" + "[" * 1900]}, "brackets within brackets without end"),
     ({"find_bed__phrases": ["[{plant}]"]}, "has nothing outside its optional parts"),
     ({"find_bed__phrases": ["{plant} [x"]}, "has unbalanced brackets"),
     ({"find_bed__phrases": ["{plant} ]x["]}, "has unbalanced brackets"),

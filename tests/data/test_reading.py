@@ -103,9 +103,11 @@ GOOD = json.dumps({"k": make_entry()}).encode()
         (b"\xef\xbb\xbf" + GOOD, "byte order mark"),
         (GOOD.decode().encode("utf-16"), "UTF-16"),
         (GOOD.decode().encode("utf-16-be"), "zero bytes"),
-        (b'{"k": ' + b"[" * 300_000, "nested 1,000 levels deep"),
-        (b'{"k": ' + b'{"a":[' * 300_000, "nested 1,000 levels deep"),
-        (b'{"k": ' + (b"[" + b" " * 500) * 2_000, "nested 1,000 levels deep"),
+        (b'{"k": ' + b"[" * 300_000, "nested more than 1,000 levels deep"),
+        (b'{"k": ' + b'{"a":[' * 300_000, "nested more than 1,000 levels deep"),
+        (b'{"k": ' + (b"[" + b" " * 500) * 2_000, "nested more than 1,000 levels deep"),
+        (b'{"k": ' + b"[[]," * 200_000, "nested more than 1,000 levels deep"),
+        (GOOD[:-1] + b',"k": ' + b'["]",' * 200_000, "nested more than 1,000 levels deep"),
     ],
 )
 def test_a_file_that_is_no_dataset_is_refused_with_the_reason(
@@ -116,6 +118,44 @@ def test_a_file_that_is_no_dataset_is_refused_with_the_reason(
     with pytest.raises(DataError) as caught:
         list(read_entries(path, on_bad_entry="skip"))
     assert what in str(caught.value)
+
+
+def test_a_key_given_twice_within_an_entry_is_a_problem_of_that_entry(tmp_path: Path) -> None:
+    entry = json.dumps(make_entry())
+    twice, again = entry.replace('"index": 0', '"index": 0, "index": 1'), '"input": "q", '
+    reports: list[ReadReport] = []
+    for text in (
+        f'{{"k0": {entry}, "k1": {twice}, "k2": {entry}}}',
+        f'{{"k0": {entry}}}\n{{"k1": {twice}}}\n{{"k2": {entry}}}\n',
+        "\n".join(f'{{"key": "k{n}", {one[1:]}' for n, one in enumerate((entry, twice, entry))),
+        "\n".join(f'{{"key": "k{n}", {"" if n != 1 else again}{entry[1:]}' for n in range(3)),
+    ):
+        (tmp_path / "d.json").write_text(text, encoding="utf-8")
+        found = read_entries(tmp_path / "d.json", on_bad_entry="skip", on_report=reports.append)
+        assert [one.key for one in found] == ["k0", "k2"]
+        (problem,) = reports[-1].problems
+        assert problem.key == "k1" and "twice" in problem.reason
+
+
+def test_an_entry_that_is_nested_without_end_is_a_problem_of_that_entry(tmp_path: Path) -> None:
+    deep = "[" * 600 + "]" * 600
+    text = f'{{"k0": {json.dumps(make_entry())}, "k1": {deep}}}'
+    (tmp_path / "d.json").write_text(text, encoding="utf-8")
+    (found,) = read_entries(tmp_path / "d.json", on_bad_entry="skip")
+    assert found.key == "k0"
+
+
+def test_brackets_within_texts_are_no_nesting(tmp_path: Path) -> None:
+    entries = {f"k{at}": make_entry("[" * 700 + '\\"{' * 500) for at in range(200)}
+    path = write(tmp_path / "d.json", entries)
+    assert sum(1 for _ in read_entries(path, on_bad_entry="error")) == 200
+
+
+def test_a_key_cannot_act_on_the_terminal(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", {"\x1b[2J\u202eé": {}, "k": make_entry()})
+    with pytest.raises(DataError) as caught:
+        list(read_entries(path, on_bad_entry="error"))
+    assert r"\x1b[2J\u202eé input: is missing" in str(caught.value)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

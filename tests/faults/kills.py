@@ -1,10 +1,13 @@
-"""Kills commands at random moments, lets them go on, and compares with what came of no kill.
+"""Breaks commands off, lets them go on, and compares with what came of commands left alone.
 
-    python tests/faults/kills.py --kills 200
+    python tests/faults/kills.py --kills 220
 
-Every command runs in a fork of one process that has imported all libraries, so that a kill costs
-about a second. Half of the kills fall on a random moment, half on a random change of the file
-system (a file opened to be written, renamed, removed), where the windows are too short for a clock.
+They are broken off by SIGKILL, by Ctrl-C and SIGTERM, and by a disk that is full; and a second
+process tries to write into the same folder. Every command runs in a fork of one process that has
+imported all libraries, so that a kill costs about a second. Half of the signals fall on a random
+moment, half on a random change of the file system (a file opened to be written, renamed, removed),
+where the windows are too short for a clock. A full disk is a small tmpfs, which needs the right to
+mount: without it that part says so and is left out.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,6 +32,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tinyagent_fast.interrupts import NAMES, STOP_SIGNALS, exit_code
+
 os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
@@ -35,6 +42,7 @@ os.environ.update(
     HF_HUB_OFFLINE="0",  # the hub is a server of this script
 )
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
+_STOPPED = tuple(map(exit_code, STOP_SIGNALS))
 _PATIENCE_S = 300.0
 TRAIN_FLAGS = [
     "--preset",
@@ -91,24 +99,60 @@ class Command:
 
 @dataclass
 class Tally:
-    """What came of the kills of a command."""
+    """What came of breaking a command off."""
 
     kills: int = 0
+    stops: int = 0
+    """By Ctrl-C and SIGTERM."""
+    full_disks: int = 0
     trials: int = 0
     differing: list[str] = field(default_factory=list)
-    """What was lost, doubled or different."""
+    """What was lost, doubled or different, or was not said."""
+
+    def summary(self) -> str:
+        return (
+            f"{self.kills} kills, {self.stops} stops, {self.full_disks} full disks in "
+            f"{self.trials} runs, {len(self.differing)} differing"
+        )
+
+    def cells(self) -> str:
+        counts = (self.kills, self.stops, self.full_disks, self.trials, len(self.differing))
+        return " | ".join(map(str, counts))
 
 
-def call(folder: Path, command: Command, arguments: Sequence[str], at_change: int = 0) -> int:
-    """Start a command in a fork, which kills itself at a change of the file system; give its id."""
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What a command does when it is left alone."""
+
+    wanted: Any
+    took_s: float
+    changes: int
+    """Of files."""
+    before_bytes: int
+    after_bytes: int
+
+
+def call(
+    folder: Path,
+    command: Command,
+    arguments: Sequence[str],
+    at_change: int = 0,
+    number: int = signal.SIGKILL,
+) -> int:
+    """Start a command in a fork, which gets a signal at a change of the file system; give its id.
+
+    What it prints goes into a file beside the folder, where there is space.
+    """
     child = os.fork()
     if child:
         return child
     code = 3
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
         os.environ["TINYAGENT_FAST_CACHE"] = str(folder / "cache")
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         changes = 0
@@ -123,16 +167,20 @@ def call(folder: Path, command: Command, arguments: Sequence[str], at_change: in
             if changed:
                 changes += 1
                 if changes == at_change:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), number)
 
         sys.addaudithook(watch)
         from tinyagent_fast.cli import main
 
         code = command.work() if command.work else main(list(arguments))
-        (folder / "changes").write_text(str(changes))
+        log_of(folder).with_suffix(".changes").write_text(str(changes))
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
 def ended(child: int, within_s: float, *, number: int = signal.SIGKILL) -> int | None:
@@ -144,61 +192,163 @@ def ended(child: int, within_s: float, *, number: int = signal.SIGKILL) -> int |
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     os.kill(child, number)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if number == signal.SIGKILL:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return ended(child, _PATIENCE_S)
 
 
-def new_folder(root: Path, command: Command, data: Path) -> Path:
+def new_folder(root: Path, command: Command, data: Path, tmpfs_bytes: int = 0) -> Path:
     """Make a folder with the data, and what the command needs to be there."""
     folder = Path(tempfile.mkdtemp(prefix=f"{command.name.replace(' ', '-')}-", dir=root))
+    if tmpfs_bytes:
+        mount("-t", "tmpfs", "-o", f"size={tmpfs_bytes}", "none", str(folder))
     shutil.copytree(data, folder / "data")
     if command.prepared is not None:
         shutil.copytree(command.prepared, folder, dirs_exist_ok=True)
     return folder
 
 
-def kill_and_go_on(
-    root: Path,
-    data: Path,
-    command: Command,
-    kills: int,
-    rng: random.Random,
-    say: Callable[[str], None],
-) -> Tally:
-    """Kill a command so many times over several trials, and compare each trial's end."""
-    tally = Tally()
-    whole = new_folder(root, command, data)
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+def may_mount(root: Path) -> bool:
+    """Say whether this process may mount a tmpfs."""
+    probe = root / "probe"
+    probe.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", "size=4096", "none", str(probe))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return subprocess.run(["umount", str(probe)], check=False).returncode == 0
+
+
+def size_of(folder: Path) -> int:
+    """Count the bytes of a folder's files, in whole blocks."""
+    return sum(-(-p.lstat().st_size // 4096) * 4096 for p in folder.rglob("*") if not p.is_dir())
+
+
+def left_alone(root: Path, data: Path, command: Command) -> Whole:
+    """Let a command run to its end."""
+    folder = new_folder(root, command, data)
+    before = size_of(folder)
     started = time.monotonic()
-    code = ended(call(whole, command, command.first), _PATIENCE_S)
+    code = ended(call(folder, command, command.first), _PATIENCE_S)
     took_s = time.monotonic() - started
-    assert code == 0, (
-        f"{command.name} without a kill: {code}\n{(whole / 'log').read_text()[-2000:]}"
+    assert code == 0, f"{command.name}: {code}\n{log_of(folder).read_text()[-2000:]}"
+    return Whole(
+        wanted=command.result(folder),
+        took_s=took_s,
+        changes=int(log_of(folder).with_suffix(".changes").read_text()),
+        before_bytes=before,
+        after_bytes=size_of(folder),
     )
-    changes = int((whole / "changes").read_text())
-    wanted = command.result(whole)
-    say(f"{command.name}: {took_s:.1f} s and {changes} changes of files without a kill")
-    while tally.kills < kills:
-        folder = new_folder(root, command, data)
-        tally.trials += 1
-        arguments: Sequence[str] = command.first
-        for _ in range(rng.randint(1, 4)):
-            if rng.random() < 0.5:
-                child = call(folder, command, arguments, rng.randint(1, changes))
-                code = ended(child, _PATIENCE_S)
-            else:
-                code = ended(call(folder, command, arguments), rng.uniform(0, took_s))
-            tally.kills += code == -signal.SIGKILL
-            if code not in (0, -signal.SIGKILL):
-                break
-            arguments = command.again(folder)
-        if code in (0, -signal.SIGKILL):
-            code = ended(call(folder, command, arguments), _PATIENCE_S)
-        found = command.result(folder) if code == 0 else f"exit code {code}"
-        if found == wanted:
-            shutil.rmtree(folder)
+
+
+class Breaker:
+    """Breaks one command off in all ways, and counts."""
+
+    def __init__(self, root: Path, data: Path, command: Command, seed: int) -> None:
+        self.root, self.data, self.command = root, data, command
+        self.rng = random.Random(seed)
+        self.tally = Tally()
+        self.whole = left_alone(root, data, command)
+
+    def signals(self, kills: int, stops: int) -> None:
+        """Send signals until there were so many, several to one run, which then goes on."""
+        tally = self.tally
+        while tally.kills < kills or tally.stops < stops:
+            folder = new_folder(self.root, self.command, self.data)
+            tally.trials += 1
+            arguments: Sequence[str] = self.command.first
+            code: int | None = 0
+            for _ in range(self.rng.randint(1, 4)):
+                stop = self.rng.random() * (kills + stops) > kills
+                number = (
+                    self.rng.choice((signal.SIGINT, signal.SIGTERM)) if stop else signal.SIGKILL
+                )
+                code = self._once(folder, arguments, number)
+                tally.kills += code == -signal.SIGKILL
+                tally.stops += code in _STOPPED
+                if code not in (0, -signal.SIGKILL, *_STOPPED):
+                    break
+                arguments = self.command.again(folder)
+            if code in (0, -signal.SIGKILL, *_STOPPED):
+                code = ended(call(folder, self.command, arguments), _PATIENCE_S)
+            self._compare(folder, code)
+
+    def _once(self, folder: Path, arguments: Sequence[str], number: int) -> int | None:
+        said = log_of(folder).stat().st_size if log_of(folder).exists() else 0
+        if self.rng.random() < 0.5:
+            at = self.rng.randint(1, self.whole.changes)
+            code = ended(call(folder, self.command, arguments, at, number), _PATIENCE_S)
         else:
-            end = (folder / "log").read_text(errors="replace")[-1500:]
-            tally.differing.append(f"{folder}: {_difference(wanted, found)}\n{end}")
-    return tally
+            moment = self.rng.uniform(0 if number == signal.SIGKILL else 0.05, self.whole.took_s)
+            code = ended(call(folder, self.command, arguments), moment, number=number)
+        if code in _STOPPED:
+            with log_of(folder).open(errors="replace") as log:
+                log.seek(said)
+                text = log.read()
+            name = NAMES[code - 128]
+            if "Traceback" in text or f"by {name}" not in text:
+                self.tally.differing.append(f"{folder}: {name} says {text[-1500:]}")
+        return code
+
+    def full_disks(self, times: int) -> None:
+        """Let the disk be full at so many different moments, then give it space."""
+        step = (self.whole.after_bytes - self.whole.before_bytes) / times
+        for number in range(times):
+            limit = int(self.whole.before_bytes + step * (number + self.rng.random()))
+            folder = new_folder(self.root, self.command, self.data, limit)
+            try:
+                code = ended(call(folder, self.command, self.command.first), _PATIENCE_S)
+                text = log_of(folder).read_text(errors="replace")
+                self.tally.full_disks += code != 0
+                self.tally.trials += 1
+                refused = code == 2 and "fix:" in text and _is_full(text)
+                if not (refused or code == 0) or "Traceback" in text:
+                    self.tally.differing.append(
+                        f"{folder}, {limit:,} bytes: {code}\n{text[-2500:]}"
+                    )
+                    continue
+                mount("-o", f"remount,size={10 * self.whole.after_bytes}", str(folder))
+                again = self.command.again(folder)
+                code = ended(call(folder, self.command, again), _PATIENCE_S)
+                self._compare(folder, code, keep=True)
+            finally:
+                subprocess.run(["umount", str(folder)], check=False)
+
+    def second_process(self) -> None:
+        """Let a second process try to write into the run that a first one writes."""
+        folder = new_folder(self.root, self.command, self.data)
+        first = call(folder, self.command, self.command.first)
+        lock = folder / "runs" / "one" / ".lock"
+        end = time.monotonic() + _PATIENCE_S
+        while not (lock.exists() and lock.read_text().startswith(f"{first} ")):
+            assert time.monotonic() < end, f"{self.command.name} holds nothing"
+            time.sleep(0.001)
+        os.kill(first, signal.SIGSTOP)  # or it might end before the second one looks
+        asked = ["train", "--resume", "one"], ["eval", "--run", "one"], ["export", "--run", "one"]
+        for words in asked if self.command.name == "train" else [self.command.first]:
+            code = ended(call(folder, self.command, words), _PATIENCE_S)
+            text = log_of(folder).read_text(errors="replace")
+            if code != 2 or f"process {first} on" not in text.rpartition("error:")[2]:
+                self.tally.differing.append(f"{folder}: {words} beside it: {code}\n{text[-1500:]}")
+        os.kill(first, signal.SIGCONT)
+        self._compare(folder, ended(first, _PATIENCE_S))
+
+    def _compare(self, folder: Path, code: int | None, *, keep: bool = False) -> None:
+        found = self.command.result(folder) if code == 0 else f"exit code {code}"
+        if found != self.whole.wanted:
+            end = log_of(folder).read_text(errors="replace")[-1500:]
+            difference = _difference(self.whole.wanted, found)
+            self.tally.differing.append(f"{folder}: {difference}\n{end}")
+        elif not keep:
+            shutil.rmtree(folder)
+
+
+def _is_full(text: str) -> bool:
+    return "disk is full" in text or "No space left" in text
 
 
 def _difference(wanted: Any, found: Any) -> str:
@@ -263,18 +413,14 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 def cached(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "cached.json").read_text())
+    """Give what was read through the cache, which a second reading must find."""
+    found = {p.name: sha(p) for p in (folder / "retriever").iterdir() if p.suffix == ".json"}
+    tables = [p for p in (folder / "cache").iterdir() if p.name != "sources"]
+    return {"retriever": found, "tables": sorted(p.name for p in tables if p.name[0] != ".")}
 
 
-def fill_cache() -> int:
-    """Read examples through the cache, and write down what came out."""
-    from tinyagent_fast.data.cache import load_examples
-
-    table = load_examples("data/training_data.json", on_bad_entry="error")
-    keys = [[example.key, example.output] for example in table]
-    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
-    Path("cached.json").write_text(json.dumps({"examples": len(table), "sha256": digest}))
-    return 0
+def generated(folder: Path) -> dict[str, Any]:
+    return {p.name: sha(p) for p in (folder / "generated").iterdir() if not p.name.startswith(".")}
 
 
 def downloaded(folder: Path) -> dict[str, Any]:
@@ -351,14 +497,17 @@ def commands(root: Path, data: Path) -> list[tuple[Command, float]]:
     train = Command("train", ["train", *TRAIN_FLAGS], go_on_training, trained)
     made = new_folder(root, train, data)
     code = ended(call(made, train, train.first), _PATIENCE_S)
-    assert code == 0, (made / "log").read_text()[-3000:]
+    assert code == 0, log_of(made).read_text()[-3000:]
     evaluate = ["eval", "--run", "one"]
     export = ["export", "--run", "one", "--quant", "f16,q8_0", "--gates", "off"]
+    retrieve = ["data", "retrieval", "data/training_data.json", "--out", "retriever"]
+    generate = ["data", "generate", "--out", "generated", "--train-entries", "60", "--overwrite"]
     return [
-        (train, 0.5),
+        (train, 0.45),
         (Command("eval", evaluate, same(evaluate), evaluated, made), 0.15),
         (Command("export", export, same(export), exported, made), 0.15),
-        (Command("cache", [], same([]), cached, work=fill_cache), 0.1),
+        (Command("data retrieval", retrieve, same(retrieve), cached), 0.1),
+        (Command("data generate", generate, same(generate), generated), 0.05),
         (Command("data download", [], same([]), downloaded, work=download), 0.1),
     ]
 
@@ -380,11 +529,12 @@ def import_everything() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=220)
+    parser.add_argument("--stops", type=int, default=60, help="by Ctrl-C and SIGTERM")
+    parser.add_argument("--full-disks", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one command")
     flags = parser.parse_args(arguments)
-    started = time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     data = root / "data"
     from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
@@ -392,23 +542,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate_dataset(GenerationSpec(train_entries=24, test_entries=6, seed=3), data)
     os.environ["HF_ENDPOINT"] = start_hub(data)
     import_everything()
-    rng = random.Random(flags.seed)
-    rows: list[tuple[str, Tally]] = []
+    disks = flags.full_disks if may_mount(root) else 0
+    if disks < flags.full_disks:
+        print("full disks are left out: a tmpfs cannot be mounted here")
+    rows: list[tuple[str, Tally, float]] = []
     for command, share in commands(root, data):
-        if flags.only in (None, command.name):
-            kills = max(1, round(flags.kills * share))
-            rows.append((command.name, kill_and_go_on(root, data, command, kills, rng, print)))
-            print(
-                f"  {rows[-1][1].kills} kills, {len(rows[-1][1].differing)} differing", flush=True
-            )
-    print("\n| command | kills | runs let end | lost or differing |\n|---|---|---|---|")
-    for name, tally in rows:
-        print(f"| {name} | {tally.kills} | {tally.trials} | {len(tally.differing)} |")
-    differing = [text for _, tally in rows for text in tally.differing]
-    kills = sum(tally.kills for _, tally in rows)
-    print(f"\n{kills} kills, {len(differing)} differing, {time.monotonic() - started:.0f} s")
+        if flags.only not in (None, command.name):
+            continue
+        started = time.monotonic()
+        breaker = Breaker(root, data, command, flags.seed)
+        breaker.signals(*(math.ceil(number * share) for number in (flags.kills, flags.stops)))
+        breaker.full_disks(math.ceil(disks * share))
+        if command.name in ("train", "eval", "export"):
+            breaker.second_process()
+        rows.append((command.name, breaker.tally, time.monotonic() - started))
+        print(f"{command.name}: {breaker.tally.summary()}, {rows[-1][2]:.0f} s", flush=True)
+    print("\n| command | kills | Ctrl-C, SIGTERM | full disks | runs | lost or differing | s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, tally, seconds in rows:
+        print(f"| {name} | {tally.cells()} | {seconds:.0f} |")
+    differing = [text for _, tally, _ in rows for text in tally.differing]
     for text in differing:
         print(text)
+    kills, seconds = sum(t.kills for _, t, _ in rows), sum(s for *_, s in rows)
+    print(f"\n{kills} kills, {len(differing)} differing, {seconds:.0f} s")
     if not differing:
         shutil.rmtree(root)
     return 1 if differing else 0

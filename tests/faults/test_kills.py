@@ -1,4 +1,4 @@
-"""Killed commands go on and end as if nothing had been: the short form of `make test-faults`."""
+"""Commands that are broken off end as if nothing had been: `make test-faults` in short."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_commands_end_as_if_nothing_had_been() -> None:
-    command = [sys.executable, str(Path(__file__).with_name("kills.py")), "--kills", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_commands_that_are_broken_off_end_as_if_nothing_had_been() -> None:
+    program = [sys.executable, str(Path(__file__).with_name("kills.py"))]
+    counts = ["--kills", "12", "--stops", "6", "--full-disks", "6"]
+    done = subprocess.run([*program, *counts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " 0 differing" in done.stdout

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -172,6 +174,17 @@ def test_a_file_that_is_no_gguf_is_refused(content: bytes, tmp_path: Path) -> No
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ModelError):
         base_from_gguf(tmp_path / "m.gguf", tmp_path / "base")
+
+
+def test_a_list_that_is_longer_than_its_file_is_refused_at_once(tmp_path: Path) -> None:
+    name = b"tokenizer.ggml.scores"
+    for inner, length in ((6, 2**40), (6, 2**20), (9, 2**40), (8, 2**40)):
+        key = struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", 9, inner, length)
+        (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
+        started = time.process_time()
+        with pytest.raises(ModelError):
+            gguf_shape(tmp_path / "m.gguf")
+        assert time.process_time() - started < 1
 
 
 def config_of(base: str, runs: Path) -> Config:

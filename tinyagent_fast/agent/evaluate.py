@@ -49,7 +49,7 @@ from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.plans.grammar import END_OF_RESPONSE, Plan, PlanError, parse_plan, render_plan
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import held_to_tools
-from tinyagent_fast.runs import Run, find_run, write_json, write_text
+from tinyagent_fast.runs import Run, find_run, holding, write_json, write_text
 
 _CALL_TIMEOUT_S = 30.0
 _SHORTEST_TIMEOUT_S = 1.0
@@ -413,6 +413,16 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
         DataError: The test file is faulty, or none of its labels is a plan.
     """
     _check(options)
+    run = find_run(options.run, options.runs)
+    folder = options.out or run.path / ("agent" if options.grammar == "off" else "agent-grammar")
+    with holding(folder, "agent-eval", "or name another folder with --out"):
+        metrics = _evaluate(run, options, display)
+        _write(metrics, folder, run, display)
+    return metrics
+
+
+def _evaluate(run: Run, options: AgentEvalOptions, display: Display) -> AgentMetrics:
+    """Carry out the plans of a run's test queries."""
     from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.evaluation.evaluate import (
         EvalChanges,
@@ -422,7 +432,6 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     )
     from tinyagent_fast.inference.planner import load
 
-    run = find_run(options.run, options.runs)
     asked = EvalOptions(
         run=str(run.path),
         test=options.test,
@@ -450,10 +459,7 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
         batch=options.batch,
     ) as planner:
         joiner_text = text if judge == "model" else None
-        metrics = asyncio.run(_measure(planner, tasks, joins, joiner_text, tools, options, display))
-    folder = "agent" if options.grammar == "off" else "agent-grammar"
-    _write(metrics, options.out or run.path / folder, run, display)
-    return metrics
+        return asyncio.run(_measure(planner, tasks, joins, joiner_text, tools, options, display))
 
 
 def _check(options: AgentEvalOptions) -> None:
@@ -525,7 +531,6 @@ async def _measure(
 
 
 def _write(metrics: AgentMetrics, folder: Path, run: Run, display: Display) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps(result.to_json(), ensure_ascii=False)
         for result in (*metrics.plain, *metrics.faulty)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, short_text
+from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, printable, short_text
 from tinyagent_fast.errors import DataError
 
 OnBadEntry = Literal["error", "skip"]
@@ -36,8 +36,10 @@ _HEAD_PROBLEMS = (
     (b"\xfe\xff", "it is UTF-16 text", "save it as UTF-8"),
 )
 _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 # ijson's memory grows with the square of the depth; the schema needs a depth of about ten.
-_TOO_DEEP = re.compile(rb"[\[{]{1000}")
+_DEEPEST = 1000
+_DEEPEST_ENTRY = 100
 _LINE_BYTES = 16 << 20
 """A first line that is longer is a whole file on one line, and no line of JSON Lines."""
 _ANY_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -81,6 +83,40 @@ class ReadReport:
         self.problems.extend(problems[: max(0, PROBLEMS_KEPT - len(self.problems))])
 
 
+class _Object(dict[str, Any]):
+    """An object of the file as ijson builds it, which remembers a key that came again."""
+
+    __slots__ = ("again",)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            self.again = key
+        super().__setitem__(key, value)
+
+
+class _Nesting:
+    """Counts how deep a JSON text is nested; brackets within its texts do not count."""
+
+    def __init__(self) -> None:
+        self.deepest = self._depth = 0
+        self._in_text = False
+        self._backslash = b""
+
+    def add(self, chunk: bytes) -> None:
+        text = (b'"' if self._in_text else b"") + self._backslash + chunk
+        odd = (len(text) - len(text.rstrip(b"\\"))) % 2
+        text, self._backslash = text[: len(text) - odd], text[len(text) - odd :]
+        self._in_text = False
+        outside = _TEXT.sub(self._left_out, text)
+        for bracket in outside.translate(None, _ALL_BUT_BRACKETS):
+            self._depth += 1 if bracket in b"[{" else -1
+            self.deepest = max(self.deepest, self._depth)
+
+    def _left_out(self, text: re.Match[bytes]) -> bytes:
+        self._in_text = not text[1]  # only the last one of a chunk may be open
+        return b""
+
+
 class _Source:
     """The file as ijson reads it: hashed, counted and guarded against deep nesting."""
 
@@ -90,7 +126,10 @@ class _Source:
         self.has_halves = False
         """Whether half a surrogate pair has come by."""
         self._file, self._path = file, path
-        self._open_brackets = self._held_back = b""
+        self._held_back = b""
+        self._nesting: _Nesting | None = None
+        # No more levels can be open than brackets have come since the last entry's end.
+        self._openings: list[int] = []
 
     def read(self, size: int = -1) -> bytes:
         """Give the next bytes, halves of surrogate pairs marked; an escape is never cut."""
@@ -108,21 +147,36 @@ class _Source:
     def lines(self) -> Iterator[bytes]:
         """Yield lines, halves of surrogate pairs marked."""
         for line in self._file:
-            self._open_brackets = b""
-            self._look_at(line)
+            self._openings.clear()
+            self._nesting = None
+            self._look_at(line, first=True)
             yield self._marked(line)
 
-    def _look_at(self, chunk: bytes) -> None:
+    def entry_came(self) -> None:
+        """Take note that ijson is at the top level within the last two chunks."""
+        del self._openings[:-2]
+
+    def _look_at(self, chunk: bytes, *, first: bool = False) -> None:
+        """Refuse deep nesting; exact counting takes long, so it begins where it can matter."""
+        before = 0 if first else self.read_bytes
         self.sha256.update(chunk)
         self.read_bytes += len(chunk)
-        brackets = self._open_brackets + chunk.translate(None, _ALL_BUT_BRACKETS)
-        if _TOO_DEEP.search(brackets):
-            raise DataError(
-                f"{self._path}: nested 1,000 levels deep near byte {self.read_bytes:,}",
-                "no entry of this schema nests more than about ten levels",
-                "remove the damaged entry, or export the file again",
-            )
-        self._open_brackets = brackets[len(brackets.rstrip(b"[{")) :]
+        self._openings.append(chunk.count(b"[") + chunk.count(b"{"))
+        if self._nesting is None and sum(self._openings) > _DEEPEST:
+            self._nesting = _Nesting()
+            with self._path.open("rb") as file:
+                while before and (earlier := file.read(min(before, _CHUNK_BYTES))):
+                    self._nesting.add(earlier)
+                    before -= len(earlier)
+        if self._nesting is not None:
+            self._nesting.add(chunk)
+            if self._nesting.deepest > _DEEPEST:
+                raise DataError(
+                    f"{self._path}: nested more than {_DEEPEST:,} levels deep near byte "
+                    f"{self.read_bytes:,}",
+                    "no entry of this schema nests more than about ten levels",
+                    "remove the damaged entry, or export the file again",
+                )
 
     def _marked(self, text: bytes) -> bytes:
         return _ESCAPE.sub(self._mark, text) if _ANY_SURROGATE.search(text) else text
@@ -164,11 +218,12 @@ def read_entries(
         with path.open("rb") as file:
             source = _Source(file, path)
             keys: set[str] = set()
-            for key, value in _decoded(source, path, report):
-                entry = entry_from_json(key, value)
+            for key, value, oddity in _decoded(source, path, report):
                 if key in keys:
-                    report.skip([EntryProblem(key, "", "has a key that an earlier entry has")])
-                elif isinstance(entry, Entry):
+                    oddity = "has a key that an earlier entry has"  # noqa: PLW2901
+                if oddity is not None:
+                    report.skip([EntryProblem(printable(key), "", oddity)])
+                elif isinstance(entry := entry_from_json(key, value), Entry):
                     report.entries += 1
                     yield entry
                 else:
@@ -252,15 +307,22 @@ def _is_entry(value: Mapping[str, object]) -> bool:
     return isinstance(value.get("input"), str) and isinstance(value.get("output"), list)
 
 
-def _decoded(source: _Source, path: Path, report: ReadReport) -> Iterator[tuple[str, object]]:
-    """Yield key and value of each entry, with decoding errors made clear."""
+def _decoded(
+    source: _Source, path: Path, report: ReadReport
+) -> Iterator[tuple[str, object, str | None]]:
+    """Yield key and value of each entry and what is odd in it, with decoding errors made clear."""
     import ijson
 
     report.json_lines = is_json_lines(path)
     pairs = _pairs_of_lines if report.json_lines else _pairs
     try:
         for key, value in pairs(source):
-            yield (_restored(key), _restored(value)) if source.has_halves else (key, value)
+            source.entry_came()
+            oddity = _oddity(value)
+            if source.has_halves:
+                yield _restored(key), None if oddity else _restored(value), oddity
+            else:
+                yield key, value, oddity
     except (ijson.JSONError, UnicodeDecodeError) as error:
         done = f"after {report.entries + report.skipped:,} entries, near byte {source.read_bytes:,}"
         text = str(error)
@@ -281,7 +343,7 @@ def _decoded(source: _Source, path: Path, report: ReadReport) -> Iterator[tuple[
 def _pairs(source: Any) -> Iterator[tuple[str, object]]:
     import ijson
 
-    yield from ijson.kvitems(source, "", use_float=True, buf_size=_CHUNK_BYTES)
+    yield from ijson.kvitems(source, "", map_type=_Object, use_float=True, buf_size=_CHUNK_BYTES)
 
 
 def _pairs_of_lines(source: _Source) -> Iterator[tuple[str, object]]:
@@ -292,12 +354,28 @@ def _pairs_of_lines(source: _Source) -> Iterator[tuple[str, object]]:
             yield f"line {number}", short_text(line.decode("utf-8", "replace"))
             continue
         pairs = list(_pairs(io.BytesIO(line)))
-        value = dict(pairs)
+        value = _Object()
+        for name, part in pairs:
+            value[name] = part
         if _is_entry(value) or "key" in value:
             key = value.get("key")
             yield (key if isinstance(key, str) else f"line {number}"), value
         else:
             yield from pairs
+
+
+def _oddity(value: object) -> str | None:
+    """Say what is wrong with an entry in itself: a key given twice, or nesting without end."""
+    pending = [(value, 1)]
+    while pending:
+        part, depth = pending.pop()
+        if isinstance(part, _Object) and hasattr(part, "again"):
+            return f"gives {short_text(part.again)} twice"
+        if depth > _DEEPEST_ENTRY:
+            return f"is nested more than {_DEEPEST_ENTRY} levels deep"
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        pending.extend((one, depth + 1) for one in inner if isinstance(one, dict | list))
+    return None
 
 
 def _restored(value: Any) -> Any:

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+from tinyagent_fast.plans.grammar import loose_steps
+from tinyagent_fast.plans.tools import JOIN
+
 PointKind = Literal["plan", "join", "replan"]
 
 _KINDS: tuple[str, ...] = get_args(PointKind)
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user"}
 _MESSAGE_LIST_START = re.compile(r"\s*\[\s*\{")
 _JSON_LIST_START = re.compile(r'\s*\[\s*\{\s*"')
-_STEP = re.compile(r"(?:Thought: [^\n]*\n\s*)?(\d{1,9})\. (\w+)\((.*)\)")
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 _HALF_A_PAIR = "holds half of a surrogate pair, which is no character and cannot be encoded"
 _JSON_NAMES: dict[type, str] = {
@@ -74,14 +76,14 @@ class _Fields:
         self.problems: list[EntryProblem] = []
 
     def add(self, field: str, reason: str) -> None:
-        self.problems.append(EntryProblem(self.key, field, reason))
+        self.problems.append(EntryProblem(printable(self.key), field, reason))
 
     def take(self, values: Mapping[str, object], name: str, kind: type, where: str = "") -> Any:
         """Return the field if it is there with this type, else None and a problem."""
         if name not in values:
             self.add(where + name, "is missing")
             return None
-        if type(values[name]) is not kind:
+        if _json_type(values[name]) is not kind:
             wanted = _JSON_NAMES[kind]
             self.add(where + name, f"must be {wanted}, not {_json_name(values[name])}")
             return None
@@ -103,8 +105,8 @@ def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
     Fields that the schema does not name are ignored.
     """
     if not isinstance(value, dict):
-        return [EntryProblem(_printable(key), "", f"must be an object, not {_json_name(value)}")]
-    fields = _Fields(_printable(key))
+        return [EntryProblem(printable(key), "", f"must be an object, not {_json_name(value)}")]
+    fields = _Fields(key)
     if not _is_encodable(key):
         fields.add("", f"has a key that {_HALF_A_PAIR}")
     query = fields.take_text(value, "input")
@@ -249,13 +251,11 @@ def plan_steps(raw_output: str) -> list[Step]:
     A later line with the same number replaces the earlier one, and nothing after the first
     `join` counts. Text that is no call is passed over. Numbers keep the order in which they first
     appear.
-
-    Source: output parser of github.com/SqueezeAILab/TinyAgent.
     """
-    steps: dict[int, Step] = {}
-    for number, tool, args_text in _STEP.findall(raw_output):
-        steps[int(number)] = Step(tool, args_text)
-        if tool == "join":
+    steps: dict[str, Step] = {}
+    for digits, tool, args_text in loose_steps(raw_output):
+        steps[digits.lstrip("0")] = Step(tool, args_text)
+        if tool == JOIN:
             break
     return list(steps.values())
 
@@ -328,12 +328,17 @@ def _is_encodable(text: str) -> bool:
         return False
 
 
-def _printable(key: str) -> str:
-    return key.encode("utf-8", "backslashreplace").decode()
+def printable(text: str) -> str:
+    """Write out as escapes what would act on a terminal, or that none can show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _json_type(value: object) -> type:
+    return dict if isinstance(value, dict) else type(value)
 
 
 def _json_name(value: object) -> str:
-    return _JSON_NAMES.get(type(value), "another type")
+    return _JSON_NAMES.get(_json_type(value), "another type")
 
 
 def short_text(text: str, limit: int = 80) -> str:

@@ -123,7 +123,7 @@ def find_predictions(path: Path) -> dict[str, PredictionFile]:
 def _parse(path: Path, number: int, line: bytes) -> Prediction:
     try:
         row = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise DataError(
             f"{path}, line {number}", f"it is no JSON: {error}", "remove the line, or generate anew"
         ) from error

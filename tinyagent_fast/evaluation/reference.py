@@ -30,12 +30,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import takewhile
 
+from tinyagent_fast.plans.grammar import loose_steps
 from tinyagent_fast.plans.graph import Dag, same_dag
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 
-# The look-behind keeps the search linear in long runs of digits and changes no match.
-_STEP = re.compile(r"(?<!\d)(\d+)\. (\w+)\(")
-_THOUGHT = "Thought: "
 _FIRST_REFERENCE = re.compile(r"\$(\d+)")
 _MAX_DIGITS = 4300
 """Python's own limit (3.11 and later) on the digits of an int it reads from text."""
@@ -100,34 +98,12 @@ def _read(
 def _steps(text: str, known_tools: Collection[str]) -> list[_Step]:
     """Read the steps up to join or up to the first unknown tool."""
     by_number: dict[int, _Step] = {}
-    for digits, tool, raw in _matches(text):
+    for digits, tool, raw in loose_steps(text):
         by_number[_integer(digits)] = (tool, raw)
         if tool == JOIN:
             break
     known = {JOIN, *known_tools}
     return list(takewhile(lambda step: step[0] in known, by_number.values()))
-
-
-def _matches(text: str) -> list[tuple[str, str, str]]:
-    """Find the steps (number, tool, arguments) as the original's one pattern finds them.
-
-    That pattern is an optional thought line, white space, then a step, whose arguments reach to
-    the last closing parenthesis of the line. So a line holds one step at most, the first that is
-    closed. A thought takes its whole line with it, but only if a step follows right after.
-    Going backwards line by line has the same outcome in linear time.
-    """
-    found: list[tuple[str, str, str]] = []
-    step_follows = False
-    for line in reversed(text.split("\n")):
-        step, end = _STEP.search(line), line.rfind(")")
-        if step is not None and end >= step.end():
-            before = line[: step.start()]
-            if not (step_follows and _THOUGHT in before):
-                found.append((step[1], step[2], line[step.end() : end]))
-            step_follows = not before.strip()
-        elif line.strip():
-            step_follows = False
-    return found[::-1]
 
 
 def _integer(digits: str) -> int:
@@ -189,14 +165,19 @@ def _graph(steps: list[_Step], shapes: _Shapes) -> Dag:
 
 def _ordered(befores: list[list[int]]) -> list[int]:
     """Order steps after what they depend on; fail on a cycle or a chain that is too long."""
-    depth: dict[int, int] = {}
-    waiting = list(range(len(befores)))
-    while waiting:
-        for node in waiting:
-            if all(before in depth for before in befores[node]):
-                depth[node] = max((depth[before] + 1 for before in befores[node]), default=0)
-        still = [node for node in waiting if node not in depth]
-        if len(still) == len(waiting) or max(depth.values()) > _MAX_DEPTH:
-            raise _OriginalRaises("RecursionError")
-        waiting = still
-    return list(depth)
+    after: list[list[int]] = [[] for _ in befores]
+    for node, nodes in enumerate(befores):
+        for before in nodes:
+            after[before].append(node)
+    waits_for = [len(nodes) for nodes in befores]
+    depth = [0] * len(befores)
+    order = [node for node, count in enumerate(waits_for) if count == 0]
+    for node in order:
+        for other in after[node]:
+            depth[other] = max(depth[other], depth[node] + 1)
+            waits_for[other] -= 1
+            if waits_for[other] == 0:
+                order.append(other)
+    if len(order) < len(befores) or max(depth, default=0) > _MAX_DEPTH:
+        raise _OriginalRaises("RecursionError")
+    return order

@@ -98,8 +98,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "merge it with its base model first, and name the merged folder",
         )
     config = read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantised := config.get("quantization_config"):
+        method = dict(quantised).get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(
             f"model in {folder}",
             f"its weights are quantised ({method}), and rounding them again would cost quality",
@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         fix = "name a model folder as transformers saves it"
         raise ModelError(f"folder {path.parent}", f"it has no {path.name}", fix) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}", f"it is no JSON: {error}", "copy the file again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}", "it holds no JSON object", "copy the file again")
@@ -140,6 +140,11 @@ def _open_shards(folder: Path) -> dict[str, StoredTensor]:
     where = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ModelError(f"{folder / _INDEX}", "it has no weight_map", "copy the file again")
+    for name in where.values():
+        plain = isinstance(name, str) and name == Path(name).name and "\0" not in name
+        if not plain or name in ("", ".."):
+            why = f"it names the file {name!r:.80}, which is no name of a file beside it"
+            raise ModelError(f"{folder / _INDEX}", why, "copy the file again")
     shards = sorted(set(where.values()))
     if absent := [name for name in shards if not (folder / name).exists()]:
         why = f"its index names files that are not there: {', '.join(absent)}"
@@ -164,7 +169,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, "np"):  # it holds the header against the size of the file
             pass
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _damaged(path, str(error)) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -13,6 +13,7 @@ from tinyagent_fast.errors import ModelError
 
 Targets = Literal["all-linear", "attention"]
 
+_MOST_LAYERS = 10_000
 OUTPUT = "lm_head.weight"
 """The output layer in transformers; a model with tied embeddings needs none."""
 
@@ -40,13 +41,13 @@ class ModelShape:
             ModelError: A size is missing or no positive whole number.
         """
 
-        def size(name: str, default: int | None = None) -> int:
+        def size(name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
             value = raw.get(name)
             value = default if value is None else value
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or not 1 <= value <= most:
                 raise ModelError(
-                    f"{source}: {name} is {value!r}",
-                    "it must be a positive whole number",
+                    f"{source}: {name} is {value!r:.80}",
+                    f"it must be a positive whole number, and at most {most:,}",
                     "name a base model whose config.json has it",
                 )
             return value
@@ -57,7 +58,7 @@ class ModelShape:
         return cls(
             hidden=hidden,
             intermediate=size("intermediate_size"),
-            layers=size("num_hidden_layers"),
+            layers=size("num_hidden_layers", most=_MOST_LAYERS),
             heads=heads,
             kv_heads=size("num_key_value_heads", heads),
             head_dim=size("head_dim", max(1, hidden // heads)),

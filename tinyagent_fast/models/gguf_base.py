@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import ModelError, reading
 from tinyagent_fast.export.checkpoints import Floats, NewTensor, write_safetensors
 from tinyagent_fast.export.conversion import llama3_divisors
 from tinyagent_fast.export.vocabulary import word_patterns
@@ -39,6 +39,9 @@ _READ_APART = (
 )
 _SPECIAL: Mapping[str, str] = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Special tokens as transformers and as GGUF calls them."""
+_FIX = "take the model as a folder with config.json and weights, or another file"
+_MOST_VALUES = 2**24
+"""More than any vocabulary or its merges have."""
 _LLAMA_3_CONTEXTS_TOKENS = [2**power for power in range(6, 20)]
 """A file has only what each frequency is divided by; these are tried as the original context."""
 
@@ -59,13 +62,14 @@ def base_from_gguf(
     Raises:
         ModelError: It is no GGUF file, of no known family, or has what cannot be read exactly.
     """
-    file = _GgufFile(path)
-    config = file.config()
-    tokenizer = file.tokenizer()
+    with reading(f"{path}: it is no whole GGUF file", _FIX):
+        file = _GgufFile(path)
+        config = file.config()
+        tokenizer = file.tokenizer()
+        tensors = file.tensors(ModelShape.from_config(config, str(path)))
     with whole_folder(folder) as part:
         text = json.dumps(config, indent=2) + "\n"
         (part / "config.json").write_text(text, encoding="utf-8")
-        tensors = file.tensors(ModelShape.from_config(config, str(path)))
         write_safetensors(part / "model.safetensors", _counted(tensors, on_progress))
         tokenizer.save_pretrained(str(part))
 
@@ -76,20 +80,34 @@ def gguf_shape(path: Path) -> ModelShape:
     Raises:
         ModelError: As `base_from_gguf`.
     """
-    return ModelShape.from_config(_GgufFile(path).config(), str(path))
+    with reading(f"{path}: it is no whole GGUF file", _FIX):
+        return ModelShape.from_config(_GgufFile(path).config(), str(path))
 
 
 class _GgufFile:
     """Keys and tensors of a file, and the family that they belong to."""
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
+        from gguf import GGUFReader, GGUFValueType
+
+        class Reader(GGUFReader):  # type: ignore[misc]
+            """It takes what lies behind the end for empty, and counts on for hours."""
+
+            def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **o: Any) -> Any:
+                found = super()._get(offset, dtype, count, *order, **o)
+                if len(found) != count:
+                    raise ValueError("it ends too early, or a length in it is wrong")
+                return found
+
+            def _get_field_parts(self, offset: int, kind: int) -> Any:
+                if kind == GGUFValueType.ARRAY:
+                    inner, length = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
+                    if inner[0] == GGUFValueType.ARRAY or length[0] > _MOST_VALUES:
+                        raise ValueError(f"a list of {length[0]} values of the kind {inner[0]}")
+                return super()._get_field_parts(offset, kind)
 
         self.path = path
-        try:
-            reader = GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:  # the last one: it ends too early
-            raise self._refused("it is no whole GGUF file", str(error)) from error
+        reader = Reader(path)
         self.keys: dict[str, Any] = {name: f.contents() for name, f in reader.fields.items()}
         self.stored = {one.name: one for one in reader.tensors}
         architecture = self.keys.get("general.architecture")
@@ -101,8 +119,7 @@ class _GgufFile:
         self.family: Family = found[0]
 
     def _refused(self, what: str, why: str) -> ModelError:
-        fix = "take the model as a folder with config.json and weights, or another file"
-        return ModelError(f"{self.path}: {what}", why, fix)
+        return ModelError(f"{self.path}: {what}", why, _FIX)
 
     def config(self) -> dict[str, Any]:
         """Write config.json from the keys, each of which must be understood."""

@@ -42,6 +42,8 @@ _HEADER = re.compile(r"([0-9]+)\. (\w+)\(")
 _CLOSED = re.compile(r"\)\s*(?:#.*)?\Z", re.DOTALL)
 _CUT = re.compile(r"[0-9]+(?:\.(?: (?:\w+(?:\(.*)?)?)?)?", re.DOTALL)
 _REFERENCE = re.compile(r"\$(?:([0-9]+)|\{([0-9]+)\})")
+# The look-behind keeps the search linear in long runs of digits and changes no match.
+_LOOSE_STEP = re.compile(r"(?<!\d)(\d+)\. (\w+)\(")
 _UNPRINTABLE = re.compile('[\\\\"\x00-\x1f\x7f\ud800-\udfff]')
 _SHORT_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -327,6 +329,33 @@ def substitute(value: object, results: Mapping[int, object]) -> object:
 def _number(match: re.Match[str]) -> int:
     digits = match.group(1) or match.group(2)
     return int(digits) if len(digits) <= 9 else 0
+
+
+def loose_steps(text: str) -> list[tuple[str, str, str]]:
+    """Find the steps in any text as the published parser's one pattern finds them.
+
+    That pattern is an optional thought line, white space, then a step, whose arguments reach to
+    the last closing parenthesis of the line. So a line holds one step at most, the first that is
+    closed. A thought takes its whole line with it, but only if a step follows right after.
+    Going backwards line by line has the same outcome in linear time.
+
+    Returns:
+        Digits of the number, tool and text of the arguments of each.
+
+    Source: output parser of github.com/SqueezeAILab/TinyAgent.
+    """
+    found: list[tuple[str, str, str]] = []
+    step_follows = False
+    for line in reversed(text.split("\n")):
+        step, end = _LOOSE_STEP.search(line), line.rfind(")")
+        if step is not None and end >= step.end():
+            before = line[: step.start()]
+            if not (step_follows and f"{_THOUGHT} " in before):
+                found.append((step[1], step[2], line[step.end() : end]))
+            step_follows = not before.strip()
+        elif line.strip():
+            step_follows = False
+    return found[::-1]
 
 
 def parse_joiner(text: str) -> JoinerAnswer:

@@ -84,9 +84,17 @@ class Catalogue:
     tools: tuple[CatalogueTool, ...]
     words: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
+    @cached_property
+    def _mentioned(self) -> Mapping[str, list[CatalogueTool]]:
+        found: dict[str, list[CatalogueTool]] = {}
+        for tool in self.tools:
+            if tool.mention is not None:
+                found.setdefault(tool.returns, []).append(tool)
+        return found
+
     def providers(self, kind: str) -> list[CatalogueTool]:
         """List the tools whose result is of a kind and that can be mentioned in a phrase."""
-        return [t for t in self.tools if t.returns == kind and t.mention is not None]
+        return self._mentioned.get(kind, [])
 
     @cached_property
     def chain_lengths(self) -> Mapping[str, float]:
@@ -95,7 +103,9 @@ class Catalogue:
         Infinite where every chain of providers comes back to the tool itself.
         """
         lengths: dict[str, float] = {t.name: math.inf for t in self.tools if t.mention is not None}
-        for _ in lengths:
+        before: dict[str, float] = {}
+        while before != lengths:
+            before = dict(lengths)
             for tool in self.tools:
                 if tool.mention is not None:
                     named = _slots_of(tool.mention)

@@ -14,6 +14,7 @@ from functools import cache
 
 _SLOT = re.compile(r"\{(\w+)(?::(!?)(\w[\w ]*))?\}")
 _KIND = re.compile(r"<(\w+)>")
+_MOST_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ def parse_phrase(text: str) -> Phrase:
     Raises:
         ValueError: Brackets or braces are wrong; the message says how.
     """
-    phrase, end = _parse(text, 0, "")
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"has more than {_MOST_CHARACTERS:,} characters")
+    try:
+        phrase, end = _parse(text, 0, "")
+    except RecursionError as error:
+        raise ValueError("has brackets within brackets without end") from error
     assert end == len(text)
     return phrase
 

@@ -1,0 +1,227 @@
+"""Time and memory of everything between a data file and the first step, by the number of rows.
+
+`python benchmarks/load.py` generates full-length rows, then checks, reads, splits, tokenises and
+orders them into micro-batches, each step in a process of its own, and writes load.json and load.png
+into benchmarks/results/. 160,000 rows need about 12 GB of disk and an hour of one core;
+`--rows 1000 4000` takes a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS = (1_000, 10_000, 40_000, 160_000)
+_VOCABULARY_PIECES = 32_000
+_TOKENIZER_ROWS = 300
+_EVERY_S = 0.02
+
+
+def _file(folder: Path) -> Path:
+    return folder / "training_data.json"
+
+
+def generate(folder: Path, rows: int) -> None:
+    """Write the data file, in the build and length of the published prompts."""
+    from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
+
+    spec = GenerationSpec(train_entries=rows, test_entries=200, prompt_style="full", seed=1)
+    generate_dataset(spec, folder)
+
+
+def check(folder: Path, rows: int) -> None:
+    """Do what `data check` does, with words instead of tokens."""
+    from tinyagent_fast.data.report import check_file
+    from tinyagent_fast.prompts.templates import render
+
+    def texts(example: Any) -> tuple[str, str]:
+        rendered = render(example, "alpaca")
+        return rendered.prompt, rendered.completion
+
+    found = check_file(_file(folder), encode=None, render=texts)
+    assert found.read.entries == rows
+
+
+def read(folder: Path, rows: int) -> None:
+    """Read and check all entries into the cache."""
+    from tinyagent_fast.data.cache import load_examples
+
+    assert len(load_examples(_file(folder), on_bad_entry="error")) == rows
+
+
+def split(folder: Path, rows: int) -> None:
+    """Set validation rows aside, leave out leaks, report them."""
+    from tinyagent_fast.data.cache import load_examples
+    from tinyagent_fast.data.splits import leak_report, split_validation, without_leaks
+
+    table = load_examples(_file(folder), on_bad_entry="error")
+    test = load_examples(folder / "testing_data.json", on_bad_entry="error").column("query")
+    queries = table.column("query")
+    found = split_validation(
+        table.column("entry_key"), queries, validation_entries=rows // 10, seed=0
+    )
+    assert without_leaks(found.train, queries, test, "drop") == found.train
+    leak_report({"train": [queries[row] for row in found.train], "test": test})
+
+
+def tokenise(folder: Path, rows: int) -> None:
+    """Turn examples into proved rows of token ids."""
+    from tinyagent_fast.data.cache import load_examples
+    from tinyagent_fast.models.nano import train_bpe_tokenizer
+    from tinyagent_fast.prompts.rows import encode_examples
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+    table = load_examples(_file(folder), on_bad_entry="error")
+    texts = [f"{e.system}{e.user}{e.output}" for e in table[:_TOKENIZER_ROWS]]
+    tokenizer = PromptTokenizer(train_bpe_tokenizer(texts, _VOCABULARY_PIECES))
+    rows_file = encode_examples(table, tokenizer, folder / "rows", max_length_tokens=100_000)
+    assert rows_file.statistics.rows == rows
+
+
+def batch(folder: Path, rows: int) -> None:
+    """Order one epoch by shared beginnings, and pack a sample of its micro-batches."""
+    from datasets import Dataset
+
+    from tinyagent_fast.config import TrainConfig
+    from tinyagent_fast.shared_prefix.packing import pack
+    from tinyagent_fast.shared_prefix.training import prefix_order
+    from tinyagent_fast.training.trainer import LengthGroupedOrder
+
+    dataset = Dataset.from_file(str(folder / "rows" / "rows.arrow"))
+    order = list(prefix_order(dataset, TrainConfig(batch=8)) or ())
+    assert sorted(order) == list(range(rows))
+    assert len(list(LengthGroupedOrder(list(dataset["length"]), 16, 0))) == rows
+    for start in range(0, rows, 8 * max(1, rows // 800)):
+        pack([dataset[at] for at in order[start : start + 8]])
+
+
+STEPS: Mapping[str, Callable[[Path, int], None]] = {
+    step.__name__: step for step in (generate, check, read, split, tokenise, batch)
+}
+
+
+def _measured(step: Callable[[Path, int], None], folder: Path, rows: int) -> dict[str, float]:
+    """Run a step; memory is what the process itself holds, without pages of mapped files."""
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(_EVERY_S):
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            peak = max(peak, int(status.partition("RssAnon:")[2].split()[0]))
+
+    done = threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.perf_counter()
+    step(folder, rows)
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_s = used.ru_utime + used.ru_stime
+    return {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "peak_mib": peak / 1024}
+
+
+def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
+    """Measure every step at every size, each in a process of its own."""
+    found = []
+    for rows in sizes:
+        place = folder / str(rows)
+        place.mkdir()
+        for name in STEPS:
+            words = [__file__, "--step", name, "--rows", str(rows), "--folder", str(place)]
+            environment = {**os.environ, "TINYAGENT_FAST_CACHE": str(place / "cache")}
+            done = subprocess.run(
+                [sys.executable, *words],
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=True,
+            )
+            one = {"rows": rows, "step": name, **json.loads(done.stdout.splitlines()[-1])}
+            if name == "generate":
+                one["file_mb"] = round(_file(place).stat().st_size / 1e6, 1)
+            found.append(one)
+            print(json.dumps(one), flush=True)
+        subprocess.run(["rm", "-rf", str(place)], check=True)
+    return found
+
+
+def growth(found: Sequence[Mapping[str, Any]], value: str) -> dict[str, float]:
+    """Fit the power of the number of rows by which each step's CPU seconds or memory grow.
+
+    It is that between the two largest sizes: 1 is linear, 0 does not grow.
+    """
+    powers = {}
+    for name in STEPS:
+        points = [(one["rows"], max(0.01, one[value])) for one in found if one["step"] == name]
+        (few, less), (many, more) = sorted(points)[-2:]
+        powers[name] = round(math.log(more / less) / math.log(many / few), 2)
+    return powers
+
+
+def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw seconds and memory by rows, both axes in powers of ten."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name in STEPS:
+        points = sorted((one["rows"], one) for one in found if one["step"] == name)
+        for axis, value in zip(axes, ("cpu_s", "peak_mib"), strict=True):
+            axis.plot([n for n, _ in points], [one[value] for _, one in points], "o-", label=name)
+    for axis, title in zip(axes, ("CPU seconds", "peak memory, MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="rows", title=title)
+        axis.grid(alpha=0.3)
+    sizes = sorted({one["rows"] for one in found})
+    top = max(one["cpu_s"] for one in found)
+    axes[0].plot(sizes, [top * n / sizes[-1] for n in sizes], "k:", label="linear")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, and write figures and picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--folder", type=Path, help="where files go; temporary without it")
+    parser.add_argument("--out", type=Path, default=RESULTS / "load.json")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.step is not None:
+        print(json.dumps(_measured(STEPS[flags.step], flags.folder, flags.rows[0])))
+        return
+    with tempfile.TemporaryDirectory(prefix="load-", dir=flags.folder) as folder:
+        found = measure(flags.rows, Path(folder))
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, of which a step uses one",
+        "command": f"python benchmarks/load.py --rows {' '.join(map(str, flags.rows))}",
+        "power_of_rows": {value: growth(found, value) for value in ("cpu_s", "peak_mib")},
+        "steps": found,
+    }
+    flags.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(found, flags.out.with_suffix(".png"))
+    print(json.dumps(result["power_of_rows"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
