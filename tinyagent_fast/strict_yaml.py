@@ -45,7 +45,7 @@ def load_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             if getattr(event, "tag", None) not in (None, "!"):
                 line = event.start_mark.line + 1
                 tag = event.tag.replace("tag:yaml.org,2002:", "!!")
