@@ -105,7 +105,7 @@ def cpu() -> Config:
             batching="length-grouped",
         ),
         eval=EvalConfig(
-            batch=50, sample=32, parity_prompts=2, before_and_after=True, before_limit=16
+            batch=50, sample=32, parity_prompts=4, before_and_after=True, before_limit=16
         ),
     )
 

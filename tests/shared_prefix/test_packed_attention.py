@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinyagent_fast.shared_prefix.attention import (
     CPU_FLASH,
+    CPU_HALF,
     CUDA_EFFICIENT,
     CUDA_FLASH,
     PLAIN,
@@ -92,7 +93,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float) ->
     suffixes=st.lists(st.integers(2, 40), min_size=1, max_size=4),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    kernel=st.sampled_from([CPU_FLASH, PLAIN]),
+    kernel=st.sampled_from([CPU_FLASH, CPU_HALF, PLAIN]),
     last=st.booleans(),
 )
 @settings(deadline=None, max_examples=80)
@@ -110,7 +111,7 @@ def test_attention_and_its_gradients_equal_those_with_a_mask(
     assert_close(found, with_gradients("masked", given, blocks, kernel), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kernel", [CPU_FLASH, PLAIN], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [CPU_FLASH, CPU_HALF, PLAIN], ids=lambda kernel: kernel.name)
 def test_long_packed_sequences_cross_the_kernels_own_blocks_without_error(kernel: Kernel) -> None:
     """The CPU's kernel works on up to 256 queries and 512 keys at a time."""
     blocks, tokens = blocks_of(700, [530, 300], last=False)
@@ -119,7 +120,7 @@ def test_long_packed_sequences_cross_the_kernels_own_blocks_without_error(kernel
     assert_close(found, with_gradients("masked", given, blocks, kernel), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("kernel", [CPU_FLASH, PLAIN], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [CPU_FLASH, CPU_HALF, PLAIN], ids=lambda kernel: kernel.name)
 def test_half_precision_is_as_near_as_its_rounding_allows(kernel: Kernel) -> None:
     blocks, tokens = blocks_of(60, [30, 20, 25], last=False)
     given = tensors((4, 2), blocks, tokens, torch.bfloat16)
@@ -142,7 +143,7 @@ def test_gradcheck_agrees_with_finite_differences() -> None:
     blocks, tokens = blocks_of(6, [4, 3], last=True)
     query, key, value, _ = tensors((2, 1), blocks, tokens, torch.float64, head_dim=3)
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    for kernel in (CPU_FLASH, PLAIN):
+    for kernel in (CPU_FLASH, CPU_HALF, PLAIN):
         assert torch.autograd.gradcheck(
             lambda *x, kernel=kernel: packed_attention(*x, blocks, kernel=kernel), leaves
         )

@@ -225,12 +225,18 @@ class _Prepared:
         )
 
     def measure_test_queries(self, when: str) -> None:
-        """Measure the test queries `before` or `after` training, and say what came out."""
-        most = self.config.eval.before_limit if when == "before" else None
+        """Measure the test queries `before` or `after` training, and say what came out.
+
+        Batches are compared afterwards only: an untrained model writes on and on, so in the long
+        run its near-ties change every text.
+        """
+        settings, most = self.config.eval, None
+        if when == "before":
+            settings, most = replace(settings, parity_prompts=0), settings.before_limit
         with self.display.bar(f"test queries, {when} training", "plans") as update:
             result = self.evaluate(
                 self.examples.test[:most],
-                self.config.eval,
+                settings,
                 self.run.path / "test" / when,
                 f"Test queries {when} training",
                 {"when": when},
