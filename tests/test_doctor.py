@@ -319,6 +319,19 @@ def test_without_a_gpu_a_small_model_is_all_right_and_a_large_one_is_slow() -> N
     assert "--preset cpu" in str(found.fix)
 
 
+@pytest.mark.parametrize(("layers", "status"), [(18, "ok"), (200, "warning")])
+def test_a_large_vocabulary_makes_no_model_slow(tmp_path: Path, layers: int, status: str) -> None:
+    sizes = {
+        "model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 256, "vocab_size": 262_144, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    config = preset_config("cpu")
+    config = replace(config, model=replace(config.model, base=str(tmp_path)))
+    assert doctor.check_gpu(config, LAPTOP, automatic=False).status == status
+
+
 @pytest.mark.parametrize(
     ("cuda", "driver", "fix"),
     [
