@@ -20,7 +20,7 @@ from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.families import FAMILIES
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.shared_prefix.attention import PLAIN, plain_rows_attention
+from tinyagent_fast.shared_prefix.attention import TILED, plain_rows_attention
 from tinyagent_fast.shared_prefix.forward import DecoderForward, unsupported
 
 STOP = "e"
@@ -251,7 +251,7 @@ def test_every_token_of_a_step_gets_what_the_model_itself_says_behind_it(
 
     monkeypatch.setattr(prefix_cache, "_PREFILL_TOKENS", {"cpu": most})
     if device != "cpu":
-        monkeypatch.setattr(prefix_cache, "kernel_for", lambda _: PLAIN)
+        monkeypatch.setattr(prefix_cache, "kernel_for", lambda _: TILED)
         monkeypatch.setattr(prefix_cache, "rows_attention", plain_rows_attention)
     model = make_model(4, 2, seed=2).double()
     prefix, *rows = ([5] * n for n in (prefix_tokens, 9, 4, 1, 6))

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from tinyagent_fast.shared_prefix.attention import (
     CPU_FLASH,
-    CPU_HALF,
     CUDA_EFFICIENT,
     CUDA_FLASH,
-    PLAIN,
+    TILED,
     Kernel,
     kernel_for,
     packed_attention,
@@ -93,7 +92,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float) ->
     suffixes=st.lists(st.integers(2, 40), min_size=1, max_size=4),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    kernel=st.sampled_from([CPU_FLASH, CPU_HALF, PLAIN]),
+    kernel=st.sampled_from([CPU_FLASH, TILED]),
     last=st.booleans(),
 )
 @settings(deadline=None, max_examples=80)
@@ -111,7 +110,7 @@ def test_attention_and_its_gradients_equal_those_with_a_mask(
     assert_close(found, with_gradients("masked", given, blocks, kernel), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kernel", [CPU_FLASH, CPU_HALF, PLAIN], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [CPU_FLASH, TILED], ids=lambda kernel: kernel.name)
 def test_long_packed_sequences_cross_the_kernels_own_blocks_without_error(kernel: Kernel) -> None:
     """The CPU's kernel works on up to 256 queries and 512 keys at a time."""
     blocks, tokens = blocks_of(700, [530, 300], last=False)
@@ -120,7 +119,7 @@ def test_long_packed_sequences_cross_the_kernels_own_blocks_without_error(kernel
     assert_close(found, with_gradients("masked", given, blocks, kernel), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("kernel", [CPU_FLASH, CPU_HALF, PLAIN], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [CPU_FLASH, TILED], ids=lambda kernel: kernel.name)
 def test_half_precision_is_as_near_as_its_rounding_allows(kernel: Kernel) -> None:
     blocks, tokens = blocks_of(60, [30, 20, 25], last=False)
     given = tensors((4, 2), blocks, tokens, torch.bfloat16)
@@ -143,7 +142,7 @@ def test_gradcheck_agrees_with_finite_differences() -> None:
     blocks, tokens = blocks_of(6, [4, 3], last=True)
     query, key, value, _ = tensors((2, 1), blocks, tokens, torch.float64, head_dim=3)
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    for kernel in (CPU_FLASH, CPU_HALF, PLAIN):
+    for kernel in (CPU_FLASH, TILED):
         assert torch.autograd.gradcheck(
             lambda *x, kernel=kernel: packed_attention(*x, blocks, kernel=kernel), leaves
         )
@@ -159,7 +158,7 @@ def test_the_output_lies_as_the_output_projection_reads_it() -> None:
 
 def test_the_kernel_follows_device_type_and_size_of_heads() -> None:
     assert kernel_for(torch.zeros(1, 1, 1, 7, dtype=torch.float64)) is CPU_FLASH
-    assert kernel_for(torch.zeros(1, 1, 1, 8, device="meta")) is PLAIN
+    assert kernel_for(torch.zeros(1, 1, 1, 8, device="meta")) is TILED
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_kernels_for_cuda_are_called_as_torch_declares_them(
         (CUDA_FLASH, torch.float16),
         (CUDA_EFFICIENT, torch.float32),
         (CUDA_EFFICIENT, torch.float16),
-        (PLAIN, torch.float64),
+        (TILED, torch.float64),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )

@@ -12,7 +12,7 @@ Source: Dao 2023, arXiv 2307.08691 (log-sum-exp and backward); Liu et al. 2023, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ Extras = tuple[Any, ...]
 Gradients = tuple[Tensor, Tensor, Tensor]
 """Of query, key and value."""
 
-_TILE_QUERIES = 128
-"""Queries whose scores are held at once in `_tiled_backward`; of 64 to 256 it was the fastest."""
+_TILE_QUERIES = 64
+"""Queries whose scores are held at once; of 64, 128 and 256 the fastest on a CPU."""
 
 _aten = torch.ops.aten
 
@@ -199,73 +199,76 @@ def kernel_for(query: Tensor) -> Kernel:
         query: One with the device, type and head_dim that the others have too.
 
     Returns:
-        The kernel; `PLAIN` where no fused one fits.
+        The kernel; `TILED` where no fused one fits.
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.device.type == "cpu":
-        return CPU_HALF if half else CPU_FLASH
+        return TILED if half else CPU_FLASH
     # Fused kernels on CUDA want rows of head_dim to begin at multiples of 16 bytes.
     if query.device.type != "cuda" or query.shape[-1] % 8:
-        return PLAIN
+        return TILED
     if half and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0):
         return CUDA_FLASH
-    return CUDA_EFFICIENT if half or query.dtype is torch.float32 else PLAIN
+    return CUDA_EFFICIENT if half or query.dtype is torch.float32 else TILED
 
 
-def _grouped(x: Tensor, key_heads: int) -> Tensor:
-    """Give 1 x heads x .. as key heads x heads of each x .., in fp32 or better."""
-    return x.to(_accumulator(x.dtype)).reshape(key_heads, -1, *x.shape[2:])
+def _tiles(inputs: Inputs) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Give some queries at a time with the keys before their end, and their scaled scores.
+
+    Scores are key heads x heads of each x queries x keys, in fp32 or better; what a causal block
+    hides is minus infinity.
+    """
+    key = inputs.key[0]
+    query = _by_key_heads(inputs.query, len(key))
+    exact = _accumulator(key.dtype)
+    scaled = (key.to(exact) * inputs.scale).mT
+    for start in range(0, query.shape[2], _TILE_QUERIES):
+        queries = slice(start, min(start + _TILE_QUERIES, query.shape[2]))
+        keys = slice(0, queries.stop if inputs.causal else key.shape[1])
+        tile = query[:, :, queries]
+        scores = (tile.flatten(1, 2).to(exact) @ scaled[..., keys]).view(*tile.shape[:3], keys.stop)
+        if inputs.causal:
+            size = queries.stop - start
+            later = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
+            scores[..., queries].masked_fill_(later, -math.inf)
+        yield queries, keys, scores
 
 
-def _plain_scores(inputs: Inputs) -> Tensor:
-    """Give scaled scores, key heads x heads of each x queries x keys."""
-    grouped = _grouped(inputs.query, inputs.key.shape[1])
-    keys = inputs.key[0].to(grouped.dtype).unsqueeze(1)
-    scores: Tensor = grouped @ keys.mT * inputs.scale
-    if inputs.causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -math.inf)
-    return scores
+def _by_key_heads(x: Tensor, key_heads: int) -> Tensor:
+    """View 1 x heads x .. as key heads x heads of each x ..; heads that share keys are together."""
+    return x.reshape(key_heads, -1, *x.shape[2:])
 
 
-def _plain_forward(inputs: Inputs) -> Outputs:
-    scores = _plain_scores(inputs)
-    total = scores.logsumexp(-1)
-    read = (scores - total[..., None]).exp() @ inputs.value[0].to(scores.dtype).unsqueeze(1)
+def _tiled_forward(inputs: Inputs) -> Outputs:
+    value, query = inputs.value[0], _by_key_heads(inputs.query, inputs.key.shape[1])
+    read = torch.empty_like(query)
+    total = query.new_empty(query.shape[:3], dtype=_accumulator(query.dtype))
+    for queries, keys, scores in _tiles(inputs):
+        shares = scores.softmax(-1)
+        # The largest share is exp(largest score - total): less work than a log-sum-exp of its own.
+        total[:, :, queries] = scores.amax(-1) - shares.amax(-1).log()
+        together = shares.to(value.dtype).flatten(1, 2) @ value[:, keys]
+        read[:, :, queries] = together.view(*shares.shape[:3], -1)
     return Outputs(read.flatten(0, 1)[None], total.flatten(0, 1)[None])
 
 
 def _tiled_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradients:
-    """Compute the true probabilities again for some queries at a time, in large matrix products.
-
-    Scores and sums are in fp32 or better; what is multiplied otherwise is rounded to the inputs'
-    type, as flash attention does too.
-    """
-    key, value, causal, scale = inputs.key[0], inputs.value[0], inputs.causal, inputs.scale
-    dtype, exact, heads = key.dtype, _accumulator(key.dtype), len(key)
-    query, grad, read = (
-        x.reshape(heads, -1, *x.shape[2:]) for x in (inputs.query, grad, outputs.read)
-    )
-    total = outputs.total.to(exact).reshape(*query.shape[:3], 1)
+    key, value, scale = inputs.key[0], inputs.value[0], inputs.scale
+    query, grad, read = (_by_key_heads(x, len(key)) for x in (inputs.query, grad, outputs.read))
+    dtype, exact = key.dtype, _accumulator(key.dtype)
+    total = _by_key_heads(outputs.total, len(key)).to(exact)[..., None]
     mean = (grad.to(exact) * read).sum(-1, keepdim=True)
-    scaled_key = key.to(exact) * scale
     grad_query = torch.empty_like(query)
-    grad_key, grad_value = torch.zeros_like(scaled_key), torch.zeros_like(scaled_key)
-    for start in range(0, query.shape[2], _TILE_QUERIES):
-        tile = slice(start, min(start + _TILE_QUERIES, query.shape[2]))
-        keys = slice(0, tile.stop if causal else key.shape[1])
-        part = (heads, -1, tile.stop - start, keys.stop)
-        queries, grads = (x[:, :, tile].flatten(1, 2) for x in (query, grad))
-        scores = (queries.to(exact) @ scaled_key[:, keys].mT).view(part)
-        probabilities = scores.sub_(total[:, :, tile]).exp_()
-        if causal:
-            probabilities[..., tile].tril_()
-        towards = (grads @ value[:, keys].mT).view(part) - mean[:, :, tile]
-        towards = towards.mul_(probabilities).to(dtype).flatten(1, 2)
-        reached = grad_query[:, :, tile]
-        reached.copy_((towards @ key[:, keys]).mul_(scale).view_as(reached))
-        grad_key[:, keys] += (towards.mT @ queries).mul_(scale)
-        grad_value[:, keys] += probabilities.to(dtype).flatten(1, 2).mT @ grads
+    grad_key, grad_value = (torch.zeros_like(x, dtype=exact) for x in (key, value))
+    for queries, keys, scores in _tiles(inputs):
+        asked, grads = (x[:, :, queries].flatten(1, 2) for x in (query, grad))
+        shares = scores.sub_(total[:, :, queries]).exp_()
+        towards = (grads @ value[:, keys].mT).view_as(shares) - mean[:, :, queries]
+        towards = towards.mul_(shares).to(dtype).flatten(1, 2)
+        together = (towards @ key[:, keys]).mul_(scale)
+        grad_query[:, :, queries] = together.view(*shares.shape[:3], -1)
+        grad_key[:, keys] += (towards.mT @ asked).mul_(scale)
+        grad_value[:, keys] += shares.to(dtype).flatten(1, 2).mT @ grads
     return grad_query.flatten(0, 1)[None], grad_key[None], grad_value[None]
 
 
@@ -339,11 +342,13 @@ def _efficient_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradi
     return _heads_again(grad_query), grad_key.sum(0)[None], grad_value.sum(0)[None]
 
 
-PLAIN = Kernel("plain", _plain_forward, _tiled_backward)
-"""Attention as it is defined, in torch's own operations; for any device and type, and for tests."""
+TILED = Kernel("tiled", _tiled_forward, _tiled_backward)
+"""Matrix products of whole tiles in torch's own operations, for any device and type.
+
+On a CPU, 16 bits take half the time of the fused kernel; scores and sums are in fp32 or better,
+what is multiplied otherwise is rounded to 16 bits, as flash attention does too.
+"""
 CPU_FLASH = Kernel("cpu flash", _cpu_forward, _cpu_backward)
-CPU_HALF = Kernel("cpu half", _cpu_forward, _tiled_backward)
-"""For 16 bits, where products of whole tiles take half the time of the fused backward."""
 CUDA_FLASH = Kernel("cuda flash", _flash_forward, _flash_backward)
 CUDA_EFFICIENT = Kernel("cuda efficient", _efficient_forward, _efficient_backward)
 """For fp32, and for devices older than Ampere."""
