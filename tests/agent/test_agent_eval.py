@@ -33,7 +33,14 @@ from tinyagent_fast.agent.models import (
     StreamingModel,
     joiner_text_of,
 )
-from tinyagent_fast.agent.sandbox import RECOVERABLE, choose_fault, malformed, sandbox_for
+from tinyagent_fast.agent.sandbox import (
+    LOOKUPS,
+    RECOVERABLE,
+    Fault,
+    choose_fault,
+    malformed,
+    sandbox_for,
+)
 from tinyagent_fast.agent.session import joiner_of_run
 from tinyagent_fast.cli import main
 from tinyagent_fast.data.generation.catalogue import load_catalogue
@@ -113,11 +120,14 @@ def _run(label: Any, text: str, fault: Any) -> tuple[Any, dict[str, bool]]:
         return pool.submit(run).result()
 
 
-def _possible_faults(label: Any) -> list[Any]:
-    found: dict[Any, None] = {}
-    for seed in range(60):
-        found[choose_fault(label, random.Random(seed), RECOVERABLE)] = None
-    return list(found)
+def _possible_faults(label: Any) -> list[Fault]:
+    steps = label.steps[:-1]
+    names = {s.arguments[0] for s in steps if s.tool in LOOKUPS}
+    return [
+        Fault(kind="malformed"),
+        *(Fault(kind=kind, tool=s.tool) for kind in ("failing", "slow") for s in steps),
+        *(Fault(kind=kind, name=name) for kind in ("renamed", "ambiguous") for name in names),
+    ]
 
 
 async def both(examples: Sequence[Example]) -> tuple[list[TaskResult], list[TaskResult]]:
@@ -346,24 +356,28 @@ def test_the_loop_works_with_the_published_prompts(real_data: Path) -> None:
         from tinyagent_fast.inference.engine import Completion
 
         asked.append(prompt)
-        said = "Thought: ok\nAction: Finish(Task completed!)"
+        said = _verdict(prompt.user.rpartition("\n\n")[2])
         return Completion(text=said, stop_reason="stop", new_tokens=9, prompt_tokens=9)
 
-    async def run() -> list[TaskResult]:
-        tasks, left_out = await tasks_of(real)
-        assert left_out == 0
-        return await run_tasks(tasks, Published(tasks), ModelJoiner(complete, text), None)
+    async def run(chosen: Sequence[Task], seed: int | None) -> list[TaskResult]:
+        joiner = ModelJoiner(complete, text)
+        return await run_tasks(chosen, Published(chosen), joiner, None, faults_seed=seed)
 
-    results = asyncio.run(run())
+    tasks, left_out = asyncio.run(tasks_of(real))
+    assert left_out == 0
+    results = asyncio.run(run(tasks, None))
     # Labels are right plans for themselves; some have calls that fail, such as wrong arities.
     assert all(result.done for result in results)
-    runs = sum(result.task.label_runs for result in results)
-    assert runs / len(results) > 0.85
+    sound = [task for task in tasks if task.label_runs]
+    assert len(sound) / len(tasks) > 0.85
     tools = re.compile(r"^(\w+)\(.*\)\nObservation: ", re.M)
     mine = [prompt.user.removeprefix(text.before) for prompt in asked]
     for join in joins:
-        (own,) = (user for user in mine if user.startswith(f"Question: {join.query}\n\n"))
+        own = next(user for user in mine if user.startswith(f"Question: {join.query}\n\n"))
         assert tools.findall(own) == tools.findall(join.user.removeprefix(text.before))
+    faulty = asyncio.run(run(sound, 1))
+    assert not any(result.reached[0] for result in faulty)
+    assert sum(result.done for result in faulty) / len(faulty) > 0.9
 
 
 # --- the command

@@ -232,13 +232,16 @@ def _trace_table(traces: Sequence[Mapping[str, Any]]) -> FactTable:
     """List requests that were carried out, each with its calls and what these gave."""
     rows = []
     for trace in traces:
-        told = [
-            f"{call['tool']}({', '.join(map(repr, call['arguments']))}): {call['observation']}"
+        plans = (
+            "; ".join(
+                f"{call['tool']}({', '.join(map(repr, call['arguments']))}): {call['observation']}"
+                for call in plan["calls"]
+            )
             for plan in trace["rounds"]
-            for call in plan["calls"]
-        ]
+        )
         outcome = "not done" if trace["failed"] else "done"
-        rows.append((trace["request"], "; ".join(told), f"{outcome}: {trace['message']}"))
+        told = " Planned again: ".join(plans)
+        rows.append((trace["request"], told, f"{outcome}: {trace['message']}"))
     return FactTable(
         title="Requests carried out",
         head=("request", "calls and observations", "answer"),
