@@ -247,8 +247,8 @@ def change() -> None:
 
 @tool(changes=False)
 async def wait() -> None:
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         await asyncio.sleep(60)
     finally:
         Path("tidied").touch()

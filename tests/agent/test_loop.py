@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -403,6 +404,27 @@ def test_a_joiner_that_wants_yet_another_plan_is_given_up_on() -> None:
     agent.joiner = Stubborn()
     outcome = run(agent)
     assert outcome.gave_up and outcome.failed and outcome.replans == 1
+    assert outcome.message.startswith("Not done")
+    agent = agent_with(flaky(9), script=Script('1. act("x")\n2. join()'), max_replans=0)
+    agent.joiner = Stubborn()
+    assert "busy" in run(agent).message
+
+
+def test_whatever_a_tool_gives_can_be_told_and_passed_on() -> None:
+    class Odd:
+        def __repr__(self) -> str:
+            return "odd"
+
+    circle: list[Any] = []
+    circle.append(circle)
+    for value in (Odd(), [Odd(), 2**80], {(1, 2): 3}, float("inf"), b"x", circle, "\ud800"):
+        give = runnable(lambda value=value: value, name="give")
+        plan = '1. give()\n2. act(["$1"])\n3. join()'
+        execution = execute(agent_with(give, runnable(str, "list[str]")), plan)
+        calls = [call.to_json() for call in execution.calls]
+        json.dumps(calls, ensure_ascii=False).encode()
+        assert [call["status"] for call in calls] == ["done", "done"]
+        assert scratchpad([execution]).encode().count(b"Observation: ") == 2
 
 
 def test_a_failure_that_nothing_mends_is_told_at_once() -> None:
@@ -433,8 +455,6 @@ def test_changes_are_asked_for_and_what_is_refused_is_not_done() -> None:
 
 
 def test_events_tell_the_whole_story_in_plain_values() -> None:
-    import json
-
     events: list[tuple[str, dict[str, Any]]] = []
     agent = agent_with(flaky(1), script=Script(*['1. act("x")\n2. join()'] * 2))
     agent.on_event = lambda kind, content: events.append((kind, dict(content)))

@@ -35,6 +35,7 @@ TRY_AGAIN = "try again"
 """What an observation says where another plan can mend the matter, whatever its case."""
 
 _MAX_CALLS = 100
+_DEEPEST_LIST = 20
 _LONGEST_OBSERVATION_CHARS = 2000
 
 
@@ -91,6 +92,12 @@ class Execution:
     def failed(self) -> bool:
         """Whether anything of the plan was not done."""
         return self.problem is not None or any(call.status != "done" for call in self.calls)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Observations of what failed or was refused, then why the plan was stopped, if it was."""
+        of_calls = (c.observation for c in self.calls if c.status in ("failed", "refused"))
+        return (*of_calls, *([self.problem] if self.problem else []))
 
     @property
     def sequential_s(self) -> float:
@@ -316,12 +323,12 @@ async def _as_generator(pieces: AsyncIterator[str]) -> Any:
             await pieces.aclose()
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object, depth: int = 0) -> Any:
     """Give what plans and traces can hold; whatever else a tool gave stands as its text."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+    if isinstance(value, list) and depth < _DEEPEST_LIST:
+        return [_plain(item, depth + 1) for item in value]
     number = isinstance(value, (int, float)) and abs(value) < 2**63
-    return value if value is None or isinstance(value, str) or number else as_text(value)
+    return value if value is None or number else as_text(value)
 
 
 def _stopped(why: str) -> str:
@@ -447,8 +454,7 @@ class RuleJoiner:
     async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
         """Decide by the last plan alone; of a failure that cannot be mended, say which it is."""
         execution = executions[-1]
-        failures = [c.observation for c in execution.calls if c.status in ("failed", "refused")]
-        failures += [execution.problem] if execution.problem else []
+        failures = execution.failures
         mendable = any(TRY_AGAIN in failure.lower() for failure in failures)
         if not failures:
             answer = JoinerAnswer("All calls succeeded.", "Finish", _answer(execution))
@@ -487,8 +493,12 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The joiner's last words for the user."""
-        return self.rounds[-1].verdict.answer.message
+        """The joiner's last words for the user; where it has none, what is the matter."""
+        last = self.rounds[-1]
+        if last.verdict.answer.message or not self.failed:
+            return last.verdict.answer.message or "Done."
+        why = last.execution.failures or ("another plan was wanted, and no more are allowed",)
+        return f"Not done: {why[0].removeprefix('Error: ')}"
 
     @property
     def replans(self) -> int:

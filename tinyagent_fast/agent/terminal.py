@@ -112,7 +112,7 @@ async def _typed_line() -> str:
 
 def show_outcome(console: Console, outcome: Outcome) -> None:
     """Print the answer and what it cost."""
-    console.print(Text(printable(outcome.message or "done"), style="red" if outcome.failed else ""))
+    console.print(Text(printable(outcome.message), style="red" if outcome.failed else ""))
     console.print(Text(outcome.cost_sentence(), style="dim"))
     for name in {name for r in outcome.rounds for name in r.execution.left_running}:
         console.print(Text(f"still running, as it cannot be broken off: {name}", style="yellow"))

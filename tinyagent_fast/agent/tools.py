@@ -107,15 +107,18 @@ def converted(parameter: Parameter, value: object) -> object:
 
 
 def as_text(value: object) -> str:
-    """Write a result as an observation or as a text argument: texts as they are, else JSON."""
-    if isinstance(value, str):
-        return value
+    """Write a result as an observation or as a text argument: texts as they are, else JSON.
+
+    Half a character, which neither a file nor a model can take, becomes a question mark.
+    """
     if value is None:
         return "done"
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # such as a dict with odd keys, or a circle
-        return str(value)
+    if not isinstance(value, str):
+        try:
+            value = json.dumps(value, ensure_ascii=False, default=str)
+        except (TypeError, ValueError, RecursionError):  # a dict with odd keys, or a circle
+            value = str(value)
+    return value.encode("utf-8", "replace").decode()
 
 
 # --- Python functions

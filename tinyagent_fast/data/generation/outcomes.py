@@ -121,8 +121,7 @@ class Outcomes:
         return points
 
     def _verdict(self, execution: Execution) -> JoinerAnswer:
-        failures = [call.observation for call in execution.calls if call.status == "failed"]
-        failures += [execution.problem] if execution.problem else []
+        failures = execution.failures
         if any(TRY_AGAIN in failure.lower() for failure in failures):
             return JoinerAnswer("A call failed and can be mended.", "Replan", "")
         if failures:
