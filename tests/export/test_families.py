@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from tinyagent_fast.doctor import check_exportable_base
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.conversion import check_exportable
 from tinyagent_fast.export.gates import MAX_LOGIT_DIFFERENCE
+from tinyagent_fast.export.merging import write_tokenizer
 from tinyagent_fast.export.pipeline import run_export
 from tinyagent_fast.export.preparation import prepare_export
 from tinyagent_fast.export.settings import ExportSettings
+from tinyagent_fast.inference.llama_cpp import LlamaCppSettings, LlamaServer
 from tinyagent_fast.models.families import FAMILIES
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -41,6 +43,56 @@ def test_llama_cpp_gives_the_ids_and_logits_of_every_family(
     assert largest_difference(folder, gguf) < MAX_LOGIT_DIFFERENCE + noise
     texts = [unicodedata.normalize("NFC", text) for text in strings(2000)]
     assert different(folder, gguf, texts + pieces_of(folder)) == []
+
+
+def embeddings(folder: Path, rows: int) -> None:
+    """Give a saved model so many embeddings and outputs."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:
+            had = weights[name]
+            weights[name] = had.new_zeros(rows, had.shape[1])
+            weights[name][: len(had)] = had
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def ends_in_llama_cpp(gguf: Path, ids: Iterable[int]) -> set[int]:
+    """Let llama.cpp write each of some tokens, and give those at which it stops."""
+    with LlamaServer(LlamaCppSettings(model=gguf, slots=1, threads=1)) as server:
+        body = {"prompt": server.tokenize("a"), "n_predict": 2, "temperature": 0}
+        answers = {
+            at: server.request("POST", "/completion", {**body, "logit_bias": [[at, 1e6]]})
+            for at in ids
+        }
+    return {at for at, answer in answers.items() if answer["stop_type"] == "eos"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_ends_at_the_same_tokens_in_torch_in_llama_cpp_and_by_the_exported_settings(
+    name: str, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_family(name), folder)
+    hf = load_tokenizer(folder)
+    # Tokens of code models, as SmolLM2's and Qwen's vocabularies have them, and one of no meaning.
+    more = ["<reponame>", "<|file_sep|>", "<|fim_pad|>", "<|end|>", "<other>"]
+    hf.add_special_tokens({"extra_special_tokens": more})
+    hf.save_pretrained(str(folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    embeddings(folder, len(hf))
+    config["vocab_size"] = len(hf)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = PromptTokenizer(load_tokenizer(folder))
+    special = {at for at, token in hf.added_tokens_decoder.items() if token.special}
+    found = ends_in_llama_cpp(convert(folder, tmp_path / "m.gguf").path, sorted(special))
+    assert found == tokenizer.end_ids
+    assert hf.convert_tokens_to_ids("<other>") in special - found
+    write_tokenizer(folder, tokenizer, tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
+    assert set(written["eos_token_id"]) == found
+    assert written["eos_token_id"][0] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize(

@@ -176,5 +176,5 @@ def test_the_merged_folder_loads_in_plain_transformers_with_its_tokenizer_and_te
         return_dict=False,
     )
     assert ids == tokenizer.encode_prompt(render_prompt(None, "who?", "alpaca"))
-    assert model.generation_config.eos_token_id == 2
+    assert model.generation_config.eos_token_id == [2]
     assert tokenizer.hf.chat_template is None

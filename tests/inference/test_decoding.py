@@ -259,6 +259,17 @@ def test_generation_stops_on_eos_and_eos_is_not_counted(
     ]
 
 
+def test_generation_stops_on_every_token_that_ends_a_text(
+    model: Any, tokenizer: PromptTokenizer, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (other,) = tokenizer.encode_continuation("q")
+    monkeypatch.setattr(tokenizer, "end_ids", tokenizer.end_ids | {other})
+    ids = tokenizer.encode_continuation("1. join()")
+    script([[*ids, other], [*ids, tokenizer.eos_id]])
+    prompts = [tokenizer.encode_prompt("a b c d"), tokenizer.encode_prompt("p")]
+    assert run(model, tokenizer, prompts) == [Written("1. join()", "eos", len(ids))] * 2
+
+
 def test_a_completion_that_is_cut_says_so_and_counts_its_tokens(
     model: Any, tokenizer: PromptTokenizer, script: Script
 ) -> None:

@@ -20,7 +20,8 @@ from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models import threads
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
-from tinyagent_fast.training.callbacks import StepGuard
+from tinyagent_fast.runs import Run
+from tinyagent_fast.training.callbacks import DivergenceGuard, StepGuard
 from tinyagent_fast.training.memory import (
     GIB,
     RESERVE_GIB,
@@ -423,6 +424,27 @@ def test_without_a_loss_scaler_the_first_overflow_stops() -> None:
         guard_step(StepGuard(), math.inf, fp16=False)
 
 
+def logged(guard: DivergenceGuard, *losses: float) -> None:
+    args = SimpleNamespace(learning_rate=0.5, max_grad_norm=1.0)
+    for step, loss in enumerate(losses, start=1):
+        state = SimpleNamespace(global_step=step)
+        guard.on_log(args, state, None, logs={"loss": loss, "grad_norm": 9.0})
+
+
+def test_a_run_that_diverges_is_stopped_and_told_of_its_learning_rate(tmp_path: Path) -> None:
+    logged(DivergenceGuard(run=Run(tmp_path)), 2.0, 1.0, 4.5, 1.0, 4.5, 3.9, 4.5, 0.5)
+    with pytest.raises(TrainingError, match="diverged") as refused:
+        logged(DivergenceGuard(run=Run(tmp_path)), 2.0, 1.0, 4.5, 4.1)
+    assert "lower --train.learning-rate than 0.5" in refused.value.fix
+
+
+def test_a_resumed_run_is_compared_with_its_own_beginning(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.append_history({"event": "step", "step": 1, "loss": 1.0})
+    with pytest.raises(TrainingError, match=r"from 1\.00 to 6\.00"):
+        logged(DivergenceGuard(run=run), 5.0, 6.0)
+
+
 def test_a_finite_value_is_not_refused() -> None:
     import torch
 
@@ -589,6 +611,24 @@ def test_a_loss_that_is_not_finite_from_the_start_is_found_by_preflight(
         next(p for n, p in loaded.model.named_parameters() if "lora_B" in n).fill_(math.nan)
     with pytest.raises(TrainingError, match="loss is nan before optimizer step 1"):
         preflight(trainer, loaded, rows, [], 4)
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1e30, "comes out of"), (1e4, "largest weight")])
+def test_a_base_whose_weights_explode_is_named_before_the_first_step(
+    factor: float, said: str, build: Callable[..., Built]
+) -> None:
+    import torch
+
+    trainer, loaded, rows = build()
+    victim = "layers.1.mlp.down_proj.base_layer.weight"
+    with torch.no_grad():
+        next(p for n, p in loaded.model.named_parameters() if n.endswith(victim)).mul_(factor)
+        loaded.model.get_output_embeddings().weight.mul_(10)
+    with pytest.raises(TrainingError, match="before optimizer step 1") as refused:
+        preflight(trainer, loaded, rows, [], 4)
+    assert said in refused.value.why
+    assert victim in refused.value.why
+    assert "learning-rate" not in refused.value.fix
 
 
 @only_shuffled

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCardData
 from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.export.gates import Gate
 from tinyagent_fast.export.settings import QUANT_NAMES
-from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, plan_grammar
+from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, NO_CHARACTERS, plan_grammar
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
 from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
@@ -79,6 +79,7 @@ def write_companions(
         "ollama_name": re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "planner",
         "excerpt_chars": _EXCERPT_CHARS,
         "max_text_units": MAX_TEXT_UNITS,
+        "no_characters": NO_CHARACTERS,
     }
     # The TinyAgent app takes the length of each value, so all are texts.
     # Source: src/tiny_agent/config.py of github.com/SqueezeAILab/TinyAgent.

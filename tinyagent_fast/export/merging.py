@@ -32,8 +32,9 @@ from tinyagent_fast.export.checkpoints import (
     stored_tensors,
     write_safetensors,
 )
+from tinyagent_fast.models.older_readers import config_for_both, write_for_older_readers
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import write_json, write_text
+from tinyagent_fast.runs import write_json
 
 _DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -243,10 +244,9 @@ def _not_the_sum(name: str, why: str) -> GateError:
 
 
 def _write_configs(base: Path, target: Path, dtype: str) -> None:
-    config = read_json(base / "config.json")
+    config = config_for_both(read_json(base / "config.json"))
     if dtype != "base":
-        config.pop("torch_dtype", None)
-        config["dtype"] = _DTYPE_NAMES[dtype]
+        config["dtype"] = config["torch_dtype"] = _DTYPE_NAMES[dtype]
     write_json(target / "config.json", config)
     index = base / "model.safetensors.index.json"
     if index.exists():
@@ -267,12 +267,13 @@ def write_tokenizer(base: Path, tokenizer: PromptTokenizer, target: Path) -> Non
     shutil.rmtree(target / "additional_chat_templates", ignore_errors=True)
     own = tokenizer.chat.source if tokenizer.chat else None
     template = chat_template(tokenizer.prompt_format, own, bos=tokenizer.bos_id is not None)
-    write_text(target / "chat_template.jinja", template)
+    write_for_older_readers(target, template)
     if (base / "tokenizer.model").exists():
         shutil.copyfile(base / "tokenizer.model", target / "tokenizer.model")
     generation = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        # All of them: transformers and vLLM then stop where llama.cpp does.
+        "eos_token_id": [tokenizer.eos_id, *sorted(tokenizer.end_ids - {tokenizer.eos_id})],
         "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
     }

@@ -118,8 +118,8 @@ class TorchEngine:
         return self.loaded.compute_dtype
 
     def identity(self) -> Mapping[str, Any]:
-        """Name the backend; weights and settings are known to who loaded the model."""
-        return {"backend": self.loaded.backend}
+        """Name backend and precision; weights and settings are known to who loaded the model."""
+        return {"backend": self.loaded.backend, "compute_dtype": self.compute_dtype}
 
     def notes(self, prompts: Sequence[Prompt] = ()) -> list[str]:
         """Say which way the model runs; prompts are encoded as in training."""
@@ -336,7 +336,7 @@ class TorchEngine:
             do_sample=False,
             num_beams=1,
             pad_token_id=tokenizer.pad_id,
-            eos_token_id=tokenizer.eos_id,
+            eos_token_id=sorted(tokenizer.end_ids),
             logits_processor=LogitsProcessorList([held]),
             stopping_criteria=StoppingCriteriaList([written]),
         )
@@ -386,7 +386,7 @@ class _Answer:
         # Every token holds a byte or more, so these hold the stop string and what precedes it.
         window_tokens = len(self.stop.encode()) + 4
         for token in ids:
-            if token == self.tokenizer.eos_id:
+            if token in self.tokenizer.end_ids:
                 self.reason = "eos"
                 break
             self.ids.append(token)

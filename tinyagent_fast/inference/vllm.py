@@ -111,7 +111,7 @@ class VllmEngine:
                 temperature=0.0,
                 max_tokens=max_new_tokens,
                 stop=[stop],
-                stop_token_ids=[self.tokenizer.eos_id],
+                stop_token_ids=sorted(self.tokenizer.end_ids),
                 skip_special_tokens=False,
                 structured_outputs=held,
             )

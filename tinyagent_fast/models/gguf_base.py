@@ -19,6 +19,7 @@ from tinyagent_fast.export.checkpoints import Floats, NewTensor, write_safetenso
 from tinyagent_fast.export.conversion import llama3_divisors
 from tinyagent_fast.export.vocabulary import word_patterns
 from tinyagent_fast.models.families import FAMILIES, Family, ModelShape, Tensor
+from tinyagent_fast.models.older_readers import write_for_older_readers
 from tinyagent_fast.prompts.loading import sentencepiece_bpe
 from tinyagent_fast.runs import whole_folder
 
@@ -72,6 +73,7 @@ def base_from_gguf(
         (part / "config.json").write_text(text, encoding="utf-8")
         write_safetensors(part / "model.safetensors", _counted(tensors, on_progress))
         tokenizer.save_pretrained(str(part))
+        write_for_older_readers(part)
 
 
 def gguf_shape(path: Path) -> ModelShape:

@@ -14,6 +14,7 @@ from tinyagent_fast.distributed import launch_environment
 from tinyagent_fast.errors import ModelError, reading
 from tinyagent_fast.models.families import nearest_family
 from tinyagent_fast.models.libraries import prepare_libraries
+from tinyagent_fast.models.older_readers import write_for_older_readers
 from tinyagent_fast.models.quantisation_aware import train_quantised
 from tinyagent_fast.prompts.loading import (
     load_tokenizer,
@@ -367,6 +368,14 @@ def _fused_layers(model: Any) -> tuple[str, int]:
     )
 
 
+def _place(base: str) -> str:
+    """Give the whole path of a local folder: an adapter names its base so, wherever it is read.
+
+    A relative name with one slash would be looked up in the network.
+    """
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
 def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -385,7 +394,7 @@ def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
     with reading(f"base model {base!r}", fix):
         _refuse_files(base)
         model, found = AutoModelForCausalLM.from_pretrained(
-            base,
+            _place(base),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -459,8 +468,7 @@ def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
     from unsloth import FastLanguageModel
 
     _refuse_files(base)
-    # A relative name with one slash would be looked up in the network.
-    name = str(Path(base).resolve()) if Path(base).is_dir() else base
+    name = _place(base)
     revision = {} if config.model.revision is None else {"revision": config.model.revision}
     fix = "check the name and the network, or try --model.backend transformers"
     with reading(f"base model {base!r}", fix):
@@ -511,5 +519,6 @@ def save_model(
     with whole_folder(folder) as part:
         model.save_pretrained(str(part))
         tokenizer.save_pretrained(str(part))
+        write_for_older_readers(part)
         for name, value in (notes or {}).items():
             write_json(part / name, value)

@@ -26,9 +26,9 @@ MAX_LIST_ITEMS = 32
 MAX_CALLS = 16
 """Longest plan, join not counted."""
 
-# Halves of a pair and numbers beyond the last one: llama.cpp lets a byte-level model write them.
-_NO_CHARACTERS = r"\uD800-\uDFFF\U00110000-\U001FFFFF"
-_NEVER = rf"\x00-\x1F\x7F{_NO_CHARACTERS}"
+NO_CHARACTERS = r"\uD800-\uDFFF\U00110000-\U001FFFFF"
+"""Halves of a pair and numbers beyond the last: llama.cpp lets byte-level models write them."""
+_NEVER = rf"\x00-\x1F\x7F{NO_CHARACTERS}"
 # Texts are counted in blocks: llama.cpp makes one rule per repetition, 62 here instead of 1023.
 _BLOCK_UNITS = 32
 _DOLLARS_IN_A_ROW = 4
@@ -75,7 +75,7 @@ def plan_grammar(tools: Mapping[str, Tool]) -> str:
 
 def without_surrogates(grammar: str) -> str:
     """Write a grammar for libraries that know characters only, and refuse to exclude others."""
-    return grammar.replace(_NO_CHARACTERS, "")
+    return grammar.replace(NO_CHARACTERS, "")
 
 
 def _argument_rules(line: int) -> Iterator[str]:

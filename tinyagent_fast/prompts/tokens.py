@@ -18,6 +18,16 @@ from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample
 IGNORED = -100
 """The label of tokens without loss."""
 
+# Tokens that end a text in llama.cpp, whatever a model calls its EOS: the last two lines are those
+# of code models. Source: llama.cpp, src/llama-vocab.cpp (special_eog_ids).
+_END_TOKENS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
+    *("<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+    *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"),
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+)
+
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -58,11 +68,15 @@ class PromptTokenizer:
         self.chat = ChatTemplate(tokenizer) if prompt_format == "chat" else None
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
+        """Ends what training supervises."""
         self.pad_id: int = tokenizer.pad_token_id
         self.vocab_size = len(tokenizer)
         self._core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._core.no_truncation()
         self._core.no_padding()
+        ends = map(self._core.token_to_id, _END_TOKENS)
+        self.end_ids = frozenset({self.eos_id, *(index for index in ends if index is not None)})
+        """Any of them ends what a model writes, in every engine as in llama.cpp."""
         self._core.encode_special_tokens = True
         self._special = Tokenizer.from_str(self._core.to_str())
         self._adds_prefix_space = self._core.encode("x", add_special_tokens=False).tokens[0] != "x"

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tinyagent_fast.distributed import ALONE, Processes
+from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.interrupts import NAMES, STOP_SIGNALS
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training.best import Best, Evaluation, best_in_history, why_better
@@ -20,6 +21,9 @@ from tinyagent_fast.training.trainer import refuse_non_finite
 
 # The loss scaler starts at 2 ** 16 and halves: after so many steps in a row it has no way left.
 _FP16_OVERFLOWS = 16
+_DIVERGED_NATS = 2.0
+"""No healthy run has a loss that far above its first one, at which nothing was learned yet."""
+_DIVERGED_LOGS = 2
 
 
 class StepGuard(TrainerCallback):  # type: ignore[misc]
@@ -50,6 +54,41 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         self.overflows = 0 if bool(torch.isfinite(norm)) else self.overflows + 1
         if not args.fp16 or self.overflows > _FP16_OVERFLOWS:
             refuse_non_finite("gradient norm", norm, state.global_step + 1)
+
+
+@dataclass(eq=False, kw_only=True)
+class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
+    """Stops a run that has unlearned what its base could, instead of letting it go on for hours."""
+
+    run: Run
+    """Tells of the first loss, which a resumed run has made before."""
+    _first: float | None = field(default=None, init=False)
+    _above: int = field(default=0, init=False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Compare the loss with the first one.
+
+        Raises:
+            TrainingError: It has been far above that twice in a row.
+        """
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if self._first is None:
+            steps = (record for record in self.run.history() if record.get("event") == "step")
+            self._first = next((float(record["loss"]) for record in steps), loss)
+        self._above = self._above + 1 if loss > self._first + _DIVERGED_NATS else 0
+        if self._above == _DIVERGED_LOGS:
+            norm = logs.get("grad_norm")
+            raise TrainingError(
+                f"the loss has risen from {self._first:.2f} to {loss:.2f} nats a token at "
+                f"optimizer step {state.global_step}"
+                + (f", with a gradient norm of {norm:g}" if norm else ""),
+                "the run has diverged and would not come back: its steps are too large; the best "
+                f"adapter before it is kept in {self.run.best}",
+                f"start a new run with a lower --train.learning-rate than {args.learning_rate:g}, "
+                f"or a smaller --train.max-grad-norm than {args.max_grad_norm:g}",
+            )
 
 
 @dataclass(eq=False, kw_only=True)

@@ -558,7 +558,13 @@ def _header(prepared: _Prepared) -> dict[str, str]:
 
 def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None:
     """Check everything on real batches, then make the steps."""
-    from tinyagent_fast.training.callbacks import History, StepGuard, StepProgress, StopOnInterrupt
+    from tinyagent_fast.training.callbacks import (
+        DivergenceGuard,
+        History,
+        StepGuard,
+        StepProgress,
+        StopOnInterrupt,
+    )
 
     config, loaded, display, run = prepared.config, prepared.loaded, prepared.display, prepared.run
     processes, rows = prepared.processes, prepared.rows.train.dataset()
@@ -598,7 +604,7 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         prepared.measure_test_queries("before")
     history = History(run=run, tokens=trainer.token_counts, say=display.say, processes=processes)
     interrupt = StopOnInterrupt(say=display.say, processes=processes)
-    callbacks = [StepGuard(), history, interrupt]
+    callbacks = [StepGuard(), history, DivergenceGuard(run=run), interrupt]
     if config.train.evaluations and prepared.rows.validation is not None:
         success = _plan_success(prepared, trainer, history)
         callbacks.append(success)

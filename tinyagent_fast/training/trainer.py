@@ -15,6 +15,7 @@ from tinyagent_fast.config import Config, TrainConfig
 from tinyagent_fast.distributed import ALONE, Processes
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.models.loading import LoadedModel
+from tinyagent_fast.models.older_readers import write_for_older_readers
 from tinyagent_fast.shared_prefix.training import PackingCollator, prefix_order
 from tinyagent_fast.training.resume import keep_checkpoint
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _UNFINISHED = ".unfinished"
 """Folder in which a checkpoint is written before it gets its name."""
+_SENSELESS = 3.0
+"""A base with a higher loss than so many times that of blind guessing is damaged."""
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -130,6 +133,7 @@ def build_trainer(
             super()._save_checkpoint(model, trial)
             processes.wait()
             if processes.is_main_process:
+                write_for_older_readers(unfinished / name)
                 keep_checkpoint(unfinished / name, output_dir / name)
                 rotate_checkpoints(str(output_dir), self.args.save_total_limit)
 
@@ -318,7 +322,7 @@ def rehearse(trainer: Any, loaded: LoadedModel, rows: Sequence[int]) -> Mapping[
         The batch.
 
     Raises:
-        TrainingError: The loss is not finite.
+        TrainingError: The loss is not finite, or no model's that can be trained.
     """
     import torch
 
@@ -337,13 +341,66 @@ def rehearse(trainer: Any, loaded: LoadedModel, rows: Sequence[int]) -> Mapping[
         )
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss = trainer.compute_loss(loaded.model, inputs)
-        refuse_non_finite("loss", loss.detach(), 1)
+        _refuse_senseless_loss(loaded, float(loss), trainer.train_dataset[rows[0]]["input_ids"])
         trainer.accelerator.backward(loss)
     loaded.model.zero_grad(set_to_none=True)
     metrics.clear()
     metrics.update(before)
     trainer._total_train_tokens = total
     return inputs
+
+
+def _refuse_senseless_loss(loaded: LoadedModel, loss: float, ids: Sequence[int]) -> None:
+    """Stop before the first step where a base gives no loss of a language model, and say why.
+
+    A fresh adapter changes nothing, so neither the rows nor the learning rate are the cause.
+    """
+    blind = math.log(loaded.model.config.vocab_size)
+    if loss <= _SENSELESS * blind:  # not if it is NaN
+        return
+    sizes = {
+        name: float(parameter.detach().abs().max())
+        for name, parameter in loaded.model.named_parameters()
+        if parameter.is_floating_point() and parameter.numel()
+    }
+    name = max(sizes, key=lambda key: math.inf if math.isnan(sizes[key]) else sizes[key])
+    part = _first_non_finite(loaded, ids)
+    raise TrainingError(
+        f"the loss is {loss:g} before optimizer step 1; guessing blindly gives {blind:.1f}",
+        "a fresh adapter changes nothing, so the base computes it: "
+        + (f"the first value that is not finite comes out of {part}; " if part else "")
+        + f"its largest weight is {sizes[name]:g}, in {name}",
+        "download or convert the base again, with the tokenizer that belongs to it; where only its "
+        "precision is too small, add --model.weights bf16 or fp32",
+    )
+
+
+def _first_non_finite(loaded: LoadedModel, ids: Sequence[int]) -> str | None:
+    """Find the module of a model that first gives a value that is not finite for some tokens."""
+    import torch
+
+    found: list[str] = []
+
+    def looking(name: str) -> Any:
+        def look(_module: Any, _inputs: Any, output: Any) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(values, torch.Tensor) and not values.isfinite().all():
+                found.append(name)
+
+        return look
+
+    modules = [
+        (name, one) for name, one in loaded.model.named_modules() if not list(one.children())
+    ]
+    hooks = [one.register_forward_hook(looking(name)) for name, one in modules]
+    try:
+        with torch.no_grad(), loaded.autocast():
+            ids_1T = torch.tensor([list(ids)], device=loaded.device)
+            loaded.model(input_ids=ids_1T, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 @contextmanager
