@@ -6,9 +6,12 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+from locks import LOCKS, PAGE, direct_dependencies, licence_of, licences_of, locked, page, read_lock
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -18,7 +21,7 @@ GPU = "requirements.txt"
 CPU = "requirements-cpu.txt"
 CPU_UNSLOTH = "requirements-cpu-unsloth.txt"
 DEV = "requirements-dev.txt"
-ALL_FILES = (GPU, CPU, CPU_UNSLOTH, DEV)
+ALL_FILES = tuple(LOCKS)
 PYTHONS = ("3.10", "3.11", "3.12")
 
 # Import names that differ from the name of the distribution they come from.
@@ -63,13 +66,12 @@ URL_OR_HOST = re.compile(
     r"[a-z][a-z0-9+.-]*://|\b(?:[a-z0-9-]+\.)+(?:ai|cloud|co|com|dev|edu|internal|io|lan|local|net|org)\b",
     re.IGNORECASE,
 )
-PIP_OPTION = re.compile(r"^\s*-")
+PIP_OPTION = re.compile(r"^\s*-(?!-hash=sha256:[0-9a-f]{64}\b)")
 
 
 def read_requirements(name: str) -> list[Requirement]:
     """Parse one requirements file; a line that is not a plain requirement raises."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return [Requirement(line) for line in lines if line]
+    return [requirement for requirement, _, _ in read_lock(name)]
 
 
 def version_of(requirement: Requirement) -> str:
@@ -252,3 +254,74 @@ def test_exact_pins_of_the_package_metadata_agree_with_the_locks() -> None:
     for python in PYTHONS:
         gpu = lock_on_linux(GPU, python)
         assert {(n, v) for n, v in pins if gpu.get(canonicalize_name(n)) != v} == set()
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_every_pin_has_the_hashes_of_its_files(name: str) -> None:
+    for requirement, _, hashes in read_lock(name):
+        assert hashes, f"{requirement} has no hash, so pip would take none of the others' either"
+        assert all(re.fullmatch("[0-9a-f]{64}", one) for one in hashes), requirement
+        assert len(set(hashes)) == len(hashes), requirement
+
+
+def test_locks_give_equal_pins_equal_hashes() -> None:
+    for_all: dict[str, set[str]] = {}
+    for name in ALL_FILES:
+        for requirement, _, hashes in read_lock(name):
+            pin = f"{canonicalize_name(requirement.name)}{requirement.specifier}"
+            known = for_all.setdefault(pin, set(hashes))
+            # The lock for CUDA names files for Linux on x86-64 alone.
+            assert known <= set(hashes) or set(hashes) <= known, f"{pin}: renew with tests/locks.py"
+
+
+def test_every_direct_dependency_is_declared_with_a_line_on_why_it_is_there() -> None:
+    direct = direct_dependencies()
+    assert needed_distributions(ROOT / "tinyagent_fast") <= direct.keys()
+    assert {name: why for name, why in direct.items() if len(why.split()) < 2} == {}
+    marked = {
+        canonicalize_name(requirement.name)
+        for name in (GPU, CPU, DEV)
+        for requirement, comment, _ in read_lock(name)
+        if comment.startswith("direct")
+    }
+    # Unsloth's torch set is chosen by hand too, but nothing here imports it.
+    assert marked - direct.keys() <= GPU_ONLY
+    assert direct.keys() - marked <= {"vllm"}
+
+
+def test_the_page_of_dependencies_fits_the_locks_and_what_is_installed() -> None:
+    written = PAGE.read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in written.splitlines() if line[:2] == "| "]
+    listed = written[written.index("## All packages") :]
+    licences = {row[0]: row[1] for row in rows if f"| {row[0]} | {row[1]} | " in listed}
+    assert written == page(licences), "renew it: python tests/locks.py --licences"
+    checked = 0
+    for name in locked():
+        try:
+            about = metadata.metadata(name)
+        except metadata.PackageNotFoundError:
+            continue
+        pinned = {
+            str(r.specifier) for lock in LOCKS for r, _, _ in read_lock(lock) if r.name == name
+        }
+        if f"=={about['Version']}" in pinned:
+            assert licences_of([name]) == {name: licences[name]}
+            checked += 1
+    assert checked > 50
+    assert [name for name in locked() if licences[name].startswith("not named")] == []
+
+
+@pytest.mark.parametrize(
+    ("about", "licence"),
+    [
+        ({"license_expression": "MIT", "license": "Apache"}, "MIT"),
+        ({"license": "BSD 3-Clause"}, "BSD 3-Clause"),
+        ({"license": "Apache License\nVersion 2.0 ..."}, "Apache License"),
+        ({"license": "x" * 100, "classifier": ["License :: OSI Approved :: MIT License"]},
+         "MIT License"),
+        ({"license": "UNKNOWN", "classifier": ["License :: OSI Approved", "Topic :: X"]},
+         "not named in its metadata"),
+    ],
+)  # fmt: skip
+def test_a_licence_is_read_in_its_shortest_form(about: dict[str, Any], licence: str) -> None:
+    assert licence_of(about) == licence

@@ -28,10 +28,11 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinyagent_fast.agent.loop import Outcome
 from tinyagent_fast.agent.session import OpenAgent, PlanUnderWay
@@ -46,8 +47,15 @@ MAX_WAITING = 16
 """Requests that may wait for the one that is being answered."""
 _MAX_BODY_BYTES = 1_000_000
 _MAX_CONNECTIONS = 64
+<<<<<<< HEAD
 _LOOK_ROUND_S = 0.5
 """How often a request under way looks whether the server closes."""
+=======
+_ARRIVAL_S = 20.0
+"""For a request to arrive whole."""
+_READER_S = 20.0
+"""For a reader to take what is sent, before another's turn."""
+>>>>>>> 9f81a27 (Trust: locks with hashes, why each dependency is there, licences; the page lets nobody hold it)
 _CLOSING_S = 5
 """After Ctrl-C, for requests that are still being sent or read."""
 _POLICY = (
@@ -103,6 +111,42 @@ def allows_host(header: str | None, host: str) -> bool:
     except ValueError:
         return False
     return address.is_loopback or not is_loopback(host)
+
+
+class _Impatient(H11Protocol):
+    """Lets nobody hold a connection, or the model, by sending or reading nothing; uvicorn would."""
+
+    _reading: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give the first request its time."""
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        """Give the next request its time."""
+        super().on_response_complete()
+        self._expect_request()
+
+    def _expect_request(self) -> None:
+        former = self.cycle
+
+        def look() -> None:
+            if self.cycle is former or self.cycle.more_body:
+                self.transport.abort()
+
+        self.loop.call_later(_ARRIVAL_S, look)
+
+    def pause_writing(self) -> None:
+        """Give the reader time, once much is on the way."""
+        super().pause_writing()
+        self._reading = self.loop.call_later(_READER_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on, as the reader does."""
+        super().resume_writing()
+        if self._reading is not None:
+            self._reading.cancel()
 
 
 class _OwnNamesOnly:
@@ -169,7 +213,7 @@ class PlannerServer:
             app,
             lifespan="off",
             ws="none",
-            http="h11",
+            http=_Impatient,
             log_level="error",
             access_log=False,  # requests are private
             server_header=False,
@@ -434,10 +478,13 @@ def _check_origin(headers: Headers) -> None:
 
 async def _read_body(request: Request) -> bytes:
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _MAX_BODY_BYTES:
-            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request is too long")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > _MAX_BODY_BYTES:
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request is too long")
+    except ClientDisconnect:  # nobody reads the answer
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "the request broke off") from None
     return body
 
 
