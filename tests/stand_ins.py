@@ -79,9 +79,11 @@ class ScriptedWriter:
             )
 
 
-def planner_with(writer: ScriptedWriter, run: Run | None = None) -> Planner:
+def planner_with(
+    writer: ScriptedWriter, facts: Mapping[str, str] | None = None, run: Run | None = None
+) -> Planner:
     prompts = PromptBuilder(system=ChosenText("tools", "a test"), question=("Q: ", ""))
-    return Planner(writer, prompts, facts={"model": "scripted"}, run=run)
+    return Planner(writer, prompts, facts=facts or {"model": "scripted"}, run=run)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from stand_ins import ScriptedWriter, planner_with, serving, wait_until
 
 from tinyagent_fast.agent.session import AgentSpec
 from tinyagent_fast.chat.web import PlannerServer
+from tinyagent_fast.errors import ModelError
 
 PLAN = [
     '1. get_phone_number("Sid <b>x</b>")\n',
@@ -121,6 +123,71 @@ def test_markup_in_plans_and_requests_stays_text(page: Chrome) -> None:
     assert "<b>bold</b>" in text_of(page, "history")
 
 
+INJECTIONS = [
+    "<script>pwned()</script>",
+    "</script><script>pwned()</script>",
+    "<img src=x onerror=pwned()>",
+    "<svg onload=pwned()>",
+    "</text></svg><svg><script>pwned()</script></svg>",
+    "<svg><animate onbegin=pwned() attributeName=x dur=1s>",
+    "<iframe srcdoc='<script>parent.pwned()</script>'></iframe>",
+    "<a href=javascript:pwned()>x</a>",
+    "]]><script>pwned()</script><![CDATA[",
+    "<!--<script>--><script>pwned()</script>",
+    "<math><mtext><style><img src=x onerror=pwned()></style></mtext></math>",
+    "{{constructor.constructor('pwned()')()}}",
+    "${pwned()}",
+    "javascript:pwned()",
+    "\u2028event: done\\ndata: {}",
+    "&lt;script&gt;pwned()&lt;/script&gt;",
+    "'\"><script>pwned()</script>",
+    "\u202e<b>pwned()</b>",
+]
+FOREIGN = """
+const tags = 'script, img, iframe, a, b, style, animate, math, foreignObject';
+const bad = (at) => at.name.startsWith('on') || /^\\s*javascript:/i.test(at.value);
+return [...document.querySelectorAll('main *')]
+  .filter((one) => one.matches(tags) || [...one.attributes].some(bad)).map((one) => one.outerHTML);
+"""
+WATCH = "window.pwned = () => { document.title = 'pwned'; };"
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_no_text_runs_as_a_script_wherever_it_comes_from(text: str, browser: Chrome) -> None:
+    quoted = json.dumps(text)
+    writer = ScriptedWriter(
+        [
+            f'1. open_note({quoted}, "")\n',
+            f"2. {text}({quoted})\n",
+            f"{text}\n",
+            f'3. send_sms(["$1"], {quoted})\n',
+            "4. join()",
+        ]
+    )
+    with serving(planner_with(writer, {"model": text, text: text})) as server:
+        browser.get(server.url)
+        browser.execute_script(WATCH)
+        before = browser.title
+        click(browser, "#ask summary")
+        for field in ("system", "request"):
+            fill = "document.getElementById(arguments[0]).value = arguments[1]"
+            browser.execute_script(fill, field, text)
+        click(browser, "#send")
+        wait_for_end(browser)
+        assert text_of(browser, "plan") == "".join(writer.answers)
+        assert text in text_of(browser, "graph")
+        writer.error = ModelError(text, text, text)
+        click(browser, "#send")
+        wait_until(lambda: text_of(browser, "status").count(text) >= 3, "the message")
+        browser.refresh()  # with what the page has kept
+        browser.execute_script(WATCH)
+        wait_until(lambda: text in text_of(browser, "facts"), "the facts")
+        click(browser, "#history li button")
+        assert browser.execute_script(FOREIGN) == []
+        assert browser.title == before
+    assert browser.get_log("browser") == []  # no script failed, and the policy refused nothing
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (320, "light"), (1280, "dark")])
 def test_calls_never_overlap_and_nothing_is_cut_at_any_width(
     browser: Chrome, server: PlannerServer, width: int, scheme: str
@@ -208,8 +275,6 @@ def test_a_plan_can_be_stopped_and_the_next_is_written(
 
 
 def test_a_failure_of_the_model_is_shown(page: Chrome, writer: ScriptedWriter) -> None:
-    from tinyagent_fast.errors import ModelError
-
     writer.error = ModelError("a long prompt", "there is no room", "shorten it")
     write(page, "#request", "text Sid")
     click(page, "#send")
