@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import Config, TrainConfig
 from tinyagent_fast.distributed import ALONE, Processes
-from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.errors import TrainingError, reading
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.models.older_readers import write_for_older_readers
 from tinyagent_fast.shared_prefix.training import PackingCollator, prefix_order
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _UNFINISHED = ".unfinished"
 """Folder in which a checkpoint is written before it gets its name."""
+_OLDER = "remove that folder: --resume then takes the checkpoint before it"
 _SENSELESS = 3.0
 """A base with a higher loss than so many times that of blind guessing is damaged."""
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -136,6 +137,19 @@ def build_trainer(
                 write_for_older_readers(unfinished / name)
                 keep_checkpoint(unfinished / name, output_dir / name)
                 rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+
+        def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+            with reading(f"checkpoint {checkpoint}", _OLDER):
+                super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            # torch refuses files that would run code.
+            with reading(f"checkpoint {checkpoint}", _OLDER):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            with reading(f"checkpoint {checkpoint}", _OLDER):
+                super()._load_rng_state(checkpoint)
 
         def token_counts(self) -> dict[str, int]:
             names = ("tokens_seen", "tokens_padded", "tokens_computed")
@@ -341,7 +355,9 @@ def rehearse(trainer: Any, loaded: LoadedModel, rows: Sequence[int]) -> Mapping[
         )
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss = trainer.compute_loss(loaded.model, inputs)
-        _refuse_senseless_loss(loaded, float(loss), trainer.train_dataset[rows[0]]["input_ids"])
+        _refuse_senseless_loss(
+            loaded, float(loss.detach()), trainer.train_dataset[rows[0]]["input_ids"]
+        )
         trainer.accelerator.backward(loss)
     loaded.model.zero_grad(set_to_none=True)
     metrics.clear()
