@@ -80,7 +80,7 @@ class ScriptedWriter:
 
 
 def planner_with(
-    writer: ScriptedWriter, facts: Mapping[str, str] | None = None, run: Run | None = None
+    writer: ScriptedWriter, run: Run | None = None, facts: Mapping[str, str] | None = None
 ) -> Planner:
     prompts = PromptBuilder(system=ChosenText("tools", "a test"), question=("Q: ", ""))
     return Planner(writer, prompts, facts=facts or {"model": "scripted"}, run=run)

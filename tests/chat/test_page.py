@@ -164,7 +164,7 @@ def test_no_text_runs_as_a_script_wherever_it_comes_from(text: str, browser: Chr
             "4. join()",
         ]
     )
-    with serving(planner_with(writer, {"model": text, text: text})) as server:
+    with serving(planner_with(writer, facts={"model": text, text: text})) as server:
         browser.get(server.url)
         browser.execute_script(WATCH)
         before = browser.title

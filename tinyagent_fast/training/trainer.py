@@ -355,9 +355,8 @@ def rehearse(trainer: Any, loaded: LoadedModel, rows: Sequence[int]) -> Mapping[
         )
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss = trainer.compute_loss(loaded.model, inputs)
-        _refuse_senseless_loss(
-            loaded, float(loss.detach()), trainer.train_dataset[rows[0]]["input_ids"]
-        )
+        ids = trainer.train_dataset[rows[0]]["input_ids"]
+        _refuse_senseless_loss(loaded, float(loss.detach()), ids)
         trainer.accelerator.backward(loss)
     loaded.model.zero_grad(set_to_none=True)
     metrics.clear()
