@@ -47,15 +47,12 @@ MAX_WAITING = 16
 """Requests that may wait for the one that is being answered."""
 _MAX_BODY_BYTES = 1_000_000
 _MAX_CONNECTIONS = 64
-<<<<<<< HEAD
 _LOOK_ROUND_S = 0.5
 """How often a request under way looks whether the server closes."""
-=======
 _ARRIVAL_S = 20.0
 """For a request to arrive whole."""
 _READER_S = 20.0
 """For a reader to take what is sent, before another's turn."""
->>>>>>> 9f81a27 (Trust: locks with hashes, why each dependency is there, licences; the page lets nobody hold it)
 _CLOSING_S = 5
 """After Ctrl-C, for requests that are still being sent or read."""
 _POLICY = (
