@@ -198,6 +198,34 @@ def test_the_readmes_python_and_json_can_be_read(tmp_path: Path) -> None:
     assert json.loads(sent)["stop"] == ["<END_OF_PLAN>"]
 
 
+def test_the_readme_warns_of_programs_that_encode_otherwise(tmp_path: Path) -> None:
+    written(tmp_path)
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert "Encode the whole prompt at once" in text
+    assert "node-llama-cpp" in text
+    assert "mistral.rs puts no BOS in front" in text
+
+
+def test_the_grammar_without_what_the_readme_names_is_read_by_other_libraries(
+    tmp_path: Path,
+) -> None:
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    written(tmp_path)
+    grammar = (tmp_path / "plan.gbnf").read_text()
+    text = (tmp_path / "README.md").read_text()
+    ranges = text.split("Its rules exclude `")[1].split("`")[0]
+    assert grammar.count(ranges) > 2
+
+    def problems(source: str) -> str:
+        lark = gbnf_to_lark(source)
+        return str(LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(lark)))
+
+    assert problems(grammar)
+    assert not problems(grammar.replace(ranges, ""))
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"), [("my run!", "my-run"), ("../x", "x"), ("\u00e9", "planner")]
 )

@@ -178,3 +178,9 @@ def test_the_merged_folder_loads_in_plain_transformers_with_its_tokenizer_and_te
     assert ids == tokenizer.encode_prompt(render_prompt(None, "who?", "alpaca"))
     assert model.generation_config.eos_token_id == [2]
     assert tokenizer.hf.chat_template is None
+    # transformers 4 before 4.57 looks for both in this file.
+    settings = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["chat_template"] == loaded.chat_template
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_theta"] == model.config.rope_parameters["rope_theta"]

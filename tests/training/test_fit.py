@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,22 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
     assert "rows through the trainer's collator equal ours" in text
     assert "before training: plan success" in text
     assert "after training: plan success" in text
+
+
+def test_every_saved_adapter_is_read_by_older_programs_and_from_any_folder(
+    tiny_base: Path, tiny_config: MakeConfig, quiet: Any
+) -> None:
+    base = os.path.relpath(tiny_base)  # as a base in runs/bases is named
+    run = fit.train(tiny_config(model={"base": base}, train={"evaluations": 1}), quiet)
+    folders = [run.adapter, run.best, *run.checkpoints.glob("checkpoint-*")]
+    assert len(folders) == 3
+    for folder in folders:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        assert {type(merge) for merge in model["merges"]} == {str}
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        assert adapter["base_model_name_or_path"] == str(tiny_base.resolve())
 
 
 def test_a_run_with_retrieved_prompts_keeps_the_retriever_that_made_them(
