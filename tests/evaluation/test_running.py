@@ -203,6 +203,15 @@ def test_predictions_of_another_adapter_or_limit_are_never_mixed_in(
     assert len(PredictionFile(tmp_path).read()) == 4
 
 
+def test_predictions_in_another_precision_are_never_mixed_in(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    evaluate(loaded, 4, tmp_path)
+    assert evaluate(replace(loaded, compute_dtype="bfloat16"), 4, tmp_path).reused == 0
+    assert evaluate(loaded, 4, tmp_path).reused == 0
+    assert evaluate(loaded, 4, tmp_path).reused == 4
+
+
 def test_under_a_grammar_no_plan_has_an_unknown_tool_or_arity_and_free_ones_are_not_reused(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
