@@ -720,3 +720,31 @@ def test_what_files_and_rights_do_not_allow_is_the_users_to_repair(
     assert main(["score", "x"]) == 2
     said = capsys.readouterr().err
     assert "some/place" in said and "fix:" in said and "bug" not in said
+
+
+@pytest.mark.parametrize("word", ["a\0b", "a\udc80b", "n" * 300, "/".join(["d" * 200] * 30)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "check"],
+        ["score", "--pairs"],
+        ["report", "--run"],
+        ["compare", "x"],
+        ["data", "generate", "--entries", "4", "--out"],
+        ["data", "generate", "--out", "here", "--catalogue"],
+        ["train", "--preset", "smoke", "--name"],
+        ["train", "--config"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_no_file_can_have_is_no_bug(
+    command: list[str],
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = main([*command, word])
+    assert code == 2 or (code == 0 and "generate" in command)
+    assert "bug" not in capsys.readouterr().err

@@ -178,6 +178,11 @@ def _explained(name: str, error: Exception) -> Exception | None:
         return UserError(what, why or str(error), _FILE_ERRORS[number])
     if is_full_disk(error):
         return UserError(what, "the disk is full", _SPACE)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        why = f"a name or text has bytes that are no characters: {ascii(error.object)[:80]}"
+        return UserError(what, why, _NAME)
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return UserError(what, "a name has a character of value 0 in it", _NAME)
     return None
 
 

@@ -15,6 +15,7 @@ from tinyagent_fast.data import report
 from tinyagent_fast.data.report import DataCheck, summarise_lengths
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.evaluation.scoring import why_hopeless
 
 
 def make_entry(query: str, system: str, *calls: str, join: bool = False) -> dict[str, Any]:
@@ -179,3 +180,23 @@ def test_a_summary_agrees_with_the_lengths(lengths: list[int]) -> None:
     for share, value in ((0.5, summary.p50), (0.9, summary.p90), (0.99, summary.p99)):
         assert sum(length <= value for length in lengths) >= share * len(lengths)
         assert sum(length < value for length in lengths) < share * len(lengths)
+
+
+def test_labels_that_can_never_succeed_are_counted_with_the_reason(tmp_path: Path) -> None:
+    right, wrong = '1. open_note("a", "")\n2. join()', '1. open_note("$7", "")\n2. join()'
+    entries = [make_entry("q", "s", "open_note") for _ in range(5)]
+    for at, entry in enumerate(entries):
+        text = right if at == 0 else wrong
+        arguments = ["a", ""] if at == 0 else ["$7", ""]
+        entry["output"][0] |= {
+            "raw_output": text,
+            "parsed_output": [
+                {"tool_name": "open_note", "tool_args": arguments},
+                {"tool_name": "join", "tool_args": []},
+            ],
+        }
+    check = check_file(write(tmp_path / "d.json", *entries), judge=why_hopeless)
+    assert check.hopeless_labels == {"bad_reference": (4, "k1/0")}
+    assert "labels that can never succeed: 4, the first in k1/0: bad_reference" in (
+        check.render_text()
+    )

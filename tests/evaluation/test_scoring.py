@@ -21,6 +21,7 @@ from tinyagent_fast.evaluation.scoring import (
     score_all,
     score_pair,
     summarise,
+    why_hopeless,
 )
 from tinyagent_fast.plans.tools import Parameter, Tool, tools_by_name
 
@@ -248,3 +249,17 @@ def test_real_labels_can_be_scored_against_themselves() -> None:
     metrics = metrics_of([row(label, label=label) for label in labels])
     assert metrics.success.count + metrics.bad_labels.count >= metrics.n > 0
     assert metrics.bad_labels.share < 0.02
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ('1. open_note("a", "")\n2. join()', None),
+        ('1. open_note("$5", "")\n2. join()', "bad_reference"),
+        ('1. open_note("$1", "")\n2. join()', "bad_reference"),
+        ("1. open_note(x)\n2. join()", "unparsable, bad_arguments"),
+        ("hello", "unparsable, no_join"),
+    ],
+)
+def test_a_label_that_its_own_copy_does_not_match_is_named(label: str, reason: str | None) -> None:
+    assert why_hopeless(label) == reason

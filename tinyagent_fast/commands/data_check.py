@@ -23,6 +23,8 @@ class CheckFlags:
     """Prompt template that is counted too."""
     max_length_tokens: int = 4608
     """Rows with more count as over-long."""
+    catalogue: Path | None = None
+    """YAML catalogue of the tools that plans may call; None stands for TinyAgent's own."""
     against: tuple[Path, ...] = ()
     """More data files in which to look for the same queries."""
     json: bool = False
@@ -39,8 +41,10 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(CheckFlags, args=words, prog="tinyagent-fast data check")
     from rich.console import Console
 
+    from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.data.report import check_file
     from tinyagent_fast.display import Display
+    from tinyagent_fast.evaluation.scoring import why_hopeless
     from tinyagent_fast.prompts.templates import render
 
     encode = chat = None
@@ -56,6 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         rendered = render(example, flags.prompt_format, chat)
         return rendered.prompt, rendered.completion
 
+    tools = plan_tools(flags.catalogue)
     with Display(Console(stderr=True)).working("data check", "entries") as update:
         check = check_file(
             flags.file,
@@ -63,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
             render=texts,
             max_length_tokens=flags.max_length_tokens if encode else None,
             others={str(path): path for path in flags.against},
+            judge=lambda label: why_hopeless(label, tools),
             on_progress=lambda done: update(done, 0),
         )
     print(json.dumps(asdict(check), indent=2) if flags.json else check.render_text())

@@ -21,6 +21,8 @@ from tinyagent_fast.data.splits import LeakReport, leak_report
 Encode = Callable[[list[str]], list[list[int]]]
 Render = Callable[[Example], tuple[str, str]]
 """Gives the prompt and completion of an example as the model sees them."""
+Judge = Callable[[str], str | None]
+"""Says why a plan, taken as its own prediction, would not count as right; None where it would."""
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _ROWS_PER_CALL = 64
@@ -69,6 +71,8 @@ class DataCheck:
     lengths: Mapping[str, KindLengths]
     leaks: LeakReport
     other_skipped: Mapping[str, int]
+    hopeless_labels: Mapping[str, tuple[int, str]]
+    """Plans that no prediction can match: by reason their number, and the key of the first."""
 
     def render_text(self) -> str:
         """Return the figures as plain text for the terminal."""
@@ -91,6 +95,11 @@ class DataCheck:
         ]
         for kind, lengths in self.lengths.items():
             lines += [*self._lengths_text(kind, lengths), ""]
+        for reason, (count, key) in self.hopeless_labels.items():
+            lines.append(
+                f"labels that can never succeed: {count:,}, the first in {key}: {reason} (they are "
+                "trained on, and count as failures wherever they are tested)"
+            )
         lines += [*self._leaks_text(), ""]
         if read.problem_count:
             lines.append(f"problems: {read.problem_count:,} in {read.skipped:,} entries")
@@ -165,6 +174,7 @@ def check_file(
     render: Render,
     max_length_tokens: int | None = None,
     others: Mapping[str, str | Path] | None = None,
+    judge: Judge = lambda _label: None,
     on_progress: Callable[[int], None] = lambda _entries: None,
 ) -> DataCheck:
     """Read a dataset file once and describe it; unusable entries are listed, not raised.
@@ -176,6 +186,7 @@ def check_file(
         render: Gives the prompt and completion of an example.
         max_length_tokens: Rows with more tokens in all are counted as over-long.
         others: More data files by name (not "this file"), to look for the same queries in them.
+        judge: Finds labels that can never succeed.
         on_progress: Called with the entries of this file that were read.
 
     Raises:
@@ -188,6 +199,7 @@ def check_file(
     kinds: dict[str, _Lengths] = {}
     queries: list[str] = []
     reports: list[ReadReport] = []
+    hopeless: dict[str, tuple[int, str]] = {}
 
     def examples() -> Iterator[Example]:
         for entry in read_entries(path, on_bad_entry="skip", on_report=reports.append):
@@ -208,6 +220,9 @@ def check_file(
                 called = [step.tool for step in plan_steps(example.output) if step.tool != "join"]
                 steps[len(called)] += 1
                 tools.update(called)
+                if reason := judge(example.output):
+                    number, first = hopeless.get(reason, (0, example.key))
+                    hopeless[reason] = (number + 1, first)
     splits = {_THIS_FILE: queries}
     skipped: dict[str, int] = {}
     for name, other in (others or {}).items():
@@ -226,6 +241,7 @@ def check_file(
         lengths={kind: lengths.summary(limit) for kind, lengths in kinds.items()},
         leaks=leak_report(splits),
         other_skipped=skipped,
+        hopeless_labels=dict(sorted(hopeless.items(), key=lambda item: -item[1][0])),
     )
 
 

@@ -196,6 +196,14 @@ def score_pair(
     )
 
 
+def why_hopeless(label: str, tools: Mapping[str, Tool] | None = TINYAGENT) -> str | None:
+    """Say why not even a prediction equal to a label would count as success; None if it would."""
+    score = score_pair(label, label, tools)
+    if score.success and not score.bad_label:
+        return None
+    return ", ".join(score.label_problems) or "it has no dependency graph"
+
+
 @dataclass(frozen=True)
 class _PlanFacts:
     """One of the two texts of a pair, read by the strict grammar."""
