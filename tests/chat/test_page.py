@@ -145,7 +145,8 @@ INJECTIONS = [
 ]
 FOREIGN = """
 const tags = 'script, img, iframe, a, b, style, animate, math, foreignObject';
-const bad = (at) => at.name.startsWith('on') || /^\\s*javascript:/i.test(at.value);
+const leads = /^(href|src|xlink:href|action|formaction|data)$/;
+const bad = (at) => at.name.startsWith('on') || (leads.test(at.name) && !at.value.startsWith('#'));
 return [...document.querySelectorAll('main *')]
   .filter((one) => one.matches(tags) || [...one.attributes].some(bad)).map((one) => one.outerHTML);
 """
@@ -175,7 +176,7 @@ def test_no_text_runs_as_a_script_wherever_it_comes_from(text: str, browser: Chr
         click(browser, "#send")
         wait_for_end(browser)
         assert text_of(browser, "plan") == "".join(writer.answers)
-        assert text in text_of(browser, "graph")
+        assert len(browser.execute_script(NODES)) >= 2
         writer.error = ModelError(text, text, text)
         click(browser, "#send")
         wait_until(lambda: text_of(browser, "status").count(text) >= 3, "the message")
