@@ -1,4 +1,4 @@
-"""Renew what is written about packages: hashes in the lock files, and docs/dependencies.md.
+"""Renew what is written about packages: the locks with hashes, and docs/dependencies.md.
 
     python tests/locks.py             # both; asks the package registry; needs uv and pip 24.1
     python tests/locks.py --licences  # docs/dependencies.md alone
@@ -31,10 +31,10 @@ LOCKS = {
     "requirements-dev.txt": "tests",
 }
 """The lock files, and how the page calls them."""
+HASHED = ROOT / "locks"
+"""Copies of the lock files with the hash of every file that may be installed."""
 PAGE = ROOT / "docs" / "dependencies.md"
 _PYTHONS = ("10", "11", "12")
-_CPU_BUILD_OF_TORCH = "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"
-"""PyTorch's own file for Linux x86-64 and Python 3.11 without CUDA, 2.13.0+cpu: in no registry."""
 _SHORT_LICENCE_CHARS = 60
 _UNNAMED = "not named in its metadata"
 _IN_LICENCE_FILES = {
@@ -45,14 +45,19 @@ _IN_LICENCE_FILES = {
 """Of packages whose metadata name none: read in the licence files of the locked versions."""
 
 
-def read_lock(name: str) -> list[tuple[Requirement, str, list[str]]]:
-    """Read a lock file: each requirement, its comment, and the hashes of its files."""
+def read_lock(name: str) -> list[tuple[Requirement, str]]:
+    """Read a lock file: each requirement and its comment."""
+    lines = (line.partition("#") for line in (ROOT / name).read_text("utf-8").splitlines())
+    return [(Requirement(text), comment.strip()) for text, _, comment in lines if text.strip()]
+
+
+def read_hashes(name: str) -> list[tuple[Requirement, list[str]]]:
+    """Read the copy of a lock file that has hashes: each requirement with those of its files."""
     found = []
-    for line in (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
-        text, _, comment = line.partition("#")
-        text, *hashes = re.split(r"\s--hash=sha256:", text)
-        if text.strip():
-            found.append((Requirement(text), comment.strip(), [one.strip() for one in hashes]))
+    for line in (HASHED / name).read_text("utf-8").replace("\\\n", " ").splitlines():
+        text, *hashes = re.split(r"\s--hash=sha256:", line)
+        if text.strip() and not text.startswith("#"):
+            found.append((Requirement(text), [one.strip() for one in hashes]))
     return found
 
 
@@ -69,7 +74,7 @@ def direct_dependencies() -> dict[str, str]:
         if named and named[1] != "tinyagent-fast":
             name = canonicalize_name(named[1])
             found[name] = named[2] or found.get(name, "")
-    for requirement, comment, _ in read_lock("requirements-dev.txt"):
+    for requirement, comment in read_lock("requirements-dev.txt"):
         kind, _, why = comment.partition(": ")
         if kind == "direct":
             found.setdefault(canonicalize_name(requirement.name), why)
@@ -102,7 +107,7 @@ def locked() -> dict[str, set[str]]:
     """List all packages of all locks, each with the locks that have it."""
     found: dict[str, set[str]] = {}
     for name, short in LOCKS.items():
-        for requirement, _, _ in read_lock(name):
+        for requirement, _ in read_lock(name):
             found.setdefault(canonicalize_name(requirement.name), set()).add(short)
     return dict(sorted(found.items()))
 
@@ -113,8 +118,12 @@ def page(licences: Mapping[str, str]) -> str:
         "# What the project depends on",
         "",
         "Written by `python tests/locks.py` from pyproject.toml, the lock files and the packages'",
-        "own metadata; a test holds it against all three. The lock files have the hash of every",
-        "file that may be installed, so pip refuses any other.",
+        "own metadata; a test holds it against all three.",
+        "",
+        "The folder `locks/` has the same pins with the hash of every file that may be installed, so",
+        "that pip refuses any other: `make setup REQUIREMENTS=locks/requirements.txt`. For a machine",
+        "without CUDA that is `locks/requirements-cpu.txt`; on Linux install torch's CPU build before",
+        "it, since what the default one needs of CUDA is in no lock for the CPU.",
         "",
         "## Direct dependencies",
         "",
@@ -138,8 +147,6 @@ def _files(package: Mapping[str, Any], *, linux_only: bool) -> list[str]:
             hashes.append(wheel["hashes"]["sha256"])
     if not hashes or package["name"] == "multiprocess":
         hashes.append(package["sdist"]["hashes"]["sha256"])
-    if (package["name"], package["version"]) == ("torch", "2.13.0"):
-        hashes.append(_CPU_BUILD_OF_TORCH)
     return sorted(hashes)
 
 
@@ -157,7 +164,7 @@ def _fits(tag: Any, *, linux_only: bool) -> bool:
 
 
 def renew_hashes(name: str) -> None:
-    """Write the hashes of all files of a lock into it; pins, markers and comments stay."""
+    """Write the copy of a lock file that has the hashes of all its files."""
     import tomllib
 
     with tempfile.TemporaryDirectory() as folder:
@@ -167,16 +174,16 @@ def renew_hashes(name: str) -> None:
         packages = tomllib.loads(out.read_text(encoding="utf-8"))["packages"]
     linux_only = name == "requirements.txt"
     hashes = {(p["name"], p["version"]): _files(p, linux_only=linux_only) for p in packages}
-    lines, text = [], (ROOT / name).read_text(encoding="utf-8")
-    for line in re.sub(r" \\\n +--hash=sha256:\w+", "", text).splitlines():
-        pin, mark, comment = line.partition("  #")
-        if pin and not pin.startswith("#"):
+    lines = [f"# {name} with the hash of every file that may be installed; by tests/locks.py."]
+    lines += ["#", f"#   pip install -r locks/{name}", ""]
+    for line in (ROOT / name).read_text("utf-8").splitlines():
+        pin = line.partition("#")[0].strip()
+        if pin:
             requirement = Requirement(pin)
             (specifier,) = requirement.specifier
             found = hashes[canonicalize_name(requirement.name), specifier.version]
-            pin = " \\\n    ".join([pin, *(f"--hash=sha256:{one}" for one in found)])
-        lines.append(pin + mark + comment)
-    (ROOT / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines.append(" \\\n    ".join([pin, *(f"--hash=sha256:{one}" for one in found)]))
+    (HASHED / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def licences_of(names: Iterable[str]) -> dict[str, str]:
@@ -189,7 +196,7 @@ def licences_of(names: Iterable[str]) -> dict[str, str]:
             elsewhere.append(name)
     pins = {
         canonicalize_name(requirement.name): str(requirement.specifier)
-        for requirement, _, _ in read_lock("requirements.txt")
+        for requirement, _ in read_lock("requirements.txt")
     }
     for_linux = ["--python-version", "3.11", "--only-binary=:all:"]
     for libc in ("2_28", "2_27", "2_17", "2_12"):

@@ -11,10 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from locks import LOCKS, PAGE, direct_dependencies, licence_of, licences_of, locked, page, read_lock
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from locks import (
+    HASHED,
+    LOCKS,
+    PAGE,
+    direct_dependencies,
+    licence_of,
+    licences_of,
+    locked,
+    page,
+    read_hashes,
+    read_lock,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = "requirements.txt"
@@ -66,12 +78,12 @@ URL_OR_HOST = re.compile(
     r"[a-z][a-z0-9+.-]*://|\b(?:[a-z0-9-]+\.)+(?:ai|cloud|co|com|dev|edu|internal|io|lan|local|net|org)\b",
     re.IGNORECASE,
 )
-PIP_OPTION = re.compile(r"^\s*-(?!-hash=sha256:[0-9a-f]{64}\b)")
+PIP_OPTION = re.compile(r"^\s*-")
 
 
 def read_requirements(name: str) -> list[Requirement]:
     """Parse one requirements file; a line that is not a plain requirement raises."""
-    return [requirement for requirement, _, _ in read_lock(name)]
+    return [requirement for requirement, _ in read_lock(name)]
 
 
 def version_of(requirement: Requirement) -> str:
@@ -257,17 +269,20 @@ def test_exact_pins_of_the_package_metadata_agree_with_the_locks() -> None:
 
 
 @pytest.mark.parametrize("name", ALL_FILES)
-def test_every_pin_has_the_hashes_of_its_files(name: str) -> None:
-    for requirement, _, hashes in read_lock(name):
+def test_every_pin_has_a_copy_with_the_hashes_of_its_files(name: str) -> None:
+    hashed = read_hashes(name)
+    assert [str(one) for one, _ in hashed] == [str(one) for one in read_requirements(name)]
+    for requirement, hashes in hashed:
         assert hashes, f"{requirement} has no hash, so pip would take none of the others' either"
         assert all(re.fullmatch("[0-9a-f]{64}", one) for one in hashes), requirement
         assert len(set(hashes)) == len(hashes), requirement
+    assert URL_OR_HOST.findall((HASHED / name).read_text(encoding="utf-8")) == []
 
 
-def test_locks_give_equal_pins_equal_hashes() -> None:
+def test_equal_pins_have_equal_hashes() -> None:
     for_all: dict[str, set[str]] = {}
     for name in ALL_FILES:
-        for requirement, _, hashes in read_lock(name):
+        for requirement, hashes in read_hashes(name):
             pin = f"{canonicalize_name(requirement.name)}{requirement.specifier}"
             known = for_all.setdefault(pin, set(hashes))
             # The lock for CUDA names files for Linux on x86-64 alone.
@@ -281,7 +296,7 @@ def test_every_direct_dependency_is_declared_with_a_line_on_why_it_is_there() ->
     marked = {
         canonicalize_name(requirement.name)
         for name in (GPU, CPU, DEV)
-        for requirement, comment, _ in read_lock(name)
+        for requirement, comment in read_lock(name)
         if comment.startswith("direct")
     }
     # Unsloth's torch set is chosen by hand too, but nothing here imports it.
@@ -301,9 +316,7 @@ def test_the_page_of_dependencies_fits_the_locks_and_what_is_installed() -> None
             about = metadata.metadata(name)
         except metadata.PackageNotFoundError:
             continue
-        pinned = {
-            str(r.specifier) for lock in LOCKS for r, _, _ in read_lock(lock) if r.name == name
-        }
+        pinned = {str(r.specifier) for lock in LOCKS for r, _ in read_lock(lock) if r.name == name}
         if f"=={about['Version']}" in pinned:
             assert licences_of([name]) == {name: licences[name]}
             checked += 1
