@@ -299,8 +299,16 @@ def test_a_later_better_evaluation_resets_the_patience(
 def test_success_decides_then_loss_and_nan_never_wins(
     new: tuple[float, float], best: tuple[float, float] | None, expected: bool
 ) -> None:
-    kept = None if best is None else Best(step=1, success=best[0], loss=best[1], reason="r")
+    kept = None if best is None else evaluation(1, *best)
     assert (why_better(evaluation(2, *new), kept) is not None) is expected
+
+
+def test_a_small_sample_before_the_first_step_is_no_measure_for_later_ones() -> None:
+    first = replace(evaluation(0, 0.375, 0.84), samples=16)
+    later = replace(evaluation(570, 0.3125, 0.27), samples=32)
+    assert why_better(later, first) is not None
+    assert why_better(replace(later, loss=math.nan), first) is None
+    assert why_better(replace(first, step=600, success=1.0), later) is None
 
 
 def plan_success(

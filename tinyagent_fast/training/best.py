@@ -45,6 +45,8 @@ class Best:
 def why_better(new: Evaluation, best: Evaluation | None) -> str | None:
     """Decide whether an evaluation beats the best one: by success, ties by loss; NaN never wins.
 
+    One of more queries beats one of fewer, as the small sample before the first step is.
+
     Returns:
         Why it is better; None if it is not.
     """
@@ -52,6 +54,9 @@ def why_better(new: Evaluation, best: Evaluation | None) -> str | None:
         return None
     if best is None:
         return "first evaluation"
+    if new.samples != best.samples:
+        first = new.samples > best.samples
+        return f"first evaluation of {new.samples} queries, not {best.samples}" if first else None
     if new.success > best.success:
         return f"success {new.success:.4f} higher than {best.success:.4f} at step {best.step}"
     if new.success == best.success and new.loss < best.loss:
