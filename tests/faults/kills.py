@@ -32,6 +32,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
 from tinyagent_fast.interrupts import NAMES, STOP_SIGNALS, exit_code
 
 os.environ.update(
@@ -44,6 +45,10 @@ os.environ.update(
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
 _STOPPED = tuple(map(exit_code, STOP_SIGNALS))
 _PATIENCE_S = 300.0
+_FILL = 0
+"""Stands for no signal: the disk becomes full."""
+_FILLER = "filler"
+_FULL = ("disk is full", "No space left", "disk is too small")
 TRAIN_FLAGS = [
     "--preset",
     "smoke",
@@ -128,8 +133,8 @@ class Whole:
     took_s: float
     changes: int
     """Of files."""
-    before_bytes: int
-    after_bytes: int
+    disk_bytes: int
+    """A disk that is large enough."""
 
 
 def call(
@@ -141,7 +146,8 @@ def call(
 ) -> int:
     """Start a command in a fork, which gets a signal at a change of the file system; give its id.
 
-    What it prints goes into a file beside the folder, where there is space.
+    Instead of a signal, `_FILL` lets the disk be full from then on. What the command prints goes
+    into a file beside the folder, where there is space.
     """
     child = os.fork()
     if child:
@@ -166,7 +172,9 @@ def call(
                 changed = event in _CHANGES
             if changed:
                 changes += 1
-                if changes == at_change:
+                if changes == at_change and number == _FILL:
+                    fill_disk(folder)
+                elif changes == at_change:
                     os.kill(os.getpid(), number)
 
         sys.addaudithook(watch)
@@ -177,6 +185,13 @@ def call(
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def fill_disk(folder: Path) -> None:
+    """Leave no space on the disk of a folder."""
+    space = os.statvfs(folder)
+    with (folder / _FILLER).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, space.f_bavail * space.f_frsize))
 
 
 def log_of(folder: Path) -> Path:
@@ -231,7 +246,6 @@ def size_of(folder: Path) -> int:
 def left_alone(root: Path, data: Path, command: Command) -> Whole:
     """Let a command run to its end."""
     folder = new_folder(root, command, data)
-    before = size_of(folder)
     started = time.monotonic()
     code = ended(call(folder, command, command.first), _PATIENCE_S)
     took_s = time.monotonic() - started
@@ -240,8 +254,7 @@ def left_alone(root: Path, data: Path, command: Command) -> Whole:
         wanted=command.result(folder),
         took_s=took_s,
         changes=int(log_of(folder).with_suffix(".changes").read_text()),
-        before_bytes=before,
-        after_bytes=size_of(folder),
+        disk_bytes=3 * size_of(folder) + (32 << 20),
     )
 
 
@@ -295,26 +308,23 @@ class Breaker:
         return code
 
     def full_disks(self, times: int) -> None:
-        """Let the disk be full at so many different moments, then give it space."""
-        step = (self.whole.after_bytes - self.whole.before_bytes) / times
-        for number in range(times):
-            limit = int(self.whole.before_bytes + step * (number + self.rng.random()))
-            folder = new_folder(self.root, self.command, self.data, limit)
+        """Let the disk be full from so many different changes of a file on, then give it space."""
+        for _ in range(times):
+            folder = new_folder(self.root, self.command, self.data, self.whole.disk_bytes)
             try:
-                code = ended(call(folder, self.command, self.command.first), _PATIENCE_S)
+                at = self.rng.randint(1, self.whole.changes)
+                call_it = call(folder, self.command, self.command.first, at, _FILL)
+                code = ended(call_it, _PATIENCE_S)
                 text = log_of(folder).read_text(errors="replace")
                 self.tally.full_disks += code != 0
                 self.tally.trials += 1
-                refused = code == 2 and "fix:" in text and _is_full(text)
+                refused = code == 2 and "fix:" in text and any(said in text for said in _FULL)
                 if not (refused or code == 0) or "Traceback" in text:
-                    self.tally.differing.append(
-                        f"{folder}, {limit:,} bytes: {code}\n{text[-2500:]}"
-                    )
+                    self.tally.differing.append(f"{folder}, full at {at}: {code}\n{text[-2500:]}")
                     continue
-                mount("-o", f"remount,size={10 * self.whole.after_bytes}", str(folder))
+                (folder / _FILLER).unlink(missing_ok=True)
                 again = self.command.again(folder)
-                code = ended(call(folder, self.command, again), _PATIENCE_S)
-                self._compare(folder, code, keep=True)
+                self._compare(folder, ended(call(folder, self.command, again), _PATIENCE_S))
             finally:
                 subprocess.run(["umount", str(folder)], check=False)
 
@@ -337,18 +347,14 @@ class Breaker:
         os.kill(first, signal.SIGCONT)
         self._compare(folder, ended(first, _PATIENCE_S))
 
-    def _compare(self, folder: Path, code: int | None, *, keep: bool = False) -> None:
+    def _compare(self, folder: Path, code: int | None) -> None:
         found = self.command.result(folder) if code == 0 else f"exit code {code}"
         if found != self.whole.wanted:
             end = log_of(folder).read_text(errors="replace")[-1500:]
             difference = _difference(self.whole.wanted, found)
             self.tally.differing.append(f"{folder}: {difference}\n{end}")
-        elif not keep:
+        elif not folder.is_mount():
             shutil.rmtree(folder)
-
-
-def _is_full(text: str) -> bool:
-    return "disk is full" in text or "No space left" in text
 
 
 def _difference(wanted: Any, found: Any) -> str:
@@ -489,7 +495,7 @@ def go_on_training(folder: Path) -> list[str]:
 
 
 def commands(root: Path, data: Path) -> list[tuple[Command, float]]:
-    """Give each command with its share of the kills."""
+    """Give each command with its share of the kills; one with none is only told to stop."""
 
     def same(arguments: Sequence[str]) -> Callable[[Path], Sequence[str]]:
         return lambda _: arguments
@@ -502,7 +508,21 @@ def commands(root: Path, data: Path) -> list[tuple[Command, float]]:
     export = ["export", "--run", "one", "--quant", "f16,q8_0", "--gates", "off"]
     retrieve = ["data", "retrieval", "data/training_data.json", "--out", "retriever"]
     generate = ["data", "generate", "--out", "generated", "--train-entries", "60", "--overwrite"]
+    only_told = {
+        "data check": ["data", "check", "data/training_data.json"],
+        "data roundtrip": ["data", "roundtrip", "data/training_data.json"],
+        "score": ["score", "runs/one"],
+        "report": ["report", "--run", "one"],
+        "compare": ["compare", "one", "two"],
+        "agent-eval": ["agent-eval", "--run", "one", "--time-scale", "0", "--limit", "2"],
+        "chat": ["chat", "--run", "one", "--once", "Call Ann", "--max-new-tokens", "6"],
+        "memory": ["memory", "--preset", "smoke", "--data.train", "data/training_data.json"],
+        "tools check": ["tools", "check", "tools.yaml"],
+    }
+    shutil.copytree(made / "runs" / "one", made / "runs" / "two")
+    shutil.copy(BUILT_IN_CATALOGUE, made / "tools.yaml")
     return [
+        *((Command(n, words, same(words), bool, made), 0.0) for n, words in only_told.items()),
         (train, 0.45),
         (Command("eval", evaluate, same(evaluate), evaluated, made), 0.15),
         (Command("export", export, same(export), exported, made), 0.15),
@@ -551,7 +571,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         started = time.monotonic()
         breaker = Breaker(root, data, command, flags.seed)
-        breaker.signals(*(math.ceil(number * share) for number in (flags.kills, flags.stops)))
+        kills, stops = (math.ceil(number * share) for number in (flags.kills, flags.stops))
+        breaker.signals(kills, stops or math.ceil(flags.stops / 20))
         breaker.full_disks(math.ceil(disks * share))
         if command.name in ("train", "eval", "export"):
             breaker.second_process()
