@@ -292,7 +292,7 @@ class Breaker:
 
     def _once(self, folder: Path, arguments: Sequence[str], number: int) -> int | None:
         said = log_of(folder).stat().st_size if log_of(folder).exists() else 0
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.5 and self.whole.changes:
             at = self.rng.randint(1, self.whole.changes)
             code = ended(call(folder, self.command, arguments, at, number), _PATIENCE_S)
         else:
@@ -522,13 +522,13 @@ def commands(root: Path, data: Path) -> list[tuple[Command, float]]:
     shutil.copytree(made / "runs" / "one", made / "runs" / "two")
     shutil.copy(BUILT_IN_CATALOGUE, made / "tools.yaml")
     return [
-        *((Command(n, words, same(words), bool, made), 0.0) for n, words in only_told.items()),
         (train, 0.45),
         (Command("eval", evaluate, same(evaluate), evaluated, made), 0.15),
         (Command("export", export, same(export), exported, made), 0.15),
         (Command("data retrieval", retrieve, same(retrieve), cached), 0.1),
         (Command("data generate", generate, same(generate), generated), 0.05),
         (Command("data download", [], same([]), downloaded, work=download), 0.1),
+        *((Command(n, words, same(words), bool, made), 0.0) for n, words in only_told.items()),
     ]
 
 
