@@ -304,7 +304,7 @@ class Breaker:
                 text = log.read()
             name = NAMES[code - 128]
             if "Traceback" in text or f"by {name}" not in text:
-                self.tally.differing.append(f"{folder}: {name} says {text[-1500:]}")
+                self._differs(f"{folder}: {name} says {text[-1500:]}")
         return code
 
     def full_disks(self, times: int) -> None:
@@ -320,7 +320,7 @@ class Breaker:
                 self.tally.trials += 1
                 refused = code == 2 and "fix:" in text and any(said in text for said in _FULL)
                 if not (refused or code == 0) or "Traceback" in text:
-                    self.tally.differing.append(f"{folder}, full at {at}: {code}\n{text[-2500:]}")
+                    self._differs(f"{folder}, full at {at}: {code}\n{text[-2500:]}")
                     continue
                 (folder / _FILLER).unlink(missing_ok=True)
                 again = self.command.again(folder)
@@ -343,16 +343,20 @@ class Breaker:
             code = ended(call(folder, self.command, words), _PATIENCE_S)
             text = log_of(folder).read_text(errors="replace")
             if code != 2 or f"process {first} on" not in text.rpartition("error:")[2]:
-                self.tally.differing.append(f"{folder}: {words} beside it: {code}\n{text[-1500:]}")
+                self._differs(f"{folder}: {words} beside it: {code}\n{text[-1500:]}")
         os.kill(first, signal.SIGCONT)
         self._compare(folder, ended(first, _PATIENCE_S))
+
+    def _differs(self, text: str) -> None:
+        self.tally.differing.append(text)
+        print(text, flush=True)
 
     def _compare(self, folder: Path, code: int | None) -> None:
         found = self.command.result(folder) if code == 0 else f"exit code {code}"
         if found != self.whole.wanted:
             end = log_of(folder).read_text(errors="replace")[-1500:]
             difference = _difference(self.whole.wanted, found)
-            self.tally.differing.append(f"{folder}: {difference}\n{end}")
+            self._differs(f"{folder}: {difference}\n{end}")
         elif not folder.is_mount():
             shutil.rmtree(folder)
 
@@ -395,7 +399,8 @@ def trained(folder: Path) -> dict[str, Any]:
         "samples": {p.name: predictions(p) for p in sorted((run / "samples").iterdir())},
         "before": predictions(run / "test" / "before"),
         "after": predictions(run / "test" / "after"),
-        "last checkpoint": sorted(p.name for p in (run / "checkpoints").glob("checkpoint-*")),
+        # A stop adds one, and the one before the last may be another.
+        "last checkpoint": max(p.name for p in (run / "checkpoints").glob("checkpoint-*")),
         "latest": (folder / "runs" / "latest").resolve().name,
         "left over": left_over(run),
     }
@@ -522,12 +527,12 @@ def commands(root: Path, data: Path) -> list[tuple[Command, float]]:
     shutil.copytree(made / "runs" / "one", made / "runs" / "two")
     shutil.copy(BUILT_IN_CATALOGUE, made / "tools.yaml")
     return [
-        (train, 0.45),
+        (train, 0.3),
         (Command("eval", evaluate, same(evaluate), evaluated, made), 0.15),
         (Command("export", export, same(export), exported, made), 0.15),
-        (Command("data retrieval", retrieve, same(retrieve), cached), 0.1),
-        (Command("data generate", generate, same(generate), generated), 0.05),
-        (Command("data download", [], same([]), downloaded, work=download), 0.1),
+        (Command("data retrieval", retrieve, same(retrieve), cached), 0.15),
+        (Command("data generate", generate, same(generate), generated), 0.1),
+        (Command("data download", [], same([]), downloaded, work=download), 0.15),
         *((Command(n, words, same(words), bool, made), 0.0) for n, words in only_told.items()),
     ]
 
@@ -583,8 +588,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, tally, seconds in rows:
         print(f"| {name} | {tally.cells()} | {seconds:.0f} |")
     differing = [text for _, tally, _ in rows for text in tally.differing]
-    for text in differing:
-        print(text)
     kills, seconds = sum(t.kills for _, t, _ in rows), sum(s for *_, s in rows)
     print(f"\n{kills} kills, {len(differing)} differing, {seconds:.0f} s")
     if not differing:
