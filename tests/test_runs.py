@@ -55,6 +55,14 @@ def test_a_new_run_has_its_config_and_its_environment(config: Config) -> None:
     assert {"cpus", "platform", "gpu", "git", "command", "started"} <= set(environment)
 
 
+def test_what_a_killed_process_has_left_goes_after_a_day(config: Config) -> None:
+    for name, age_s in ((".new-old", 90_000), (".new-young", 60)):
+        (config.runs / name / "sub").mkdir(parents=True)
+        os.utime(config.runs / name, (time.time() - age_s,) * 2)
+    create_run(config)
+    assert {path.name for path in config.runs.glob(".new-*")} == {".new-young"}
+
+
 def test_the_newest_run_is_the_latest(config: Config) -> None:
     first = create_run(config)
     assert find_run("latest", config.runs).path == first.path.resolve()

@@ -35,6 +35,7 @@ _PACKAGES = (
     "sentencepiece", "safetensors", "numpy", "pyarrow", "tyro", "gguf", "xllamacpp",
 )
 # fmt: on
+_STALE_S = 24 * 3600.0
 _LATEST = "latest"
 _RESERVED = (_LATEST, "bases")
 """Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
@@ -214,6 +215,10 @@ def create_run(config: Config) -> Run:
     """
     refuse_taken_name(config)
     config.runs.mkdir(parents=True, exist_ok=True)
+    for left in config.runs.glob(".new-*"):  # by a process that was killed
+        with suppress(OSError):  # another process has just removed it, or named its own
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left)
     # A kill leaves a run with its config, or none.
     whole = config.runs / f".new-{uuid.uuid4().hex[:8]}"
     whole.mkdir()

@@ -42,6 +42,7 @@ from tinyagent_fast.runs import (
     Run,
     create_run,
     holding,
+    point_latest,
     refuse_taken_name,
     replace_folder,
     write_json,
@@ -130,7 +131,7 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
             processes.on_main_process(lambda: refuse_taken_name(config))
         else:
             refuse_changed_config(resume, config)
-            processes.on_main_process(lambda: hold(resume))
+            processes.on_main_process(lambda: point_latest(hold(resume)))
             config = resume.located(config)
         with display.working("train"):  # for whatever has no label of its own
             return _train(config, display, resume, hold)
