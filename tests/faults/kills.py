@@ -338,7 +338,7 @@ class Breaker:
             assert time.monotonic() < end, f"{self.command.name} holds nothing"
             time.sleep(0.001)
         os.kill(first, signal.SIGSTOP)  # or it might end before the second one looks
-        asked = ["train", "--resume", "one"], ["eval", "--run", "one"], ["export", "--run", "one"]
+        asked = ["train", "--resume", "one"], ["eval", "--run", "one"]
         for words in asked if self.command.name == "train" else [self.command.first]:
             code = ended(call(folder, self.command, words), _PATIENCE_S)
             text = log_of(folder).read_text(errors="replace")
