@@ -555,8 +555,8 @@ def import_everything() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=220)
-    parser.add_argument("--stops", type=int, default=60, help="by Ctrl-C and SIGTERM")
-    parser.add_argument("--full-disks", type=int, default=60)
+    parser.add_argument("--stops", type=int, default=40, help="by Ctrl-C and SIGTERM")
+    parser.add_argument("--full-disks", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one command")
     flags = parser.parse_args(arguments)
