@@ -415,7 +415,8 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     _check(options)
     run = find_run(options.run, options.runs)
     folder = options.out or run.path / ("agent" if options.grammar == "off" else "agent-grammar")
-    with holding(folder, "agent-eval", "or name another folder with --out"):
+    fix = "or name another folder with --out"
+    with holding(folder, "agent-eval", fix), display.working("agent-eval"):
         metrics = _evaluate(run, options, display)
         _write(metrics, folder, run, display)
     return metrics
