@@ -39,7 +39,6 @@ _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 # ijson's memory grows with the square of the depth; the schema needs a depth of about ten.
 _DEEPEST = 1000
-_DEEPEST_ENTRY = 100
 _LINE_BYTES = 16 << 20
 """A first line that is longer is a whole file on one line, and no line of JSON Lines."""
 _ANY_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -86,11 +85,13 @@ class ReadReport:
 class _Object(dict[str, Any]):
     """An object of the file as ijson builds it, which remembers a key that came again."""
 
-    __slots__ = ("again",)
+    again_seen = False
+    """Whether any object of the file has such a key: each file has a class of its own."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key in self:
             self.again = key
+            type(self).again_seen = True
         super().__setitem__(key, value)
 
 
@@ -125,6 +126,7 @@ class _Source:
         self.read_bytes = 0
         self.has_halves = False
         """Whether half a surrogate pair has come by."""
+        self.objects: type[_Object] = type("_ObjectOfFile", (_Object,), {})
         self._file, self._path = file, path
         self._held_back = b""
         self._nesting: _Nesting | None = None
@@ -318,11 +320,14 @@ def _decoded(
     try:
         for key, value in pairs(source):
             source.entry_came()
-            oddity = _oddity(value)
-            if source.has_halves:
-                yield _restored(key), None if oddity else _restored(value), oddity
-            else:
+            oddity = _given_twice(value) if source.objects.again_seen else None
+            if not source.has_halves:
                 yield key, value, oddity
+                continue
+            try:
+                yield _restored(key), _restored(value), oddity
+            except RecursionError:
+                yield _restored(key), None, "is nested too deeply"
     except (ijson.JSONError, UnicodeDecodeError) as error:
         done = f"after {report.entries + report.skipped:,} entries, near byte {source.read_bytes:,}"
         text = str(error)
@@ -340,10 +345,14 @@ def _decoded(
         ) from error
 
 
-def _pairs(source: Any) -> Iterator[tuple[str, object]]:
+def _pairs(source: _Source) -> Iterator[tuple[str, object]]:
+    return _pairs_of(source, source.objects)
+
+
+def _pairs_of(file: Any, objects: type[_Object]) -> Iterator[tuple[str, object]]:
     import ijson
 
-    yield from ijson.kvitems(source, "", map_type=_Object, use_float=True, buf_size=_CHUNK_BYTES)
+    yield from ijson.kvitems(file, "", map_type=objects, use_float=True, buf_size=_CHUNK_BYTES)
 
 
 def _pairs_of_lines(source: _Source) -> Iterator[tuple[str, object]]:
@@ -353,8 +362,8 @@ def _pairs_of_lines(source: _Source) -> Iterator[tuple[str, object]]:
         if not line.lstrip().startswith(b"{"):
             yield f"line {number}", short_text(line.decode("utf-8", "replace"))
             continue
-        pairs = list(_pairs(io.BytesIO(line)))
-        value = _Object()
+        pairs = list(_pairs_of(io.BytesIO(line), source.objects))
+        value = source.objects()
         for name, part in pairs:
             value[name] = part
         if _is_entry(value) or "key" in value:
@@ -364,17 +373,15 @@ def _pairs_of_lines(source: _Source) -> Iterator[tuple[str, object]]:
             yield from pairs
 
 
-def _oddity(value: object) -> str | None:
-    """Say what is wrong with an entry in itself: a key given twice, or nesting without end."""
-    pending = [(value, 1)]
+def _given_twice(value: object) -> str | None:
+    """Find a key that an object within an entry has twice."""
+    pending = [value]
     while pending:
-        part, depth = pending.pop()
+        part = pending.pop()
         if isinstance(part, _Object) and hasattr(part, "again"):
             return f"gives {short_text(part.again)} twice"
-        if depth > _DEEPEST_ENTRY:
-            return f"is nested more than {_DEEPEST_ENTRY} levels deep"
-        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        pending.extend((one, depth + 1) for one in inner if isinstance(one, dict | list))
+        if isinstance(part, dict | list):
+            pending.extend(part.values() if isinstance(part, dict) else part)
     return None
 
 
