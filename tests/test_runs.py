@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, is_full_disk
 from tinyagent_fast.evaluation.predictions import find_predictions
 from tinyagent_fast.presets import preset_config
 from tinyagent_fast.runs import (
@@ -61,6 +61,23 @@ def test_what_a_killed_process_has_left_goes_after_a_day(config: Config) -> None
         os.utime(config.runs / name, (time.time() - age_s,) * 2)
     create_run(config)
     assert {path.name for path in config.runs.glob(".new-*")} == {".new-young"}
+
+
+def test_a_name_that_no_file_system_has_is_refused(config: Config) -> None:
+    with pytest.raises(ConfigError, match="cannot be made"):
+        refuse_taken_name(replace(config, name="a\ud800"))
+    for name in ("a" * 5000, "a\0", "a\ud800"):
+        with pytest.raises(ConfigError, match="no such run"):
+            find_run(name, config.runs)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["basic_ios::clear: iostream error", "[enforce fail at x.cc:672] . unexpected pos 64 vs 0"],
+)
+def test_a_full_disk_is_known_by_the_words_of_torch(words: str) -> None:
+    assert is_full_disk(RuntimeError(words))
+    assert not is_full_disk(RuntimeError("another one"))
 
 
 def test_the_newest_run_is_the_latest(config: Config) -> None:

@@ -15,7 +15,9 @@ _SHOWN_CHARACTERS = 600
 _FULL_DISK = (
     "No space left on device",  # of safetensors, tokenizers, llama.cpp
     "Disk quota exceeded",
-    "PytorchStreamWriter failed",
+    "PytorchStreamWriter failed",  # of torch.save, as the next two
+    "iostream error",
+    "unexpected pos ",
     "requested and 0 written",  # of numpy
 )
 

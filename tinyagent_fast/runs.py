@@ -273,7 +273,7 @@ def refuse_taken_name(config: Config) -> None:
         if name and not path.exists():
             path.mkdir()  # whether the name is too long, only the file system knows
             path.rmdir()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter: no file system has such characters
         fix = "name another folder with --runs" + (", or a shorter --name" if name else "")
         raise ConfigError(f"run folder {path}", f"it cannot be made: {error}", fix) from error
     refuse_unwritable(config.runs, "name another folder with --runs")
