@@ -646,7 +646,7 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     batch = [rows[i] for i in range(2 if bench.tiny else 4)]
     device = "cuda" if bench.cuda else "cpu"
     inputs = {k: v.to(device) for k, v in collate(batch, loaded.tokenizer.pad_id).items()}
-    packed = pack(batch).to(device)
+    packed = pack(batch).each(lambda tensor: tensor.to(device))
     dtype = getattr(torch, loaded.compute_dtype)
     ways: dict[str, Callable[[], Any]] = {
         "whole rows": lambda: loaded.model(**inputs, use_cache=False).loss

@@ -395,6 +395,10 @@ def test_the_predicted_figures_of_the_presets_are_those_that_plan_gives(
     preset = f"{config.train.batch} x {config.train.accumulation}, {weights}, "
     assert rows["preset as it is: rows, weights, checkpointing"].startswith(preset)
     assert float(rows["predicted GiB of the preset"]) == pytest.approx(predicted, abs=0.06)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in readme.splitlines() if line.startswith(f"| `{card}` |"))
+    batches = f"{config.train.batch} x {config.train.accumulation}"
+    assert row.endswith(f"| {weights} | {batches} | {config.train.epochs:g} |")
     assert rows["`memory` recommends"].startswith(f"{found['batch']} x {found['accumulation']}, ")
     assert float(rows["predicted GiB of that"]) == pytest.approx(found["total_gib"], abs=0.06)
     for name, key in (("no checkpointing", "off"), ("checkpointing", "unsloth")):

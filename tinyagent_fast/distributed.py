@@ -106,6 +106,17 @@ class Processes:
         reduced: list[float] = tensor.tolist()
         return reduced
 
+    def sum_tensors(self, tensors: Sequence[Any]) -> None:
+        """Add up tensors of all processes, in place; all must have the same ones."""
+        if self.count == 1 or not tensors:
+            return
+        import torch
+
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def shard(self, items: Sequence[T]) -> list[T]:
         """Take every `count`-th item, so that neighbours of similar length are spread."""
         return list(items[self.rank :: self.count])

@@ -13,11 +13,11 @@ import pytest
 from torch_runs import Written, complete, loaded_with
 
 from tinyagent_fast.inference import torch_engine
-from tinyagent_fast.inference.prefix_cache import NO_PREFIX, Prefix
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating, left_padded
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.shared_prefix.prefix import NO_PREFIX, Prefix
 
 Script = Callable[[Sequence[list[int]]], None]
 

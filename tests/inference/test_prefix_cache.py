@@ -15,13 +15,14 @@ from torch_runs import Written, complete
 
 from tinyagent_fast.inference import torch_engine
 from tinyagent_fast.inference.grouping import PromptGroup, group_prompts
-from tinyagent_fast.inference.prefix_cache import RowBatch, compute_prefix
+from tinyagent_fast.inference.prefix_cache import RowBatch
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.families import FAMILIES
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.shared_prefix.attention import TILED, plain_rows_attention
 from tinyagent_fast.shared_prefix.forward import DecoderForward, unsupported
+from tinyagent_fast.shared_prefix.prefix import compute_prefix
 
 STOP = "e"
 """A letter that a random model writes soon, so that rows end at different times."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.shared_prefix.packing import Block, PackedSequence, pack
+from tinyagent_fast.shared_prefix.packing import Block, PackedSequence, pack, pack_step
 
 IGNORED = -100
 
@@ -195,10 +195,13 @@ def test_a_row_without_supervised_tokens_is_refused() -> None:
         pack(rows)
 
 
-def test_a_packed_sequence_moves_with_all_its_tensors() -> None:
+def test_a_step_moves_with_all_its_tensors() -> None:
     import torch
 
-    moved = pack([row([1, 2], [3])]).to("meta")
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5
+    step = pack_step([row([1, 2], [3]), row([1, 2], [4])], 1, smallest_shared_tokens=1)
+    moved = step.each(lambda tensor: tensor.to("meta"))
+    tensors = [group.prefix_ids for group in moved.groups]
+    for part in moved.parts:
+        tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 1 + 2 * 5
     assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -337,21 +336,6 @@ def test_autocast_computes_in_half_precision() -> None:
     assert abs(found - wanted) < 0.02 * wanted
     for name, want in plain.items():
         assert (in_half[name] - want).norm() < 0.15 * want.norm(), name
-
-
-@pytest.fixture(scope="module")
-def four_bits(
-    config_in: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
-    from tinyagent_fast.models.loading import load_for_training
-
-    folder: Path = tmp_path_factory.mktemp("four-bits")
-    config = config_in(folder, model={"weights": "nf4"})
-    model = load_for_training(config, config.model.base).model
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    yield model.train()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

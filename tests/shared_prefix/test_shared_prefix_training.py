@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config
+from tinyagent_fast.distributed import ALONE
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.runs import Run
 from tinyagent_fast.shared_prefix.training import (
@@ -178,7 +179,7 @@ class StandInTrainer:
         config = LlamaConfig(vocab_size=61, initializer_range=0.2, **shape, **heads)
         self.model = LlamaForCausalLM(config).to(dtype)
         self.fault = fault
-        self.data_collator = PackingCollator(lambda rows: collate([*rows], pad_id=0))
+        self.data_collator = PackingCollator(lambda rows: collate([*rows], pad_id=0), most_rows=2)
         self.train_dataset = Rows(
             [
                 {"input_ids": [*range(40), at, 7, 9], "labels": [-100] * 41 + [7, 9]}
@@ -186,6 +187,7 @@ class StandInTrainer:
             ]
         )
         self.accelerator = SimpleNamespace(autocast=nullcontext)
+        self.processes = ALONE
         self.compute_loss_context_manager = nullcontext
         self._metrics: dict[str, dict[str, float]] = {"train": {}}
 
@@ -193,11 +195,15 @@ class StandInTrainer:
         return batch
 
     def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
-        from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
-
-        if "packed" in inputs:
-            return self.fault * shared_prefix_loss(model, inputs["packed"], num_items_in_batch)
         return model(**inputs, use_cache=False).loss
+
+    def packed_gradients(self, packed: Any, num_items_in_batch: Any, *, backward: Any) -> Any:
+        from tinyagent_fast.shared_prefix.step import step_gradients
+
+        assert len(packed.parts) == 2
+        return step_gradients(
+            self.model, packed, num_items_in_batch, backward=lambda x: backward(self.fault * x)
+        )
 
 
 class Rows(list[dict[str, list[int]]]):

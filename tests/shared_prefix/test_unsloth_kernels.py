@@ -86,6 +86,19 @@ def shared(model: Any, **named: Any) -> dict[str, Any]:
     return gradients(model, shared_prefix_loss(model, packed, **named))
 
 
+def in_parts(model: Any, **named: Any) -> dict[str, Any]:
+    """Compute two micro-batches behind a prefix that is computed once."""
+    from tinyagent_fast.shared_prefix.packing import pack_step
+    from tinyagent_fast.shared_prefix.step import step_gradients
+
+    step = pack_step(rows(), 2, smallest_shared_tokens=4)
+    assert [(len(g.prefix_ids), len(g.parts)) for g in step.groups] == [(15, 2)]
+    loss = step_gradients(model, step, **named)
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss, **found}
+
+
 def padded(model: Any) -> dict[str, Any]:
     """Compute what full rows give by the model's own forward."""
     from tinyagent_fast.training.trainer import collate
@@ -171,6 +184,8 @@ def look_at(name: str, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         again = loading.load_for_generation(config, config.model.base, Path("adapter"))
         seen["fused again"] = again.fused
         seen["plain"] = worst(tensors, padded(model))
+        seen["in parts"] = worst(in_parts(model), padded(model))
+        seen["in parts, computed again"] = worst(in_parts(model, kept_tokens=0), padded(model))
         seen["asks for gradient"] = asks_for_gradient(model)
         tensors["positions"] = positions = torch.tensor([0, 3, 5000])
         states = torch.zeros(1, 3, 64)
@@ -276,6 +291,14 @@ def test_in_16_bits_they_are_within_their_rounding(folder: Path, config_in: Make
 def test_they_are_those_of_unsloth_s_own_forward(seen: dict[str, Any]) -> None:
     assert seen["nf4"]["plain"]["loss"] < 1e-6
     assert seen["nf4"]["plain"]["gradient"] < 1e-5
+
+
+@pytest.mark.parametrize("how", ["in parts", "in parts, computed again"])
+def test_micro_batches_behind_a_prefix_that_is_computed_once_are_exact_too(
+    how: str, seen: dict[str, Any]
+) -> None:
+    assert seen["nf4"][how]["loss"] < 1e-6
+    assert seen["nf4"][how]["gradient"] < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)

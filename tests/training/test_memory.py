@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +218,62 @@ def test_a_dry_run_counts_what_is_estimated(
         assert counted.computed_tokens == pytest.approx(estimator.computed_tokens(batch), abs=batch)
 
 
+def counted_flops(step: Any) -> float:
+    """Count the floating-point operations of matrix products and attention."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+
+    def product(_: Any, a: Any, b: Any, *rest: Any, **named: Any) -> float:
+        return 2.0 * a[0] * a[1] * b[1]
+
+    def pairs(query: Any, key: Any, rest: Sequence[Any]) -> float:
+        """Count them times numbers a head; `rest` may have dropout and whether it is causal."""
+        keys = (key[2] + 1) / 2 if True in rest else key[2]
+        return float(query[1] * query[2] * query[3] * keys)
+
+    def attention(query: Any, key: Any, _: Any, *rest: Any, **named: Any) -> float:
+        return 2 * 2 * pairs(query, key, rest)
+
+    def backward(_: Any, query: Any, key: Any, *rest: Any, **named: Any) -> float:
+        return 5 * 2 * pairs(query, key, rest)
+
+    known = {
+        aten.addmm_: product,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+@pytest.mark.parametrize(
+    ("accumulation", "checkpointing"), [(1, "false"), (2, "false"), (1, "true")]
+)
+def test_the_operations_that_hours_are_predicted_from_are_those_of_a_step(
+    weights: Any, accumulation: int, checkpointing: Any
+) -> None:
+    """With several micro-batches, of which one prefix is computed once, and with one."""
+    from tinyagent_fast.training.dry_run import dry_run
+
+    lengths = RowLengths(
+        rows=4 * accumulation,
+        mean_tokens=1200,
+        longest_tokens=1200,
+        supervised_tokens=88,
+        shared_tokens=700,
+    )
+    config = Config(
+        model=ModelConfig(weights=weights), train=TrainConfig(batch=4, accumulation=accumulation)
+    )
+    estimator = replace(estimator_of(config, math.inf, "transformers", lengths), shape=COUNTED)
+    counted = counted_flops(lambda: dry_run(estimator, 4, checkpointing))
+    assert estimator.flops_per_epoch(checkpointing) == pytest.approx(counted, rel=3e-3)
+
+
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
 @pytest.mark.parametrize("model_type", [kind for kind in FAMILIES if kind != "llama"])
 def test_what_other_families_keep_is_predicted_too(model_type: str, weights: Any) -> None:
@@ -254,8 +311,8 @@ def test_a_dry_run_counts_the_same_as_real_tensors() -> None:
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
-    from tinyagent_fast.shared_prefix.packing import pack
+    from tinyagent_fast.shared_prefix.packing import pack_step
+    from tinyagent_fast.shared_prefix.step import step_gradients
     from tinyagent_fast.training.dry_run import LiveBytes, dry_run, made_rows
 
     shape = ModelShape(
@@ -285,9 +342,9 @@ def test_a_dry_run_counts_the_same_as_real_tensors() -> None:
         )
     )
     model = get_peft_model(model, PeftLora(r=4, target_modules=LLAMA.target_modules("all-linear")))
-    packed = pack(made_rows(4, 200, 20, 120))
+    step = pack_step(made_rows(8, 200, 20, 120), 4)
     with LiveBytes() as live:
-        shared_prefix_loss(model.train(), packed).backward()
+        step_gradients(model.train(), step)
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     assert dry_run(estimator, 4).peak_gib * GIB == pytest.approx(live.peak - gradients, rel=0.01)
 

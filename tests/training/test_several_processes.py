@@ -88,11 +88,11 @@ assert main([*arguments[:-2], "--engine", "gguf"]) == 2
 
 def spoiling(*arguments, **keywords):
     trainer = build(*arguments, **keywords)
-    whole = trainer.compute_loss
-    def spoilt(model, inputs, *rest, **more):
+    whole = trainer.packed_gradients
+    def spoilt(packed, *rest, **more):
         bad = here.rank == 1 and trainer.state.global_step == 1
-        return whole(model, inputs, *rest, **more) * (float("nan") if bad else 1.0)
-    trainer.compute_loss = spoilt
+        return whole(packed, *rest, **more) * (float("nan") if bad else 1.0)
+    trainer.packed_gradients = spoilt
     return trainer
 
 fit.build_trainer = spoiling

@@ -34,7 +34,6 @@ from tinyagent_fast.training.trainer import (
     LengthGroupedOrder,
     build_trainer,
     collate,
-    computed_tokens,
     optimizer_steps,
     refuse_non_finite,
     rehearse,
@@ -637,7 +636,7 @@ def test_the_validation_loss_is_a_mean_over_tokens_whatever_the_batch(
     batch: int, idle: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, loaded, rows = idle
-    monkeypatch.setattr(trainer.args, "per_device_train_batch_size", batch)
+    monkeypatch.setattr(trainer, "micro_batch_rows", batch)
     total, tokens = 0.0, 0
     pad_id = loaded.tokenizer.pad_id
     with generating(loaded):
@@ -667,7 +666,7 @@ def test_a_rehearsal_leaves_no_trace(
     batch = rehearse(trainer, loaded, [0, 3])
     padded = 2 * max(rows["length"][0], rows["length"][3])
     assert batch["input_ids"].numel() == padded
-    assert (computed_tokens(batch) is None) is not shared_prefix
+    assert ("packed" in batch) is shared_prefix
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
     assert dict(trainer._metrics["train"]) == {"mean_token_accuracy": [0.25]}

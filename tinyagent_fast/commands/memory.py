@@ -144,15 +144,16 @@ def _as_asked(estimator: MemoryEstimator, tflops: float) -> dict[str, Any]:
 
 
 def _dry_run(estimator: MemoryEstimator) -> dict[str, Any]:
-    """Count a step of the longest rows on the transformers path, and estimate the same step."""
+    """Count a micro-batch of the longest rows on the transformers path, and estimate the same."""
     from tinyagent_fast.training.dry_run import dry_run
     from tinyagent_fast.training.memory import preset_batch
 
     batch, how = preset_batch(estimator.config), estimator.config.model.gradient_checkpointing
     counted = replace(estimator, backend="transformers")
     if how == "auto":
-        longest = estimator.computed_tokens(batch)
-        how = "false" if longest <= counted.kept_tokens(batch) else "true"
+        kept = counted.kept_tokens(batch)  # micro-batches are cut to it
+        fits = [rows for rows in range(1, batch + 1) if counted.computed_tokens(rows) <= kept]
+        batch, how = (fits[-1], "false") if fits else (1, "true")
     how = "true" if how == "unsloth" else how
     got = dry_run(counted, batch, how)
     expected = counted.estimate(batch, how)
@@ -281,8 +282,7 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
         f"{asked['checkpointing']}, {asked['total_gib']:.1f} GiB, {best:.1f}-{worst:.1f} hours for "
         f"{asked['epochs']:g} epochs"
         + (
-            f"; micro-batches of {asked['mean_micro_batch_tokens']:,} tokens on average, at most "
-            f"{asked['longest_micro_batch_tokens']:,}, and up to "
+            f"; micro-batches of {asked['mean_micro_batch_tokens']:,} tokens on average, and up to "
             f"{asked['kept_micro_batch_tokens']:,} without computing layers again"
             if asked["shared_prefixes"]
             else ""

@@ -28,15 +28,10 @@ from tinyagent_fast.inference.engine import (
 )
 from tinyagent_fast.inference.grouping import common_tokens, group_prompts
 from tinyagent_fast.inference.lookup import PromptLookup
-from tinyagent_fast.inference.prefix_cache import (
-    NO_PREFIX,
-    Prefix,
-    RowBatch,
-    best_of,
-    compute_prefix,
-)
+from tinyagent_fast.inference.prefix_cache import RowBatch, best_of
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.shared_prefix.forward import DecoderForward, unsupported
+from tinyagent_fast.shared_prefix.prefix import NO_PREFIX, Prefix, compute_prefix
 
 if TYPE_CHECKING:
     from tinyagent_fast.models.loading import LoadedModel

@@ -11,7 +11,6 @@ keys and values, D numbers a head, E numbers a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyagent_fast.models.families import FAMILIES, LLAMA
 from tinyagent_fast.shared_prefix.attention import kernel_for, packed_attention
@@ -320,6 +319,7 @@ def shared_prefix_loss(
     packed: PackedSequence,
     num_items: float | Tensor | None = None,
     *,
+    behind: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     checkpointing: bool = False,
 ) -> Tensor:
     """Compute the loss of a micro-batch, equal to that of its padded full rows.
@@ -333,6 +333,8 @@ def shared_prefix_loss(
         packed: The micro-batch, on the model's device.
         num_items: What the sum of the token losses is divided by: the supervised tokens of the
             optimizer step; by default those of the micro-batch.
+        behind: Puts the keys and values of a prefix that was computed elsewhere before those of a
+            layer, where `packed` stands behind one.
         checkpointing: Keep each layer's input only and compute the layer again in the backward.
 
     Returns:
@@ -343,6 +345,8 @@ def shared_prefix_loss(
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         blocks = packed.last_blocks if layer == last else packed.blocks
+        if behind is not None:
+            key, value = behind(layer, key, value)
         return packed_attention(query, key, value, blocks, kernel=kernel_for(query))
 
     hidden = forward.hidden_states(
@@ -358,27 +362,9 @@ def shared_prefix_loss(
     return total / (packed.supervised_tokens if num_items is None else num_items)
 
 
-class SharedPrefixLoss(nn.Module):
-    """`shared_prefix_loss` as a module, whose gradients DDP averages."""
-
-    def __init__(self, model: Any, kept_tokens: float = math.inf) -> None:
-        """Hold a model, one that `unsupported` has nothing against for training.
-
-        Args:
-            model: The model.
-            kept_tokens: A packed sequence of more tokens computes its layers again.
-        """
-        super().__init__()
-        self.model = model
-        self.kept_tokens = kept_tokens
-
-    def forward(self, packed: PackedSequence, num_items: float | Tensor | None) -> Tensor:
-        """Compute the loss; layers again where the model is set to it or the tokens are many."""
-        checkpointing = (
-            packed.computed_tokens > self.kept_tokens
-            or _without_adapter(self.model).is_gradient_checkpointing
-        )
-        return shared_prefix_loss(self.model, packed, num_items, checkpointing=checkpointing)
+def computes_again(model: Any) -> bool:
+    """Say whether a model is set to compute its layers again in the backward pass."""
+    return bool(_without_adapter(model).is_gradient_checkpointing)
 
 
 def _by_heads(x: Tensor, head_dim: int) -> Tensor:

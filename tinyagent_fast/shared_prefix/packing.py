@@ -3,12 +3,14 @@
 The rows' token trie is written down depth first: `[prefix][suffix 1][suffix 2]..`, and where some
 of the suffixes share a long beginning of their own, `[prefix][shared][suffix 1][suffix 2]..`. Each
 segment attends itself causally and all its ancestors wholly, which is what every row alone would
-do, so no row changes. `attention.py` computes that, `forward.py` the loss.
+do, so no row changes. `attention.py` computes that, `forward.py` the loss. Of an optimizer step's
+rows, `pack_step` lets several micro-batches share one prefix, which `step.py` computes once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -53,7 +55,8 @@ class PackedSequence:
     """One micro-batch as a sequence of tokens, and where its losses are.
 
     The last layer is asked for `last_positions` only, so its queries are numbered anew: its blocks
-    and the target positions count within them.
+    and the target positions count within them. Where a prefix is computed elsewhere, keys are
+    numbered from its first one.
     """
 
     input_ids: torch.Tensor
@@ -67,10 +70,12 @@ class PackedSequence:
     """Tokens that all rows share; what only some of them share is not counted here."""
     plain_tokens: int
     """What a padded batch of the same rows computes."""
+    behind_tokens: int = 0
+    """Tokens before all rows that are computed elsewhere."""
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the model computes for this micro-batch."""
+        """Tokens that the model computes for this micro-batch, those elsewhere apart."""
         return len(self.input_ids)
 
     @property
@@ -78,23 +83,61 @@ class PackedSequence:
         """Tokens that carry loss."""
         return len(self.target_ids)
 
-    def to(self, device: torch.device | str) -> PackedSequence:
-        """Move the tensors, as a trainer moves a batch.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            The same sequence there.
-        """
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequence:
+        """Give the sequence with each of its tensors changed, as by a move to a device."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            last_positions=self.last_positions.to(device),
-            target_positions=self.target_positions.to(device),
-            target_ids=self.target_ids.to(device),
+            input_ids=change(self.input_ids),
+            position_ids=change(self.position_ids),
+            last_positions=change(self.last_positions),
+            target_positions=change(self.target_positions),
+            target_ids=change(self.target_ids),
         )
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """Micro-batches whose rows all begin alike."""
+
+    prefix_ids: torch.Tensor
+    """The beginning that is computed once for all of them; none if there is one micro-batch."""
+    parts: tuple[PackedSequence, ...]
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """The rows of an optimizer step, as micro-batches that are computed one after another."""
+
+    groups: tuple[PackedGroup, ...]
+
+    @property
+    def parts(self) -> list[PackedSequence]:
+        """All micro-batches."""
+        return [part for group in self.groups for part in group.parts]
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the model computes for this step."""
+        prefixes = sum(len(group.prefix_ids) for group in self.groups)
+        return prefixes + sum(part.computed_tokens for part in self.parts)
+
+    @property
+    def largest_tokens(self) -> int:
+        """Tokens of the largest micro-batch and its prefix, whose activations are there at once."""
+        return max(part.behind_tokens + part.computed_tokens for part in self.parts)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(part.supervised_tokens for part in self.parts)
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedStep:
+        """Give the step with each of its tensors changed, as by a move to a device."""
+        groups = (
+            PackedGroup(change(group.prefix_ids), tuple(part.each(change) for part in group.parts))
+            for group in self.groups
+        )
+        return PackedStep(tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -165,6 +208,7 @@ def pack(
     rows: Sequence[Mapping[str, Sequence[int]]],
     *,
     smallest_shared_tokens: int | None = SMALLEST_SHARED_TOKENS,
+    behind_tokens: int = 0,
 ) -> PackedSequence:
     """Write the rows of a micro-batch as one packed sequence.
 
@@ -174,6 +218,7 @@ def pack(
     Args:
         rows: With input_ids and labels; the order does not matter, as losses are summed.
         smallest_shared_tokens: A shorter beginning is repeated; None shares nothing at all.
+        behind_tokens: How many tokens, shared by all rows, are left out and attended elsewhere.
 
     Returns:
         The sequence, on the CPU.
@@ -188,27 +233,101 @@ def pack(
     nothing = smallest_shared_tokens is None
     shares = [0 if nothing else _shared(a, b) for a, b in pairwise(kept)]
     draft = _Draft(kept, shares, max(1, smallest_shared_tokens or 1))
-    draft.place(0, len(kept), 0)
+    draft.place(0, len(kept), behind_tokens)
     common = min(shares, default=0)
     return PackedSequence(
         input_ids=torch.tensor(draft.ids),
         position_ids=torch.tensor(draft.positions),
-        blocks=_causal_first(draft.blocks),
+        blocks=_behind(draft.blocks, len(draft.ids), behind_tokens),
         last_positions=torch.tensor(draft.last),
-        last_blocks=_causal_first(draft.last_blocks),
+        last_blocks=_behind(draft.last_blocks, len(draft.last), behind_tokens),
         target_positions=torch.tensor([at for at, _ in draft.targets]),
         target_ids=torch.tensor([target for _, target in draft.targets]),
         prefix_tokens=common if common >= draft.smallest else 0,
         plain_tokens=longest * len(rows),
+        behind_tokens=behind_tokens,
     )
 
 
+def pack_step(
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    most_rows: int,
+    *,
+    most_tokens: float = math.inf,
+    prefix_once: bool = True,
+    smallest_shared_tokens: int = SMALLEST_SHARED_TOKENS,
+) -> PackedStep:
+    """Cut the rows of an optimizer step into micro-batches, those that begin alike together.
+
+    Which rows meet in a micro-batch changes nothing, as gradients are summed over the step.
+
+    Args:
+        rows: With input_ids and labels, in any order.
+        most_rows: Rows of a micro-batch.
+        most_tokens: Tokens of a micro-batch with its prefix; only a longer row alone has more.
+        prefix_once: Whether micro-batches share a prefix that is computed once for all of them.
+        smallest_shared_tokens: A shorter beginning is repeated.
+
+    Returns:
+        The step, on the CPU.
+
+    Raises:
+        DataError: A row has no supervised token.
+    """
+    import torch
+
+    ordered = sorted(((_row(row, at), row) for at, row in enumerate(rows)), key=lambda r: r[0].ids)
+    kept = [row for row, _ in ordered]
+    shares = [_shared(a, b) for a, b in pairwise(kept)]
+    useful = [share if share >= smallest_shared_tokens else 0 for share in shares]
+    groups: list[tuple[int, list[tuple[int, int]]]] = []
+    for first, stop in _cut(kept, useful, most_rows, most_tokens):
+        shared = min(useful[first : stop - 1], default=_shared(kept[first], kept[first]))
+        if groups and prefix_once:
+            before, parts = groups[-1]
+            joined = min(before, useful[first - 1], shared)
+            # What the parts save so far, and what all would save by what they share.
+            if joined and len(parts) * joined >= (len(parts) - 1) * before:
+                groups[-1] = (joined, [*parts, (first, stop)])
+                continue
+        groups.append((shared, [(first, stop)]))
+    packed = []
+    for shared, parts in groups:
+        behind = shared if len(parts) > 1 else 0
+        sequences = (
+            pack(
+                [row for _, row in ordered[first:stop]],
+                smallest_shared_tokens=smallest_shared_tokens,
+                behind_tokens=behind,
+            )
+            for first, stop in parts
+        )
+        ids = torch.tensor(kept[parts[0][0]].ids[:behind], dtype=torch.long)
+        packed.append(PackedGroup(ids, tuple(sequences)))
+    return PackedStep(tuple(packed))
+
+
+def _cut(
+    rows: list[_Row], shares: list[int], most_rows: int, most_tokens: float
+) -> list[tuple[int, int]]:
+    """Cut ordered rows into ranges of about as many rows, none of more tokens than allowed."""
+    size = math.ceil(len(rows) / math.ceil(len(rows) / most_rows))
+    ranges, start, tokens = [], 0, 0
+    for at, row in enumerate(rows):
+        new = len(row.ids) - (shares[at - 1] if at > start else 0)
+        if at > start and (at - start == size or tokens + new > most_tokens):
+            ranges.append((start, at))
+            start, tokens, new = at, 0, len(row.ids)
+        tokens += new
+    return [*ranges, (start, len(rows))]
+
+
 def mean_shared_tokens(rows: Sequence[Mapping[str, Sequence[int]]], batch: int) -> float:
-    """Count the tokens that stand once in a micro-batch instead of once a row, on average.
+    """Count the tokens that stand once among several rows instead of once a row, on average.
 
     Args:
         rows: A sample of the training rows, with input_ids and labels.
-        batch: Rows of a micro-batch; those that begin alike come together.
+        batch: How many rows share; those that begin alike come together.
 
     Returns:
         Their number; 0 with micro-batches of one row.
@@ -220,8 +339,16 @@ def mean_shared_tokens(rows: Sequence[Mapping[str, Sequence[int]]], batch: int) 
     return (sum(len(row["input_ids"]) for row in rows) - computed) / max(1, repeated)
 
 
-def _causal_first(blocks: list[Block]) -> tuple[Block, ...]:
-    """Order blocks so that the first one of every query writes and the others add to it."""
+def _behind(blocks: list[Block], queries: int, tokens: int) -> tuple[Block, ...]:
+    """Put so many keys before all others, and order blocks.
+
+    The first block of every query is the causal one, which writes; the others add to it.
+    """
+    if tokens:
+        blocks = [
+            replace(b, key_start=b.key_start + tokens, key_stop=b.key_stop + tokens) for b in blocks
+        ]
+        blocks.append(Block(0, queries, 0, tokens, causal=False))
     return tuple(sorted(blocks, key=lambda block: not block.causal))
 
 

@@ -7,9 +7,10 @@ its loss is `forward`'s, which gives the same loss and gradients.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,10 @@ def decide_shared_prefix(
                 "leave it at auto, or change what stands against it",
             )
         return SharedPrefixDecision(on=False, reason=reason)
-    return SharedPrefixDecision(on=True, reason="", computed_share=_computed_share(rows, train))
+    from tinyagent_fast.shared_prefix.forward import computes_again
+
+    share = _computed_share(rows, train, prefix_once=not computes_again(loaded.model))
+    return SharedPrefixDecision(on=True, reason="", computed_share=share)
 
 
 def why_not_shared(loaded: LoadedModel, train: TrainConfig) -> str | None:
@@ -98,11 +102,11 @@ def why_not_shared(loaded: LoadedModel, train: TrainConfig) -> str | None:
     return unsupported(loaded.model, "training")
 
 
-def _computed_share(rows: Any, train: TrainConfig) -> float:
-    """Pack some micro-batches of the first epoch and compare their tokens with padded ones."""
+def _computed_share(rows: Any, train: TrainConfig, *, prefix_once: bool) -> float:
+    """Pack some steps of the first epoch and compare their tokens with padded ones."""
     import torch
 
-    from tinyagent_fast.shared_prefix.packing import pack
+    from tinyagent_fast.shared_prefix.packing import pack_step
 
     lengths = list(rows["length"])
     grouped = prefix_order(rows, train)
@@ -114,11 +118,18 @@ def _computed_share(rows: Any, train: TrainConfig) -> float:
         generator = torch.Generator().manual_seed(train.seed)
         order = torch.randperm(len(lengths), generator=generator).tolist()
     batch = train.rows_per_batch
-    starts = range(0, len(order), batch)
-    chosen = list(starts)[:: max(1, len(starts) // _SAMPLED_BATCHES)]
-    sample = [pack([rows[i] for i in order[start : start + batch]]) for start in chosen]
-    plain = sum(packed.plain_tokens for packed in sample)
-    return round(sum(packed.computed_tokens for packed in sample) / plain, 4)
+    step_rows = batch * train.accumulation
+    starts = range(0, len(order), step_rows)
+    chosen = list(starts)[:: max(1, len(starts) * train.accumulation // _SAMPLED_BATCHES)]
+    computed = plain = 0
+    for start in chosen:
+        picked = order[start : start + step_rows]
+        packed = pack_step([rows[i] for i in picked], batch, prefix_once=prefix_once)
+        computed += packed.computed_tokens
+        for at in range(0, len(picked), batch):
+            part = [lengths[i] for i in picked[at : at + batch]]
+            plain += max(part) * len(part)
+    return round(computed / plain, 4)
 
 
 def prefix_order(rows: Any, train: TrainConfig) -> PrefixGroupedOrder | None:
@@ -140,9 +151,15 @@ def prefix_order(rows: Any, train: TrainConfig) -> PrefixGroupedOrder | None:
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Another collator's batch, and beside it as `packed` the packed sequence of the same rows."""
+    """Another collator's batch, and beside it as `packed` the same rows as a packed step."""
 
     collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    most_rows: int
+    """Rows of a micro-batch."""
+    most_tokens: float = math.inf
+    """Tokens of a micro-batch with its prefix."""
+    prefix_once: bool = True
+    """Whether the micro-batches of a step share one prefix."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate rows both ways.
@@ -151,15 +168,20 @@ class PackingCollator:
             rows: With input_ids and labels.
 
         Returns:
-            The batch with its packed sequence.
+            The batch with its packed step.
         """
-        from tinyagent_fast.shared_prefix.packing import pack
+        from tinyagent_fast.shared_prefix.packing import pack_step
 
-        return {**self.collator(rows), "packed": pack(rows)}
+        packed = pack_step(
+            rows, self.most_rows, most_tokens=self.most_tokens, prefix_once=self.prefix_once
+        )
+        return {**self.collator(rows), "packed": packed}
 
 
 def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:
-    """Compare loss and gradients with those of the trainer's own way, on the two shortest rows.
+    """Compare loss and gradients with those of the trainer's own way, on the three shortest rows.
+
+    They are cut into two micro-batches, so that they share within one and between both.
 
     Args:
         trainer: With shared prefixes.
@@ -173,8 +195,9 @@ def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:
         TrainingError: They differ by more than the precision explains.
     """
     lengths = list(rows["length"])
-    shortest = sorted(range(len(lengths)), key=lambda i: lengths[i])[:2]
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in shortest])
+    shortest = sorted(range(len(lengths)), key=lambda i: lengths[i])[:3]
+    collator = replace(trainer.data_collator, most_rows=2, most_tokens=math.inf)
+    batch = collator([trainer.train_dataset[i] for i in shortest])
     packed = batch.pop("packed")
     plain, dtype = _loss_and_gradient(trainer, loaded, batch)
     shared, _ = _loss_and_gradient(trainer, loaded, {**batch, "packed": packed})
@@ -201,8 +224,15 @@ def _loss_and_gradient(
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         autocast = torch.is_autocast_enabled(loaded.device)
         dtype = str(torch.get_autocast_dtype(loaded.device)) if autocast else loaded.compute_dtype
-        loss = trainer.compute_loss(loaded.model, inputs, num_items_in_batch=supervised)
-    torch.autograd.backward(loss)
+        if "packed" not in inputs:
+            loss = trainer.compute_loss(loaded.model, inputs, num_items_in_batch=supervised)
+            loss = loss / trainer.processes.count  # by which the trainer multiplies
+    if "packed" in inputs:
+        loss = trainer.packed_gradients(
+            inputs["packed"], supervised, backward=torch.autograd.backward
+        )
+    else:
+        torch.autograd.backward(loss)
     gradients = [p.grad.float().norm() for p in loaded.model.parameters() if p.grad is not None]
     loaded.model.zero_grad(set_to_none=True)
     loaded.model.train()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,9 @@ from tinyagent_fast.config import Checkpointing
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import ModelShape, nearest_family
 from tinyagent_fast.prompts.tokens import IGNORED
-from tinyagent_fast.shared_prefix.forward import (
-    shared_prefix_loss,
-    summed_losses,
-    unsupported,
-)
-from tinyagent_fast.shared_prefix.packing import pack
+from tinyagent_fast.shared_prefix.forward import summed_losses, unsupported
+from tinyagent_fast.shared_prefix.packing import pack_step
+from tinyagent_fast.shared_prefix.step import step_gradients
 from tinyagent_fast.training.memory import CHUNK_TOKENS, GIB, MemoryEstimator
 
 
@@ -42,6 +40,7 @@ class DryRun:
     peak_gib: float
     """The most that lived at one time in forward and backward pass."""
     computed_tokens: int
+    """Of the micro-batch, with the prefix that several of them share."""
     padded_tokens: int
     duration_s: float
 
@@ -65,35 +64,36 @@ def dry_run(
     started = time.perf_counter()
     model = _model_without_content(estimator, checkpointing)
     half = estimator.config.model.weights != "fp32"
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    cast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
     lengths = estimator.lengths
     shared = round(lengths.shared_tokens) if estimator.shares_prefixes else 0
-    rows = made_rows(batch, estimator.row_tokens, round(lengths.supervised_tokens), shared)
-    packed = pack(rows)
+    # What a second micro-batch adds is there from the first one on, but it needs one to share with.
+    batches = 2 if estimator.computes_prefix_once(checkpointing) else 1
+    supervised = round(lengths.supervised_tokens)
+    rows = made_rows(batches * batch, estimator.row_tokens, supervised, shared)
+    packed = pack_step(rows, batch)
     fake, live = FakeTensorMode(), LiveBytes()
     with fake:
         for module in model.modules():
             _give_storages(module)
         if estimator.shares_prefixes:
-            on_fake: dict[str, Any] = {
-                name: fake.from_tensor(value)
-                for name, value in vars(packed).items()
-                if isinstance(value, torch.Tensor)
-            }
-            step = _shared_step(model, replace(packed, **on_fake), checkpointing)
+            _refuse_unsupported(model)
+            on_fake = packed.each(fake.from_tensor)
+            with live:
+                step_gradients(model, on_fake, autocast=cast)
         else:
             step = _padded_step(model, rows)
-        with live:
-            with cast:
-                loss = step()
-            loss.backward()
+            with live:
+                with cast():
+                    loss = step()
+                loss.backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return DryRun(
         peak_gib=(live.peak - gradients) / GIB,
-        computed_tokens=packed.computed_tokens
+        computed_tokens=packed.largest_tokens
         if estimator.shares_prefixes
-        else packed.plain_tokens,
-        padded_tokens=packed.plain_tokens,
+        else batch * estimator.row_tokens,
+        padded_tokens=batch * estimator.row_tokens,
         duration_s=time.perf_counter() - started,
     )
 
@@ -181,7 +181,7 @@ def made_rows(batch: int, tokens: int, supervised: int, shared: int) -> list[dic
     ]
 
 
-def _shared_step(model: Any, packed: Any, checkpointing: Checkpointing) -> Any:
+def _refuse_unsupported(model: Any) -> None:
     reason = unsupported(model, "training")
     if reason is not None:
         raise ModelError(
@@ -189,7 +189,6 @@ def _shared_step(model: Any, packed: Any, checkpointing: Checkpointing) -> Any:
             f"they cannot be computed for this model: {reason}",
             "add --train.shared-prefix off",
         )
-    return lambda: shared_prefix_loss(model, packed, checkpointing=checkpointing != "false")
 
 
 def _padded_step(model: Any, rows: Sequence[dict[str, list[int]]]) -> Any:

@@ -73,6 +73,7 @@ from tinyagent_fast.training.memory import (
     MemoryEstimator,
     RowLengths,
     preset_batch,
+    rows_that_share,
     usable_gib,
     with_batch,
 )
@@ -445,15 +446,15 @@ def _refuse_too_large(estimator: MemoryEstimator) -> None:
 
 
 def _shared_tokens(config: Config, rows: RunRows) -> float:
-    """Count on a sample what stands once in a micro-batch instead of once a row."""
+    """Count on a sample what stands once in a step, or micro-batch, instead of once a row."""
     dataset = rows.train.dataset()
     step = max(1, len(dataset) // _SAMPLED_ROWS)
     sample = [dataset[at] for at in range(0, len(dataset), step)]
-    return mean_shared_tokens(sample, preset_batch(config))
+    return mean_shared_tokens(sample, rows_that_share(config))
 
 
 def _kept_tokens(prepared: _Prepared, shared: SharedPrefixDecision) -> float:
-    """Find from how many tokens on a micro-batch computes its layers again, and say it."""
+    """Find the most tokens of a micro-batch that keeps its layers, and say it."""
     config, estimator = prepared.config, prepared.estimator
     if config.model.gradient_checkpointing != "auto":
         return math.inf
@@ -466,10 +467,11 @@ def _kept_tokens(prepared: _Prepared, shared: SharedPrefixDecision) -> float:
     if estimator is None:
         return math.inf
     batch = config.train.rows_per_batch
-    found, longest = estimator.kept_tokens(batch), estimator.computed_tokens(batch)
+    found, longest = estimator.kept_tokens(batch), estimator.computed_tokens(1)
+    again = " no row is that long" if found >= longest else f" the longest row has {longest:,}"
     prepared.display.say(
-        f"checkpointing auto: layers are computed again in micro-batches of more than {found:,} "
-        f"tokens; one of the longest rows has {longest:,}"
+        f"checkpointing auto: micro-batches have at most {found:,} tokens; only a longer row alone "
+        f"computes its layers again, and{again}"
     )
     return found
 
@@ -587,9 +589,7 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
     )
     prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
     with display.working("checking the longest batch"):
-        report = preflight(
-            trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator, kept_tokens
-        )
+        report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
     display.say(report.sentence())
     if prepared.estimator is not None and processes.is_main_process:
         write_json(run.path / "memory.json", {**prepared.estimator.to_json(), **asdict(report)})

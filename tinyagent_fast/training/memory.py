@@ -65,7 +65,7 @@ class RowLengths:
     supervised_tokens: float
     """Mean tokens with loss of a row."""
     shared_tokens: float = 0.0
-    """Tokens that stand once in a micro-batch instead of once a row, where prefixes are shared."""
+    """Tokens that stand once in a step instead of once a row, where prefixes are shared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,11 @@ class MemoryEstimator:
         wanted = train.shared_prefix != "off" and train.batching != "packed"
         return wanted and not family.whole_rows
 
+    def computes_prefix_once(self, checkpointing: Checkpointing) -> bool:
+        """Whether the micro-batches of a step share one prefix, which needs layers kept."""
+        kept = checkpointing in ("false", "auto")
+        return self.shares_prefixes and kept and self.config.train.accumulation > 1
+
     @property
     def _joins_projections(self) -> bool:
         """Whether `shared_prefix.projections` computes the linear layers, not the modules."""
@@ -167,10 +172,13 @@ class MemoryEstimator:
             whole = self.estimate(batch, "false", computed_tokens=tokens)
             if whole.fits(self.usable_gib):
                 return whole
-            # Other micro-batches fill the memory as far as it is safe.
-            again = self.estimate(batch, self.checkpointings[-1], computed_tokens=tokens)
-            most = self.estimate(batch, "false", computed_tokens=max(1, self.kept_tokens(batch)))
-            return max(again, most, key=lambda estimate: estimate.total_gib)
+            # Micro-batches are cut to fill the memory as far as it is safe, but for a row alone.
+            most = self.kept_tokens(batch)
+            kept = self.estimate(batch, "false", computed_tokens=max(1, most))
+            if most >= (one := self.computed_tokens(1)):
+                return kept
+            again = self.estimate(1, self.checkpointings[-1], computed_tokens=one)
+            return max(again, kept, key=lambda estimate: estimate.total_gib)
         unsloth, shared = self.backend == "unsloth", self.shares_prefixes
         # Unsloth drops the mask, and a packed sequence has none of this size.
         masked = not unsloth and not shared and batch > 1
@@ -188,6 +196,11 @@ class MemoryEstimator:
             needed = 3 * (4 + held) * shape.hidden + 2 * held * shape.kv_width
             token = replace(token, last_layer=min(token.layer, needed))
         kept, backward = token.kept_and_backward(shape.layers, checkpointing)
+        prefix_gib = 0.0
+        if self.computes_prefix_once(checkpointing):
+            # Its keys and values again before those of a micro-batch, and their gradients' sums.
+            pair = 2 * shape.layers * shape.kv_width * (held + 4)
+            prefix_gib = min(self.lengths.shared_tokens, tokens) * pair / GIB
         weight = {"nf4": _NF4_BYTES, "fp32": 4}.get(model.weights, 2)
         weights_gib = (shape.body_weights * weight + shape.embedding_weights * wide) / GIB
         # fp32 weight and gradient, and AdamW's two moments in 8 or 32 bits.
@@ -210,8 +223,8 @@ class MemoryEstimator:
         return MemoryEstimate(
             weights_gib=weights_gib,
             adapter_and_optimizer_gib=adapter_gib,
-            activations_gib=tokens * (kept + backward) / GIB,
-            kept_gib=tokens * kept / GIB,
+            activations_gib=tokens * (kept + backward) / GIB + prefix_gib,
+            kept_gib=tokens * kept / GIB + prefix_gib,
             logits_gib=logits_gib,
             overhead_gib=(_WORKSPACE_BYTES + dequantised + mask) / GIB,
             shrinkable_gib=logits_gib if unsloth and not shared else 0.0,
@@ -288,29 +301,46 @@ class MemoryEstimator:
 
         The base is frozen: its backward pass makes gradients of activations only.
         """
-        shape, rows, batch = self.shape, self.lengths, preset_batch(self.config)
-        tokens = self.computed_tokens(batch, rows.mean_tokens)
+        shape, rows, lora = self.shape, self.lengths, self.config.lora
+        batch, accumulation = preset_batch(self.config), self.config.train.accumulation
         if checkpointing == "auto":
-            checkpointing = "false" if tokens <= self.kept_tokens(batch) else "true"
+            fits = self.computed_tokens(1, rows.mean_tokens) <= self.kept_tokens(batch)
+            checkpointing = "false" if fits else "true"
         forwards = 1 if checkpointing == "false" else 2
-        # Multiplications of a token: base, which has no gradient of its own, and adapter.
-        body, adapter = shape.body_weights, adapter_weights(shape, self.config.lora)
-        multiplied = body * (forwards + 1) + adapter * (forwards + 2)
-        # Pairs of tokens that attend, a row's own half square apart for each segment.
-        shared = rows.shared_tokens if self.shares_prefixes else 0.0
+        shares, step_rows = self.shares_prefixes, batch * accumulation
+        shared = min(rows.shared_tokens, rows.mean_tokens) if shares else 0.0
         own = rows.mean_tokens - shared
-        pairs = shared**2 / 2 + batch * (own * shared + own**2 / 2)
+        prefixes = 1 if self.computes_prefix_once(checkpointing) else accumulation
+        tokens = prefixes * shared + step_rows * own
+        supervised = step_rows * rows.supervised_tokens
+
+        def multiplied(weights: float, adapter: float) -> float:
+            """Count a token's multiplications; a frozen weight has no gradient of its own."""
+            return weights * (forwards + 1) + adapter * (forwards + 2)
+
+        layer = multiplied(
+            shape.body_weights / shape.layers, adapter_weights(shape, lora) / shape.layers
+        )
+        keys_and_values = multiplied(
+            2 * shape.hidden * shape.kv_width, 2 * lora.rank * (shape.hidden + shape.kv_width)
+        )
+        # The last layer has queries at supervised tokens only.
+        whole = shape.layers - 1 if shares else shape.layers
+        in_all = whole * tokens * layer
+        if shares:
+            in_all += tokens * keys_and_values + supervised * (layer - keys_and_values)
+        if forwards == 1 and self.backend != "unsloth":  # nothing below the first layer learns
+            in_all -= tokens * shape.hidden * (shape.query_width + 2 * shape.kv_width)
+        # Pairs of tokens that attend, a row's own half square apart for each segment.
+        pairs = whole * (prefixes * shared**2 / 2 + step_rows * (own * shared + own**2 / 2))
+        if shares:
+            pairs += supervised * rows.mean_tokens
         # Scores and values of a pair; the backward pass makes five such products of two.
-        attended = 2 * shape.layers * shape.query_width * pairs * (forwards + 2.5)
-        layers = 1.0
-        if self.shares_prefixes:  # the last layer has queries at supervised tokens only
-            layers = (shape.layers - 1) / shape.layers
+        in_all += 2 * shape.query_width * pairs * (forwards + 2.5)
         # Unsloth's own loss makes logits of all tokens, the others of the supervised ones.
-        fused_loss = self.backend == "unsloth" and not self.shares_prefixes
-        logits = batch * (rows.mean_tokens if fused_loss else rows.supervised_tokens)
-        multiplied_in_all = layers * (tokens * multiplied + attended)
-        multiplied_in_all += 2 * logits * shape.vocab * shape.hidden
-        return rows.rows / batch * 2 * multiplied_in_all
+        logits = supervised if shares or self.backend != "unsloth" else tokens
+        in_all += 2 * logits * shape.vocab * shape.hidden
+        return rows.rows / step_rows * 2 * in_all
 
     def to_json(self) -> dict[str, Any]:
         """Give what was estimated and from what, as plain values."""
@@ -426,6 +456,12 @@ def preset_batch(config: Config) -> int:
         return config.train.batch
     preset = PRESETS[config.preset]() if config.preset in PRESETS else Config()
     return preset.train.rows_per_batch
+
+
+def rows_that_share(config: Config) -> int:
+    """Give the rows of a config's step, or of a micro-batch where its layers are computed again."""
+    again = config.model.gradient_checkpointing in ("true", "unsloth")
+    return preset_batch(config) * (1 if again else config.train.accumulation)
 
 
 def with_batch(config: Config, batch: int) -> Config:
@@ -588,6 +624,6 @@ def _counted(config: Config, train: Path) -> RowLengths:
         supervised_tokens=statistics.fmean(row.supervised_tokens for row in sample),
         shared_tokens=mean_shared_tokens(
             [{"input_ids": row.input_ids, "labels": row.labels} for row in sample],
-            preset_batch(config),
+            rows_that_share(config),
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
-from tinyagent_fast.shared_prefix.packing import pack
 from tinyagent_fast.training.memory import GIB, MemoryEstimator
-from tinyagent_fast.training.trainer import collate, computed_tokens, rehearse
+from tinyagent_fast.training.trainer import collate, rehearse
 
 _EVALUATION_TOKENS = 4
 _NO_MEMORY = ("out of memory", "alloc_failed")
@@ -55,7 +53,6 @@ def preflight(
     evaluation_prompts: Sequence[list[int]],
     evaluation_batch: int,
     estimator: MemoryEstimator | None = None,
-    kept_tokens: float = math.inf,
 ) -> PreflightReport:
     """Compare a real batch with ours, then run the longest batch and one evaluation batch.
 
@@ -66,8 +63,6 @@ def preflight(
         evaluation_prompts: Prompts of the validation sample.
         evaluation_batch: Prompts generated together.
         estimator: What the memory is predicted from; None predicts nothing.
-        kept_tokens: A packed sequence of more tokens computes its layers again, so the longest one
-            that does not is run too.
 
     Raises:
         TrainingError: The trainer's batch is not ours, the loss is not finite, or memory runs out.
@@ -82,11 +77,8 @@ def preflight(
         torch.cuda.reset_peak_memory_stats()
     try:
         started = time.perf_counter()
-        longest_rows = _longest_rows(trainer)
-        inputs = rehearse(trainer, loaded, longest_rows)
+        inputs = rehearse(trainer, loaded, _longest_rows(trainer))
         train_s = time.perf_counter() - started
-        if (kept := _longest_rows(trainer, kept_tokens)) != longest_rows:
-            rehearse(trainer, loaded, kept)
         train_gib = _reserved_gib() if cuda else None
         longest = sorted(evaluation_prompts, key=len)[-evaluation_batch:]
         list(
@@ -103,7 +95,9 @@ def preflight(
         if not (isinstance(error, torch.OutOfMemoryError) or any(w in said for w in _NO_MEMORY)):
             raise
         raise _out_of_memory(trainer, evaluation_batch, error, estimator) from error
-    predicted = estimator.estimate(computed_tokens=computed_tokens(inputs)) if estimator else None
+    packed = inputs.get("packed")
+    largest = None if packed is None else packed.largest_tokens
+    predicted = estimator.estimate(computed_tokens=largest) if estimator else None
     return PreflightReport(
         checked_rows=checked,
         longest_batch_tokens=int(inputs["input_ids"].numel()),
@@ -176,23 +170,13 @@ def _other_batch(name: str) -> TrainingError:
     )
 
 
-def _longest_rows(trainer: Any, most_tokens: float = math.inf) -> list[int]:
-    """Choose the rows of the longest micro-batch of `most_tokens` computed tokens.
-
-    Packed rows are all about equally long.
-    """
+def _longest_rows(trainer: Any) -> list[int]:
+    """Choose the rows of the longest batch; packed rows are all about equally long."""
     batch_rows = trainer.args.per_device_train_batch_size
     if trainer.args.packing:
         return list(range(min(batch_rows, len(trainer.train_dataset))))
     lengths = list(trainer.train_dataset["length"])
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    low, high = 0, max(0, len(order) - batch_rows) if most_tokens < math.inf else 0
-    while low < high:  # the longest that are short enough, which come after longer ones
-        middle = (low + high) // 2
-        rows = [trainer.train_dataset[at] for at in order[middle : middle + batch_rows]]
-        short = pack(rows).computed_tokens <= most_tokens
-        low, high = (low, middle) if short else (middle + 1, high)
-    return order[low : low + batch_rows]
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_rows]
 
 
 def _out_of_memory(
@@ -202,8 +186,8 @@ def _out_of_memory(
 
     peak = _reserved_gib() if torch.cuda.is_available() else 0.0
     args = trainer.args
-    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    rows = batch * accumulation
+    batch = trainer.micro_batch_rows
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     smaller = max(n for n in range(1, max(1, batch // 2) + 1) if rows % n == 0)
     predicted = why = ""
     if estimator is not None:

@@ -62,7 +62,8 @@ def build_trainer(
         config: The run's config, with the batch as a number.
         output_dir: Folder for resumable checkpoints.
         shared_prefix: Whether beginnings that rows share are computed once.
-        kept_tokens: A packed sequence of more tokens computes its layers again.
+        kept_tokens: A micro-batch of more tokens, its prefix included, computes its layers again;
+            where prefixes are shared, micro-batches are cut so that only one row alone has more.
         processes: They share the rows of each step.
         tracking: Arguments that say where figures go besides the run's folder; None for nowhere.
 
@@ -81,7 +82,8 @@ def build_trainer(
     from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
 
-    from tinyagent_fast.shared_prefix.forward import SharedPrefixLoss
+    from tinyagent_fast.shared_prefix.forward import computes_again
+    from tinyagent_fast.shared_prefix.step import step_gradients
 
     train = config.train
 
@@ -90,7 +92,7 @@ def build_trainer(
             adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
             super().__init__(
                 model=loaded.model,
-                args=_arguments(loaded, config, output_dir, tracking),
+                args=_arguments(loaded, config, output_dir, tracking, shared_prefix),
                 train_dataset=rows,
                 processing_class=loaded.tokenizer.hf,
             )
@@ -99,15 +101,17 @@ def build_trainer(
                 parameter.data = data
             self.tokens_seen = self.tokens_padded = self.tokens_computed = 0
             self.processes = processes
+            self.micro_batch_rows = train.rows_per_batch
             # Only now is the number of packed rows known.
             self.steps = optimizer_steps(len(self.train_dataset), train, processes.count)
             self.args.logging_steps = max(1, min(10, self.steps // 20))
             every = steps_between(self.steps, train.evaluations or 6)
             self.args.save_steps = train.save_every_steps or every
-            self.packed_loss = SharedPrefixLoss(loaded.model, kept_tokens)
             if shared_prefix:
                 collator: Any = self.data_collator  # type: ignore[has-type]
-                self.data_collator = PackingCollator(collator)
+                self.data_collator = PackingCollator(
+                    collator, train.rows_per_batch, kept_tokens, not computes_again(loaded.model)
+                )
             for display in (PrinterCallback, ProgressCallback):
                 self.remove_callback(display)
 
@@ -156,46 +160,47 @@ def build_trainer(
             return {name: getattr(self, name) for name in names}
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            mask, padded = inputs.get("attention_mask"), inputs["input_ids"].numel()
-            self.tokens_seen += int(padded if mask is None else mask.sum())
-            self.tokens_padded += padded
-            self.tokens_computed += computed_tokens(inputs) or padded
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            self.tokens_seen += int(row_tokens(inputs).sum())
+            self.tokens_padded += padded_tokens(inputs, train.rows_per_batch)
+            packed = inputs.get("packed")
+            if packed is None:
+                self.tokens_computed += inputs["input_ids"].numel()
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            else:
+                self.tokens_computed += packed.computed_tokens
+                loaded.model.train()
+                loss = self.packed_gradients(packed, *args, **kwargs)
+                parameters = (p for p in loaded.model.parameters() if p.requires_grad)
+                processes.sum_tensors([p.grad for p in parameters if p.grad is not None])
+                # The trainer reports the mean of the processes' losses.
+                loss = loss * processes.count
             refuse_non_finite("loss", loss, self.state.global_step + 1, processes)
             return loss
 
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            packed = inputs.get("packed")
-            if packed is None:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            joined = processes.count > 1 and model is not loaded.model
-            # The model's own forward, into which the trainer builds autocast, is not called here.
-            with self.accelerator.autocast():
-                loss = (model if joined else self.packed_loss)(
-                    packed.to(self.args.device), num_items_in_batch
-                )
-            # The gradients of all processes are averaged, and each was divided by all tokens.
-            return loss if num_items_in_batch is None else loss * processes.count
-
-        def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-            wrapped = super()._wrap_model(model, training, dataloader)
-            if not (shared_prefix and training and processes.count > 1 and model is loaded.model):
-                return wrapped
-            return self.accelerator.prepare_model(self.packed_loss, device_placement=False)
+        def packed_gradients(
+            self, packed: Any, num_items_in_batch: Any = None, *, backward: Any = None
+        ) -> torch.Tensor:
+            """Compute the loss of a step's rows, add its gradients, and give it."""
+            return step_gradients(
+                loaded.model,
+                packed.each(lambda tensor: tensor.to(self.args.device)),
+                num_items_in_batch,
+                kept_tokens=kept_tokens,
+                backward=backward or self.accelerator.backward,
+                autocast=self.accelerator.autocast,
+            )
 
     return PlanTrainer()
 
 
 def _arguments(
-    loaded: LoadedModel, config: Config, output_dir: Path, tracking: Mapping[str, Any] | None
+    loaded: LoadedModel,
+    config: Config,
+    output_dir: Path,
+    tracking: Mapping[str, Any] | None,
+    shared_prefix: bool,
 ) -> Any:
-    """Translate our settings."""
+    """Translate our settings; with shared prefixes a step's micro-batches come as one batch."""
     from trl import SFTConfig
 
     train = config.train
@@ -206,8 +211,9 @@ def _arguments(
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "fp16" if fp16 else "no"
     return SFTConfig(
         output_dir=str(output_dir),
-        per_device_train_batch_size=train.rows_per_batch,
-        gradient_accumulation_steps=train.accumulation,
+        per_device_train_batch_size=train.rows_per_batch
+        * (train.accumulation if shared_prefix else 1),
+        gradient_accumulation_steps=1 if shared_prefix else train.accumulation,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps if train.max_steps is not None else -1,
         learning_rate=train.learning_rate,
@@ -238,10 +244,17 @@ def _arguments(
     )
 
 
-def computed_tokens(batch: Mapping[str, Any]) -> int | None:
-    """Count the tokens of a batch that computes shared prefixes once; None for a padded one."""
-    packed = batch.get("packed")
-    return None if packed is None else int(packed.computed_tokens)
+def row_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Count the tokens of each row of a collated batch, padding apart."""
+    mask = batch.get("attention_mask")
+    counts: torch.Tensor = (batch["input_ids"] >= 0 if mask is None else mask).sum(1)
+    return counts
+
+
+def padded_tokens(batch: Mapping[str, Any], micro_batch_rows: int) -> int:
+    """Count what padded micro-batches of a collated batch's rows compute."""
+    parts = row_tokens(batch).split(micro_batch_rows)
+    return sum(int(part.max()) * len(part) for part in parts)
 
 
 def refuse_non_finite(
@@ -325,7 +338,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tens
 
 
 def rehearse(trainer: Any, loaded: LoadedModel, rows: Sequence[int]) -> Mapping[str, Any]:
-    """Run forward and backward on a micro-batch as a step would, and leave no trace of it.
+    """Run forward and backward on a batch of the trainer as a step would, and leave no trace of it.
 
     Args:
         trainer: From `build_trainer`.
@@ -353,11 +366,14 @@ def rehearse(trainer: Any, loaded: LoadedModel, rows: Sequence[int]) -> Mapping[
         inputs: Mapping[str, Any] = trainer._prepare_inputs(
             trainer.data_collator([trainer.train_dataset[at] for at in rows])
         )
-        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            loss = trainer.compute_loss(loaded.model, inputs)
+        if "packed" in inputs:
+            loss = trainer.packed_gradients(inputs["packed"])
+        else:
+            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                loss = trainer.compute_loss(loaded.model, inputs)
+            trainer.accelerator.backward(loss)
         ids = trainer.train_dataset[rows[0]]["input_ids"]
         _refuse_senseless_loss(loaded, float(loss.detach()), ids)
-        trainer.accelerator.backward(loss)
     loaded.model.zero_grad(set_to_none=True)
     metrics.clear()
     metrics.update(before)
@@ -436,7 +452,7 @@ def validation_loss(trainer: Any, rows: Sequence[dict[str, Any]], pad_id: int) -
     """Measure the mean loss of a supervised token, in nats, over rows, which processes share."""
     total = tokens = 0.0
     processes: Processes = trainer.processes
-    batch = trainer.args.per_device_train_batch_size
+    batch = trainer.micro_batch_rows
     for start in processes.shard(range(0, len(rows), batch)):
         inputs = trainer._prepare_inputs(collate(rows[start : start + batch], pad_id))
         supervised = int((inputs["labels"][:, 1:] != -100).sum())
