@@ -85,6 +85,7 @@ def _group_losses(
         backward(loss)
         losses.append(loss.detach())
         for total, leaf in zip(sums, leaves, strict=True):
+            assert leaf.grad is not None, "every micro-batch reads its prefix in every layer"
             total.add_(leaf.grad)
             leaf.grad = None
     if outputs:
