@@ -174,11 +174,11 @@ class MemoryEstimator:
                 return whole
             # Micro-batches are cut to fill the memory as far as it is safe, but for a row alone.
             most = self.kept_tokens(batch)
-            kept = self.estimate(batch, "false", computed_tokens=max(1, most))
+            filled = self.estimate(batch, "false", computed_tokens=max(1, most))
             if most >= (one := self.computed_tokens(1)):
-                return kept
+                return filled
             again = self.estimate(1, self.checkpointings[-1], computed_tokens=one)
-            return max(again, kept, key=lambda estimate: estimate.total_gib)
+            return max(again, filled, key=lambda estimate: estimate.total_gib)
         unsloth, shared = self.backend == "unsloth", self.shares_prefixes
         # Unsloth drops the mask, and a packed sequence has none of this size.
         masked = not unsloth and not shared and batch > 1

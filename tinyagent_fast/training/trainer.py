@@ -253,8 +253,9 @@ def row_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
 
 def padded_tokens(batch: Mapping[str, Any], micro_batch_rows: int) -> int:
     """Count what padded micro-batches of a collated batch's rows compute."""
-    parts = row_tokens(batch).split(micro_batch_rows)
-    return sum(int(part.max()) * len(part) for part in parts)
+    counts = row_tokens(batch).tolist()
+    parts = (counts[at : at + micro_batch_rows] for at in range(0, len(counts), micro_batch_rows))
+    return sum(max(part) * len(part) for part in parts)
 
 
 def refuse_non_finite(
