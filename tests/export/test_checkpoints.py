@@ -207,6 +207,10 @@ def test_a_missing_shard_and_a_wrong_index_are_refused(tiny_base: Path, tmp_path
         index.write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(ModelError, match="no name of a file beside it"):
             open_checkpoint(tmp_path)
+    for name in ("a" * 5000, "a\ud800"):
+        index.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(ModelError, match="not there"):
+            open_checkpoint(tmp_path)
     index.write_text("{}")
     with pytest.raises(ModelError, match="no weight_map"):
         open_checkpoint(tmp_path)

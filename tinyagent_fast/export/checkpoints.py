@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from tinyagent_fast.data.schema import printable
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.prompts.loading import hub_folder
 
@@ -146,8 +147,9 @@ def _open_shards(folder: Path) -> dict[str, StoredTensor]:
             why = f"it names the file {name!r:.80}, which is no name of a file beside it"
             raise ModelError(f"{folder / _INDEX}", why, "copy the file again")
     shards = sorted(set(where.values()))
-    if absent := [name for name in shards if not (folder / name).exists()]:
-        why = f"its index names files that are not there: {', '.join(absent)}"
+    if absent := [name for name in shards if not _is_there(folder / name)]:
+        listed = ", ".join(printable(name)[:80] for name in absent)
+        why = f"its index names files that are not there: {listed}"
         raise ModelError(f"folder {folder}", why, "copy the missing files into it")
     headers = {name: stored_tensors(folder / name) for name in shards}
     for tensor, shard in where.items():
@@ -158,6 +160,13 @@ def _open_shards(folder: Path) -> dict[str, StoredTensor]:
                 "copy the index and the shards from the same model",
             )
     return {tensor: headers[shard][tensor] for tensor, shard in where.items()}
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
