@@ -36,15 +36,17 @@ USE_DRIVE = False
 RESUME = ""
 # What the planner is asked at the end; empty takes the first test query.
 REQUEST = ""
-# OWNER is a placeholder for the account that holds the repository.
-REPOSITORY = "https://github.com/OWNER/tinyagent_fast"
+# Where this project lies, for Colab; left empty, it is asked for once.
+REPOSITORY = os.environ.get("TINYAGENT_FAST_REPOSITORY", "")
 
 IN_COLAB = "google.colab" in sys.modules
+# What runs the commands; in Colab the cell below makes a virtual environment for them.
+PYTHON = sys.executable
 
 
 def shell(*words: str, **variables: str) -> None:
     """Run a program, show what it prints as it comes, and stop the notebook when it fails."""
-    print("$", shlex.join(words), flush=True)
+    print("$", shlex.join(words).partition("\n")[0], flush=True)
     # Jupyter sets FORCE_COLOR, which would fill the cell with every state of a progress bar.
     inherited = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
     child = subprocess.Popen(
@@ -70,24 +72,38 @@ def shell(*words: str, **variables: str) -> None:
 
 def tinyagent_fast(*words: str, **variables: str) -> None:
     """Run one command of the project."""
-    shell(sys.executable, "-m", "tinyagent_fast", *words, **variables)
+    shell(PYTHON, "-m", "tinyagent_fast", *words, **variables)
 
 
 # %% [markdown]
 # ## Install
 #
-# In Colab the repository is cloned and its pinned requirements are installed. Elsewhere the Python
-# that runs this notebook is used as it is; the README says how to install the project into it.
+# In Colab the repository is cloned, and its pinned requirements go into a virtual environment of
+# its own: Colab's other packages would not work beside them. Elsewhere the Python that runs this
+# notebook is used as it is; the README says how to install the project into it.
 
 # %%
 if IN_COLAB:
     if not Path("tinyagent_fast").is_dir():
-        shell("git", "clone", "--depth", "1", REPOSITORY, "tinyagent_fast")
-    os.chdir("tinyagent_fast")
+        REPOSITORY = REPOSITORY or input("Address of the repository, https://...: ").strip()
+        CLONE = ("git", "clone", "--depth", "1", REPOSITORY, "tinyagent_fast")
+        try:
+            shell(*CLONE, GIT_TERMINAL_PROMPT="0")
+        except RuntimeError:
+            raise RuntimeError(
+                f"no repository can be had from {REPOSITORY!r}: put its address, such as "
+                "https://github.com/NAME/tinyagent_fast, into REPOSITORY in the first cell, and "
+                "run both cells again; or upload a private one as /content/tinyagent_fast"
+            ) from None
+    if Path("tinyagent_fast/pyproject.toml").exists():  # else this cell was run before
+        os.chdir("tinyagent_fast")
     CUDA = shutil.which("nvidia-smi") is not None
     REQUIREMENTS = "requirements.txt" if CUDA else "requirements-cpu.txt"
-    shell(sys.executable, "-m", "pip", "install", "--quiet", "-r", REQUIREMENTS)
-    shell(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-e", ".")
+    PYTHON = str(Path(".venv/bin/python").absolute())
+    shell(sys.executable, "-m", "venv", "--without-pip", ".venv")  # Colab's Python has no ensurepip
+    PIP = (sys.executable, "-m", "pip", "--python", PYTHON, "install", "--quiet")
+    shell(*PIP, "-r", REQUIREMENTS)
+    shell(*PIP, "--no-deps", "-e", ".")
 elif Path("build.py").exists() and Path("../tinyagent_fast").is_dir():
     os.chdir("..")  # the notebook was opened in its own folder
 tinyagent_fast("--version")
@@ -117,9 +133,7 @@ if "--preset" in FLAGS:
     print(f"preset {PRESET}, as FLAGS says")
 else:
     # In a process of its own, because torch would keep GPU memory in this one.
-    ANSWER = subprocess.run(
-        [sys.executable, "-c", CHOOSE], stdout=subprocess.PIPE, text=True, check=True
-    )
+    ANSWER = subprocess.run([PYTHON, "-c", CHOOSE], stdout=subprocess.PIPE, text=True, check=True)
     PRESET, _, REASON = ANSWER.stdout.splitlines()[-1].partition("|")
     print(f"preset {PRESET}: {REASON}")
     FLAGS = ["--preset", PRESET, *FLAGS]
@@ -214,7 +228,8 @@ tinyagent_fast("eval", "--engine", "gguf", "--runs", str(RUNS))
 
 # %%
 tinyagent_fast("report", "--runs", str(RUNS))
-RUN = (RUNS / "latest").resolve()
+LATEST = RUNS / "latest"  # a link, or a file with the run's name where Drive knows no links
+RUN = RUNS / LATEST.read_text(encoding="utf-8") if LATEST.is_file() else LATEST.resolve()
 PAGE = (RUN / "report.html").read_text(encoding="utf-8")
 try:
     from IPython import get_ipython
@@ -237,19 +252,23 @@ else:
 # `nearest` takes that part from the most similar test query. An arrow says which call needs which.
 
 # %%
-from tinyagent_fast import load
+TRY = """from tinyagent_fast import load
+import sys
 
+_, gguf, request, picture = sys.argv
+with load(gguf, system="nearest") as planner:
+    planned = planner.plan(request)
+print(f"{request}\\n\\n{planned.text}\\n\\n{planned.drawing.to_text()}")
+with open(picture, "w", encoding="utf-8") as stream:
+    stream.write(planned.drawing.to_svg())
+"""
 GGUF = min((RUN / "export" / "gguf").glob("*.gguf"), key=lambda path: path.stat().st_size)
 if not REQUEST:
     with (RUN / "eval" / "predictions.jsonl").open(encoding="utf-8") as predictions:
         REQUEST = json.loads(predictions.readline())["query"]
-with load(GGUF, system="nearest") as planner:
-    PLANNED = planner.plan(REQUEST)
-print(f"{REQUEST}\n\n{PLANNED.text}")
+shell(PYTHON, "-c", TRY, str(GGUF), REQUEST, str(RUN / "plan.svg"))
 if IN_NOTEBOOK:
-    display(SVG(PLANNED.drawing.to_svg()))
-else:
-    print(PLANNED.drawing.to_text())
+    display(SVG((RUN / "plan.svg").read_text(encoding="utf-8")))
 
 # %% [markdown]
 # ## Download

@@ -12,13 +12,11 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import tinyagent_fast
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -82,13 +80,11 @@ def test_every_code_cell_is_plain_python() -> None:
         ast.parse(cell)
 
 
-def test_the_open_place_is_marked_and_stands_in_two_lines_only() -> None:
+def test_no_address_of_a_repository_is_made_up_but_that_of_the_badge() -> None:
     source = build.SOURCE.read_text(encoding="utf-8")
-    lines = [line for line in source.splitlines() if "OWNER/" in line]
-    assert len(lines) == 2
-    assert "# OWNER is a placeholder" in source
-    assert source.count("github.com/") == 1 + source.count("colab.research.google.com/github/") - 1
-    assert f'REPOSITORY = "{REPOSITORY}"' in source
+    places = [line for line in source.splitlines() if "OWNER" in line]
+    assert len(places) == 1
+    assert "colab-badge" in places[0]
 
 
 @given(
@@ -124,6 +120,7 @@ def run_cells(
     *,
     variables: dict[str, str] | None = None,
     preset: str = "cpu",
+    links: bool = True,
     **settings: Any,
 ) -> list[list[str]]:
     """Run all cells with nothing started: give the command lines that they would have run."""
@@ -136,10 +133,12 @@ def run_cells(
         commands.append(list(words))
         if "clone" in words:
             (folder / words[-1]).mkdir()
+            (folder / words[-1] / "pyproject.toml").touch()
+        if words[1] == "-c":
+            Path(words[-1]).write_text("<svg/>")
         if "train" in words:
-            make_products(Path(words[words.index("--runs") + 1]))
+            make_products(Path(words[words.index("--runs") + 1]), links)
 
-    monkeypatch.setattr(tinyagent_fast, "load", Planner, raising=False)
     answer = SimpleNamespace(stdout=f"a note of torch\n{preset}|because of a test\n")
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(code_cells()):
@@ -151,28 +150,7 @@ def run_cells(
     return commands
 
 
-class Planner:
-    """Stands for a planner: keeps what it was opened with and asked."""
-
-    asked: ClassVar[list[tuple[Path, str]]] = []
-
-    def __init__(self, path: Path, system: str) -> None:
-        self.path = path
-        assert system == "nearest"
-
-    def __enter__(self) -> Planner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def plan(self, request: str) -> SimpleNamespace:
-        self.asked.append((self.path, request))
-        drawing = SimpleNamespace(to_svg=lambda: "<svg/>", to_text=lambda: "a graph")
-        return SimpleNamespace(text="1. join()", drawing=drawing)
-
-
-def make_products(runs: Path) -> None:
+def make_products(runs: Path, links: bool) -> None:
     """Write what the commands would leave for the cells that read files."""
     run = runs / "a-run"
     for name in ("gguf", "merged"):
@@ -184,7 +162,10 @@ def make_products(runs: Path) -> None:
     (run / "export" / "importance.gguf").write_text("not needed")
     for name, size in (("a-f16.gguf", 20), ("a-q4_k_m.gguf", 5)):
         (run / "export" / "gguf" / name).write_bytes(bytes(size))
-    (runs / "latest").symlink_to("a-run")
+    if links:
+        (runs / "latest").symlink_to("a-run")
+    else:
+        (runs / "latest").write_text("a-run")
 
 
 def of_the_project(commands: list[list[str]]) -> list[list[str]]:
@@ -197,7 +178,8 @@ def test_outside_colab_all_stages_run_in_order_and_nothing_is_installed(
     monkeypatch.delenv("TINYAGENT_FAST_NOTEBOOK_ARGS", raising=False)
     commands = run_cells(tmp_path, monkeypatch)
     ours = of_the_project(commands)
-    assert len(ours) == len(commands)
+    assert len(ours) == len(commands) - 1
+    assert {words[0] for words in commands} == {sys.executable}
     stages = [words[0] for words in ours]
     order = ["--version", "doctor", "data", "data", "memory", "preview", "train"]
     assert stages == [*order, "eval", "export", "eval", "report"]
@@ -205,7 +187,13 @@ def test_outside_colab_all_stages_run_in_order_and_nothing_is_installed(
         if words[0] in ("doctor", "memory", "preview", "train"):
             assert words[1:3] == ["--preset", "cpu"]
     smallest = (tmp_path / "runs/a-run/export/gguf/a-q4_k_m.gguf").resolve()
-    assert Planner.asked[-1] == (smallest, "do it")
+    assert commands[-1][-3:-1] == [str(smallest), "do it"]
+
+
+def test_runs_lie_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = run_cells(tmp_path, monkeypatch, links=False)
+    assert commands[-1][-3] == "runs/a-run/export/gguf/a-q4_k_m.gguf"
+    assert (tmp_path / "runs/a-run/download.zip").exists()
 
 
 def test_the_archive_has_the_smallest_gguf_and_what_serves_it(
@@ -256,17 +244,55 @@ def colab(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     return asked
 
 
-def test_colab_clones_installs_and_downloads_but_leaves_drive_alone(
+def test_colab_clones_installs_apart_and_downloads_but_leaves_drive_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colab: dict[str, list[str]]
 ) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or REPOSITORY)
     commands = run_cells(tmp_path, monkeypatch)
     assert commands[0] == ["git", "clone", "--depth", "1", REPOSITORY, "tinyagent_fast"]
+    assert len(asked) == 1
+    home = tmp_path / "tinyagent_fast"
+    assert Path.cwd() == home
+    python = str(home / ".venv" / "bin" / "python")
+    assert commands[1] == [sys.executable, "-m", "venv", "--without-pip", ".venv"]
     installed = [words for words in commands if "install" in words]
+    assert all(words[1:5] == ["-m", "pip", "--python", python] for words in installed)
     assert installed[0][-1] in ("requirements.txt", "requirements-cpu.txt")
     assert (ROOT / installed[0][-1]).exists()
-    assert Path.cwd() == tmp_path / "tinyagent_fast"
+    after = commands[commands.index(installed[-1]) + 1 :]
+    assert {words[0] for words in after} == {python}
     assert colab["mounted"] == []
     assert [Path(name).name for name in colab["downloaded"]] == ["download.zip"]
+
+
+def test_an_address_without_a_repository_is_named_before_anything_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colab: dict[str, list[str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYAGENT_FAST_REPOSITORY", str(tmp_path / "nothing"))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    with pytest.raises(RuntimeError, match=r"put its address.*REPOSITORY in the first cell"):
+        for cell in code_cells()[:2]:
+            exec(compile(cell, "cell", "exec"), namespace)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pip_fills_an_environment_that_has_none(tmp_path: Path) -> None:
+    """As the notebook does it."""
+    import subprocess
+
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / ".venv")], check=True
+    )
+    python = str(tmp_path / ".venv" / "bin" / "python")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "list", "--format=json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == []
 
 
 def test_runs_go_to_drive_only_when_asked_for(
@@ -283,7 +309,7 @@ def test_runs_go_to_drive_only_when_asked_for(
         seen.append(str(path))
         return Path(f"{tmp_path}{path}")
 
-    run_cells(tmp_path, monkeypatch, USE_DRIVE=True, Path=elsewhere)
+    run_cells(tmp_path, monkeypatch, USE_DRIVE=True, Path=elsewhere, REPOSITORY=REPOSITORY)
     assert colab["mounted"] == ["/content/drive"]
     assert seen == ["/content/drive/MyDrive/tinyagent_fast/runs"]
 
