@@ -27,6 +27,7 @@ PromptFormat = Literal["alpaca", "flat", "chat"]
 Targets = Literal["all-linear", "attention"]
 Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
 Prompts = Literal["as-is", "retrieved", "short"]
+RetrieverKind = Literal["tfidf", "encoder"]
 GrammarUse = Literal["on", "off"]
 Leaks = Literal["drop", "keep", "error"]
 QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
@@ -34,6 +35,8 @@ Tracker = Literal["off", "tensorboard", "trackio", "wandb"]
 
 BASE_MODEL = "Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct"
 """The model that the published TinyAgent-1.1B was fine-tuned from."""
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+"""22.7 M parameters, Apache-2.0, with weights as safetensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,15 @@ class DataConfig:
     tools in one line with the time, as generated data does."""
     retrieval_recall: float = 0.98
     """Share of queries for which the retriever should find all tools; higher lists more tools."""
+    retriever: RetrieverKind = "tfidf"
+    """What scores the tools: linear classifiers over TF-IDF, trained in seconds on a CPU, or an
+    encoder, fine-tuned in minutes, best on a GPU."""
+    retriever_encoder: str = ENCODER
+    """Folder or hub name of the encoder to fine-tune; its weights must be safetensors."""
+    retriever_epochs: int = 6
+    """Passes of the encoder over the training queries."""
+    retriever_learning_rate: float = 2e-4
+    """Peak learning rate of the encoder; larger encoders need a lower one."""
     validation_entries: int = 1000
     """Entries taken out of the training file for validation."""
     limit_entries: int | None = None
@@ -76,7 +88,7 @@ class DataConfig:
     catalogue: Path | None = None
     """YAML file with tools of your own, for generating and scoring; None takes TinyAgent's 16."""
     seed: int = 0
-    """Seed of the split and of generated data."""
+    """Seed of the split, of generated data and of the retriever's encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +230,7 @@ _MAY_BE_ZERO = frozenset(
 """Counts that may be 0; every other one must be at least 1."""
 _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "data.retrieval-recall": ("in (0, 1)", lambda value: 0 < value < 1),
+    "data.retriever-learning-rate": ("in (0, 1)", lambda value: 0 < value < 1),
     "data.joins-per-plan": ("0 or more", lambda value: value >= 0),
     "train.learning-rate": ("in (0, 1)", lambda value: 0 < value < 1),
     "train.warmup": ("a share in [0, 1)", lambda value: 0 <= value < 1),
@@ -296,6 +309,8 @@ def check_config(config: Config) -> None:
         )
     if config.data.prompts != "as-is" and config.data.points == "join":
         problems.append("data.prompts retrieved needs data.points plan or all")
+    if config.data.retriever == "tfidf" and config.data.retriever_encoder != ENCODER:
+        problems.append("data.retriever-encoder needs data.retriever encoder")
     if config.data.joins_per_plan is not None and config.data.points != "all":
         problems.append("data.joins-per-plan needs data.points all")
     if train.qat != "off":

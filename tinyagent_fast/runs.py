@@ -2,7 +2,7 @@
 
 config.yaml, environment.json, data.json (hashes and counts), history.jsonl, samples/, checkpoints/,
 best/ (the chosen adapter and best.json), adapter/ (a copy to use), training.png, eval/,
-retriever.json and .npz.
+retriever.json and .npz, and retriever-encoder/ where an encoder scores the tools.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def test_unseen_queries_get_their_tools_and_few_others(
     generated: tuple[list[Example], list[Example]],
     trained: tuple[ToolRetriever, list[tuple[str, ...]]],
 ) -> None:
-    figures = trained[0].measure(generated[1])
+    figures = trained[0].rewrite(generated[1]).figures()
     assert figures.whole >= 0.95
     assert figures.called <= figures.retrieved <= figures.called + 4
     assert trained[0].figures.whole >= 0.98
@@ -244,7 +244,7 @@ def test_the_command_says_how_well_tools_are_found(
 def test_real_queries_get_their_tools(real_data: Path) -> None:
     train, test = (plans(real_data / f"{name}_data.json") for name in ("training", "testing"))
     retriever, _ = train_retriever(train, recall=0.98)
-    figures = retriever.measure(test)
+    figures = retriever.rewrite(test).figures()
     assert (figures.queries, round(figures.called, 2)) == (212, 4.60)
     assert figures.whole >= 0.97
     assert figures.retrieved <= 9.5

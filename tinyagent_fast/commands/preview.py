@@ -27,6 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--rows {known.rows}", "there is nothing to show", "ask for 1 or more")
     from rich.console import Console
 
+    from tinyagent_fast.display import Display
     from tinyagent_fast.models.bases import base_tokenizer, resolve_base
     from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.templates import render
@@ -34,7 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.training.inputs import load_run_examples
 
     console = Console(highlight=False)
-    examples = load_run_examples(config)
+    with Display(Console(stderr=True)).working("preview", "steps of the retriever") as update:
+        examples = load_run_examples(config, update)
     hf = base_tokenizer(config, examples.train, [e.query for e in examples.test])
     if hf is None:
         base = resolve_base(config, examples.train, say=console.print)

@@ -256,7 +256,8 @@ def test_queries(
     examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
     about_test: dict[str, object] = {"test_sha256": test_sha256}
     if config.data.prompts != "as-is":
-        retriever = processes.main_process_first(lambda: retriever_of_run(run))
+        with display.working("tool retriever", "steps") as update:
+            retriever = processes.main_process_first(lambda: retriever_of_run(run, update))
         if retriever is None or retriever.system is None:
             raise ConfigError(
                 "--prompts retrieved",
@@ -265,8 +266,9 @@ def test_queries(
                 else "the system prompts of the run's training file have no tool list",
                 "evaluate with --prompts as-is",
             )
-        display.say(f"prompts rewritten: {retriever.measure(examples).sentence()}")
-        examples = retriever.rewrite(examples)
+        with display.working("retrieving tools"):
+            examples = retriever.rewrite(examples)
+        display.say(f"prompts rewritten: {examples.figures().sentence()}")
         about_test["retriever"] = retriever.facts()
     return examples, about_test
 

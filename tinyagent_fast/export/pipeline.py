@@ -209,7 +209,8 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
             export.display.say(f"{path.name}: written")
     if (retriever := retriever_of_run(export.run)) is not None:
         for path in retriever.save(export.folder):
-            export.display.say(f"{path.name}: written")
+            size = f"{path.stat().st_size / 2**20:,.1f} MiB"
+            export.display.say(f"{path.relative_to(export.folder)}: written, {size}")
     record.update(
         gates=[vars(gate) for gate in gates],
         passed=all(gate.passed for gate in gates) if gates else None,

@@ -1,8 +1,9 @@
 """Tool retrieval: which tools a request may need, and the system text that lists just these.
 
-A linear classifier for each tool over TF-IDF of words and character n-grams, learned from training
-queries and the tools that their plans call. It trains in seconds on a CPU; scikit-learn is imported
-when a retriever is trained or asked, and files are JSON and npz without pickle.
+A scorer gives each query a probability for each tool, learned from training queries and the tools
+that their plans call: linear classifiers over TF-IDF of words and character n-grams, which train in
+seconds on a CPU, or a fine-tuned encoder. scikit-learn is imported when a retriever is trained or
+asked, torch only for an encoder; files are JSON, npz and safetensors, without pickle.
 """
 
 from __future__ import annotations
@@ -13,27 +14,32 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from zipfile import BadZipFile
 
+from tinyagent_fast.data.cache import cache_folder, file_sha256
 from tinyagent_fast.data.schema import Example, plan_steps
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.models.encoder import Encoder, EncoderTraining, encoder_folder, train_encoder
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 from tinyagent_fast.prompts.system_text import SystemText, parse, render, united
-from tinyagent_fast.runs import write_text
+from tinyagent_fast.runs import replace_folder, write_text
 
 if TYPE_CHECKING:
     import numpy as np
 
 RETRIEVER = "retriever.json"
-"""Its file in a run's folder and beside an exported model; the weights lie in an npz beside it."""
+"""Its file in a run's folder and beside an exported model; the weights lie beside it."""
 
 _WEIGHTS = "retriever.npz"
+_ENCODER = "retriever-encoder"
 _POOL = 1500
 """Solved requests that are kept as examples for prompts."""
 _TEXTS = 500
@@ -70,6 +76,49 @@ class RetrievalFigures:
         )
 
 
+@dataclass(frozen=True)
+class Tfidf:
+    """Vectors of queries: TF-IDF of words with pairs of words, and of character n-grams."""
+
+    terms: tuple[tuple[str, ...], tuple[str, ...]]
+    idf: np.ndarray
+
+    def vectors(self, queries: Sequence[str]) -> Any:
+        """Give a sparse matrix, [queries, terms]."""
+        return self._vectorizer.transform(queries)
+
+    @cached_property
+    def _vectorizer(self) -> Any:
+        words, characters = _vectorizers()
+        split = len(self.terms[0])
+        for one, terms, idf in (
+            (words, self.terms[0], self.idf[:split]),
+            (characters, self.terms[1], self.idf[split:]),
+        ):
+            one.vocabulary = {term: at for at, term in enumerate(terms)}
+            one.fit([""])  # takes the vocabulary
+            one.idf_ = idf
+        return _union(words, characters)
+
+
+@dataclass(frozen=True)
+class LinearScorer:
+    """One logistic regression a tool."""
+
+    tfidf: Tfidf
+    weights: np.ndarray
+    """[terms, tools]"""
+    bias: np.ndarray
+
+    def probabilities(self, queries: Sequence[str]) -> np.ndarray:
+        """Give [queries, tools]."""
+        import numpy as np
+
+        scores = self.tfidf.vectors(queries) @ self.weights + self.bias
+        shares: np.ndarray = 1 / (1 + np.exp(-scores))
+        return shares
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToolRetriever:
     """Chooses tools by the request, and writes the system text with them."""
@@ -77,12 +126,10 @@ class ToolRetriever:
     tools: tuple[str, ...]
     threshold: float
     """Tools of at least this probability are retrieved."""
-    terms: tuple[tuple[str, ...], tuple[str, ...]]
-    """Words with pairs of words, and character n-grams."""
-    idf: np.ndarray
-    weights: np.ndarray
-    """[terms, tools]"""
-    bias: np.ndarray
+    scorer: LinearScorer | Encoder
+    """Gives each query a probability for each tool."""
+    tfidf: Tfidf
+    """By it requests are alike, whatever scores the tools."""
     system: SystemText | None
     """With all tools; None if the training prompts list none."""
     solved: tuple[tuple[str, str], ...]
@@ -105,10 +152,7 @@ class ToolRetriever:
 
     def retrieve_all(self, queries: Sequence[str]) -> list[tuple[str, ...]]:
         """Choose the tools of many queries, as `retrieve` does of each."""
-        import numpy as np
-
-        scores = self._vectorizer.transform(queries) @ self.weights + self.bias
-        return _chosen(self.tools, 1 / (1 + np.exp(-scores)), self.threshold)
+        return _chosen(self.tools, self.scorer.probabilities(queries), self.threshold)
 
     def system_text(
         self, query: str, tools: Iterable[str], own: SystemText | None = None
@@ -151,16 +195,17 @@ class ToolRetriever:
         return RewrittenExamples(examples, self, self.retrieve_all(queries) if queries else [])
 
     def facts(self) -> dict[str, Any]:
-        """Give what tells it from others: threshold and figures."""
-        return {"threshold": self.threshold, **asdict(self.figures)}
+        """Give what tells it from others: threshold and figures, and the weights of an encoder."""
+        return {"threshold": self.threshold, **asdict(self.figures), **self._encoder()}
 
-    def measure(self, examples: Sequence[Example]) -> RetrievalFigures:
-        """Measure the retriever on plans that it was not trained on."""
-        queries = [example.query for example in examples]
-        return _figures(self.retrieve_all(queries), [called_tools(e.output) for e in examples])
+    def scored_by(self) -> str:
+        """Say what scores the tools."""
+        if isinstance(self.scorer, Encoder):
+            return f"an encoder of {self.scorer.size_mib():,.1f} MiB"
+        return "TF-IDF and linear classifiers"
 
     def save(self, folder: Path) -> list[Path]:
-        """Write two files into a folder.
+        """Write its files into a folder: two, and the folder of an encoder.
 
         Returns:
             Their paths.
@@ -168,13 +213,17 @@ class ToolRetriever:
         import numpy as np
 
         path, weights = folder / RETRIEVER, folder / _WEIGHTS
-        arrays = {"idf": self.idf, "weights": self.weights, "bias": self.bias}
+        arrays, encoder = {"idf": self.tfidf.idf}, []
+        if isinstance(self.scorer, LinearScorer):
+            arrays |= {"weights": self.scorer.weights, "bias": self.scorer.bias}
+        else:
+            encoder = self.scorer.save(folder / _ENCODER)
         part = weights.with_name(f"{weights.name}.part")
         with part.open("wb") as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)
         part.replace(weights)
         write_text(path, json.dumps(self._plain(), ensure_ascii=False) + "\n")
-        return [path, weights]
+        return [path, weights, *encoder]
 
     def key(self) -> str:
         """Name all that decides the prompts that it makes, for caches of rows."""
@@ -188,27 +237,18 @@ class ToolRetriever:
             "system": self.system.to_json() if self.system else None,
             "examples": self.examples,
             "solved": self.solved,
-            "terms": self.terms,
+            "terms": self.tfidf.terms,
+            **self._encoder(),
         }
 
-    @cached_property
-    def _vectorizer(self) -> Any:
-        words, characters = _vectorizers()
-        split = len(self.terms[0])
-        for one, terms, idf in (
-            (words, self.terms[0], self.idf[:split]),
-            (characters, self.terms[1], self.idf[split:]),
-        ):
-            one.vocabulary = {term: at for at, term in enumerate(terms)}
-            one.fit([""])  # takes the vocabulary
-            one.idf_ = idf
-        return _union(words, characters)
+    def _encoder(self) -> dict[str, str]:
+        return {"encoder": self.scorer.sha256} if isinstance(self.scorer, Encoder) else {}
 
     @cached_property
     def _pool(self) -> tuple[Any, list[set[str]], list[str]]:
         queries = [query for query, _ in self.solved]
         return (
-            self._vectorizer.transform(queries),
+            self.tfidf.vectors(queries),
             [set(called_tools(plan)) for _, plan in self.solved],
             list(map(normalise_query, queries)),
         )
@@ -216,7 +256,7 @@ class ToolRetriever:
     def _most_similar(self, query: str, tools: set[str]) -> list[tuple[str, str]]:
         """Choose solved requests that call no other tools; the most similar one stands last."""
         vectors, called, normal = self._pool
-        likeness = (vectors @ self._vectorizer.transform([query]).T).toarray()[:, 0]
+        likeness = (vectors @ self.tfidf.vectors([query]).T).toarray()[:, 0]
         same = normalise_query(query)
         fitting = (at for at in likeness.argsort(kind="stable")[::-1] if tools >= called[at])
         best = [self.solved[at] for at in fitting if normal[at] != same][: self.examples]
@@ -242,16 +282,19 @@ def load_retriever(folder: Path) -> ToolRetriever | None:
         return None
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        with np.load(folder / _WEIGHTS, allow_pickle=False) as arrays:
-            idf, weights, bias = arrays["idf"], arrays["weights"], arrays["bias"]
         words, characters = map(tuple, plain["terms"])
+        scorer: LinearScorer | Encoder
+        with np.load(folder / _WEIGHTS, allow_pickle=False) as arrays:
+            tfidf = Tfidf((words, characters), arrays["idf"])
+            if "encoder" in plain:
+                scorer = Encoder(folder / _ENCODER, plain["encoder"])
+            else:
+                scorer = LinearScorer(tfidf, arrays["weights"], arrays["bias"])
         return ToolRetriever(
             tools=tuple(plain["tools"]),
             threshold=plain["threshold"],
-            terms=(words, characters),
-            idf=idf,
-            weights=weights,
-            bias=bias,
+            scorer=scorer,
+            tfidf=tfidf,
             system=SystemText.from_json(plain["system"]) if plain["system"] else None,
             solved=tuple((query, plan) for query, plan in plain["solved"]),
             examples=plain["examples"],
@@ -264,7 +307,12 @@ def load_retriever(folder: Path) -> ToolRetriever | None:
 
 
 def train_retriever(
-    examples: Sequence[Example], *, recall: float, known: Iterable[str] = TINYAGENT
+    examples: Sequence[Example],
+    *,
+    recall: float,
+    known: Iterable[str] = TINYAGENT,
+    encoder: EncoderTraining | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> tuple[ToolRetriever, list[tuple[str, ...]]]:
     """Train a retriever.
 
@@ -274,15 +322,18 @@ def train_retriever(
             that gives it on queries that the classifiers have not seen (cross-validation), at most
             0.25, and less for many plans.
         known: Tools in the order in which prompts list them.
+        encoder: The encoder to fine-tune, which takes minutes; one that was trained before in the
+            same way is taken from the cache. None trains linear classifiers.
+        on_progress: Called with the steps of an encoder's training, done and in all.
 
     Returns:
         The retriever, and the tools of each example as they are retrieved for unseen queries.
 
     Raises:
         DataError: There are too few plans.
+        ModelError: The encoder cannot be had or loaded.
     """
     import numpy as np
-    from sklearn.model_selection import KFold
 
     if len(examples) < 2:
         raise DataError(
@@ -296,33 +347,28 @@ def train_retriever(
     order = [*known, *sorted(there.difference(known))]
     tools = tuple(name for name in order if name in there)
     wanted = np.array([[name in names for name in tools] for names in called])
-    unseen = np.zeros(wanted.shape)
-    parts = min(5, len(queries)) if len(queries) <= _FEW_QUERIES else 2
-    folds = KFold(parts, shuffle=True, random_state=0)
-    for train, held_out in folds.split(queries):
-        vectorizer, weights, bias = _fit([queries[at] for at in train], wanted[train])
-        scores = vectorizer.transform([queries[at] for at in held_out]) @ weights + bias
-        unseen[held_out] = 1 / (1 + np.exp(-scores))
+    scorer: LinearScorer | Encoder
+    if encoder is None:
+        scorer, unseen = _cross_validated(_fit_linear, queries, wanted)
+        tfidf = Tfidf(scorer.tfidf.terms, scorer.tfidf.idf.astype(np.float32))
+        weights, bias = (array.astype(np.float32) for array in (scorer.weights, scorer.bias))
+        scorer = LinearScorer(tfidf, weights, bias)
+    else:
+        scorer, unseen = _fit_encoder(queries, wanted, tools, encoder, on_progress)
+        tfidf, _ = _fit_tfidf(queries)
     least = np.where(wanted, unseen, 1.0).min(axis=1)
     low, high = _HIGHEST_THRESHOLDS
     highest = max(low, min(high, 60 / len(queries)))
     threshold = min(float(np.sort(least)[int((1 - recall) * len(queries))]), highest)
     retrieved = _chosen(tools, unseen, threshold)
-    vectorizer, weights, bias = _fit(queries, wanted)
-    (_, words), (_, characters) = vectorizer.transformer_list
     system, shown = _system_of(examples[:: max(1, len(examples) // _TEXTS)], order)
     pool = random.Random(0).sample(range(len(examples)), min(_POOL, len(examples)))
     solved = [(queries[at], _plan_alone(examples[at].output)) for at in sorted(pool)]
     retriever = ToolRetriever(
         tools=tools,
         threshold=threshold,
-        terms=(
-            tuple(map(str, words.get_feature_names_out())),
-            tuple(map(str, characters.get_feature_names_out())),
-        ),
-        idf=np.concatenate([words.idf_, characters.idf_]).astype(np.float32),
-        weights=weights.astype(np.float32),
-        bias=bias.astype(np.float32),
+        scorer=scorer,
+        tfidf=tfidf,
         system=system,
         solved=tuple((query, plan) for query, plan in solved if plan) if shown else (),
         examples=shown,
@@ -341,13 +387,85 @@ def _plan_alone(output: str) -> str:
     return before + found if found else ""
 
 
-def _fit(queries: Sequence[str], wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+Scorer = TypeVar("Scorer", LinearScorer, Encoder)
+
+
+def _cross_validated(
+    fit: Callable[[Sequence[str], np.ndarray], Scorer], queries: Sequence[str], wanted: np.ndarray
+) -> tuple[Scorer, np.ndarray]:
+    """Train on all queries, and score each by a scorer that was trained on others."""
+    import numpy as np
+
+    unseen = np.zeros(wanted.shape)
+    for train, held_out in _folds(len(queries)):
+        scorer = fit([queries[at] for at in train], wanted[train])
+        unseen[held_out] = scorer.probabilities([queries[at] for at in held_out])
+    return fit(queries, wanted), unseen
+
+
+def _folds(queries: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    from sklearn.model_selection import KFold
+
+    parts = min(5, queries) if queries <= _FEW_QUERIES else 2
+    return list(KFold(parts, shuffle=True, random_state=0).split(range(queries)))
+
+
+def _fit_encoder(
+    queries: Sequence[str],
+    wanted: np.ndarray,
+    tools: Sequence[str],
+    training: EncoderTraining,
+    on_progress: Callable[[int, int], None],
+) -> tuple[Encoder, np.ndarray]:
+    """Fine-tune an encoder as `_cross_validated` says, unless the cache has an equal one."""
+    import numpy as np
+
+    base = encoder_folder(training.encoder)
+    files = [(path.name, file_sha256(path)) for path in sorted(base.iterdir()) if path.is_file()]
+    parts = (files, asdict(replace(training, encoder="")), tools, queries, wanted.tolist())
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    folder = cache_folder() / "encoders" / key
+    if not folder.exists():
+        done, number = count(1), count()
+        sizes = [len(queries), *(len(train) for train, _ in _folds(len(queries)))]
+        total = sum(map(training.steps, sizes))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as name:
+
+            def fit(texts: Sequence[str], labels: np.ndarray) -> Encoder:
+                place = Path(name) / f"{next(number)}" / _ENCODER
+                return train_encoder(
+                    base,
+                    texts,
+                    labels,
+                    tools,
+                    training,
+                    place,
+                    lambda: on_progress(next(done), total),
+                )
+
+            scorer, unseen = _cross_validated(fit, queries, wanted)
+            np.save(scorer.folder.parent / "unseen.npy", unseen)
+            replace_folder(scorer.folder.parent, folder)
+    return Encoder.in_folder(folder / _ENCODER), np.load(folder / "unseen.npy")
+
+
+def _fit_tfidf(queries: Sequence[str]) -> tuple[Tfidf, Any]:
+    import numpy as np
+
+    union = _union(*_vectorizers())
+    features = union.fit_transform(queries)
+    (_, words), (_, characters) = union.transformer_list
+    terms = [tuple(map(str, one.get_feature_names_out())) for one in (words, characters)]
+    return Tfidf((terms[0], terms[1]), np.concatenate([words.idf_, characters.idf_])), features
+
+
+def _fit_linear(queries: Sequence[str], wanted: np.ndarray) -> LinearScorer:
     """Train one logistic regression a tool; a tool that all or none call gets a constant."""
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 
-    vectorizer = _union(*_vectorizers())
-    features = vectorizer.fit_transform(queries)
+    tfidf, features = _fit_tfidf(queries)
     weights, bias = np.zeros((features.shape[1], wanted.shape[1])), np.zeros(wanted.shape[1])
     for tool, labels in enumerate(wanted.T):
         if labels.all() or not labels.any():
@@ -356,7 +474,7 @@ def _fit(queries: Sequence[str], wanted: np.ndarray) -> tuple[Any, np.ndarray, n
         model = LogisticRegression(C=3.0, solver="liblinear", random_state=0)
         model.fit(features, labels)
         weights[:, tool], bias[tool] = model.coef_[0], model.intercept_[0]
-    return vectorizer, weights, bias
+    return LinearScorer(tfidf, weights, bias)
 
 
 def _vectorizers() -> tuple[Any, Any]:
@@ -427,6 +545,10 @@ class RewrittenExamples(Sequence[Example]):
     retriever: ToolRetriever
     tools: Sequence[tuple[str, ...]]
     """What each example's prompt lists."""
+
+    def figures(self) -> RetrievalFigures:
+        """Measure the retriever on these plans, which it was not trained on."""
+        return _figures(self.tools, [called_tools(example.output) for example in self.examples])
 
     def __len__(self) -> int:
         """Return the number of examples."""

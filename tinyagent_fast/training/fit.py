@@ -253,8 +253,8 @@ def _prepare(
 ) -> _Prepared:
     """Read data, build the base, encode rows, load the model and make the run's folder."""
     processes = init_processes()
-    with display.bar("reading data"):
-        examples = processes.main_process_first(lambda: load_run_examples(config))
+    with display.bar("reading data", "steps of the retriever") as update:
+        examples = processes.main_process_first(lambda: load_run_examples(config, update))
     with display.bar("base model", "steps") as update:
         base = processes.on_main_process(
             lambda: resolve_base(
@@ -554,7 +554,10 @@ def _header(prepared: _Prepared) -> dict[str, str]:
             + ("" if fits else "; it may not fit (tinyagent-fast memory says more)")
         )
     if (retriever := prepared.examples.retriever) is not None:
-        lines["prompts"] = f"rewritten: {retriever.figures.sentence()}, by cross-validation"
+        lines["prompts"] = (
+            f"rewritten: {retriever.figures.sentence()}, by cross-validation of "
+            f"{retriever.scored_by()}"
+        )
     lines["rate"] = f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}"
     return lines
 
@@ -685,8 +688,8 @@ def _finish(prepared: _Prepared) -> None:
         load_adapter_weights(prepared.loaded.model, run.adapter)
     if prepared.config.eval.before_and_after:
         prepared.measure_test_queries("after")
-    with prepared.display.bar("tool retriever"):
-        prepared.processes.on_main_process(lambda: retriever_of_run(run) is not None)
+    with prepared.display.bar("tool retriever", "steps") as update:
+        prepared.processes.on_main_process(lambda: retriever_of_run(run, update) is not None)
     prepared.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}")
 
 

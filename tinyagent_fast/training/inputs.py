@@ -25,6 +25,7 @@ from tinyagent_fast.data.splits import (
     without_leaks,
 )
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.models.encoder import EncoderTraining
 from tinyagent_fast.plans import grammar
 from tinyagent_fast.plans.tools import TINYAGENT
 from tinyagent_fast.prompts.retrieval import (
@@ -43,6 +44,11 @@ from tinyagent_fast.runs import Run
 GENERATED = Path("data/generated")
 _SOME_MOMENT = datetime(2000, 1, 1)
 """Stands in prompts only where a row tells no other."""
+OnProgress = Callable[[int, int], None]
+
+
+def _in_silence(_done: int, _total: int) -> None:
+    """Take the place of a progress bar where there is none."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,12 @@ def _generation_key(spec: GenerationSpec) -> str:
     return settings + hashlib.sha256(b"".join(contents)).hexdigest()
 
 
-def load_run_examples(config: Config) -> RunExamples:
+def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> RunExamples:
     """Read, split and sample the examples of a run.
 
     Args:
         config: The run's config.
+        on_progress: Called while a retriever's encoder is trained, with its steps and their number.
 
     Returns:
         The examples; validation entries and test queries are kept out of training.
@@ -197,16 +204,20 @@ def load_run_examples(config: Config) -> RunExamples:
         leaks=leaks,
         left_out_as_leaks=leaked,
     )
-    return examples if data.prompts == "as-is" else _with_retrieved_tools(examples, config)
+    if data.prompts == "as-is":
+        return examples
+    return _with_retrieved_tools(examples, config, on_progress)
 
 
-def _with_retrieved_tools(examples: RunExamples, config: Config) -> RunExamples:
+def _with_retrieved_tools(
+    examples: RunExamples, config: Config, on_progress: OnProgress
+) -> RunExamples:
     """Train a retriever on the training plans, and rewrite the prompts of all plans.
 
     Training rows list what is retrieved for a query that the retriever has not seen, as at
     inference, and the tools of their plan; the others list what is retrieved.
     """
-    retriever, retrieved = _train_retriever(examples.train, config)
+    retriever, retrieved = _train_retriever(examples.train, config, on_progress)
     of_plans = iter(retrieved)
     listed = [
         (*called_tools(e.output), *next(of_plans)) if e.kind == "plan" else ()
@@ -223,24 +234,28 @@ def _with_retrieved_tools(examples: RunExamples, config: Config) -> RunExamples:
 
 
 def _train_retriever(
-    train: Sequence[Example], config: Config
+    train: Sequence[Example], config: Config, on_progress: OnProgress
 ) -> tuple[ToolRetriever, list[tuple[str, ...]]]:
+    data = config.data
     retriever, retrieved = train_retriever(
         [example for example in train if example.kind == "plan"],
-        recall=config.data.retrieval_recall,
-        known=plan_tools(config.data.catalogue) or TINYAGENT,
+        recall=data.retrieval_recall,
+        known=plan_tools(data.catalogue) or TINYAGENT,
+        encoder=EncoderTraining.of(data),
+        on_progress=on_progress,
     )
-    if config.data.prompts == "short":
+    if data.prompts == "short":
         system = parse(short_planner_prompt(retriever.tools, _SOME_MOMENT), retriever.tools)
         retriever = replace(retriever, system=system, examples=0, solved=())
     return retriever, retrieved
 
 
-def retriever_of_run(run: Run) -> ToolRetriever | None:
+def retriever_of_run(run: Run, on_progress: OnProgress = _in_silence) -> ToolRetriever | None:
     """Read the tool retriever of a run, or train and save it from the run's training queries.
 
     Args:
         run: The run.
+        on_progress: Called while an encoder is trained for it, with its steps and their number.
 
     Returns:
         The retriever; None if there is none and the training file is not here or has one plan.
@@ -263,7 +278,7 @@ def retriever_of_run(run: Run) -> ToolRetriever | None:
     examples = load_run_examples(replace(config, data=data))
     if len(examples.train) < 2:
         return None
-    retriever, _ = _train_retriever(examples.train, config)
+    retriever, _ = _train_retriever(examples.train, config, on_progress)
     retriever.save(run.path)
     return retriever
 
