@@ -139,10 +139,10 @@ def test_long_queries_are_read_to_their_end(
     trained: tuple[ToolRetriever, list[tuple[str, ...]], list[tuple[int, int]]],
 ) -> None:
     retriever = trained[0]
-    filler = " ".join(FILLERS * 5)  # twice as long as the encoder's context
-    for where in (f"map {filler}", f"{filler} map", f"{filler} map {filler}"):
-        assert "maps_open_location" in retriever.retrieve(where)
-    assert "maps_open_location" not in retriever.retrieve(f"text {filler}")
+    long = " ".join(["text", *FILLERS] * 5)  # twice as long as the encoder's context
+    assert "maps_open_location" not in retriever.retrieve(long)
+    for with_map in (f"map {long}", f"{long} map", f"{long} map {long}"):
+        assert "maps_open_location" in retriever.retrieve(with_map)
 
 
 def test_it_says_the_same_after_saving_and_loading_and_alone(
