@@ -179,7 +179,7 @@ def train_encoder(
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
                 logits.float(), targets[batch].to(device)
             )
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -268,7 +268,7 @@ def _batches(lengths: Sequence[int], epochs: int) -> Iterator[list[int]]:
 
     for _ in range(epochs):
         batches: list[list[int]] = []
-        for chunk in torch.randperm(len(lengths)).split(_BATCH * _LIKE_LENGTH_BATCHES):
+        for chunk in torch.split(torch.randperm(len(lengths)), _BATCH * _LIKE_LENGTH_BATCHES):
             alike = sorted(chunk.tolist(), key=lengths.__getitem__)
             batches += [alike[at : at + _BATCH] for at in range(0, len(alike), _BATCH)]
         for at in torch.randperm(len(batches)).tolist():
