@@ -76,6 +76,8 @@ class Lengths:
 class Sizes:
     """Everything that `FULL` and `QUICK` differ in."""
 
+    shape: str | None = None
+    """A published base's short name, whose sizes are taken instead of those below."""
     hidden: int = 1024
     layers: int = 6
     vocab: int = 32000
@@ -119,7 +121,7 @@ def random_llama(sizes: Sizes, positions: int) -> Any:
     """Build a Llama of random fp32 weights, always the same ones, with TinyLlama's proportions.
 
     Args:
-        sizes: Hidden size, layers and vocabulary.
+        sizes: Hidden size, layers and vocabulary, or a published shape.
         positions: Tokens that a row may have.
 
     Returns:
@@ -128,7 +130,24 @@ def random_llama(sizes: Sizes, positions: int) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tinyagent_fast.models.published import PUBLISHED
+
     torch.manual_seed(0)
+    if sizes.shape is not None:
+        shape = PUBLISHED[sizes.shape].shape
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=max(shape.vocab, sizes.vocab),
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                tie_word_embeddings=shape.tied,
+                max_position_embeddings=positions,
+            )
+        )
     heads = sizes.hidden // HEAD_DIM
     config = LlamaConfig(
         vocab_size=sizes.vocab,
@@ -850,6 +869,8 @@ def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
+    from tinyagent_fast.models.published import PUBLISHED
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
@@ -865,6 +886,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("rounds", "layers", "hidden", "batch", "eval-batch", "new-tokens"):
         parser.add_argument(f"--{name}", type=int, help="another size than the default")
     parser.add_argument("--single-prompts", type=int, help="prompts that go one at a time")
+    llamas = [name for name, base in PUBLISHED.items() if base.shape.model_type == "llama"]
+    parser.add_argument("--shape", choices=llamas, help="a published base's layers and sizes")
     flags = parser.parse_args(arguments)
     flags.parts = [name for name in flags.parts.split(",") if name]
     if not flags.parts or any(name not in PARTS for name in flags.parts):
@@ -888,6 +911,11 @@ def resolve_sizes(flags: argparse.Namespace) -> Sizes:
     sizes = QUICK if flags.quick else FULL
     names = ("rounds", "layers", "hidden", "batch", "eval_batch", "new_tokens", "single_prompts")
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if flags.shape is not None:
+        from tinyagent_fast.models.published import PUBLISHED
+
+        shape = PUBLISHED[flags.shape].shape
+        given |= {"shape": flags.shape, "hidden": shape.hidden, "layers": shape.layers}
     return replace(sizes, vocab=FULL.vocab if flags.real else sizes.vocab, **given)
 
 
@@ -982,7 +1010,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "rows": "real" if flags.real else "generated",
             "rounds": sizes.rounds,
             "threads": flags.threads,
-            "model": {"hidden": sizes.hidden, "layers": sizes.layers, "vocab": sizes.vocab},
+            "model": {
+                "shape": sizes.shape,
+                "hidden": sizes.hidden,
+                "layers": sizes.layers,
+                "vocab": sizes.vocab,
+            },
             "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
             "seconds": round(time.time() - started, 1),
             "environment": machine,

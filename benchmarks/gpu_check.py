@@ -133,13 +133,14 @@ TRANSFORMERS = {"model.backend": "transformers"}
 UNSLOTH = {"model.backend": "unsloth"}
 UNSHARED = {"train.shared_prefix": "off"}
 SHARED = {"train.shared_prefix": "on"}
-PACKED = {"train.batching": "packed", "train.batch": 1, "model.max_length_tokens": 16384}
 LONG = {"model.max_length_tokens": 32768}
 BF16 = {"model.weights": "bf16"}
 L4 = "train: l4 preset"
 WHOLE = "train: unsloth, whole rows"
+ALONE = "train: l4 preset, prefix once a micro-batch"
 SEED = "train: seed preset, plain transformers"
-STOCK = "train: stock Unsloth, packed rows"
+STOCK_PACKED = "train: stock Unsloth and TRL, packed rows"
+STOCK_PADDING_FREE = "train: stock Unsloth and TRL, padding-free"
 
 
 def micro_batch(batch: int) -> dict[str, int]:
@@ -180,14 +181,16 @@ def plan(scale: Scale) -> list[Measurement]:
         on("train: transformers, shared prefix", "train", plain, SHARED, micro_batch(4)),
         on("train: transformers, whole rows", "train", plain, UNSHARED, micro_batch(2)),
         on("numerics: unsloth, NF4", "numerics", fused),
-        on(L4, "train", fused),
+        on(L4, "train", UNSLOTH),
         on(WHOLE, "train", fused, UNSHARED, micro_batch(4)),
         on("evaluation: unsloth, NF4", "evaluation", fused),
         on(SEED, "train", TRANSFORMERS, preset="seed", limit_s=150),
-        on(STOCK, "train", fused, UNSHARED, PACKED),
+        on(STOCK_PACKED, "stock", fused, arguments={"packing": 16384}),
+        on(STOCK_PADDING_FREE, "stock", fused, micro_batch(4)),
+        on(ALONE, "train", UNSLOTH, {"train.accumulation": 1}),
         on("train: unsloth, unsloth checkpointing", "train", recomputed),
-        on("train: unsloth, bf16 weights", "train", fused, BF16),
-        on("train: l4 preset, no block compile", "train", fused, environment=no_compile),
+        on("train: l4 preset, bf16 weights", "train", UNSLOTH, BF16),
+        on("train: l4 preset, no block compile", "train", UNSLOTH, environment=no_compile),
         *(
             on(
                 f"memory: {batch} x {tokens} tokens, unsloth checkpointing",
@@ -198,14 +201,22 @@ def plan(scale: Scale) -> list[Measurement]:
             for batch, tokens in scale.shapes
         ),
         on("numerics: transformers, bf16", "numerics", plain, BF16),
+        on("numerics: unsloth, bf16", "numerics", fused, BF16),
         Measurement(name="tests", kind="tests", least_s=20, limit_s=240),
     ]
 
 
 _EVALUATION = "evaluation: transformers, NF4"
-RATIOS: Mapping[str, tuple[str, str, str]] = {
+RATIOS: Mapping[str, tuple[str, str, str | None]] = {
     "l4_over_seed": ("samples_per_s", L4, SEED),
-    "l4_over_stock_unsloth_packed": ("samples_per_s", L4, STOCK),
+    "l4_over_stock_unsloth_packed": ("samples_per_s", L4, STOCK_PACKED),
+    "l4_over_stock_unsloth_padding_free": ("samples_per_s", L4, STOCK_PADDING_FREE),
+    "prefix_once_a_step_over_once_a_micro_batch": ("samples_per_s", L4, ALONE),
+    "unsloth_over_transformers_shared": (
+        "samples_per_s",
+        L4,
+        "train: transformers, shared prefix",
+    ),
     "shared_prefix_on_over_off": (
         "samples_per_s",
         "train: transformers, shared prefix",
@@ -217,15 +228,19 @@ RATIOS: Mapping[str, tuple[str, str, str]] = {
         WHOLE,
         "train: unsloth, unsloth checkpointing",
     ),
-    "bf16_over_nf4": ("samples_per_s", "train: unsloth, bf16 weights", L4),
+    "bf16_over_nf4": ("samples_per_s", "train: l4 preset, bf16 weights", L4),
     "block_compile_on_over_off": ("samples_per_s", L4, "train: l4 preset, no block compile"),
+    "evaluation_over_one_at_a_time": ("over_one_at_a_time", "evaluation: unsloth, NF4", None),
     "evaluation_unsloth_over_transformers": (
         "plans_per_s",
         "evaluation: unsloth, NF4",
         _EVALUATION,
     ),
 }
-"""Ratios between two measurements: a figure, the measurement above and the one below."""
+"""Ratios between two measurements: a figure, the measurement above and the one below.
+
+Without one below, the figure is a ratio already.
+"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -535,36 +550,127 @@ def train(bench: Bench, item: Measurement) -> dict[str, Any]:
     # One step more than will be made: the trainer saves a checkpoint at its last step.
     recipe = replace(recipe, max_steps=scale.warmup_steps + scale.steps + 1)
     bench.release()
-    figures = _timed_training(bench, loaded, rows, config, recipe)
-    if recipe.batching == "packed":
-        mean = sum(bench.rows()["length"]) / len(bench.rows())
-        if figures["tokens_per_s"] is not None:
-            figures["samples_per_s"] = round(figures["tokens_per_s"] / mean, 3)
+    figures = _our_training(bench, loaded, rows, config, recipe)
     bench.release()
     return {"fused_layers": fused_layers(loaded.model), "notes": list(loaded.notes), **figures}
 
 
-def _timed_training(
-    bench: Bench, loaded: Any, rows: Any, config: Any, recipe: Any
-) -> dict[str, Any]:
-    """Build the trainer and let it run; with this function's end nothing holds it any more."""
-    from transformers import TrainerCallback
+def stock(bench: Bench, item: Measurement) -> dict[str, Any]:
+    """Time Unsloth's own trainer on the same rows: packed to `packing` tokens, or padding-free."""
+    loaded, config = bench.loaded(item), bench.config(item)
+    bench.release()
+    figures = _stock_training(bench, loaded, config, item.arguments.get("packing"))
+    if figures["tokens_per_s"] is not None:  # of packed rows nobody knows how many came
+        lengths = bench.rows()["length"]
+        figures["samples_per_s"] = round(figures["tokens_per_s"] * len(lengths) / sum(lengths), 3)
+    bench.release()
+    return {"fused_layers": fused_layers(loaded.model), "notes": list(loaded.notes), **figures}
 
+
+def _stock_training(
+    bench: Bench, loaded: Any, config: Any, packing_tokens: int | None
+) -> dict[str, Any]:
+    if loaded.backend == "unsloth":
+        import unsloth  # noqa: F401  # patches trl, so it must come first
+    from trl import SFTConfig, SFTTrainer
+
+    recipe = config.train
+    if packing_tokens:
+        recipe = replace(recipe, batch=1, accumulation=4)  # about 16 rows
+    if bench.tiny:
+        recipe = replace(recipe, accumulation=1)
+
+    class CountingTrainer(SFTTrainer):  # type: ignore[misc]
+        tokens_seen = tokens_padded = tokens_computed = 0
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.tokens_seen += inputs["input_ids"].numel()
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    trainer = CountingTrainer(
+        model=loaded.model,
+        args=SFTConfig(
+            output_dir=str(bench.work / "checkpoints"),
+            per_device_train_batch_size=recipe.batch,
+            gradient_accumulation_steps=recipe.accumulation,
+            max_steps=bench.scale.warmup_steps + bench.scale.steps + 1,
+            learning_rate=recipe.learning_rate,
+            optim="adamw_8bit" if bench.cuda else "adamw_torch",
+            use_cpu=not bench.cuda,
+            bf16=bench.cuda and loaded.compute_dtype == "bfloat16",
+            fp16=bench.cuda and loaded.compute_dtype == "float16",
+            gradient_checkpointing=False,
+            max_length=min(packing_tokens or bench.scale.row_max_tokens, bench.scale.positions),
+            packing=packing_tokens is not None,
+            padding_free=packing_tokens is None,
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            report_to="none",
+        ),
+        train_dataset=bench.rows().select_columns(["input_ids", "labels"]),
+        processing_class=loaded.tokenizer.hf,
+    )
+    return _timed(bench, loaded, trainer, config, recipe)
+
+
+def _our_training(bench: Bench, loaded: Any, rows: Any, config: Any, recipe: Any) -> dict[str, Any]:
     from tinyagent_fast.shared_prefix.training import decide_shared_prefix
     from tinyagent_fast.training.trainer import build_trainer
 
+    kept_tokens = math.inf
+    if config.model.gradient_checkpointing == "auto" and bench.cap_gib:
+        kept_tokens = _kept_tokens(bench, loaded, rows, replace(config, train=recipe))
     trainer = build_trainer(
         loaded,
         rows,
         replace(config, train=replace(recipe, save_every_steps=10**6)),
         output_dir=bench.work / "checkpoints",
         shared_prefix=decide_shared_prefix(loaded, recipe, rows, None).on,
+        kept_tokens=kept_tokens,
     )
+    return _timed(bench, loaded, trainer, config, recipe)
+
+
+def _kept_tokens(bench: Bench, loaded: Any, rows: Any, config: Any) -> int:
+    """Predict the most tokens of a micro-batch under the cap, as a run does."""
+    from tinyagent_fast.models.families import ModelShape
+    from tinyagent_fast.shared_prefix.packing import mean_shared_tokens
+    from tinyagent_fast.training.memory import (
+        RESERVE_GIB,
+        MemoryEstimator,
+        RowLengths,
+        rows_that_share,
+    )
+
+    lengths = rows["length"]
+    sample = [rows[i] for i in range(len(rows))]
+    supervised = [sum(label >= 0 for label in row["labels"]) for row in sample]
+    estimator = MemoryEstimator(
+        config=config,
+        shape=ModelShape.from_config(loaded.model.config.to_dict()),
+        lengths=RowLengths(
+            rows=len(rows),
+            mean_tokens=statistics.fmean(lengths),
+            longest_tokens=max(lengths),
+            supervised_tokens=statistics.fmean(supervised),
+            shared_tokens=mean_shared_tokens(sample, rows_that_share(config)),
+        ),
+        backend=loaded.backend,
+        usable_gib=bench.cap_gib - RESERVE_GIB,
+    )
+    return estimator.kept_tokens(config.train.rows_per_batch)
+
+
+def _timed(bench: Bench, loaded: Any, trainer: Any, config: Any, recipe: Any) -> dict[str, Any]:
+    """Let a trainer run; with the end of its builder nothing holds it any more."""
+    from transformers import TrainerCallback
+
     seconds: list[float] = []
     tokens: list[int] = []
 
     def figures() -> dict[str, Any]:
-        computed, padded = trainer.tokens_computed, max(1, trainer.tokens_padded)
+        computed, padded = trainer.tokens_computed, trainer.tokens_padded
         return {
             "batch": recipe.batch,
             "accumulation": recipe.accumulation,
@@ -574,7 +680,7 @@ def _timed_training(
             **rates(seconds, tokens, bench.scale.warmup_steps, recipe.batch * recipe.accumulation),
             "losses": [round(e["loss"], 4) for e in trainer.state.log_history if "loss" in e],
             **bench.memory(),
-            "computed_share": round(computed / padded, 4),
+            "computed_share": round(computed / padded, 4) if padded else None,
         }
 
     class Stopper(TrainerCallback):  # type: ignore[misc]
@@ -626,14 +732,15 @@ def rates(
 
 
 def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
-    """Compare loss and gradient of a micro-batch: packed with whole rows, and with other backends.
+    """Compare loss and gradient of some rows: packed with whole rows, and with other backends.
 
     The first measurement of some weights leaves those of whole rows for the ones that follow.
     """
     import torch
 
     from tinyagent_fast.shared_prefix.forward import shared_prefix_loss, unsupported
-    from tinyagent_fast.shared_prefix.packing import pack
+    from tinyagent_fast.shared_prefix.packing import pack, pack_step
+    from tinyagent_fast.shared_prefix.step import step_gradients
     from tinyagent_fast.training.trainer import collate
 
     loaded, rows = bench.loaded(item), bench.rows()
@@ -647,21 +754,30 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     device = "cuda" if bench.cuda else "cpu"
     inputs = {k: v.to(device) for k, v in collate(batch, loaded.tokenizer.pad_id).items()}
     packed = pack(batch).each(lambda tensor: tensor.to(device))
+    step = pack_step(batch, len(batch) // 2).each(lambda tensor: tensor.to(device))
     dtype = getattr(torch, loaded.compute_dtype)
+    enabled = bench.cuda and dtype != torch.float32
+    autocast = partial(torch.autocast, "cuda", dtype, enabled=enabled)
+
+    def at_once(loss_of: Callable[[], Any]) -> Any:
+        with autocast():
+            loss = loss_of()
+        loss.backward()
+        return loss.detach()
+
     ways: dict[str, Callable[[], Any]] = {
-        "whole rows": lambda: loaded.model(**inputs, use_cache=False).loss
+        "whole rows": lambda: at_once(lambda: loaded.model(**inputs, use_cache=False).loss)
     }
     if unsupported(loaded.model, "training") is None:
-        ways["shared prefix"] = lambda: shared_prefix_loss(loaded.model, packed)
+        ways["shared prefix"] = lambda: at_once(lambda: shared_prefix_loss(loaded.model, packed))
+        ways["prefix once a step"] = lambda: step_gradients(loaded.model, step, autocast=autocast)
     bench.release()
     found: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():
         loaded.model.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", dtype, enabled=bench.cuda and dtype != torch.float32):
-            loss = way()
-        loss.backward()
+        loss = way()
         gradients = [p.grad.float().cpu().flatten() for _, p in sorted(_adapter(loaded.model))]
-        found[name] = {"loss": float(loss.detach()), "gradient": torch.cat(gradients)}
+        found[name] = {"loss": float(loss), "gradient": torch.cat(gradients)}
     loaded.model.zero_grad(set_to_none=True)
     figures: dict[str, Any] = {
         "loss": found["whole rows"]["loss"],
@@ -740,6 +856,7 @@ def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
         "plans_per_s_one_at_a_time": alone_per_s,
         "plans_per_s": per_s,
         "plans_per_s_lookup": guessed_per_s,
+        "over_one_at_a_time": round(per_s / alone_per_s, 4),
         "peak_reserved_gib": peak,
         "batch_against_one_at_a_time": equal_texts(alone, together),
         "lookup_against_batch": equal_texts(together, guessed),
@@ -774,6 +891,7 @@ KINDS: Mapping[str, Callable[[Bench, Measurement], dict[str, Any]]] = {
     "inputs": inputs,
     "numerics": numerics,
     "train": train,
+    "stock": stock,
     "evaluation": evaluation,
     "tests": gpu_tests,
 }
@@ -924,7 +1042,7 @@ def ratios(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, float | N
 
     found: dict[str, float | None] = {}
     for name, (key, top, bottom) in RATIOS.items():
-        above, below = figure(top, key), figure(bottom, key)
+        above, below = figure(top, key), figure(bottom, key) if bottom else 1.0
         found[name] = round(above / below, 4) if above is not None and below else None
     return found
 

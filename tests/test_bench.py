@@ -194,3 +194,14 @@ def test_real_prompts_share_what_the_published_ones_share():
     shares = {k: bench.shared_share(encode_prompts(tokenizer, p)) for k, p in kinds.items()}
     assert {len(prompts) for prompts in kinds.values()} == {bench.FULL.eval_batch}
     assert shares["training-shaped"] > 0.4 > 0.1 > shares["test-shaped"]
+
+
+def test_a_published_shape_is_measured_with_its_own_sizes_and_as_many_rounds_as_asked():
+    import torch
+
+    flags = bench.parse_flags(["--shape", "smollm2-135m", "--rounds", "5", "--batch", "2"])
+    sizes = bench.resolve_sizes(flags)
+    assert (sizes.rounds, sizes.batch, sizes.hidden, sizes.layers) == (5, 2, 576, 30)
+    with torch.device("meta"):
+        model = bench.random_llama(sizes, 4096)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

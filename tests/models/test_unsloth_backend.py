@@ -56,8 +56,9 @@ def main(folder: Path, *, kernels: bool = False) -> None:
     for path in sorted(folder.glob("*.yaml")):
         config = parse_config(path.read_text(encoding="utf-8"))
         seen[path.stem] = train_and_look(config)
-        flags = ["--run", path.stem, "--runs", str(folder / "runs"), "--parity-prompts", "4"]
-        evaluate.run([*flags, "--limit", "4"])
+        flags = ["--run", path.stem, "--runs", str(folder / "runs")]
+        most = "2" if kernels else "4"
+        evaluate.run([*flags, "--parity-prompts", most, "--limit", most])
     (folder / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
 
 
