@@ -600,7 +600,8 @@ def _stock_training(
             bf16=bench.cuda and loaded.compute_dtype == "bfloat16",
             fp16=bench.cuda and loaded.compute_dtype == "float16",
             gradient_checkpointing=False,
-            max_length=min(packing_tokens or bench.scale.row_max_tokens, bench.scale.positions),
+            # trl cuts no rows without packing, and refuses a length that it does not hold to.
+            max_length=packing_tokens and min(packing_tokens, bench.scale.positions),
             packing=packing_tokens is not None,
             padding_free=packing_tokens is None,
             save_strategy="no",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +104,6 @@ def _trainer_as_with_a_device() -> None:
     rl._patch_trl_rl_trainers_impl("sft_trainer")
     unsloth.trainer._patch_trl_trainer()
     patch_sft_trainer()
-
-
-@contextmanager
-def kernels_that_do_nothing() -> Iterator[None]:
-    """Leave what kernels would write as it is: its numbers are noise, its memory is the same."""
-    from triton.runtime.interpreter import GridExecutor
-
-    run = GridExecutor.__call__
-    GridExecutor.__call__ = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        GridExecutor.__call__ = run
 
 
 def fuse_in_fp32(fuse: bool = True) -> None:
