@@ -261,17 +261,19 @@ def test_a_tokenizer_without_bos_adds_none(tiny_merged: Path, tmp_path: Path) ->
     assert PromptTokenizer(load_tokenizer(folder)).bos_id is None
 
 
-def with_text_merges(file: dict[str, Any]) -> None:
-    file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
+def with_the_other_merges(file: dict[str, Any]) -> None:
+    """Turn the older spelling of merges, a text each, into the newer one of pairs, or back."""
+    merges = file["model"]["merges"]
+    file["model"]["merges"] = [m.split(" ") if isinstance(m, str) else " ".join(m) for m in merges]
 
 
 @pytest.mark.parametrize("base", ["tiny_merged", "spm_json"])
-def test_merges_are_read_in_the_older_spelling_too(
+def test_merges_are_read_in_both_spellings(
     base: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     source: Path = request.getfixturevalue(base)
-    older = edited(source, tmp_path / "older", with_text_merges)
-    assert read_vocabulary(older, 768) == read_vocabulary(source, 768)
+    other = edited(source, tmp_path / "other", with_the_other_merges)
+    assert read_vocabulary(other, 768) == read_vocabulary(source, 768)
 
 
 @pytest.mark.parametrize(
