@@ -82,9 +82,6 @@ class DataConfig:
     """Training entries to generate when `train` is None; 200 test entries come with them."""
     generated_max_calls: int = 8
     """Most calls of a generated plan, join not counted; fewer are easier to learn."""
-    generated_long_plans: bool = False
-    """Generate training plans of nearly five calls on average, as published examples have; test
-    plans keep to the published data's three."""
     catalogue: Path | None = None
     """YAML file with tools of your own, for generating and scoring; None takes TinyAgent's 16."""
     seed: int = 0

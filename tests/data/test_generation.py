@@ -270,16 +270,6 @@ def test_the_mix_of_plans_is_like_the_published_one(short: Generated) -> None:
         assert kinds[kind] > 10, (kind, kinds)
 
 
-def test_long_plans_are_for_training_only(short: Generated, tmp_path: Path) -> None:
-    """Published examples have 5.2 calls a plan, the published dataset three."""
-    longer = generate(tmp_path, replace(SPEC, long_plans=True))
-    assert content(tmp_path)[1] == content(short.folder)[1]
-    calls = [len(parse_plan(entry.examples[0].output).steps) - 1 for entry in longer.train]
-    assert 4.3 <= sum(calls) / len(calls) <= 5.3
-    assert max(calls) <= SPEC.max_calls
-    assert min(calls) == 1
-
-
 def test_a_link_is_put_into_a_text_of_its_own(short: Generated) -> None:
     messages = [
         str(step.arguments[1])

@@ -110,7 +110,6 @@ def data_files(config: Config) -> DataFiles:
         spec = GenerationSpec(
             train_entries=data.generated_entries,
             max_calls=data.generated_max_calls,
-            long_plans=data.generated_long_plans,
             seed=data.seed,
             catalogue=data.catalogue or BUILT_IN_CATALOGUE,
         )

@@ -7,7 +7,7 @@ import random
 import uuid
 from collections.abc import Iterator, Set
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,13 +19,7 @@ from tinyagent_fast.data.generation.prompts import (
     full_planner_prompt,
     short_planner_prompt,
 )
-from tinyagent_fast.data.generation.queries import (
-    LONG_PLANS,
-    SINGLE_CALLS,
-    Mix,
-    Request,
-    write_request,
-)
+from tinyagent_fast.data.generation.queries import SINGLE_CALLS, Mix, Request, write_request
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.grammar import parse_plan, render_call
@@ -51,8 +45,6 @@ class GenerationSpec:
     """`short` names the retrieved tools; `full` has the published prompts' build and length."""
     max_calls: int = 8
     """Most calls of a plan, join not counted."""
-    long_plans: bool = False
-    """Training plans of nearly five calls on average, where published ones have three."""
     single_calls: bool = False
     """Only requests that one call with literal arguments answers."""
     failure_share: float = 0.15
@@ -88,14 +80,13 @@ def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
     catalogue = load_catalogue(spec.catalogue)
     files = GeneratedFiles(out_dir / "training_data.json", out_dir / "testing_data.json")
     taken: set[str] = set()
-    test = replace(spec, long_plans=False)  # measured is what was published
-    parts = ((files.test, test, spec.test_entries), (files.train, spec, spec.train_entries))
+    parts = ((files.test, spec.test_entries, "test"), (files.train, spec.train_entries, "train"))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".part-", dir=out_dir) as unfinished:
-            for path, part, count in parts:
-                rng = random.Random(f"{spec.seed}/{'test' if part is test else 'train'}")
-                entries = generate_entries(catalogue, part, count, rng, taken)
+            for path, count, part in parts:
+                rng = random.Random(f"{spec.seed}/{part}")
+                entries = generate_entries(catalogue, spec, count, rng, taken)
                 _write_object(Path(unfinished) / path.name, entries)
             # Only now, as each file's queries were chosen for the other's.
             for path, _, _ in parts:
@@ -128,8 +119,7 @@ def generate_entries(
     Raises:
         DataError: No new query came out of many attempts.
     """
-    usual = LONG_PLANS if spec.long_plans else Mix()
-    mix = SINGLE_CALLS if spec.single_calls else replace(usual, max_calls=spec.max_calls)
+    mix = SINGLE_CALLS if spec.single_calls else Mix(max_calls=spec.max_calls)
     with closing(Outcomes(catalogue)) as outcomes:
         writer = _EntryWriter(catalogue, spec, rng, frozenset(taken), outcomes)
         for done in range(count):

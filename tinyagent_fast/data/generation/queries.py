@@ -72,9 +72,6 @@ class Mix:
     max_calls: int = 8
 
 
-LONG_PLANS = Mix(single_share=0.04, clause_weights=(0.06, 0.26, 0.40, 0.28))
-"""Requests for nearly five calls, as the published in-context examples have them: more calls to
-learn from for the tokens of one prompt."""
 SINGLE_CALLS = Mix(single_share=1.0, clause_weights=(1.0,), dependency_share=0.0, max_calls=1)
 """Requests that one call with literal arguments answers: what the nano base model is taught."""
 
