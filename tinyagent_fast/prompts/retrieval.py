@@ -447,7 +447,7 @@ def _fit_encoder(
             scorer, unseen = _cross_validated(fit, queries, wanted)
             np.save(scorer.folder.parent / "unseen.npy", unseen)
             replace_folder(scorer.folder.parent, folder)
-    return Encoder.in_folder(folder / _ENCODER), np.load(folder / "unseen.npy")
+    return Encoder.in_folder(folder / _ENCODER), np.load(folder / "unseen.npy", allow_pickle=False)
 
 
 def _fit_tfidf(queries: Sequence[str]) -> tuple[Tfidf, Any]:
