@@ -44,6 +44,8 @@ os.environ.update(
 )
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
 _STOPPED = tuple(map(exit_code, STOP_SIGNALS))
+_DEAD = (-signal.SIGKILL, -signal.SIGTERM)
+"""Also by a SIGTERM that came while Python starts or ends, when nobody listens to it."""
 _PATIENCE_S = 300.0
 _FILL = 0
 """Stands for no signal: the disk becomes full."""
@@ -283,10 +285,10 @@ class Breaker:
                 code = self._once(folder, arguments, number)
                 tally.kills += code == -signal.SIGKILL
                 tally.stops += code in _STOPPED
-                if code not in (0, -signal.SIGKILL, *_STOPPED):
+                if code not in (0, *_DEAD, *_STOPPED):
                     break
                 arguments = self.command.again(folder)
-            if code in (0, -signal.SIGKILL, *_STOPPED):
+            if code in (0, *_DEAD, *_STOPPED):
                 code = ended(call(folder, self.command, arguments), _PATIENCE_S)
             self._compare(folder, code)
 
