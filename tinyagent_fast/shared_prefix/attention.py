@@ -345,8 +345,8 @@ def _efficient_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradi
 TILED = Kernel("tiled", _tiled_forward, _tiled_backward)
 """Matrix products of whole tiles in torch's own operations, for any device and type.
 
-On a CPU, 16 bits take half the time of the fused kernel; scores and sums are in fp32 or better,
-what is multiplied otherwise is rounded to 16 bits, as flash attention does too.
+On one core, 16 bits take half the time of the fused backward. Scores and sums are in fp32 or
+better; what is multiplied otherwise is rounded to 16 bits, as flash attention does too.
 """
 CPU_FLASH = Kernel("cpu flash", _cpu_forward, _cpu_backward)
 CUDA_FLASH = Kernel("cuda flash", _flash_forward, _flash_backward)
