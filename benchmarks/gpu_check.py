@@ -40,6 +40,7 @@ SUMMARY_S = 5.0
 START_S = 12.0
 """A process takes about so long to start; with less time left none is started."""
 LOG_LINES = 30
+NUMERICS_ROWS = 3
 ENVIRONMENT = ("UNSLOTH_", "TORCH", "PYTORCH_", "TRITON_", "NVIDIA_VISIBLE", "CUDA_", "OMP_")
 NOTABLE = ("unsloth", "warn", "error", "compil", "fallback", "falling back", "patched")
 
@@ -117,8 +118,8 @@ class Measurement:
     environment: Mapping[str, str] = field(default_factory=dict)
     least_s: float = 20.0
     """With less time left it is not started."""
-    limit_s: float = 120.0
-    """After so long it is killed."""
+    limit_s: float = 180.0
+    """After so long it is killed; loading and compiling come out of it too."""
 
     @property
     def model(self) -> tuple[Any, ...] | None:
@@ -126,6 +127,8 @@ class Measurement:
         if self.preset is None:
             return None
         own = {k: v for k, v in self.settings.items() if k.startswith(("model.", "lora."))}
+        if own.get("model.gradient_checkpointing") == "false":
+            own["model.gradient_checkpointing"] = "auto"  # which loads the same model
         return (self.preset, tuple(sorted(own.items())), tuple(sorted(self.environment.items())))
 
 
@@ -169,39 +172,40 @@ def plan(scale: Scale) -> list[Measurement]:
         The measurements in the order in which they run.
     """
     plain, fused = {**TRANSFORMERS, **checkpointing("false")}, {**UNSLOTH, **checkpointing("false")}
-    recomputed = {**UNSLOTH, **checkpointing("unsloth"), **UNSHARED}
+    cut_to_fit = {**UNSLOTH, **checkpointing("auto")}
+    recomputed = {**UNSLOTH, **checkpointing("unsloth"), **UNSHARED, **LONG}
     no_compile = {"UNSLOTH_BLOCK_COMPILE": "0"}
     return [
         Measurement(name="matmul", kind="matmul", least_s=5, limit_s=60),
-        Measurement(name="inputs", kind="inputs", least_s=15, limit_s=120),
+        Measurement(name="inputs", kind="inputs", least_s=15),
         # The first backend leaves its losses and gradients for the second one.
         on("numerics: transformers, NF4", "numerics", plain),
-        on("evaluation: transformers, NF4", "evaluation", plain, limit_s=150),
-        # Each with the most rows that are predicted to fit under the cap.
-        on("train: transformers, shared prefix", "train", plain, SHARED, micro_batch(4)),
-        on("train: transformers, whole rows", "train", plain, UNSHARED, micro_batch(2)),
+        on("evaluation: transformers, NF4", "evaluation", plain),
+        # Batches without `auto` are such that the longest rows are predicted to fit under the cap.
         on("numerics: unsloth, NF4", "numerics", fused),
-        on(L4, "train", UNSLOTH),
-        on(WHOLE, "train", fused, UNSHARED, micro_batch(4)),
+        on(L4, "train", cut_to_fit),
         on("evaluation: unsloth, NF4", "evaluation", fused),
-        on(SEED, "train", TRANSFORMERS, preset="seed", limit_s=150),
+        on(WHOLE, "train", fused, UNSHARED, micro_batch(2)),
+        on(ALONE, "train", cut_to_fit, {"train.accumulation": 1}),
+        on(SEED, "train", TRANSFORMERS, preset="seed"),
         on(STOCK_PACKED, "stock", fused, arguments={"packing": 16384}),
         on(STOCK_PADDING_FREE, "stock", fused, micro_batch(4)),
-        on(ALONE, "train", UNSLOTH, {"train.accumulation": 1}),
+        on("numerics: transformers, bf16", "numerics", plain, BF16),
+        on("numerics: unsloth, bf16", "numerics", fused, BF16),
+        on("train: l4 preset, bf16 weights", "train", cut_to_fit, BF16),
+        on("train: transformers, shared prefix", "train", plain, SHARED, micro_batch(2)),
+        on("train: transformers, whole rows", "train", plain, UNSHARED, micro_batch(1)),
         on("train: unsloth, unsloth checkpointing", "train", recomputed),
-        on("train: l4 preset, bf16 weights", "train", UNSLOTH, BF16),
-        on("train: l4 preset, no block compile", "train", UNSLOTH, environment=no_compile),
         *(
             on(
                 f"memory: {batch} x {tokens} tokens, unsloth checkpointing",
                 "train",
-                {**recomputed, **LONG},
+                recomputed,
                 arguments={"batch": batch, "tokens": tokens},
             )
             for batch, tokens in scale.shapes
         ),
-        on("numerics: transformers, bf16", "numerics", plain, BF16),
-        on("numerics: unsloth, bf16", "numerics", fused, BF16),
+        on("train: l4 preset, no block compile", "train", cut_to_fit, environment=no_compile),
         Measurement(name="tests", kind="tests", least_s=20, limit_s=240),
     ]
 
@@ -556,10 +560,20 @@ def train(bench: Bench, item: Measurement) -> dict[str, Any]:
 
 
 def stock(bench: Bench, item: Measurement) -> dict[str, Any]:
-    """Time Unsloth's own trainer on the same rows: packed to `packing` tokens, or padding-free."""
+    """Time Unsloth's own trainer on the same rows: packed to `packing` tokens, or padding-free.
+
+    Where memory does not suffice, micro-batches are halved, so that a rate comes out.
+    """
     loaded, config = bench.loaded(item), bench.config(item)
-    bench.release()
-    figures = _stock_training(bench, loaded, config, item.arguments.get("packing"))
+    figures, cut = None, 1
+    while figures is None:
+        bench.release()
+        try:
+            figures = _stock_training(bench, loaded, config, item.arguments.get("packing"), cut)
+        except Exception as error:
+            if cut == 4 or not out_of_memory(error):
+                raise
+            cut *= 2
     if figures["tokens_per_s"] is not None:  # of packed rows nobody knows how many came
         lengths = bench.rows()["length"]
         figures["samples_per_s"] = round(figures["tokens_per_s"] * len(lengths) / sum(lengths), 3)
@@ -568,7 +582,7 @@ def stock(bench: Bench, item: Measurement) -> dict[str, Any]:
 
 
 def _stock_training(
-    bench: Bench, loaded: Any, config: Any, packing_tokens: int | None
+    bench: Bench, loaded: Any, config: Any, packing_tokens: int | None, cut: int
 ) -> dict[str, Any]:
     if loaded.backend == "unsloth":
         import unsloth  # noqa: F401  # patches trl, so it must come first
@@ -576,7 +590,10 @@ def _stock_training(
 
     recipe = config.train
     if packing_tokens:
-        recipe = replace(recipe, batch=1, accumulation=4)  # about 16 rows
+        packing_tokens //= cut
+        recipe = replace(recipe, batch=1, accumulation=4 * cut)  # about 16 rows
+    else:
+        recipe = replace(recipe, batch=recipe.batch // cut, accumulation=recipe.accumulation * cut)
     if bench.tiny:
         recipe = replace(recipe, accumulation=1)
 
@@ -612,7 +629,8 @@ def _stock_training(
         train_dataset=bench.rows().select_columns(["input_ids", "labels"]),
         processing_class=loaded.tokenizer.hf,
     )
-    return _timed(bench, loaded, trainer, config, recipe)
+    figures = _timed(bench, loaded, trainer, config, recipe)
+    return {"micro_batch_tokens": packing_tokens, **figures}
 
 
 def _our_training(bench: Bench, loaded: Any, rows: Any, config: Any, recipe: Any) -> dict[str, Any]:
@@ -751,26 +769,31 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
 
         FastLanguageModel.for_training(loaded.model)  # which its trainer undoes
     loaded.model.train()
-    batch = [rows[i] for i in range(2 if bench.tiny else 4)]
+    batch = [rows[i] for i in range(NUMERICS_ROWS)]
     device = "cuda" if bench.cuda else "cpu"
-    inputs = {k: v.to(device) for k, v in collate(batch, loaded.tokenizer.pad_id).items()}
     packed = pack(batch).each(lambda tensor: tensor.to(device))
-    step = pack_step(batch, len(batch) // 2).each(lambda tensor: tensor.to(device))
+    step = pack_step(batch, len(batch) - 1).each(lambda tensor: tensor.to(device))
     dtype = getattr(torch, loaded.compute_dtype)
     enabled = bench.cuda and dtype != torch.float32
     autocast = partial(torch.autocast, "cuda", dtype, enabled=enabled)
 
-    def at_once(loss_of: Callable[[], Any]) -> Any:
+    def backward(loss_of: Callable[[], Any]) -> Any:
         with autocast():
             loss = loss_of()
         loss.backward()
         return loss.detach()
 
+    def of_row(row: Any) -> Any:
+        inputs = collate([row], loaded.tokenizer.pad_id)
+        loss = loaded.model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).loss
+        return loss * sum(label >= 0 for label in row["labels"]) / packed.supervised_tokens
+
     ways: dict[str, Callable[[], Any]] = {
-        "whole rows": lambda: at_once(lambda: loaded.model(**inputs, use_cache=False).loss)
+        # One at a time: together they would not fit under the cap.
+        "whole rows": lambda: sum(backward(partial(of_row, row)) for row in batch)
     }
     if unsupported(loaded.model, "training") is None:
-        ways["shared prefix"] = lambda: at_once(lambda: shared_prefix_loss(loaded.model, packed))
+        ways["shared prefix"] = lambda: backward(lambda: shared_prefix_loss(loaded.model, packed))
         ways["prefix once a step"] = lambda: step_gradients(loaded.model, step, autocast=autocast)
     bench.release()
     found: dict[str, dict[str, Any]] = {}
@@ -833,6 +856,7 @@ def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
     loaded, scale = bench.loaded(item), bench.scale
     prompts = _prompts(bench)
     engine, guessing = TorchEngine(loaded), TorchEngine(loaded, lookup_tokens=4)
+    padding = TorchEngine(loaded, shared_prefix=False)
 
     def write(
         writer: Any, chosen: Sequence[Any], batch: int, tokens: int
@@ -849,7 +873,7 @@ def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
     together, per_s = write(engine, prompts, scale.eval_batch, scale.new_tokens)
     peak = bench.memory()["peak_reserved_gib"]
     guessed, guessed_per_s = write(guessing, prompts, scale.eval_batch, scale.new_tokens)
-    return {
+    figures = {
         "path": engine.notes(prompts),
         "prompts": len(prompts),
         "batch": scale.eval_batch,
@@ -861,6 +885,14 @@ def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
         "peak_reserved_gib": peak,
         "batch_against_one_at_a_time": equal_texts(alone, together),
         "lookup_against_batch": equal_texts(together, guessed),
+    }
+    bench.partial(figures=figures)  # the model's own way is another library's, and may fail
+    bench.release()
+    padded, padded_per_s = write(padding, singles, len(singles), scale.new_tokens)
+    return {
+        **figures,
+        "plans_per_s_left_padded": padded_per_s,
+        "batch_against_left_padded": equal_texts(padded, together),
     }
 
 
@@ -1005,6 +1037,7 @@ class Results:
 
     def write(self) -> None:
         """Replace the file; a full disk is no reason to measure nothing more."""
+        self.head["ratios"] = ratios(self.measurements)
         content = finite({**self.head, "measurements": self.measurements})
         temporary = self.path.with_name(f".{self.path.name}.part")
         try:
@@ -1194,7 +1227,7 @@ def print_table(results: Results) -> None:
         table.add_row(name, str(entry["status"]), told or str(entry["reason"] or "")[:160])
     width = None if sys.stdout.isatty() else 150
     Console(highlight=False, markup=False, width=width).print(table)
-    for name, value in (results.head["ratios"] or {}).items():
+    for name, value in ratios(results.measurements).items():
         print(f"{name}: {'not measured' if value is None else value}")
 
 
@@ -1280,7 +1313,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "budget_s": flags.budget_s,
         "cap_gib": flags.cap_gib,
         "machine": {**about, "command": None, "folder": None, "settings": settings},
-        "ratios": None,
     }
     results = Results(flags.out / f"gpu-check-{name}-{stamp}.json", head)
     chosen = [
@@ -1309,7 +1341,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped from outside; what was measured is kept")
     finally:
         results.head["seconds"] = round(time.time() - started, 1)
-        results.head["ratios"] = ratios(results.measurements)
         results.write()
         print_table(results)
         print(f"results: {results.path}")

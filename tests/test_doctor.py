@@ -389,6 +389,25 @@ def test_a_batch_that_may_not_fit_is_named_with_one_that_does() -> None:
     assert doctor.check_memory(automatic, WITH_L4).status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "said"), [(22.0, "tokens"), (44.0, "8 x 4,608"), (3.0, "1 x 4,608")]
+)
+def test_memory_is_said_to_be_for_what_is_computed_at_one_time(free_gib: float, said: str) -> None:
+    """With `auto` that is what a step is cut to."""
+    machine = replace(WITH_L4, gpu=replace(L4, free_gib=free_gib, total_gib=48.0))
+    found = doctor.check_memory(preset_config("l4"), machine)
+    assert said in found.text
+    if cut := re.search(r"([\d.]+) GiB predicted .* cut to ([\d,]+) tokens", found.text):
+        tokens = int(cut[2].replace(",", ""))
+        estimator = doctor._estimator(preset_config("l4"), "unsloth", free_gib)
+        assert estimator is not None
+        assert estimator.computed_tokens(1) <= tokens < estimator.computed_tokens(8)
+        predicted = estimator.estimate(checkpointing="false", computed_tokens=tokens)
+        assert predicted.total_gib == pytest.approx(float(cut[1]), abs=0.06)
+    else:
+        assert free_gib != 22.0
+
+
 def test_other_programs_on_the_gpu_are_named() -> None:
     # With `auto` a step is cut down to a single row, so that little memory is enough.
     busy = replace(WITH_L4, gpu=replace(L4, free_gib=1.0))

@@ -59,13 +59,14 @@ def run(tmp_path):
     script.write_text(FAKE_WORKER)
 
     def measured(*every: Measurement, seconds: float = 60.0) -> Results:
-        results = Results(tmp_path / "out" / "check.json", {"ratios": None})
+        results = Results(tmp_path / "out" / "check.json", {})
         job = {"work": str(tmp_path), "deadline": time.time() + seconds}
         worker = (sys.executable, str(script))
         runner = Runner(results, job, say=lambda _: None, worker=worker, start_s=0)
         runner.run(every)
         on_disk = json.loads(results.path.read_text())
         assert on_disk["measurements"] == json.loads(json.dumps(results.measurements))
+        assert set(on_disk["ratios"]) == set(RATIOS)
         return results
 
     return measured
@@ -184,6 +185,65 @@ def test_the_plan_names_every_row_once_and_says_what_it_recomputes():
     assert {"batch": 4, "tokens": 4608} in shapes and {"batch": 2, "tokens": 32768} in shapes
 
 
+def test_what_is_trained_is_predicted_to_fit_under_the_cap():
+    """Also the longest rows; else a call on a rented card would end without the figure."""
+    from tinyagent_fast.models.families import ModelShape
+    from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, RowLengths
+
+    shape = ModelShape(
+        hidden=FULL.hidden,
+        intermediate=FULL.intermediate,
+        layers=FULL.layers,
+        heads=FULL.heads,
+        kv_heads=FULL.kv_heads,
+        head_dim=FULL.hidden // FULL.heads,
+        vocab=FULL.vocab,
+        tied=False,
+    )
+    cap_gib = gpu_check.parse_flags([]).cap_gib
+    bench = gpu_check.Bench({"tiny": False, "work": "", "cap_gib": cap_gib, "tokenizer": None})
+    for measured in gpu_check.plan(FULL):
+        if measured.kind not in ("train", "numerics") or "tokens" in measured.arguments:
+            continue
+        config = bench.config(measured)
+        lengths = RowLengths(
+            rows=FULL.rows,
+            mean_tokens=FULL.row_mean_tokens,
+            longest_tokens=FULL.row_max_tokens,
+            supervised_tokens=100,
+            shared_tokens=1000,
+        )
+        estimator = MemoryEstimator(
+            config=config,
+            shape=shape,
+            lengths=lengths,
+            backend=config.model.backend,
+            usable_gib=cap_gib - RESERVE_GIB,
+        )
+        rows = gpu_check.NUMERICS_ROWS if measured.kind == "numerics" else config.train.batch
+        estimate = estimator.estimate(rows)
+        assert estimate.fits(estimator.usable_gib, error_share=0.05), measured.name
+
+
+def test_few_processes_are_started_and_the_figures_asked_for_come_first():
+    """Each start loads libraries and a model, which takes a rented minute."""
+    every = gpu_check.plan(FULL)
+    starts = [
+        item
+        for before, item in zip([None, *every[:-1]], every, strict=True)
+        if _other_model(before, item)
+    ]
+    assert len(starts) <= 12
+    order = [item.name for item in every]
+    late = order.index(gpu_check.STOCK_PADDING_FREE)
+    assert all(order.index(name) <= late for name in (gpu_check.L4, gpu_check.SEED))
+    assert late < len(order) / 2
+
+
+def _other_model(before: Measurement | None, item: Measurement) -> bool:
+    return before is None or before.model != item.model
+
+
 def test_rates_leave_the_warm_up_out_and_are_none_without_measured_steps():
     figures = gpu_check.rates([9.0, 1.0, 3.0], [5, 100, 300], warmup=1, rows_per_step=4)
     assert figures["first_step_s"] == 9.0 and figures["median_step_s"] == 2.0
@@ -291,6 +351,7 @@ def test_everything_runs_on_the_cpu_in_small(tmp_path):
         assert compared["gradient_relative_difference"] < 1e-5
     decoded = measured["evaluation: transformers, NF4"]["figures"]
     assert decoded["batch_against_one_at_a_time"] == f"{TINY.single_prompts} of 2"
+    assert decoded["batch_against_left_padded"] == f"{TINY.single_prompts} of 2"
     assert decoded["lookup_against_batch"] == f"{TINY.prompts} of {TINY.prompts}"
     assert all(value > 0 for value in content["ratios"].values())
     assert str(path) in said

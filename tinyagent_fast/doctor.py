@@ -458,7 +458,7 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     predicted = estimator.estimate()
     text += (
         f"; {predicted.total_gib:.1f} GiB predicted (+-{100 * ERROR_SHARE:.0f} %) for "
-        f"{estimator.config.train.batch} x {estimator.row_tokens:,} tokens"
+        f"{_micro_batch(estimator)}"
     )
     if predicted.fits(usable):
         return Finding(name, "ok", text)
@@ -472,6 +472,18 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     too_small = gpu is None and predicted.total_gib * (1 - ERROR_SHARE) > total - LIBRARIES_GIB
     status: Status = "failure" if too_small else "warning"
     return Finding(name, status, f"{text} may not fit", ", or ".join(fixes))
+
+
+def _micro_batch(estimator: MemoryEstimator) -> str:
+    """Say what is computed at one time: the config's rows, or as many tokens as `auto` leaves."""
+    batch = estimator.config.train.rows_per_batch
+    kept = estimator.kept_tokens(batch)
+    how = estimator.config.model.gradient_checkpointing
+    if how != "auto" or kept >= estimator.computed_tokens(batch):
+        return f"{batch} x {estimator.row_tokens:,} tokens"
+    if kept >= estimator.computed_tokens(1):
+        return f"micro-batches that are cut to {kept:,} tokens"
+    return f"1 x {estimator.row_tokens:,} tokens, whose layers are computed again"
 
 
 # --- disk, base model and data
