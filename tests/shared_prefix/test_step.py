@@ -225,3 +225,50 @@ def test_gradients_are_added_to_those_that_are_there(adapted: Any) -> None:
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, 2 * once[name])
     adapted.zero_grad(set_to_none=True)
+
+
+def bits(found: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: gradient.numpy().tobytes() for name, gradient in found.items()}
+
+
+@given(
+    rows=st.lists(batches(), min_size=1, max_size=2),
+    most_rows=st.integers(1, 3),
+    prefix_once=st.booleans(),
+    workers=st.integers(2, 4),
+)
+@settings(deadline=None, max_examples=30)
+def test_micro_batches_at_once_change_no_digit(
+    adapted: Any, rows: list[Rows], most_rows: int, prefix_once: bool, workers: int
+) -> None:
+    """Summed in their order, whichever ends first."""
+    threads = torch.get_num_threads()
+    flat = [one for some in rows for one in some]
+    step = pack_small(flat, most_rows, prefix_once=prefix_once)
+    torch.set_num_threads(1)  # as a worker has here: of an operation, threads may change digits
+    try:
+        loss, wanted = gradients_of(adapted, step)
+        found, gradients_found = gradients_of(adapted, step, workers=workers)
+        assert found == loss
+        assert bits(gradients_found) == bits(wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_workers_leave_the_threads_as_they_were(adapted: Any) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        gradients_of(adapted, pack_small(some_rows(suffixes=(9, 14, 5)), 1), workers=3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_failing_micro_batch_stops_the_step(adapted: Any) -> None:
+    def fails() -> Any:
+        raise RuntimeError("out of memory")
+
+    step = pack_small(some_rows(suffixes=(9, 14, 5)), 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step_gradients(adapted, step, workers=2, autocast=fails)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tinyagent_fast.config import ModelConfig
 
-_MALLOPT = {-3: 32 << 20, -1: 1 << 30, -2: 64 << 20}
+_MALLOPT = {-3: 32 << 20, -1: 1 << 30, -2: 64 << 20, -8: 1}
 """Bytes from which a block is mapped alone (the most that glibc takes), that stay at the heap's
-end, and by which the heap grows."""
+end, and by which the heap grows; and how many heaps there are, as others give everything back."""
 
 
 def prepare_libraries(config: ModelConfig) -> None:

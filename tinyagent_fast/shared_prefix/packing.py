@@ -97,10 +97,10 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """Micro-batches whose rows all begin alike."""
+    """Micro-batches whose rows all begin alike, or those that share nothing with others."""
 
     prefix_ids: torch.Tensor
-    """The beginning that is computed once for all of them; none if there is one micro-batch."""
+    """The beginning that is computed once for all of them; none where each has its own."""
     parts: tuple[PackedSequence, ...]
 
 
@@ -291,7 +291,7 @@ def pack_step(
                 groups[-1] = (joined, [*parts, (first, stop)])
                 continue
         groups.append((shared, [(first, stop)]))
-    packed = []
+    packed, apart = [], list[PackedSequence]()
     for shared, parts in groups:
         behind = shared if len(parts) > 1 else 0
         sequences = (
@@ -302,8 +302,12 @@ def pack_step(
             )
             for first, stop in parts
         )
-        ids = torch.tensor(kept[parts[0][0]].ids[:behind], dtype=torch.long)
-        packed.append(PackedGroup(ids, tuple(sequences)))
+        if not behind:
+            apart += sequences
+            continue
+        packed.append(PackedGroup(torch.tensor(kept[parts[0][0]].ids[:behind]), tuple(sequences)))
+    if apart:
+        packed.append(PackedGroup(torch.tensor([], dtype=torch.long), tuple(apart)))
     return PackedStep(tuple(packed))
 
 

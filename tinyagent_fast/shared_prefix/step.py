@@ -3,21 +3,30 @@
 A prefix is run once. Its keys and values are leaves for the micro-batches behind it, whose
 gradients to them are summed; one backward pass through the prefix takes the sums on at the end.
 That is the chain rule: only the order of additions differs from computing the prefix every time.
+
+On a CPU several micro-batches run at once, each by a worker of its own. Cores that share one
+operation wait for each other after each of thousands a step, and for long where another program
+has one of them; workers wait once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyagent_fast.shared_prefix import forward as layers
-from tinyagent_fast.shared_prefix.packing import PackedGroup, PackedStep
+from tinyagent_fast.shared_prefix.packing import PackedSequence, PackedStep
 from tinyagent_fast.shared_prefix.prefix import NO_PREFIX, Prefix, compute_prefix
+
+_Found = tuple[Tensor, Sequence[Tensor]]
+"""A micro-batch's loss and gradients."""
 
 
 def step_gradients(
@@ -28,6 +37,7 @@ def step_gradients(
     kept_tokens: float = math.inf,
     backward: Callable[[Tensor], None] = torch.autograd.backward,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    workers: int = 1,
 ) -> Tensor:
     """Compute the loss of a step's rows, and add its gradients to those of the parameters.
 
@@ -40,55 +50,72 @@ def step_gradients(
         kept_tokens: A micro-batch that has more with its prefix computes its layers again.
         backward: Makes the backward pass of a micro-batch, maybe of a scaled loss.
         autocast: Context of the forward passes.
+        workers: Micro-batches that are computed at once, on a CPU and without `backward`. Their
+            gradients are summed in order; dropout would be drawn in any.
 
     Returns:
         The loss, a scalar without gradient.
     """
     items = step.supervised_tokens if num_items is None else num_items
-    losses = [
-        loss
-        for group in step.groups
-        for loss in _group_losses(model, group, items, kept_tokens, backward, autocast)
-    ]
-    return torch.stack(losses).sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
-
-def _group_losses(
-    model: Any,
-    group: PackedGroup,
-    items: float | Tensor,
-    kept_tokens: float,
-    backward: Callable[[Tensor], None],
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> list[Tensor]:
-    """Run a group's micro-batches forward and backward, and then its prefix backward."""
-    prefix = NO_PREFIX
-    if len(group.prefix_ids):
-        with autocast():
-            prefix = compute_prefix(layers.DecoderForward(model), group.prefix_ids)
-    outputs = [x for pair in prefix.layers for x in pair]
-    leaves = [x.detach().requires_grad_() for x in outputs]
-    seen = Prefix(prefix.tokens, tuple(zip(leaves[::2], leaves[1::2], strict=True)))
-    # In fp32, as 16 bits would round at each micro-batch.
-    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in leaves]
-    losses = []
-    for part in group.parts:
+    def part_gradients(part: PackedSequence, prefix: Prefix) -> _Found:
+        """Give a micro-batch's loss, and gradients to its prefix and, of a worker, parameters."""
+        leaves = [x.detach().requires_grad_() for pair in prefix.layers for x in pair]
+        pairs = tuple(zip(leaves[::2], leaves[1::2], strict=True))
         tokens = part.behind_tokens + part.computed_tokens
         with autocast():
             loss = layers.shared_prefix_loss(
                 model,
                 part,
                 items,
-                behind=seen.followed_by if leaves else None,
+                behind=Prefix(prefix.tokens, pairs).followed_by if leaves else None,
                 checkpointing=layers.computes_again(model) or tokens > kept_tokens,
             )
+        if workers > 1:
+            return loss.detach(), torch.autograd.grad(loss, (*leaves, *parameters))
         backward(loss)
-        losses.append(loss.detach())
-        for total, leaf in zip(sums, leaves, strict=True):
-            assert leaf.grad is not None, "every micro-batch reads its prefix in every layer"
-            total.add_(leaf.grad)
-            leaf.grad = None
-    if outputs:
-        gradients = [total.to(x.dtype) for total, x in zip(sums, outputs, strict=True)]
-        torch.autograd.backward(outputs, gradients)
-    return losses
+        found = [leaf.grad for leaf in leaves]
+        assert None not in found, "every micro-batch reads its prefix in every layer"
+        return loss.detach(), [x for x in found if x is not None]
+
+    losses = []
+    for group in step.groups:
+        prefix = NO_PREFIX
+        if len(group.prefix_ids):
+            with autocast():
+                prefix = compute_prefix(layers.DecoderForward(model), group.prefix_ids)
+        outputs = [x for pair in prefix.layers for x in pair]
+        # In fp32, as 16 bits would round at each micro-batch.
+        sums = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in outputs
+        ]
+        runs = (partial(part_gradients, part, prefix) for part in group.parts)
+        for loss, found in _at_once(runs, workers):
+            losses.append(loss)
+            for total, gradient in zip(sums, found, strict=False):
+                total.add_(gradient)
+            for parameter, gradient in zip(parameters, found[len(sums) :], strict=False):
+                parameter.grad = (
+                    gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                )
+        if outputs:
+            gradients = [total.to(x.dtype) for total, x in zip(sums, outputs, strict=True)]
+            torch.autograd.backward(outputs, gradients)
+    return torch.stack(losses).sum()
+
+
+def _at_once(runs: Iterable[Callable[[], _Found]], workers: int) -> Iterator[_Found]:
+    """Give what each run finds, in order; workers share torch's threads among them."""
+    if workers == 1:
+        yield from (run() for run in runs)
+        return
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    try:
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
+            yield from pool.map(lambda run: run(), runs)
+    finally:
+        torch.set_num_threads(threads)  # what later threads begin with

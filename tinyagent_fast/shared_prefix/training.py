@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyagent_fast.config import TrainConfig
+from tinyagent_fast.config import Config, TrainConfig
 from tinyagent_fast.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -100,6 +100,23 @@ def why_not_shared(loaded: LoadedModel, train: TrainConfig) -> str | None:
         if os.environ.get(variable, "false") == "true":
             return f"{name} gathers the weights of a layer in that layer's own forward pass"
     return unsupported(loaded.model, "training")
+
+
+def workers_of_a_step(loaded: LoadedModel, config: Config) -> int:
+    """Say how many micro-batches are computed at once: on a CPU, as torch has threads.
+
+    Each is a part of what is otherwise one micro-batch, so no more memory is needed.
+    """
+    import torch
+
+    from tinyagent_fast.shared_prefix.forward import computes_again
+
+    in_order = config.lora.dropout > 0 or config.train.qat != "off"
+    if loaded.device != "cpu" or loaded.backend != "transformers" or in_order:
+        return 1
+    if computes_again(loaded.model):  # every part would compute the prefix
+        return 1
+    return min(torch.get_num_threads(), config.train.rows_per_batch)
 
 
 def _computed_share(rows: Any, train: TrainConfig, *, prefix_once: bool) -> float:

@@ -34,7 +34,7 @@ def choose_compute(
     loaded: LoadedModel,
     config: Config,
     rows: Sequence[Mapping[str, Any]],
-    loss: Callable[[Any, Rows], torch.Tensor],
+    step: Callable[[LoadedModel, Rows], torch.Tensor],
     say: Callable[[str], None],
 ) -> LoadedModel:
     """Time a short step with all threads and one, then in bf16; set and say what is fastest.
@@ -43,7 +43,7 @@ def choose_compute(
         loaded: A model in fp32 on the CPU with an adapter to be trained.
         config: Its `model.cpu_compute` and `train.threads` may have decided already.
         rows: Training rows with input_ids.
-        loss: Computes the loss of a micro-batch as training does.
+        step: Makes forward and backward pass of a micro-batch as training does; gives the loss.
         say: Prints one line for the user.
 
     Returns:
@@ -63,13 +63,14 @@ def choose_compute(
     if not half_possible and (threads is not None or cores == 1):
         return loaded
     batch = [_cut(rows[at]) for at in range(min(len(rows), config.train.rows_per_batch))]
-    one_row_s, _ = _timed(loaded, batch[:1], loss)
-    batch = batch[: max(1, int(_STEP_S / one_row_s))]
-    best_s, plain_loss = _timed(loaded, batch, loss)
+    one_row_s, _ = _timed(loaded, batch[:1], step)
+    # Each thread may have rows of its own.
+    batch = batch[: max(threads or cores or 1, int(_STEP_S / one_row_s))]
+    best_s, plain_loss = _timed(loaded, batch, step)
     said = [f"{best_s:.2f} s in {loaded.compute_dtype}"]
     if threads is None and cores != 1:
         torch.set_num_threads(1)
-        alone_s, _ = _timed(loaded, batch, loss)
+        alone_s, _ = _timed(loaded, batch, step)
         said.append(f"{alone_s:.2f} s with one thread")
         if best_s * _CLEARLY_FASTER < alone_s:
             torch.set_num_threads(cores or 1)
@@ -78,7 +79,7 @@ def choose_compute(
     if half_possible:
         stored = [parameter.data for parameter in frozen]
         half = in_bf16(loaded)
-        half_s, half_loss = _timed(half, batch, loss)
+        half_s, half_loss = _timed(half, batch, step)
         said.append(f"{half_s:.2f} s in bfloat16 (loss {plain_loss:.4f} and {half_loss:.4f})")
         near = abs(half_loss - plain_loss) <= _ALLOWED_LOSS_DIFFERENCE * abs(plain_loss)
         if near and half_s * _CLEARLY_FASTER < best_s:
@@ -102,7 +103,7 @@ def _cut(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timed(
-    loaded: LoadedModel, batch: Rows, loss: Callable[[Any, Rows], torch.Tensor]
+    loaded: LoadedModel, batch: Rows, step: Callable[[LoadedModel, Rows], torch.Tensor]
 ) -> tuple[float, float]:
     """Make a step twice, without its optimizer; give the shorter time in seconds, and the loss."""
     import torch
@@ -110,9 +111,8 @@ def _timed(
     times, value = [], 0.0
     for _ in range(2):
         started = time.perf_counter()
-        with torch.random.fork_rng([]), loaded.autocast():
-            result = loss(loaded.model, batch)
-        torch.autograd.backward(result)
+        with torch.random.fork_rng([]):
+            result = step(loaded, batch)
         times.append(time.perf_counter() - started)
         value = float(result.detach())
         loaded.model.zero_grad(set_to_none=True)

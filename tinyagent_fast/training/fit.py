@@ -47,12 +47,13 @@ from tinyagent_fast.runs import (
     replace_folder,
     write_json,
 )
-from tinyagent_fast.shared_prefix.packing import mean_shared_tokens
+from tinyagent_fast.shared_prefix.packing import mean_shared_tokens, pack_step
 from tinyagent_fast.shared_prefix.training import (
     SharedPrefixDecision,
     check_same_loss,
     decide_shared_prefix,
     why_not_shared,
+    workers_of_a_step,
 )
 from tinyagent_fast.training.best import (
     Best,
@@ -359,15 +360,20 @@ def _with_compute(
         config = with_batch(config, preset_batch(config))
     shared = why_not_shared(loaded, config.train) is None
 
-    def loss(model: Any, batch: Sequence[dict[str, Any]]) -> Any:
+    def step(loaded: LoadedModel, batch: Sequence[dict[str, Any]]) -> Any:
         if shared:
-            return shared_prefix_loss(model, pack(batch))
-        return model(**collate(batch, loaded.tokenizer.pad_id), use_cache=False).loss
+            workers = workers_of_a_step(loaded, config)
+            packed = pack_step(batch, math.ceil(len(batch) / workers))
+            return step_gradients(loaded.model, packed, autocast=loaded.autocast, workers=workers)
+        with loaded.autocast():
+            inputs = collate(batch, loaded.tokenizer.pad_id)
+            loss = loaded.model(**inputs, use_cache=False).loss
+        loss.backward()
+        return loss
 
-    from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
-    from tinyagent_fast.shared_prefix.packing import pack
+    from tinyagent_fast.shared_prefix.step import step_gradients
 
-    return choose_compute(loaded, config, rows.train.dataset(), loss, display.say)
+    return choose_compute(loaded, config, rows.train.dataset(), step, display.say)
 
 
 def _refuse_rows_past_the_context(loaded: LoadedModel, rows: RunRows) -> None:

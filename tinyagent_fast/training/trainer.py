@@ -16,7 +16,11 @@ from tinyagent_fast.distributed import ALONE, Processes
 from tinyagent_fast.errors import TrainingError, reading
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.models.older_readers import write_for_older_readers
-from tinyagent_fast.shared_prefix.training import PackingCollator, prefix_order
+from tinyagent_fast.shared_prefix.training import (
+    PackingCollator,
+    prefix_order,
+    workers_of_a_step,
+)
 from tinyagent_fast.training.resume import keep_checkpoint
 
 if TYPE_CHECKING:
@@ -85,7 +89,8 @@ def build_trainer(
     from tinyagent_fast.shared_prefix.forward import computes_again
     from tinyagent_fast.shared_prefix.step import step_gradients
 
-    train = config.train
+    train, workers = config.train, workers_of_a_step(loaded, config)
+    kept_of_each = kept_tokens / workers
 
     class PlanTrainer(SFTTrainer):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -110,7 +115,10 @@ def build_trainer(
             if shared_prefix:
                 collator: Any = self.data_collator  # type: ignore[has-type]
                 self.data_collator = PackingCollator(
-                    collator, train.rows_per_batch, kept_tokens, not computes_again(loaded.model)
+                    collator,
+                    math.ceil(train.rows_per_batch / workers),
+                    kept_of_each,
+                    not computes_again(loaded.model),
                 )
             for display in (PrinterCallback, ProgressCallback):
                 self.remove_callback(display)
@@ -185,9 +193,10 @@ def build_trainer(
                 loaded.model,
                 packed.each(lambda tensor: tensor.to(self.args.device)),
                 num_items_in_batch,
-                kept_tokens=kept_tokens,
+                kept_tokens=kept_of_each,
                 backward=backward or self.accelerator.backward,
                 autocast=self.accelerator.autocast,
+                workers=workers,
             )
 
     return PlanTrainer()
