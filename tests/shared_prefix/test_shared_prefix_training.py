@@ -239,3 +239,26 @@ def test_the_check_allows_what_the_rounding_of_the_compute_type_explains(
         return
     difference = check_same_loss(trainer, loaded, trainer.train_dataset)
     assert difference < (1e-5 if dtype == "float32" else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("shared", "stops"),
+    [((2.75e-4, 9.1e-4), False), ((3.1e-4, 0.02), True), ((0.02, 1.1e-3), True)],
+)
+def test_rows_that_a_base_knows_by_heart_may_round_to_another_margin(
+    shared: tuple[float, float], stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merged planner that is trained on has next to no loss on its shortest rows."""
+    import torch
+
+    from tinyagent_fast.shared_prefix import training
+
+    ways = iter([([2.93e-4, 1.02e-3], "bfloat16"), (list(shared), "bfloat16")])
+    monkeypatch.setattr(training, "_loss_and_gradient", lambda *_: next(ways))
+    trainer = StandInTrainer(torch.bfloat16, 1.0)
+    loaded: Any = SimpleNamespace(model=trainer.model, device="cpu", compute_dtype="bfloat16")
+    if stops:
+        with pytest.raises(TrainingError, match="bfloat16"):
+            check_same_loss(trainer, loaded, trainer.train_dataset)
+    else:
+        check_same_loss(trainer, loaded, trainer.train_dataset)
