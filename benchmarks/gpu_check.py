@@ -769,7 +769,9 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
 
         FastLanguageModel.for_training(loaded.model)  # which its trainer undoes
     loaded.model.train()
-    batch = [rows[i] for i in range(NUMERICS_ROWS)]
+    lengths = rows["length"]
+    shortest = sorted(range(len(rows)), key=lambda row: lengths[row])[:NUMERICS_ROWS]
+    batch = [rows[row] for row in shortest]
     device = "cuda" if bench.cuda else "cpu"
     packed = pack(batch).each(lambda tensor: tensor.to(device))
     step = pack_step(batch, len(batch) - 1).each(lambda tensor: tensor.to(device))
