@@ -41,6 +41,7 @@ START_S = 12.0
 """A process takes about so long to start; with less time left none is started."""
 LOG_LINES = 30
 NUMERICS_ROWS = 3
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 ENVIRONMENT = ("UNSLOTH_", "TORCH", "PYTORCH_", "TRITON_", "NVIDIA_VISIBLE", "CUDA_", "OMP_")
 NOTABLE = ("unsloth", "warn", "error", "compil", "fallback", "falling back", "patched")
 
@@ -979,6 +980,7 @@ def work(job_file: Path) -> None:
     Args:
         job_file: The job that `Runner` wrote; events go into the file that it names.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     job = json.loads(job_file.read_text(encoding="utf-8"))
     with Path(job["events"]).open("a", encoding="utf-8") as events:
 
@@ -1133,6 +1135,8 @@ class Runner:
         job_file = folder / f"job-{self._jobs}.json"
         job = {**self.job, "events": str(events), "measurements": [asdict(m) for m in group]}
         job_file.write_text(json.dumps(job), encoding="utf-8")
+        # A signal while it starts would leave it running.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [*self.worker, str(job_file)],
@@ -1144,6 +1148,7 @@ class Runner:
             )
         reason = "the time for the whole check was over"
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             with suppress(subprocess.TimeoutExpired):
                 reason = f"the process ended with {process.wait(timeout=max(1.0, left_s))}"
         finally:

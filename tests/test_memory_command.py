@@ -159,6 +159,7 @@ def test_the_recommended_command_is_the_one_given_with_a_batch_that_fits(
 
 def test_a_dry_run_stands_beside_the_estimate(plan: Plan, text: Callable[..., str]) -> None:
     small = ("--model.base", "random", "--model.weights", "bf16", "--lengths", "300,400")
+    small += ("--model.backend", "transformers")
     answer = plan(*small, "--dry-run")
     counted = answer["dry_run"]
     assert counted["backend"] == "transformers"

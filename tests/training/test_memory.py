@@ -218,6 +218,52 @@ def test_a_dry_run_counts_what_is_estimated(
         assert counted.computed_tokens == pytest.approx(estimator.computed_tokens(batch), abs=batch)
 
 
+UNSLOTH_CASES: list[tuple[Any, Any, Any, int, float, int]] = [
+    ("nf4", "all-linear", "false", 4, 0.0, 6),
+    ("bf16", "all-linear", "false", 2, 0.0, 6),
+    ("nf4", "all-linear", "true", 2, 0.0, 6),
+    ("nf4", "all-linear", "false", 2, 0.1, 6),
+    ("nf4", "attention", "false", 2, 0.0, 6),
+    ("nf4", "attention", "true", 2, 0.0, 6),
+    ("nf4", "all-linear", "false", 8, 0.0, 22),
+]
+"""Weights, targets, checkpointing, rows, dropout and layers."""
+
+
+def unsloth_estimator(case: tuple[Any, Any, Any, int, float, int]) -> MemoryEstimator:
+    weights, targets, _, _, dropout, layers = case
+    config = Config(
+        model=ModelConfig(weights=weights),
+        lora=LoraConfig(targets=targets, dropout=dropout),
+        train=TrainConfig(batch=8, accumulation=2),
+    )
+    lengths = replace(PUBLISHED, longest_tokens=3490)
+    shape = replace(TINYLLAMA, layers=layers)
+    return replace(estimator_of(config, math.inf, "unsloth", lengths), shape=shape)
+
+
+@pytest.fixture(scope="module")
+def counted_by_unsloth() -> dict[Any, Any]:
+    """Give dry runs through Unsloth's own functions, by case; one process counts them all."""
+    from tinyagent_fast.training.unsloth_dry_run import can_count, dry_runs_by_unsloth
+
+    if not can_count():
+        pytest.skip("unsloth or triton is not installed (make setup-unsloth)")
+    cases = [(unsloth_estimator(case), case[3], case[2]) for case in UNSLOTH_CASES]
+    return dict(zip(UNSLOTH_CASES, dry_runs_by_unsloth(cases), strict=True))
+
+
+@pytest.mark.parametrize("case", UNSLOTH_CASES)
+def test_a_dry_run_through_unsloth_s_functions_counts_what_is_estimated(
+    case: Any, counted_by_unsloth: dict[Any, Any]
+) -> None:
+    estimator, (_, _, checkpointing, batch, _, _) = unsloth_estimator(case), case
+    got = estimator.estimate(batch, checkpointing)
+    counted = counted_by_unsloth[case]
+    assert got.activations_gib + got.logits_gib == pytest.approx(counted.peak_gib, rel=0.1)
+    assert counted.computed_tokens == pytest.approx(estimator.computed_tokens(batch), abs=batch)
+
+
 def counted_flops(step: Any) -> float:
     """Count the floating-point operations of matrix products and attention."""
     import torch

@@ -144,18 +144,28 @@ def _as_asked(estimator: MemoryEstimator, tflops: float) -> dict[str, Any]:
 
 
 def _dry_run(estimator: MemoryEstimator) -> dict[str, Any]:
-    """Count a micro-batch of the longest rows on the transformers path, and estimate the same."""
+    """Count a micro-batch of the longest rows, and estimate the same.
+
+    What Unsloth computes by its own forward, and what it would where it is not installed, is
+    counted on the transformers path.
+    """
     from tinyagent_fast.training.dry_run import dry_run
     from tinyagent_fast.training.memory import preset_batch
+    from tinyagent_fast.training.unsloth_dry_run import can_count, dry_runs_by_unsloth
 
     batch, how = preset_batch(estimator.config), estimator.config.model.gradient_checkpointing
-    counted = replace(estimator, backend="transformers")
+    by_unsloth = estimator.backend == "unsloth" and estimator.shares_prefixes and can_count()
+    counted = estimator if by_unsloth else replace(estimator, backend="transformers")
     if how == "auto":
         kept = counted.kept_tokens(batch)  # micro-batches are cut to it
         fits = [rows for rows in range(1, batch + 1) if counted.computed_tokens(rows) <= kept]
         batch, how = (fits[-1], "false") if fits else (1, "true")
     how = "true" if how == "unsloth" else how
-    got = dry_run(counted, batch, how)
+    got = (
+        dry_runs_by_unsloth([(counted, batch, how)])[0]
+        if by_unsloth
+        else dry_run(counted, batch, how)
+    )
     expected = counted.estimate(batch, how)
     return {
         "backend": counted.backend,

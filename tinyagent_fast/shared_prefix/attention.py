@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
 from tinyagent_fast.shared_prefix.packing import Block
@@ -203,7 +204,8 @@ def kernel_for(query: Tensor) -> Kernel:
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.device.type == "cpu":
-        return TILED if half else CPU_FLASH
+        # A tensor without content, for a dry run, is given one operation a block, as on a GPU.
+        return TILED if half and not is_fake(query) else CPU_FLASH
     # Fused kernels on CUDA want rows of head_dim to begin at multiples of 16 bytes.
     if query.device.type != "cuda" or query.shape[-1] % 8:
         return TILED

@@ -119,6 +119,8 @@ def _unsloth_projection(attention: Any, linear: Any, states: Tensor) -> Tensor:
 
 
 def _unsloth_rotary(decoder: Any, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    if not hasattr(decoder.rotary_emb, "get_cached"):  # it has left transformers' own there
+        return TRANSFORMERS.rotary(decoder, states, positions)
     tokens = int(positions.max()) + 1
     decoder.rotary_emb.extend_rope_embedding(states, tokens)
     tables = decoder.rotary_emb.get_cached(tokens, states.device.index or 0)

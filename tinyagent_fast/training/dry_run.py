@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ class DryRun:
 def dry_run(
     estimator: MemoryEstimator, batch: int, checkpointing: Checkpointing = "false"
 ) -> DryRun:
-    """Run one step of transformers and peft on tensors without content, and count storages.
+    """Run one step on tensors without content, and count storages.
+
+    With backend `unsloth`, shared prefixes go through its functions; that is for the process of
+    `unsloth_dry_run`.
 
     4-bit weights keep as much for the backward pass as 16-bit ones, so they are counted as those.
     A padded batch is counted with its mask, which transformers leaves out of a single row.
@@ -101,12 +105,12 @@ def dry_run(
 def _model_without_content(estimator: MemoryEstimator, checkpointing: Checkpointing) -> Any:
     """Build base and adapter on the meta device, each weight in the type that it is held in."""
     config, lora = estimator.config, estimator.config.lora
+    dtype = torch.float32 if config.model.weights == "fp32" else torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**_sizes(estimator.shape)), attn_implementation="sdpa"
-        )
-        model = model.to(torch.float32 if config.model.weights == "fp32" else torch.bfloat16)
-        if config.model.weights == "nf4":
+            AutoConfig.for_model(**_sizes(estimator.shape), dtype=dtype), attn_implementation="sdpa"
+        ).to(dtype)
+        if config.model.weights == "nf4" and estimator.backend == "transformers":
             for name, parameter in model.named_parameters():
                 if not name.endswith("_proj.weight"):
                     parameter.data = parameter.data.float()
@@ -121,6 +125,9 @@ def _model_without_content(estimator: MemoryEstimator, checkpointing: Checkpoint
             target_modules=nearest_family(estimator.shape.model_type).target_modules(lora.targets),
         )
         model = get_peft_model(model, adapter).train()
+    if estimator.backend == "unsloth":
+        _let_unsloth_compute(model)
+        return model
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for dropout in module.lora_dropout.values():
@@ -129,6 +136,17 @@ def _model_without_content(estimator: MemoryEstimator, checkpointing: Checkpoint
             if config.model.weights == "nf4":
                 module.base_layer.__class__ = _Quantised
     return model
+
+
+def _let_unsloth_compute(model: Any) -> None:
+    """Put Unsloth's functions where it puts them for such an adapter."""
+    from unsloth.kernels import fast_lora
+
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.apply_qkv = fast_lora.apply_lora_qkv
+        layer.self_attn.apply_o = fast_lora.apply_lora_o
+        if isinstance(layer.mlp.gate_proj, LoraLayer):
+            layer.mlp.forward = MethodType(fast_lora.apply_lora_mlp_swiglu, layer.mlp)
 
 
 class _Dropout(nn.Dropout):

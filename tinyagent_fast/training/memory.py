@@ -4,10 +4,10 @@ The command `memory` prints the estimates, `--train.batch auto` is resolved by t
 and the checks before step 1 compare them with what there is. It needs no torch, but can ask it for
 the memory of the GPU at hand.
 
-The estimates are good to 15-20 % and not measured on a GPU. What transformers and peft keep for the
-backward pass was counted on a CPU in bf16 autocast (transformers 5.17, peft 0.21, torch 2.13), and
-tests count it again. What Unsloth keeps is read from its kernels (2026.10), and its backward pass
-is fitted to the context lengths that Unsloth published for an 8B model.
+The estimates are good to 15-20 % and not measured on a GPU. What is kept for the backward pass was
+counted on a CPU in bf16 autocast (transformers 5.17, peft 0.21, torch 2.13), of Unsloth by its own
+functions (2026.10) where prefixes are shared, and tests count it again. Without sharing it is read
+from them, and fitted to the context lengths that Unsloth published for an 8B model.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class MemoryEstimator:
             if shared and self._joins_projections
             else _plain_token(shape, self.config.lora, held, wide, masked)
         )
-        if shared:  # the last layer needs keys and values of all tokens, and little else
+        if shared and not unsloth:  # the last layer needs keys and values of all, and little else
             needed = 3 * (4 + held) * shape.hidden + 2 * held * shape.kv_width
             token = replace(token, last_layer=min(token.layer, needed))
         kept, backward = token.kept_and_backward(shape.layers, checkpointing)
@@ -427,22 +427,34 @@ def _shared_token(shape: ModelShape, lora: LoraConfig, held: int, wide: int) -> 
 def _unsloth_token(shape: ModelShape, lora: LoraConfig, held: int, shared: bool) -> _TokenBytes:
     """Count what Unsloth's kernels keep; xformers gets k and v of all heads, packed sequences not.
 
-    Source: save_for_backward in unsloth/kernels (fast_lora, rms_layernorm); the backward pass is
-    fitted to an 8B model's 212 KB a token, unsloth.ai/docs/basics/unsloth-benchmarks.
+    Source: save_for_backward in unsloth/kernels (fast_lora, rms_layernorm), and a dry run of them.
+    The backward pass of its own forward is fitted to an 8B model's 212 KB a token,
+    unsloth.ai/docs/basics/unsloth-benchmarks.
     """
-    hidden = 4 * shape.hidden  # inputs of both norms, of q, k, v and of the MLP
+    fused_mlp = lora.targets == "all-linear"  # one without adapters is transformers' own
+    # Inputs of both norms, of q, k, v and of a fused MLP, which keeps no activated gate.
+    hidden, mlp = (4, 2) if fused_mlp else (3, 3)
     # q, k, v and the output
     attention = 2 * shape.query_width + 2 * (shape.kv_width if shared else shape.query_width)
-    layer = held * (hidden + attention + 2 * shape.intermediate) + 4 * shape.heads
+    layer = held * (hidden * shape.hidden + attention + mlp * shape.intermediate) + 4 * shape.heads
     if lora.dropout:
         layer += sum(features for features, _ in shape.linears(lora.targets))
-    return _TokenBytes(
+    token = _TokenBytes(
         outside=held * shape.hidden,  # the final norm's input
         layer=layer,
         layer_input=held * shape.hidden,
         backward=held * (2 * shape.intermediate + 4 * shape.hidden),
         offloaded=2 * held * shape.hidden,
     )
+    if not shared:
+        return token
+    # The gradients of SwiGLU's product, and of what goes into the MLP and comes out.
+    backward = held * ((1 if fused_mlp else 2) * shape.intermediate + 2 * shape.hidden)
+    # The inputs of its norm and of k and v, these, and what dropout drew for both.
+    last_layer = held * (2 * shape.hidden + 2 * shape.kv_width)
+    if lora.dropout:
+        last_layer += 2 * shape.hidden
+    return replace(token, outside=0, backward=backward, last_layer=last_layer)
 
 
 def adapter_weights(shape: ModelShape, lora: LoraConfig) -> int:
