@@ -72,7 +72,7 @@ def dry_runs_by_unsloth(cases: Sequence[Case]) -> list[DryRun]:
 
 
 def main() -> None:
-    """Count the cases from standard input and print what was found, as JSON."""
+    """Count the cases from standard input and write what was found, as JSON."""
     cases: list[Case] = pickle.load(sys.stdin.buffer)
     import unsloth  # noqa: F401  # patches transformers and peft, so it must come first
     from triton.runtime.interpreter import GridExecutor
@@ -83,7 +83,7 @@ def main() -> None:
         pass
 
     setattr(GridExecutor, "__call__", launch_nothing)  # noqa: B010
-    print(json.dumps([asdict(dry_run(*case)) for case in cases]))
+    sys.stdout.write(f"{json.dumps([asdict(dry_run(*case)) for case in cases])}\n")
 
 
 if __name__ == "__main__":
