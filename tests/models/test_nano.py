@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +13,34 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.models import bases
 from tinyagent_fast.models.nano import (
+    NANO_SHAPE,
     RANDOM_SHAPE,
     PretrainSpec,
+    begin_with_copying,
     pretrain,
     random_llama,
     train_bpe_tokenizer,
 )
-from tinyagent_fast.presets import smoke
+from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.presets import nano, smoke
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 SHAPE = replace(RANDOM_SHAPE, intermediate=64, layers=1, heads=2, kv_heads=1, head_dim=32)
-SPEC = PretrainSpec(entries=120, lists=40, steps=30, batch=8)
+COLOURS = ("crimson", "turquoise")
+KITES = """
+values: {colour: [crimson, turquoise]}
+tools:
+  - name: wind_kite
+    parameters: [{name: colour, type: str, value: colour}]
+    phrases: ["wind the {colour} kite"]
+"""
+SPEC = PretrainSpec(entries=120, lists=40, steps=30, batch=8, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[tuple[str, bases.RenderedExample]]:
-    return bases._nano_texts(SPEC, [])
+    return bases._nano_texts(SPEC, [], None)
 
 
 def test_a_quoted_name_has_the_same_tokens_in_request_and_plan(
@@ -41,6 +53,30 @@ def test_a_quoted_name_has_the_same_tokens_in_request_and_plan(
     name = tokenizer.encode_text("Winter Draft")
     for ids in (asked, called):
         assert any(ids[i : i + len(name)] == name for i in range(len(ids)))
+
+
+def test_a_new_base_expects_what_it_has_read_once_before_any_training(
+    texts: list[tuple[str, bases.RenderedExample]],
+) -> None:
+    hf = train_bpe_tokenizer([t.prompt + t.completion for _, t in texts], NANO_SHAPE.vocab)
+
+    def typical_rank(model: Any) -> float:
+        """Read random tokens twice; give the rank that the right next one has the second time."""
+        once = torch.randperm(len(hf), generator=torch.Generator().manual_seed(1))[:40]
+        with torch.no_grad():
+            logits_TV = model(torch.cat([once, once])[None]).logits[0, 40:-1]
+        return float((logits_TV > logits_TV.gather(1, once[1:, None])).sum(1).median())
+
+    model = random_llama(NANO_SHAPE, hf, seed=0)
+    assert typical_rank(model) > len(hf) / 4
+    begin_with_copying(model, seed=0)
+    assert typical_rank(model) < len(hf) / 10
+
+
+def test_a_number_is_made_of_digits(texts: list[tuple[str, bases.RenderedExample]]) -> None:
+    hf = train_bpe_tokenizer([t.prompt + t.completion for _, t in texts], 1024)
+    tokenizer = PromptTokenizer(hf)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode_text("1984")] == list("1984")
 
 
 def test_pretraining_lowers_the_loss_and_reports_progress(
@@ -72,16 +108,31 @@ def test_pretraining_is_deterministic(
 
 
 def test_pretraining_texts_hold_no_held_out_query() -> None:
-    first = bases._nano_texts(SPEC, [])
+    first = bases._nano_texts(SPEC, [], None)
     queries = [t.prompt.split("Question: ")[1].split("\n")[0] for _, t in first]
     held_out = queries[:50]
-    again = bases._nano_texts(SPEC, held_out)
+    again = bases._nano_texts(SPEC, held_out, None)
     seen = {
         normalise_query(t.prompt.split("Question: ")[1].split("\n")[0])
         for key, t in again
         if not key.startswith("list/")
     }
     assert not seen & {normalise_query(query) for query in held_out}
+
+
+def test_the_base_knows_the_words_of_the_catalogue_that_a_run_names(tmp_path: Path) -> None:
+    (tmp_path / "kites.yaml").write_text(KITES, encoding="utf-8")
+    own = replace(nano(), data=replace(nano().data, catalogue=tmp_path / "kites.yaml"))
+    texts = bases._nano_texts(SPEC, ["Wind the crimson kite"], own.data.catalogue)
+    asked = [text for key, text in texts if not key.startswith("list/")]
+    called = {t.completion.removesuffix(END_OF_PLAN) for t in asked}
+    assert called == {f'1. wind_kite("{k}")\n2. join()' for k in COLOURS}
+    assert not any("Wind the crimson kite\n" in t.prompt for t in asked)
+    tokens = PromptTokenizer(bases.base_tokenizer(own, [])).encode_text(' wind_kite("turquoise")')
+    others = PromptTokenizer(bases.base_tokenizer(nano(), [])).encode_text(
+        ' wind_kite("turquoise")'
+    )
+    assert len(tokens) < 8 < len(others)
 
 
 def test_the_random_base_is_built_once_and_loads_like_any_base(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entr
 from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import DataError, ModelError
 from tinyagent_fast.models.gguf_base import base_from_gguf
 from tinyagent_fast.models.loading import save_model
 from tinyagent_fast.models.nano import (
     NANO_SHAPE,
     RANDOM_SHAPE,
     PretrainSpec,
+    begin_with_copying,
     pretrain,
     random_llama,
     train_bpe_tokenizer,
@@ -88,7 +90,7 @@ def base_tokenizer(
         A transformers tokenizer, or None for every other base.
     """
     if config.model.base == "nano":
-        texts = _nano_texts(PretrainSpec(), held_out)
+        texts = _nano_texts(PretrainSpec(), held_out, config.data.catalogue)
         return _nano_tokenizer([text for _, text in texts])
     if config.model.base == "random":
         return train_bpe_tokenizer(_random_texts(examples), RANDOM_SHAPE.vocab)
@@ -135,17 +137,21 @@ def _from_gguf(
     return folder
 
 
-def _nano_texts(spec: PretrainSpec, held_out: Sequence[str]) -> list[tuple[str, RenderedExample]]:
+def _nano_texts(
+    spec: PretrainSpec, held_out: Sequence[str], tools: Path | None
+) -> list[tuple[str, RenderedExample]]:
     """Write what the nano base is pretrained on: single calls, and lists of a request's parts."""
     generation = GenerationSpec(single_calls=True)
-    catalogue = load_catalogue()
+    catalogue = load_catalogue(tools)
     rng = random.Random(f"nano/{spec.seed}")
     taken = {normalise_query(query) for query in held_out}
     texts = []
-    for key, raw in generate_entries(catalogue, generation, spec.entries, rng, taken):
-        entry = entry_from_json(key, raw)
-        assert isinstance(entry, Entry), f"a generated entry breaks the schema: {entry}"
-        texts.append((entry.examples[0].key, render(entry.examples[0], "alpaca")))
+    # A few tools may have fewer different requests than that.
+    with suppress(DataError):
+        for key, raw in generate_entries(catalogue, generation, spec.entries, rng, taken):
+            entry = entry_from_json(key, raw)
+            assert isinstance(entry, Entry), f"a generated entry breaks the schema: {entry}"
+            texts.append((entry.examples[0].key, render(entry.examples[0], "alpaca")))
     for number in range(spec.lists):
         request, parts = write_parts(catalogue, rng)
         prompt = render_prompt("List the parts", f"Question: {request}", "alpaca")
@@ -162,7 +168,7 @@ def _nano_tokenizer(texts: Sequence[RenderedExample]) -> Any:
 
 def _nano(config: Config, held_out: Sequence[str], on_progress: Callable[[int, int], None]) -> Path:
     spec = PretrainSpec()
-    texts = _nano_texts(spec, held_out)
+    texts = _nano_texts(spec, held_out, config.data.catalogue)
     text_hash = hashlib.sha256("".join(t.prompt + t.completion for _, t in texts).encode())
     key = _key([asdict(NANO_SHAPE), asdict(spec), text_hash.hexdigest()])
     folder = config.runs / "bases" / f"nano-{key}"
@@ -173,6 +179,7 @@ def _nano(config: Config, held_out: Sequence[str], on_progress: Callable[[int, i
     hf = _nano_tokenizer([text for _, text in texts])
     tokenizer = PromptTokenizer(hf)
     model = random_llama(NANO_SHAPE, hf, spec.seed)
+    begin_with_copying(model, spec.seed)
     rows = tokenizer.encode_rows(texts)
     if config.train.threads is None:
         few = PretrainSpec(steps=1, batch=spec.batch, learning_rate=1e-9)

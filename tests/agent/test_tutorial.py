@@ -1,0 +1,73 @@
+"""The document on own tools, followed to its end: a planner is trained, measured and used.
+
+The training takes minutes, so these tests are marked slow; `.ci/run` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "own_tools.md").read_text(encoding="utf-8")
+LINES = [
+    shlex.split(line, comments=True)[1:]
+    for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, flags=re.S)
+    for line in block.splitlines()
+    if line.startswith("tinyagent-fast ")
+]
+
+
+def run(folder: Path, words: list[str]) -> str:
+    """Run a command where the document's files are, and give what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyagent_fast", *words],
+        cwd=folder,
+        input="y\n" * 5,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Return the folder in which the document was followed, and what each command said."""
+    folder = tmp_path_factory.mktemp("home")
+    for kind, name in (("python", "home.py"), ("yaml", "home.yaml")):
+        (block,) = re.findall(rf"```{kind}\n(.*?)```", DOCUMENT, flags=re.S)
+        (folder / name).write_text(block, encoding="utf-8")
+    return folder, [run(folder, words) for words in LINES]
+
+
+def figures(folder: Path, part: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "runs/home" / part / "metrics.json").read_text())
+    return found
+
+
+def test_at_least_four_in_five_unseen_requests_get_the_right_plan(
+    followed: tuple[Path, list[str]],
+) -> None:
+    success = figures(followed[0], "eval")["success"]
+    assert success["total"] == 200
+    assert success["share"] >= 0.8
+
+
+def test_the_arguments_of_most_plans_are_right_too(followed: tuple[Path, list[str]]) -> None:
+    tasks = figures(followed[0], "agent")
+    assert tasks["n"] == 200
+    assert tasks["task_success"]["share"] >= 0.7
+
+
+def test_the_agent_calls_the_functions_of_the_document(followed: tuple[Path, list[str]]) -> None:
+    assert "lamp-hall is at 30 percent" in followed[1][-1]
