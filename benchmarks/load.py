@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "benchmarks" / "results"
-ROWS = (1_000, 10_000, 40_000, 160_000)
+ROWS = (1_000, 10_000, 40_030, 160_000)
 _VOCABULARY_PIECES = 32_000
 _TOKENIZER_ROWS = 300
 _EVERY_S = 0.02

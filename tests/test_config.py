@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 import typing
 from dataclasses import fields, is_dataclass, replace
@@ -253,6 +254,13 @@ def test_aliases_cannot_make_a_document_larger_than_the_memory() -> None:
     with pytest.raises(ConfigError, match="leads back to itself"):
         parse_config("train: &t {batch: *t}")
     assert load_yaml("a: &x [1, 2]\nb: [*x, *x]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+def test_a_file_that_would_take_long_is_refused_at_once() -> None:
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="characters"):
+        parse_config("- a\n" * 300_000)
+    assert time.process_time() - started < 1
 
 
 def test_a_message_does_not_repeat_a_gigantic_value() -> None:

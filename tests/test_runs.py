@@ -27,6 +27,7 @@ from tinyagent_fast.runs import (
     holding,
     point_latest,
     refuse_taken_name,
+    unfinished_folder,
     write_json,
     write_text,
 )
@@ -55,12 +56,17 @@ def test_a_new_run_has_its_config_and_its_environment(config: Config) -> None:
     assert {"cpus", "platform", "gpu", "git", "command", "started"} <= set(environment)
 
 
-def test_what_a_killed_process_has_left_goes_after_a_day(config: Config) -> None:
-    for name, age_s in ((".new-old", 90_000), (".new-young", 60)):
+def test_what_a_killed_process_has_left_goes_and_what_is_under_way_stays(config: Config) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    host = socket.gethostname()
+    there = [f".new-{host}-{os.getpid()}-1", f".new-other-host-{killed.pid}-2", ".newer"]
+    for name in (*there, f".new-{host}-{killed.pid}-3"):
         (config.runs / name / "sub").mkdir(parents=True)
-        os.utime(config.runs / name, (time.time() - age_s,) * 2)
-    create_run(config)
-    assert {path.name for path in config.runs.glob(".new-*")} == {".new-young"}
+    with unfinished_folder(config.runs, "new") as folder:
+        create_run(config)
+        assert folder.is_dir()
+    assert {path.name for path in config.runs.glob(".new*")} == set(there)
 
 
 def test_a_name_that_no_file_system_has_is_refused(config: Config) -> None:

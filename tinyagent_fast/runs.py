@@ -35,7 +35,6 @@ _PACKAGES = (
     "sentencepiece", "safetensors", "numpy", "pyarrow", "tyro", "gguf", "xllamacpp",
 )
 # fmt: on
-_STALE_S = 24 * 3600.0
 _LATEST = "latest"
 _RESERVED = (_LATEST, "bases")
 """Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
@@ -215,19 +214,11 @@ def create_run(config: Config) -> Run:
     """
     refuse_taken_name(config)
     config.runs.mkdir(parents=True, exist_ok=True)
-    for left in config.runs.glob(".new-*"):  # by a process that was killed
-        with suppress(OSError):  # another process has just removed it, or named its own
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left)
     # A kill leaves a run with its config, or none.
-    whole = config.runs / f".new-{uuid.uuid4().hex[:8]}"
-    whole.mkdir()
-    try:
+    with unfinished_folder(config.runs, "new") as whole:
         write_text(whole / "config.yaml", dump_config(config))
         write_json(whole / "environment.json", environment())
         run = _claim(config, whole)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
     point_latest(run)
     return run
 
@@ -441,6 +432,31 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write plain values as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def unfinished_folder(parent: Path, work: str) -> Iterator[Path]:
+    """Make a hidden folder for what is not ready yet; what is ready is moved out of it.
+
+    It is removed in the end, and so is what killed processes of this machine have left of the same
+    work; several processes can be at the same work at once.
+
+    Args:
+        parent: Where it is made; made too if it is not there.
+        work: One word.
+    """
+    here = f".{work}-{socket.gethostname()}-"
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.iterdir():
+        process = left.name.removeprefix(here).partition("-")[0]
+        if left.name.startswith(here) and process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{here}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 PyYAML keeps the last of two equal keys and says nothing, so half of a file could be lost. It takes
 `off`, `no` and `on` for truth values and `12:30` for a number, which are texts here and in YAML
 1.2. Its aliases can make a few lines as large as the memory, and its tags say nothing that a
-setting needs.
+setting needs. It takes 8 s for a megabyte; its loader in C is faster, but deep nesting ends it, and
+the process with it, so long texts are refused instead.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _PLAIN = {
     ),
 }
 """What a plain text must look like to be one of these, and the characters that it begins with."""
+_MOST_CHARACTERS = 250_000
+"""Of a document; the built-in catalogue has a tenth of that, and 2 s are enough to wait."""
 _SPARE_CHARACTERS = 100_000
 """What aliases may add to a document, beside three times its own size."""
 
@@ -38,10 +41,15 @@ def load_yaml(text: str) -> Any:
         Plain values: dicts, lists, strings, numbers, booleans, dates and None.
 
     Raises:
-        ValueError: The text is no YAML, a mapping has a key twice, a value has a tag, or aliases
-            make it too large; the message says where.
+        ValueError: The text is no YAML or too long, a mapping has a key twice, a value has a tag,
+            or aliases make it too large; the message says where.
     """
     import yaml
+
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(
+            f"it has {len(text):,} characters; files of up to {_MOST_CHARACTERS:,} are read"
+        )
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

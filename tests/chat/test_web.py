@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 import urllib.request
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -288,6 +289,32 @@ def test_requests_are_answered_in_the_order_of_arrival_and_too_many_are_told_to_
     assert [user for _, user in writer.asked] == ["Q: a", "Q: b", "Q: c"]
     writer.gate.release(len(PLAN))
     assert events(ask(server, "POST", "/plan", {"request": "e"}))[-1][0] == "done"
+
+
+def test_a_full_queue_is_told_before_a_body_is_read_and_bodies_that_come_late_do_not_fill_it(
+    server: PlannerServer, writer: ScriptedWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "MAX_WAITING", 1)
+    writer.gate = threading.Semaphore(0)
+    body = b'{"request": "go"}'
+    head = (
+        "POST /plan HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+
+    def begun() -> socket.socket:
+        one = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        one.sendall(head + body[:5])
+        return one
+
+    late = [begun() for _ in range(4)]
+    time.sleep(0.3)  # all four heads are read while there is room
+    for one in late:
+        one.sendall(body[5:])
+    statuses = sorted(one.recv(13)[9:12] for one in late)
+    assert statuses == [b"200", b"200", b"503", b"503"]
+    assert begun().recv(13)[9:12] == b"503"
+    writer.gate.release(2 * len(PLAN))
 
 
 def test_a_reader_who_leaves_the_queue_frees_the_place(

@@ -429,11 +429,11 @@ def cached(folder: Path) -> dict[str, Any]:
     """Give what was read through the cache, which a second reading must find."""
     found = {p.name: sha(p) for p in (folder / "retriever").iterdir() if p.suffix == ".json"}
     tables = [p for p in (folder / "cache").iterdir() if p.name != "sources"]
-    return {"retriever": found, "tables": sorted(p.name for p in tables if p.name[0] != ".")}
+    return {"retriever": found, "tables": sorted(p.name for p in tables)}
 
 
 def generated(folder: Path) -> dict[str, Any]:
-    return {p.name: sha(p) for p in (folder / "generated").iterdir() if not p.name.startswith(".")}
+    return {p.name: "" if p.is_dir() else sha(p) for p in (folder / "generated").iterdir()}
 
 
 def downloaded(folder: Path) -> dict[str, Any]:

@@ -215,6 +215,22 @@ def test_an_equal_training_is_taken_from_the_cache_and_another_wanted_recall_cos
 
 
 @pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "unseen.npy"])
+def test_a_damaged_encoder_in_the_cache_is_trained_anew_and_it_is_said(
+    name: str, tiny_encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples, settings = keyword_examples(20, 5), settings_of(tiny_encoder, epochs=1)
+    before, _ = train_retriever(examples, recall=0.9, encoder=settings)
+    (file,) = (tmp_path / "cache").rglob(name)
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    again, _ = train_retriever(examples, recall=0.9, encoder=settings)
+    assert "damaged" in caplog.text
+    assert again.key() == before.key()
+
+
+@pytest.mark.usefixtures("_own_cache")
 def test_encoders_that_cannot_be_had_are_the_users_errors(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -110,6 +110,10 @@ def allows_host(header: str | None, host: str) -> bool:
     return address.is_loopback or not is_loopback(host)
 
 
+_Answer = Callable[[asyncio.Event, Send], Awaitable[None]]
+"""Sends all events of an answer; the first is set when a request has left the queue."""
+
+
 class _Impatient(H11Protocol):
     """Lets nobody hold a connection, or the model, by sending or reading nothing; uvicorn would."""
 
@@ -249,14 +253,20 @@ class PlannerServer:
         return _json({"facts": facts, "agent": self._agent is not None})
 
     async def _plan(self, request: Request) -> ASGIApp:
-        text, system = await self._read(request)
-        return _Events(partial(self._answer, self._planner.stream(text, system)))
+        def begin(text: str, system: str | None) -> _Answer:
+            return partial(self._answer, self._planner.stream(text, system))
+
+        return partial(self._in_turn, request, begin)
 
     async def _carry_out(self, request: Request) -> ASGIApp:
-        text, system = await self._read(request)
-        if self._agent is None:
+        agent = self._agent
+        if agent is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "this server only plans")
-        return _Events(partial(self._answer_by_agent, self._agent, text, system))
+
+        def begin(text: str, system: str | None) -> _Answer:
+            return partial(self._answer_by_agent, agent, text, system)
+
+        return partial(self._in_turn, request, begin)
 
     async def _allow(self, request: Request) -> Response:
         _check_origin(request.headers)
@@ -269,24 +279,44 @@ class PlannerServer:
         question.set_result(allowed is True)
         return _json({})
 
-    async def _read(self, request: Request) -> tuple[str, str | None]:
-        """Read a request and its system text, if there is room for another one."""
+    async def _in_turn(
+        self,
+        request: Request,
+        begin: Callable[[str, str | None], _Answer],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Give a request a place in the queue, if there is one, until it is answered.
+
+        A full queue is told before the body is read. The place is taken afterwards: a sender who
+        is slow must not hold up those behind.
+        """
         _check_origin(request.headers)
+        self._refuse_if_full()
         text, system = _read_request(await _read_body(request))
+        self._refuse_if_full()
+        answer, place = begin(text, system), asyncio.Event()
+        self._queue.append(place)
+        try:
+            await _Events(partial(answer, place))(scope, receive, send)
+        finally:
+            self._queue.remove(place)
+            for other in self._queue:
+                other.set()
+
+    def _refuse_if_full(self) -> None:
         if len(self._queue) > MAX_WAITING:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many requests wait; try again later"
             )
-        return text, system
 
     async def _answer_by_agent(
-        self, agent: OpenAgent, text: str, system: str | None, send: Send
+        self, agent: OpenAgent, text: str, system: str | None, _: asyncio.Event, send: Send
     ) -> None:
         """Tell what an agent does until it has ended; it ends too when the reader leaves."""
         events: asyncio.Queue[tuple[str, Mapping[str, Any]] | None] = asyncio.Queue()
         story = _Story(agent, self._ask and agent.real, self._questions, events.put_nowait)
-        place = asyncio.Event()
-        self._queue.append(place)  # so that others are told what they wait for
         # A task of its own, as what it tidies up when it is cancelled takes moments of its own.
         work = asyncio.create_task(
             agent.answer(text, system, allow=story.allow, on_event=story.on_event)
@@ -303,7 +333,6 @@ class PlannerServer:
             work.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait({work})
-            self._leave(place)
 
     async def _next_event(self, events: asyncio.Queue[Any]) -> Any:
         """Wait for an event; None also when the server closes."""
@@ -312,22 +341,12 @@ class PlannerServer:
                 return await events.get()
         return None
 
-    async def _answer(self, stream: PlanStream, send: Send) -> None:
-        place = asyncio.Event()
-        self._queue.append(place)
-        try:
-            while ahead := self._queue.index(place):
-                await _tell(send, "waiting", {"ahead": ahead})
-                await place.wait()
-                place.clear()
-            await anyio.to_thread.run_sync(self._write, stream, send)
-        finally:
-            self._leave(place)
-
-    def _leave(self, place: asyncio.Event) -> None:
-        self._queue.remove(place)
-        for other in self._queue:
-            other.set()
+    async def _answer(self, stream: PlanStream, place: asyncio.Event, send: Send) -> None:
+        while ahead := self._queue.index(place):
+            await _tell(send, "waiting", {"ahead": ahead})
+            await place.wait()
+            place.clear()
+        await anyio.to_thread.run_sync(self._write, stream, send)
 
     def _write(self, stream: PlanStream, send: Send) -> None:
         def say(name: str, value: Mapping[str, Any]) -> None:

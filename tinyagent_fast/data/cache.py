@@ -12,11 +12,8 @@ import logging
 import os
 import re
 import shutil
-import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -24,13 +21,13 @@ from typing import Any, Literal, overload
 from tinyagent_fast.data.reading import OnBadEntry, ReadReport, check_head, read_entries
 from tinyagent_fast.data.schema import EntryProblem, Example
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.runs import unfinished_folder
 
 Points = Literal["plan", "join", "all"]
 
 _SCHEMA_VERSION = 3
 CACHE_VARIABLE = "TINYAGENT_FAST_CACHE"
 _BATCH_ROWS = 256
-_STALE_S = 24 * 3600.0
 _COLUMNS = tuple(field.name for field in fields(Example))
 
 _log = logging.getLogger(__name__)
@@ -101,14 +98,7 @@ def _fill_table(
     from datasets import Features
     from datasets.arrow_writer import ArrowWriter
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".*.tmp"):  # by a process that was killed
-        with suppress(FileNotFoundError):  # another process has just renamed its own
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left, ignore_errors=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir()
+    with unfinished_folder(folder.parent, "table") as temporary:
         rows = temporary / "rows.arrow"
         with ArrowWriter(
             path=str(rows), features=Features(columns), writer_batch_size=_BATCH_ROWS
@@ -122,8 +112,6 @@ def _fill_table(
         except OSError:
             if not folder.exists():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True)

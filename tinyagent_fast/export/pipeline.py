@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -34,12 +32,11 @@ from tinyagent_fast.export.record import Artefact, Kind, Work, key_of, sha256_of
 from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
-from tinyagent_fast.runs import environment, write_text
+from tinyagent_fast.runs import environment, unfinished_folder, write_text
 from tinyagent_fast.training.inputs import retriever_of_run
 from tinyagent_fast.version import __version__
 
 IMPORTANCE = "importance.gguf"
-_WORK = ".work-"
 
 
 def run_export(export: Export) -> Path:
@@ -60,10 +57,8 @@ def run_export(export: Export) -> Path:
         record.update(artefacts=[])
     merged = _make_merged(export, identity)
     gates: list[Gate] = []
-    for left in export.folder.glob(f"{_WORK}*"):  # by an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_WORK, dir=export.folder) as work:
-        f32, f16 = _make_files(export, merged, Path(work)) if export.specs else (None, None)
+    with unfinished_folder(export.folder, "work") as work:
+        f32, f16 = _make_files(export, merged, work) if export.specs else (None, None)
         for gate in prove(export, f32, f16) if settings.gates == "on" else ():
             export.display.say(gate.sentence())
             gates.append(gate)

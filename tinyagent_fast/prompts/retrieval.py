@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import re
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from zipfile import BadZipFile
 
@@ -30,7 +31,7 @@ from tinyagent_fast.errors import DataError
 from tinyagent_fast.models.encoder import Encoder, EncoderTraining, encoder_folder, train_encoder
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 from tinyagent_fast.prompts.system_text import SystemText, parse, render, united
-from tinyagent_fast.runs import replace_folder, write_text
+from tinyagent_fast.runs import replace_folder, unfinished_folder, write_json, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,8 @@ RETRIEVER = "retriever.json"
 
 _WEIGHTS = "retriever.npz"
 _ENCODER = "retriever-encoder"
+_UNSEEN, _SUMS = "unseen.npy", "sha256.json"
+_log = logging.getLogger(__name__)
 _POOL = 1500
 """Solved requests that are kept as examples for prompts."""
 _TEXTS = 500
@@ -425,15 +428,15 @@ def _fit_encoder(
     parts = (files, asdict(replace(training, encoder="")), tools, queries, wanted.tolist())
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
     folder = cache_folder() / "encoders" / key
-    if not folder.exists():
+    found = _open_fitted(folder)
+    if found is None:
         done, number = count(1), count()
         sizes = [len(queries), *(len(train) for train, _ in _folds(len(queries)))]
         total = sum(map(training.steps, sizes))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent) as name:
+        with unfinished_folder(folder.parent, "fit") as work:
 
             def fit(texts: Sequence[str], labels: np.ndarray) -> Encoder:
-                place = Path(name) / f"{next(number)}" / _ENCODER
+                place = work / f"{next(number)}" / _ENCODER
                 return train_encoder(
                     base,
                     texts,
@@ -445,9 +448,36 @@ def _fit_encoder(
                 )
 
             scorer, unseen = _cross_validated(fit, queries, wanted)
-            np.save(scorer.folder.parent / "unseen.npy", unseen)
-            replace_folder(scorer.folder.parent, folder)
-    return Encoder.in_folder(folder / _ENCODER), np.load(folder / "unseen.npy", allow_pickle=False)
+            whole = scorer.folder.parent
+            np.save(whole / _UNSEEN, unseen)
+            write_json(whole / _SUMS, _sums(whole))
+            replace_folder(whole, folder)
+        found = _open_fitted(folder)
+    assert found is not None, "what was just written can be opened"
+    return found
+
+
+def _open_fitted(folder: Path) -> tuple[Encoder, np.ndarray] | None:
+    """Open what `_fit_encoder` left in the cache; what is damaged is removed with a warning."""
+    import numpy as np
+
+    if not folder.exists():
+        return None
+    try:
+        said = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
+        if said != _sums(folder):
+            raise ValueError("its files are not those that were written")
+    except (OSError, ValueError) as error:
+        _log.warning("%s: the cache is damaged (%s), the encoder is trained anew", folder, error)
+        shutil.rmtree(folder)
+        return None
+    return Encoder.in_folder(folder / _ENCODER), np.load(folder / _UNSEEN, allow_pickle=False)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Give the sha256 of each file of a cached encoder, without the file that keeps them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): file_sha256(p) for p in files if p.name != _SUMS}
 
 
 def _fit_tfidf(queries: Sequence[str]) -> tuple[Tfidf, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Set
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, Catalogue, load_catalogue
@@ -24,6 +23,7 @@ from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.grammar import parse_plan, render_call
 from tinyagent_fast.plans.tools import JOIN
+from tinyagent_fast.runs import unfinished_folder
 
 _MAX_REPEATS = 2000
 _EXAMPLES_PER_PROMPT = 5
@@ -82,15 +82,14 @@ def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
     taken: set[str] = set()
     parts = ((files.test, spec.test_entries, "test"), (files.train, spec.train_entries, "train"))
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".part-", dir=out_dir) as unfinished:
+        with unfinished_folder(out_dir, "part") as unfinished:
             for path, count, part in parts:
                 rng = random.Random(f"{spec.seed}/{part}")
                 entries = generate_entries(catalogue, spec, count, rng, taken)
-                _write_object(Path(unfinished) / path.name, entries)
+                _write_object(unfinished / path.name, entries)
             # Only now, as each file's queries were chosen for the other's.
             for path, _, _ in parts:
-                (Path(unfinished) / path.name).replace(path)
+                (unfinished / path.name).replace(path)
     except OSError as error:
         raise DataError(
             f"generated files in {out_dir}",
