@@ -311,10 +311,13 @@ def test_a_full_queue_is_told_before_a_body_is_read_and_bodies_that_come_late_do
     time.sleep(0.3)  # all four heads are read while there is room
     for one in late:
         one.sendall(body[5:])
-    statuses = sorted(one.recv(13)[9:12] for one in late)
-    assert statuses == [b"200", b"200", b"503", b"503"]
+    answers = [HTTPResponse(one) for one in late]
+    for one in answers:
+        one.begin()
+    assert sorted(one.status for one in answers) == [200, 200, 503, 503]
     assert begun().recv(13)[9:12] == b"503"
     writer.gate.release(2 * len(PLAN))
+    assert sum(b"event: done" in one.read() for one in answers) == 2
 
 
 def test_a_reader_who_leaves_the_queue_frees_the_place(
