@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from tinyagent_fast.evaluation.scoring import score_pair
+from tinyagent_fast.evaluation.statistics import mcnemar_exact_p
+
 pytestmark = pytest.mark.slow
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "own_tools.md").read_text(encoding="utf-8")
@@ -71,3 +74,27 @@ def test_the_arguments_of_most_plans_are_right_too(followed: tuple[Path, list[st
 
 def test_the_agent_calls_the_functions_of_the_document(followed: tuple[Path, list[str]]) -> None:
     assert "lamp-hall is at 30 percent" in followed[1][-1]
+
+
+def test_plan_success_does_not_fall_when_joins_are_added(followed: tuple[Path, list[str]]) -> None:
+    """The same plan rows, with joins and replans among them, on the same unseen requests."""
+    folder = followed[0]
+    (train,) = (words for words in LINES if words[0] == "train")
+    words = ["with-joins" if word == "home" else word for word in train]
+    run(folder, [*words, "--data.points", "all", "--data.joins-per-plan", "0.3"])
+    run(folder, ["eval", "--run", "with-joins"])
+    alone, added = (right(folder, name) for name in ("home", "with-joins"))
+    assert alone.keys() == added.keys()
+    assert len(alone) == 200
+    lost = sum(alone[query] and not added[query] for query in alone)
+    won = sum(added[query] and not alone[query] for query in alone)
+    print(f"plans only: {sum(alone.values())}, joins added: {sum(added.values())} of {len(alone)}")
+    assert lost - won <= 6, f"{lost} plans lost, {won} won"  # three points
+    assert lost <= won or mcnemar_exact_p(lost, won) > 0.05
+
+
+def right(folder: Path, name: str) -> dict[str, bool]:
+    """Tell by query whether a run's plan is right."""
+    lines = (folder / "runs" / name / "eval/predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["query"]: score_pair(row["label"], row["prediction"]).success for row in rows}
