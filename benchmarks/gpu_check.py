@@ -1137,15 +1137,19 @@ class Runner:
         job_file.write_text(json.dumps(job), encoding="utf-8")
         # A signal while it starts would leave it running.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [*self.worker, str(job_file)],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **group[0].environment},
-                start_new_session=True,
-            )
+        try:
+            with log.open("wb") as stream:
+                process = subprocess.Popen(
+                    [*self.worker, str(job_file)],
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **group[0].environment},
+                    start_new_session=True,
+                )
+        except BaseException:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            raise
         reason = "the time for the whole check was over"
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

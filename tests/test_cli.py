@@ -680,6 +680,27 @@ def test_ctrl_c_that_a_library_swallows_ends_the_command_before_its_next_step(
         signal.signal(signal.SIGINT, before)
 
 
+def test_ctrl_c_that_native_code_makes_another_error_of_is_no_bug(
+    call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = True
+
+    def work(_: object) -> int:
+        with suppress(KeyboardInterrupt):
+            if stops:
+                signal.raise_signal(signal.SIGINT)
+        raise SystemError("returned a result with an exception set")
+
+    monkeypatch.setattr(score, "run", work)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert call("score").code == 130
+        stops = False
+        assert call("score").code == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_again_while_the_process_ends_leaves_message_and_code_as_they_are() -> None:
     done = python("""
 import atexit, signal, sys

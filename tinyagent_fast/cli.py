@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.errors import GateError, UserError
-    from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
+    from tinyagent_fast.interrupts import noted_interrupt
 
     # Threads that spin for long while they wait starve each other on a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -145,10 +145,7 @@ def _run(name: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        goes_on = f"; {_GOES_ON[name]}" if name in _GOES_ON else ""
-        print(f"stopped by {NAMES[number]}{goes_on}", file=sys.stderr)
-        return exit_code(number)
+        return _stopped(name, stop)
     except SystemExit as leave:
         if leave.code is None or isinstance(leave.code, int):
             return leave.code or 0
@@ -160,10 +157,22 @@ def _run(name: str, arguments: list[str]) -> int:
         print(_not_installed(name, error), file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, SystemError) and (noted := noted_interrupt()):
+            return _stopped(name, noted)
         if (told := _explained(name, error)) is None:
             return _bug()
         print(f"error: {told}", file=sys.stderr)
         return 2
+
+
+def _stopped(name: str, stop: KeyboardInterrupt) -> int:
+    """Say what stopped a command and how it goes on; give the exit code."""
+    from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
+
+    number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    goes_on = f"; {_GOES_ON[name]}" if name in _GOES_ON else ""
+    print(f"stopped by {NAMES[number]}{goes_on}", file=sys.stderr)
+    return exit_code(number)
 
 
 def _explained(name: str, error: Exception) -> Exception | None:

@@ -54,6 +54,11 @@ def _interrupt(number: int) -> KeyboardInterrupt:
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
+def noted_interrupt() -> KeyboardInterrupt | None:
+    """Give the signal that came, if one did; native code may have made another error of it."""
+    return _interrupt(_noted[-1]) if _noted else None
+
+
 def raise_swallowed_interrupt() -> None:
     """Raise the signal that came before, if one did; for the beginning of each piece of work.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.evaluation.scoring import score_pair
 from tinyagent_fast.evaluation.statistics import mcnemar_exact_p
 
@@ -97,4 +98,7 @@ def right(folder: Path, name: str) -> dict[str, bool]:
     """Tell by query whether a run's plan is right."""
     lines = (folder / "runs" / name / "eval/predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return {row["query"]: score_pair(row["label"], row["prediction"]).success for row in rows}
+    tools = plan_tools(folder / "home.yaml")
+    return {
+        row["query"]: score_pair(row["label"], row["prediction"], tools).success for row in rows
+    }
