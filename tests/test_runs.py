@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tinyagent_fast.runs import (
     find_run,
     holding,
     point_latest,
+    read_json,
     refuse_taken_name,
     unfinished_folder,
     write_json,
@@ -411,3 +413,17 @@ def test_a_half_written_last_line_is_cut_off_in_bytes(tmp_path: Path) -> None:
         path.write_bytes(content)
         cut_broken_line(path)
         assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{bad", b"[]", b"null", b'"text"', b"{}"])
+def test_a_damaged_record_of_a_run_is_named_with_a_fix(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "best.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        read_json(path, "step")
+
+
+def test_a_config_that_is_no_text_is_no_bug(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        Run(tmp_path).config()

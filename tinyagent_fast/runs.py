@@ -94,7 +94,14 @@ class Run:
                 "it holds no config.yaml, so it is no run of this program",
                 "name a folder under runs/, or train one",
             )
-        text = self.config_path.read_text(encoding="utf-8")
+        try:
+            text = self.config_path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                str(self.config_path),
+                f"it cannot be read: {error}",
+                "put the file back as it was written, from another copy, or train again",
+            ) from error
         config = parse_config(text, source=str(self.config_path))
         data = config.data
         train, test, catalogue = (
@@ -116,8 +123,7 @@ class Run:
 
     def _started_in(self) -> Path:
         record = self.path / "environment.json"
-        known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-        return Path(known.get("folder", ""))
+        return Path(str(read_json(record).get("folder", "")) if record.exists() else "")
 
     def located(self, config: Config) -> Config:
         """Name the run's data files, base and folder where they lie now.
@@ -153,10 +159,7 @@ class Run:
     def _data_record(self) -> dict[str, Any]:
         """Read data.json; empty if the run ended before it was written."""
         path = self.path / "data.json"
-        record: dict[str, Any] = {}
-        if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
-        return record
+        return read_json(path) if path.exists() else {}
 
     def find_adapter(self, wanted: str = "best") -> Path:
         """Find a folder with adapter weights: the run's `best`, or the one that is named.
@@ -432,6 +435,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write plain values as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """Read what `write_json` wrote into a run or an export.
+
+    Args:
+        path: The file.
+        needed: Keys that must be there.
+
+    Raises:
+        ConfigError: It is damaged, or was edited into something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        lacks = [key for key in needed if key not in value]
+        if not isinstance(value, dict) or lacks:
+            raise ValueError(f"it lacks {', '.join(lacks)}" if lacks else "it is no JSON object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            str(path),
+            f"it cannot be read: {error}",
+            "put the file back as it was written, from another copy, or make it anew",
+        ) from error
+    return value
 
 
 @contextmanager

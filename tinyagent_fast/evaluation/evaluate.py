@@ -5,7 +5,6 @@ All are evaluated alike, and GGUF files are compared in a table.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_example
 from tinyagent_fast.evaluation.scoring import ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import ExportRecord, sha256_of
-from tinyagent_fast.runs import Run, find_run, holding, write_json, write_text
+from tinyagent_fast.runs import Run, find_run, holding, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
@@ -500,7 +499,7 @@ def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
     if not file.path.exists() or not file.made_with_path.exists():
         say(f"note: {remedy}")
         return None
-    made_with = json.loads(file.made_with_path.read_text(encoding="utf-8"))
+    made_with = read_json(file.made_with_path)
     weights = task.run.adapter / _WEIGHTS
     wanted = {
         "retriever": None,

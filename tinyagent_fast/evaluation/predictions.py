@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.evaluation.scoring import Prediction
-from tinyagent_fast.runs import cut_broken_line, followed, write_json
+from tinyagent_fast.runs import cut_broken_line, followed, read_json, write_json
 
 MAIN_EVALUATIONS = ("eval", "test/after")
 """Folders of a run whose predictions stand for it: `eval` writes later than `train`'s own test."""
@@ -68,7 +69,8 @@ class PredictionFile:
         if self.path.exists():
             there = None
             if self.made_with_path.exists():
-                there = json.loads(self.made_with_path.read_text(encoding="utf-8"))
+                with suppress(ConfigError):  # damaged, so what it tells of is put aside
+                    there = read_json(self.made_with_path)
             if there == wanted:
                 return {p.key: p for p in self.read(repair=True)}
             self.path.replace(self.path.with_suffix(".previous.jsonl"))

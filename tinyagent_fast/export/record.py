@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tinyagent_fast.runs import write_json
+from tinyagent_fast.runs import read_json, write_json
 
 Kind = Literal["merged", "gguf", "importance"]
 Work = Callable[[Path], tuple[str, Mapping[str, Any]]]
@@ -48,7 +48,7 @@ class ExportRecord:
         self.path = folder / "export.json"
         self.content: dict[str, Any] = {"artefacts": [], "gates": [], "passed": None}
         if self.path.exists():
-            self.content.update(json.loads(self.path.read_text(encoding="utf-8")))
+            self.content.update(read_json(self.path))
 
     @property
     def artefacts(self) -> list[Artefact]:

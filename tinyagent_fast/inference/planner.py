@@ -25,7 +25,7 @@ from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_plan
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import BuiltPrompt, PromptBuilder, prompt_builder
-from tinyagent_fast.runs import Run, find_run
+from tinyagent_fast.runs import Run, find_run, read_json
 
 if TYPE_CHECKING:
     from tinyagent_fast.prompts.retrieval import ToolRetriever
@@ -564,7 +564,7 @@ def model_in_torch(source: PlannerSource, config: Config) -> ModelConfig:
 def _prompt_format(source: PlannerSource) -> PromptFormat:
     record = source.path.resolve().parent / "export.json"
     if record.exists():
-        known: PromptFormat = json.loads(record.read_text(encoding="utf-8"))["prompt_format"]
+        known: PromptFormat = read_json(record, "prompt_format")["prompt_format"]
         return known
     if source.run is not None:
         return source.run.config().model.prompt_format

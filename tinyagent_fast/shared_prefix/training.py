@@ -6,7 +6,6 @@ its loss is `forward`'s, which gives the same loss and gradients.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import Config, TrainConfig
 from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.runs import read_json
 
 if TYPE_CHECKING:
     from tinyagent_fast.models.loading import LoadedModel
@@ -75,7 +75,10 @@ def decide_shared_prefix(
         TrainingError: It was asked for and cannot be had.
     """
     if remembered is not None and remembered.exists():
-        return SharedPrefixDecision(**json.loads(remembered.read_text(encoding="utf-8")))
+        record = read_json(remembered, "on", "reason", "computed_share")
+        return SharedPrefixDecision(
+            on=record["on"], reason=record["reason"], computed_share=record["computed_share"]
+        )
     reason = why_not_shared(loaded, train)
     if reason is not None:
         if train.shared_prefix == "on":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.errors import reading
-from tinyagent_fast.runs import Run
+from tinyagent_fast.runs import Run, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,9 @@ def read_best(run: Run) -> Best | None:
     path = run.best / "best.json"
     if not path.exists():
         return None
-    return Best(**json.loads(path.read_text(encoding="utf-8")))
+    names = [field.name for field in fields(Best)]
+    record = read_json(path, *names)
+    return Best(**{name: record[name] for name in names})
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shlex
@@ -43,6 +42,7 @@ from tinyagent_fast.runs import (
     create_run,
     holding,
     point_latest,
+    read_json,
     refuse_taken_name,
     replace_folder,
     write_json,
@@ -353,7 +353,7 @@ def _with_compute(
         )
     record = resume.path / "compute.json" if resume else None
     if record is not None and record.exists():
-        known = json.loads(record.read_text(encoding="utf-8"))["dtype"]
+        known = read_json(record, "dtype")["dtype"]
         compute: CpuCompute = "bf16" if known == "bfloat16" else "fp32"
         config = replace(config, model=replace(config.model, cpu_compute=compute))
     if config.train.batch == "auto":

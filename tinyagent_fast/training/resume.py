@@ -16,7 +16,7 @@ from typing import Any
 from tinyagent_fast.config import Config, to_mapping
 from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.errors import TrainingError
-from tinyagent_fast.runs import Run, cut_broken_line, write_json, write_text
+from tinyagent_fast.runs import Run, cut_broken_line, read_json, write_json, write_text
 
 _LISTED = 20
 _CHECKSUMS = "checksums.json"
@@ -156,7 +156,7 @@ def remember_or_compare(
         path = run.path / f"{name}.json"
         plain = json.loads(json.dumps(now))
         if resumed and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             _refuse_difference(run, name, _without_places(before), _without_places(plain))
         else:
             write_json(path, plain)
