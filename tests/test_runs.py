@@ -151,7 +151,21 @@ def test_an_empty_folder_can_become_a_run(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["latest", "bases", "", ".", "..", ".hidden", "a/b", "/tmp/a", "a/"]
+    "name",
+    [
+        "latest",
+        "bases",
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "/tmp/a",
+        "a/",
+        "a\nb",
+        "a\x1b[31m",
+        "a\u202eb",
+    ],
 )
 def test_a_name_that_is_no_folder_of_its_own_is_refused(config: Config, name: str) -> None:
     with pytest.raises(ConfigError, match="it must be the name of one folder"):

@@ -253,10 +253,11 @@ def refuse_taken_name(config: Config) -> None:
     """
     name = config.name
     reserved = name in _RESERVED or name == "" or (name or "").startswith(".")
-    if name is not None and (reserved or name != Path(name).name or "\0" in name):
+    if name is not None and (reserved or name != Path(name).name or not name.isprintable()):
         raise ConfigError(
             f"run name {name!r}",
-            f"it must be the name of one folder, and not {' or '.join(_RESERVED)}",
+            "it must be the name of one folder, without control characters, and not "
+            + " or ".join(_RESERVED),
             "take another --name",
         )
     path = config.runs / (name or "")

@@ -133,7 +133,9 @@ def test_types_that_no_plan_can_write_are_refused() -> None:
     assert tool(changes=False)(fine).changes is False
 
 
-@pytest.mark.parametrize("text", ["x = 1", "def broken(", "raise SystemError('no')"])
+@pytest.mark.parametrize(
+    "text", ["x = 1", "def broken(", "raise SystemError('no')", "raise SystemExit(7)"]
+)
 def test_a_module_without_tools_says_why(tmp_path: Path, text: str) -> None:
     path = tmp_path / "odd.py"
     path.write_text(text)

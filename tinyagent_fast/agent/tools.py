@@ -210,7 +210,7 @@ def tools_of_module(path: Path) -> dict[str, RunnableTool]:
     sys.modules[spec.name] = module  # type hints are looked up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"tools {path}",
             f"it cannot be loaded: {type(error).__name__}: {error}",
