@@ -65,7 +65,6 @@ def raise_swallowed_interrupt() -> None:
     Raises:
         KeyboardInterrupt: There was one, and whoever should have ended did not.
     """
-    if _noted:
-        number = _noted[-1]
+    if stop := noted_interrupt():
         _noted.clear()
-        raise _interrupt(number)
+        raise stop

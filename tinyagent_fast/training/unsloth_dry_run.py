@@ -42,7 +42,6 @@ def dry_runs_by_unsloth(cases: Sequence[Case]) -> list[DryRun]:
     """
     from tinyagent_fast.training.dry_run import DryRun
 
-    here = Path(tempfile.gettempdir())
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -50,7 +49,7 @@ def dry_runs_by_unsloth(cases: Sequence[Case]) -> list[DryRun]:
         "UNSLOTH_ALLOW_CPU": "1",
         "UNSLOTH_AUTO_INSTALL": "0",
         "UNSLOTH_COMPILE_DISABLE": "1",
-        "UNSLOTH_COMPILE_LOCATION": str(here / "unsloth_compiled"),
+        "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }
     done = subprocess.run(
