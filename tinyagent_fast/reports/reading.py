@@ -15,7 +15,7 @@ from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import plan_tools
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.evaluation.predictions import MAIN_EVALUATIONS, PredictionFile
 from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
 from tinyagent_fast.evaluation.statistics import Proportion
@@ -319,6 +319,7 @@ def _read_export(run: Path, notes: list[str]) -> Export | None:
             gates=tuple((gate["name"], gate["passed"] is True, gate["rule"]) for gate in gates),
             passed=record.content["passed"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        notes.append(f"export/export.json cannot be read and is left out: {error!r}")
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error.why if isinstance(error, ConfigError) else repr(error)
+        notes.append(f"export/export.json cannot be read and is left out: {why}")
         return None
