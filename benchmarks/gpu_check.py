@@ -341,6 +341,17 @@ def row_examples(tokenizer: Any, scale: Scale) -> list[Any]:
     return filled[: scale.rows]
 
 
+def file_examples(path: Path, scale: Scale) -> list[Any]:
+    """Take the first rows of a file in the dataset's schema."""
+    from itertools import islice
+
+    from tinyagent_fast.data.schema import Entry, entry_from_json
+
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    read = (entry_from_json(key, value) for key, value in raw.items())
+    return list(islice((e.examples[0] for e in read if isinstance(e, Entry)), scale.rows))
+
+
 def exact_rows(rows: Any, batch: int, tokens: int, steps: int) -> Any:
     """Make rows of exactly so many tokens out of encoded ones; their last 88 are supervised."""
     from datasets import Dataset
@@ -392,6 +403,7 @@ class Bench:
         self.base = self.work / "base"
         self.cap_gib = float(job["cap_gib"])
         self.tokenizer_file = Path(job["tokenizer"]) if job["tokenizer"] else None
+        self.data_file = Path(job["data"]) if job.get("data") else None
         self.cuda = torch.cuda.is_available()
         self.partial: Callable[..., None] = lambda **_: None
         """Tells figures that stay if the measurement is killed."""
@@ -499,7 +511,10 @@ def inputs(bench: Bench, item: Measurement) -> dict[str, Any]:
 
     figures = write_base(bench.base, bench.scale, bench.tokenizer_file)
     tokenizer = PromptTokenizer(load_tokenizer(bench.base), "alpaca")
-    examples = row_examples(tokenizer, bench.scale)
+    if bench.data_file is None:
+        examples = row_examples(tokenizer, bench.scale)
+    else:
+        examples = file_examples(bench.data_file, bench.scale)
     rows = encode_examples(
         examples,
         tokenizer,
@@ -511,6 +526,7 @@ def inputs(bench: Bench, item: Measurement) -> dict[str, Any]:
     (bench.work / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     return {
         **figures,
+        "rows_of": bench.data_file.name if bench.data_file else "generated plans",
         "rows": rows.rows,
         "dropped": len(rows.dropped),
         "mean_tokens": round(rows.mean_tokens, 1),
@@ -613,7 +629,7 @@ def _stock_training(
             gradient_accumulation_steps=recipe.accumulation,
             max_steps=bench.scale.warmup_steps + bench.scale.steps + 1,
             learning_rate=recipe.learning_rate,
-            optim="adamw_8bit" if bench.cuda else "adamw_torch",
+            optim=_optimizer(recipe.optimizer, bench.cuda),
             use_cpu=not bench.cuda,
             bf16=bench.cuda and loaded.compute_dtype == "bfloat16",
             fp16=bench.cuda and loaded.compute_dtype == "float16",
@@ -632,6 +648,12 @@ def _stock_training(
     )
     figures = _timed(bench, loaded, trainer, config, recipe)
     return {"micro_batch_tokens": packing_tokens, **figures}
+
+
+def _optimizer(name: str, cuda: bool) -> str:
+    if not cuda:
+        return "adamw_torch"
+    return "adamw_torch_fused" if name == "adamw_torch" else name
 
 
 def _our_training(bench: Bench, loaded: Any, rows: Any, config: Any, recipe: Any) -> dict[str, Any]:
@@ -1271,12 +1293,14 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=480.0, help="seconds for everything")
     parser.add_argument("--cap-gib", type=float, default=22.0, help="GPU memory to use; 0: all")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model for real token counts")
+    parser.add_argument("--data", type=Path, help="a file of the dataset for real rows")
     parser.add_argument("--only", nargs="*", default=[], help="measurements whose name has a word")
     parser.add_argument("--tiny", action="store_true", help="everything on the CPU, in small")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    if flags.tokenizer is not None and not flags.tokenizer.is_file():
-        parser.error(f"--tokenizer {flags.tokenizer}: there is no such file")
+    for name, path in (("--tokenizer", flags.tokenizer), ("--data", flags.data)):
+        if path is not None and not path.is_file():
+            parser.error(f"{name} {path}: there is no such file")
     unknown = [word for word in flags.only if not any(word in name for name in names)]
     if unknown:
         parser.error(f"--only {' '.join(unknown)}: measurements are {'; '.join(names)}")
@@ -1338,6 +1362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "work": str(folder),
             "cap_gib": flags.cap_gib,
             "tokenizer": str(flags.tokenizer.resolve()) if flags.tokenizer else None,
+            "data": str(flags.data.resolve()) if flags.data else None,
             "deadline": started + flags.budget_s - SUMMARY_S,
         },
     )

@@ -55,7 +55,14 @@ def l4() -> Config:
         preset="l4",
         data=DataConfig(train=REAL_TRAIN, test=REAL_TEST),
         model=ModelConfig(gradient_checkpointing="auto"),
-        train=TrainConfig(batch=8, accumulation=2, learning_rate=2e-4, schedule="cosine"),
+        train=TrainConfig(
+            batch=8,
+            accumulation=2,
+            learning_rate=2e-4,
+            schedule="cosine",
+            # Moments in 8 bits would save 0.14 GiB, and on a fast card take longer to launch.
+            optimizer="adamw_torch",
+        ),
         eval=EvalConfig(batch=32),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,12 +17,51 @@ from tinyagent_fast.shared_prefix.attention import (
     CUDA_FLASH,
     TILED,
     Kernel,
+    Outputs,
+    SpanKernel,
+    Spans,
     kernel_for,
     packed_attention,
 )
 from tinyagent_fast.shared_prefix.packing import Block, pack
 
 HEAD_DIM = 8
+
+
+def span_by_span(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+    """Attend as a kernel for many lengths does: the last query of each span sees all its keys."""
+    read = []
+    ends = zip(spans.query_starts.tolist(), spans.key_starts.tolist(), strict=True)
+    for (first, start), (last, stop) in pairwise(ends):
+        of_queries, *of_keys = (
+            x[at].transpose(0, 1)[None]
+            for x, at in (
+                (query, slice(first, last)),
+                (key, slice(start, stop)),
+                (value, slice(start, stop)),
+            )
+        )
+        before = stop - start - (last - first)
+        blocks = [Block(0, last - first, before, stop - start, causal=True)]
+        blocks += [Block(0, last - first, 0, before, causal=False)] if before else []
+        assert stop - start <= spans.most_keys
+        assert last - first <= spans.most_queries
+        read.append(masked_attention(of_queries, *of_keys, blocks)[0])
+    return torch.cat(read)
+
+
+def differentiated(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, _: Outputs, spans: Spans
+) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    with torch.enable_grad():
+        return torch.autograd.grad(span_by_span(*leaves, spans), leaves, grad)
+
+
+BY_SPANS = SpanKernel(
+    "span by span", lambda *x: Outputs(span_by_span(*x), torch.empty(0)), differentiated
+)
+"""What `CUDA_FLASH` does, by the definition of attention and on any device."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.04}
 
 
@@ -92,7 +132,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float) ->
     suffixes=st.lists(st.integers(2, 40), min_size=1, max_size=4),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    kernel=st.sampled_from([CPU_FLASH, TILED]),
+    kernel=st.sampled_from([CPU_FLASH, TILED, BY_SPANS]),
     last=st.booleans(),
 )
 @settings(deadline=None, max_examples=80)
@@ -142,7 +182,7 @@ def test_gradcheck_agrees_with_finite_differences() -> None:
     blocks, tokens = blocks_of(6, [4, 3], last=True)
     query, key, value, _ = tensors((2, 1), blocks, tokens, torch.float64, head_dim=3)
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    for kernel in (CPU_FLASH, TILED):
+    for kernel in (CPU_FLASH, TILED, BY_SPANS):
         assert torch.autograd.gradcheck(
             lambda *x, kernel=kernel: packed_attention(*x, blocks, kernel=kernel), leaves
         )

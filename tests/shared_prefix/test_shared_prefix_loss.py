@@ -445,5 +445,5 @@ def test_every_piece_of_a_layer_is_called_through_its_row(
     # The last of three layers has queries for some tokens only, so it projects them apart.
     assert calls == {
         "embedding": 1, "norm": 7, "query_key_value": 2, "projection": 3, "output": 3, "mlp": 3,
-        "rotary": 1,
+        "rotary": 1, "rotated": 2,
     }  # fmt: skip

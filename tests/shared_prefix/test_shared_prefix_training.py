@@ -20,7 +20,6 @@ from tinyagent_fast.shared_prefix.training import (
     decide_shared_prefix,
 )
 from tinyagent_fast.training.fit import train
-from tinyagent_fast.training.trainer import collate
 
 MakeConfig = Callable[..., Config]
 
@@ -179,7 +178,7 @@ class StandInTrainer:
         config = LlamaConfig(vocab_size=61, initializer_range=0.2, **shape, **heads)
         self.model = LlamaForCausalLM(config).to(dtype)
         self.fault = fault
-        self.data_collator = PackingCollator(lambda rows: collate([*rows], pad_id=0), most_rows=2)
+        self.data_collator = PackingCollator(0, most_rows=2)
         self.train_dataset = Rows(
             [
                 {"input_ids": [*range(40), at, 7, 9], "labels": [-100] * 41 + [7, 9]}

@@ -190,7 +190,9 @@ def look_at(name: str, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors["positions"] = positions = torch.tensor([0, 3, 5000])
         states = torch.zeros(1, 3, 64)
         decoder = base.model
-        cos, sin = forward.PIECES["unsloth"].rotary(decoder, states, positions[None])
+        cos, sin = forward.PIECES["unsloth"].rotary(
+            decoder, states, positions[None], int(positions.max()) + 1
+        )
         tensors |= {"cos": cos.contiguous(), "sin": sin.contiguous()}
     return tensors, seen
 

@@ -116,6 +116,7 @@ class RowBatch:
             positions + self.prefix.tokens,
             attend,
             wanted_W=lengths_B.cumsum(0) - 1,
+            positions_end=self.prefix.tokens + max(lengths),
         )
 
     def step(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -133,6 +134,7 @@ class RowBatch:
             torch.tensor(filled, device=device).flatten(),
             (columns_BN + self.prefix.tokens).flatten(),
             new.attend,
+            positions_end=self.prefix.tokens + max(self.lengths) + width,
         )
         ids = self._most_likely(hidden)
         return [ids[at * width : at * width + len(row)] for at, row in enumerate(tokens)]

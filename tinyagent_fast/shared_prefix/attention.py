@@ -1,9 +1,13 @@
-"""Exact attention over packed sequences, from flash attention kernels that know of one block each.
+"""Exact attention over packed sequences, by flash attention kernels that know of no packing.
 
-Each block's kernel gives its output and the log-sum-exp of its scores. A query's blocks are joined
-by weighting the outputs with the share that each block has in the sum. Backwards, the kernels are
-called with the joined output and log-sum-exp, from which they recompute the true probabilities of
-their own block: the sum of the blocks' gradients is the gradient, as in ring attention.
+By spans: each row's queries get a copy of the keys that they see, one span behind the other, and
+one call of a kernel for many lengths computes all. Keys have few heads, so the copies are small.
+
+By blocks, for kernels of one length: each block gives its output and the log-sum-exp of its scores.
+A query's blocks are joined by weighting the outputs with the share that each has in the sum.
+Backwards, the kernels are called with the joined output and log-sum-exp, from which they recompute
+the true probabilities of their own block: the sum of the blocks' gradients is the gradient, as in
+ring attention.
 
 Source: Dao 2023, arXiv 2307.08691 (log-sum-exp and backward); Liu et al. 2023, arXiv 2310.01889
     (blocks joined by their log-sum-exp); Juravsky et al. 2024, arXiv 2402.05099 (shared prefixes).
@@ -14,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +38,57 @@ _TILE_QUERIES = 64
 """Queries whose scores are held at once; of 64, 128 and 256 the fastest on a CPU."""
 
 _aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """The queries of causal blocks, one after another, and the keys that each block's see."""
+
+    keys: Tensor | None
+    """Index of every key that is read, span by span; None where they stand so already."""
+    query_starts: Tensor
+    """Where each span's queries begin, and the end of the last; int32, as kernels want them."""
+    key_starts: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@lru_cache(maxsize=8)  # all layers of a micro-batch but the last have the same
+def spans_of(blocks: tuple[Block, ...], device: torch.device) -> Spans:
+    """Write blocks as spans, in which the last query sees all keys and each before one less.
+
+    Args:
+        blocks: As `packed_attention` takes them.
+        device: Of the tensors.
+    """
+    causal = sorted((b for b in blocks if b.causal), key=lambda b: b.query_start)
+    whole = sorted((b for b in blocks if not b.causal), key=lambda b: b.key_start)
+    seen: list[Tensor] = []
+    key_starts, query_starts = [0], [0]
+    for span in causal:
+        before = (
+            block
+            for block in whole
+            if block.query_start <= span.query_start and span.query_stop <= block.query_stop
+        )
+        ranges = [torch.arange(b.key_start, b.key_stop, device="cpu") for b in (*before, span)]
+        seen += ranges
+        key_starts.append(key_starts[-1] + sum(map(len, ranges)))
+        query_starts.append(span.query_stop)
+    in_place = not whole and len(causal) == 1
+
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    return Spans(
+        keys=None if in_place else moved(torch.cat(seen)),
+        query_starts=moved(torch.tensor(query_starts, dtype=torch.int32, device="cpu")),
+        key_starts=moved(torch.tensor(key_starts, dtype=torch.int32, device="cpu")),
+        most_queries=max(b - a for a, b in pairwise(query_starts)),
+        most_keys=max(b - a for a, b in pairwise(key_starts)),
+    )
 
 
 class Inputs(NamedTuple):
@@ -56,13 +113,26 @@ class Outputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kernel:
+class BlockKernel:
     """Attention of one block, forward and backward."""
 
     name: str
     forward: Callable[[Inputs], Outputs]
     backward: Callable[[Tensor, Inputs, Outputs], Gradients]
     """Gradient of what was read, the inputs and the outputs to the inputs' gradients."""
+
+
+@dataclass(frozen=True)
+class SpanKernel:
+    """Attention of all spans at once, forward and backward; tensors are tokens x heads x D."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor, Spans], Outputs]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Outputs, Spans], Gradients]
+    """Gradient of what was read, query, key and value, the outputs and the spans."""
+
+
+Kernel = BlockKernel | SpanKernel
 
 
 def packed_attention(
@@ -81,16 +151,69 @@ def packed_attention(
     Returns:
         1 x queries x heads x head_dim, contiguous.
     """
-    apply: Callable[..., Tensor] = _PackedAttention.apply
+    by = _BySpans if isinstance(kernel, SpanKernel) else _ByBlocks
+    apply: Callable[..., Tensor] = by.apply
     return apply(query, key, value, tuple(blocks), kernel)
 
 
-class _PackedAttention(torch.autograd.Function):
+class _BySpans(torch.autograd.Function):
+    """One call of a kernel; of keys that several spans see, the gradients are summed in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: tuple[Block, ...],
+        kernel: SpanKernel,
+    ) -> Tensor:
+        # Tensors without content belong to one dry run, so none of them is kept for the next.
+        spans = (spans_of.__wrapped__ if is_fake(query) else spans_of)(blocks, query.device)
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        copies = [_read(x, spans.keys) for x in (key, value)]
+        out, total, extras = kernel.forward(query, copies[0], copies[1], spans)
+        ctx.save_for_backward(query, key, value, out, total)
+        ctx.kernel, ctx.spans, ctx.extras = kernel, spans, extras
+        return out[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, total = ctx.saved_tensors
+        keys = ctx.spans.keys
+        outputs = Outputs(out, total, ctx.extras)
+        copies = [_read(x, keys) for x in (key, value)]
+        of_query, *of_copies = ctx.kernel.backward(
+            grad[0].contiguous(), query, *copies, outputs, ctx.spans
+        )
+        of_both = (
+            part
+            if keys is None
+            else x.new_zeros(x.shape, dtype=_accumulator(x.dtype))
+            .index_add_(0, keys, part.to(_accumulator(x.dtype)))
+            .to(x.dtype)
+            for x, part in zip((key, value), of_copies, strict=True)
+        )
+        grads = (x.transpose(0, 1)[None] for x in (of_query, *of_both))
+        return (*grads, None, None)
+
+
+def _read(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+class _ByBlocks(torch.autograd.Function):
     """Forward and backward by blocks; the blocks' probabilities are never stored."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], kernel: Kernel
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: tuple[Block, ...],
+        kernel: BlockKernel,
     ) -> Tensor:
         # Heads apart: rows of one head lie 4 KiB apart otherwise, which caches dislike.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -203,9 +326,10 @@ def kernel_for(query: Tensor) -> Kernel:
         The kernel; `TILED` where no fused one fits.
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
+    if is_fake(query):  # a dry run counts what a GPU keeps
+        return CUDA_FLASH if half else CPU_FLASH
     if query.device.type == "cpu":
-        # A tensor without content, for a dry run, is given one operation a block, as on a GPU.
-        return TILED if half and not is_fake(query) else CPU_FLASH
+        return TILED if half else CPU_FLASH
     # Fused kernels on CUDA want rows of head_dim to begin at multiples of 16 bytes.
     if query.device.type != "cuda" or query.shape[-1] % 8:
         return TILED
@@ -289,23 +413,30 @@ def _cpu_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradients:
     return gradients
 
 
-def _flash_forward(inputs: Inputs) -> Outputs:
-    *tensors, causal, scale = inputs
-    read, total, *extras = _aten._scaled_dot_product_flash_attention(
-        *tensors, 0.0, causal, False, scale=scale
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Outputs:
+    read, total, *extras = _aten._flash_attention_forward(
+        *(query, key, value, *_lengths(spans)),
+        0.0,
+        True,
+        False,
+        scale=1 / math.sqrt(query.shape[-1]),
     )
-    return Outputs(read, total, tuple(extras[:6]))
+    return Outputs(read, total, tuple(extras[:2]))
 
 
-def _flash_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradients:
-    *tensors, causal, scale = inputs
-    starts_and_lengths, random_state = outputs.extras[:4], outputs.extras[4:]
-    gradients: Gradients = _aten._scaled_dot_product_flash_attention_backward(
-        *(grad, *tensors, outputs.read, outputs.total),
-        *(*starts_and_lengths, 0.0, causal, *random_state),
-        scale=scale,
+def _flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, outputs: Outputs, spans: Spans
+) -> Gradients:
+    gradients: Gradients = _aten._flash_attention_backward(
+        *(grad, query, key, value, outputs.read, outputs.total, *_lengths(spans)),
+        *(0.0, True, *outputs.extras),
+        scale=1 / math.sqrt(query.shape[-1]),
     )
     return gradients
+
+
+def _lengths(spans: Spans) -> tuple[Tensor, Tensor, int, int]:
+    return spans.query_starts, spans.key_starts, spans.most_queries, spans.most_keys
 
 
 def _by_group(x: Tensor, key_heads: int) -> Tensor:
@@ -344,13 +475,14 @@ def _efficient_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradi
     return _heads_again(grad_query), grad_key.sum(0)[None], grad_value.sum(0)[None]
 
 
-TILED = Kernel("tiled", _tiled_forward, _tiled_backward)
+TILED = BlockKernel("tiled", _tiled_forward, _tiled_backward)
 """Matrix products of whole tiles in torch's own operations, for any device and type.
 
 On one core, 16 bits take half the time of the fused backward. Scores and sums are in fp32 or
 better; what is multiplied otherwise is rounded to 16 bits, as flash attention does too.
 """
-CPU_FLASH = Kernel("cpu flash", _cpu_forward, _cpu_backward)
-CUDA_FLASH = Kernel("cuda flash", _flash_forward, _flash_backward)
-CUDA_EFFICIENT = Kernel("cuda efficient", _efficient_forward, _efficient_backward)
+CPU_FLASH = BlockKernel("cpu flash", _cpu_forward, _cpu_backward)
+CUDA_FLASH = SpanKernel("cuda flash", _flash_forward, _flash_backward)
+"""Its causal mask is aligned with the last key, so that queries see all keys before their own."""
+CUDA_EFFICIENT = BlockKernel("cuda efficient", _efficient_forward, _efficient_backward)
 """For fp32, and for devices older than Ampere."""

@@ -71,8 +71,17 @@ class LayerPieces:
     """Attention module and what its heads read."""
     mlp: Callable[[Any, Tensor], Tensor]
     """MLP module and normed states."""
-    rotary: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """Decoder, states 1TE and positions 1T to cosines and sines, 1TD each."""
+    rotary: Callable[[Any, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    """Decoder, states 1TE, positions 1T and what they end before to cosines and sines, 1TD each."""
+    rotated: Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+    """Queries 1HTD and keys 1KTD of the same tokens, with their cosines and sines."""
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding as transformers does, so that nothing is rounded differently."""
+    first, second = x.chunk(2, -1)
+    rotated = torch.cat((-second, first), -1)
+    return (x * cos.unsqueeze(1)) + (rotated * sin.unsqueeze(1))
 
 
 def _mlp(mlp: Any, states: Tensor) -> Tensor:
@@ -89,7 +98,8 @@ TRANSFORMERS = LayerPieces(
     projection=lambda _attention, linear, states: project(states, (linear,))[0],
     output=lambda attention, read: project(read, (attention.o_proj,))[0],
     mlp=_mlp,
-    rotary=lambda decoder, states, positions: decoder.rotary_emb(states, position_ids=positions),
+    rotary=lambda decoder, states, positions, _: decoder.rotary_emb(states, position_ids=positions),
+    rotated=lambda query, key, rotary: (_rotated(query, *rotary), _rotated(key, *rotary)),
 )
 """transformers' modules, with peft's adapters in them."""
 
@@ -118,14 +128,24 @@ def _unsloth_projection(attention: Any, linear: Any, states: Tensor) -> Tensor:
     return projected
 
 
-def _unsloth_rotary(decoder: Any, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _unsloth_rotary(
+    decoder: Any, states: Tensor, positions: Tensor, end: int
+) -> tuple[Tensor, Tensor]:
     if not hasattr(decoder.rotary_emb, "get_cached"):  # it has left transformers' own there
-        return TRANSFORMERS.rotary(decoder, states, positions)
-    tokens = int(positions.max()) + 1
-    decoder.rotary_emb.extend_rope_embedding(states, tokens)
-    tables = decoder.rotary_emb.get_cached(tokens, states.device.index or 0)
+        return TRANSFORMERS.rotary(decoder, states, positions, end)
+    decoder.rotary_emb.extend_rope_embedding(states, end)
+    tables = decoder.rotary_emb.get_cached(end, states.device.index or 0)
     cos, sin = (table.to(states)[positions] for table in tables)
     return cos, sin
+
+
+def _unsloth_rotated(
+    query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    from unsloth.kernels import fast_rope_embedding
+
+    both: tuple[Tensor, Tensor] = fast_rope_embedding(query, key, *rotary)
+    return both
 
 
 UNSLOTH = LayerPieces(
@@ -136,6 +156,7 @@ UNSLOTH = LayerPieces(
     output=lambda attention, read: attention.apply_o(attention, read),
     mlp=lambda mlp, states: mlp(states),
     rotary=_unsloth_rotary,
+    rotated=_unsloth_rotated,
 )
 """Unsloth's kernels where it put them into the model, else the modules themselves."""
 PIECES: Mapping[str, LayerPieces] = {"transformers": TRANSFORMERS, "unsloth": UNSLOTH}
@@ -258,6 +279,7 @@ class DecoderForward:
         positions_T: Tensor,
         attend: Attend,
         *,
+        positions_end: int,
         wanted_W: Tensor | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
@@ -267,6 +289,8 @@ class DecoderForward:
             ids_T: The tokens.
             positions_T: Where each stands in its own row.
             attend: Lets the queries of a layer read keys and values.
+            positions_end: What all positions are below; to read it from them, the host would wait
+                for the device.
             wanted_W: Indices of the tokens whose states are asked for, so that the last layer has
                 queries for them only; None asks for all.
             checkpointing: Keep each layer's input only and compute the layer again in the backward.
@@ -275,7 +299,7 @@ class DecoderForward:
             Normed hidden states WE, which the head takes.
         """
         hidden = self.pieces.embedding(self.decoder, ids_T[None])
-        rotary = self.pieces.rotary(self.decoder, hidden, positions_T[None])
+        rotary = self.pieces.rotary(self.decoder, hidden, positions_T[None], positions_end)
         for at, layer in enumerate(self.layers):
             wanted = wanted_W if at == len(self.layers) - 1 else None
             run = partial(self._layer, layer, rotary, partial(attend, at), wanted)
@@ -291,7 +315,6 @@ class DecoderForward:
         hidden: Tensor,
     ) -> Tensor:
         pieces, attention = self.pieces, layer.self_attn
-        of_queries = rotary
         normed = pieces.norm(layer.input_layernorm, hidden)
         if wanted_W is None:
             query, key, value = pieces.query_key_value(attention, normed)
@@ -301,12 +324,14 @@ class DecoderForward:
             cos, sin, hidden, normed = (
                 x.index_select(1, wanted_W) for x in (*rotary, hidden, normed)
             )
-            of_queries = (cos, sin)
             query = pieces.projection(attention, attention.q_proj, normed)
         query, key, value = (_by_heads(x, attention.head_dim) for x in (query, key, value))
         if hasattr(attention, "q_norm"):
             query, key = pieces.norm(attention.q_norm, query), pieces.norm(attention.k_norm, key)
-        query, key = _rotated(query, *of_queries), _rotated(key, *rotary)
+        if wanted_W is None:
+            query, key = pieces.rotated(query, key, rotary)
+        else:
+            query, key = _rotated(query, cos, sin), _rotated(key, *rotary)
         # Autocast does this for torch's own attention.
         device = value.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -356,6 +381,7 @@ def shared_prefix_loss(
         packed.position_ids,
         attend,
         wanted_W=packed.last_positions,
+        positions_end=packed.longest_tokens,
         checkpointing=checkpointing,
     )
     if len(packed.target_positions) != len(hidden):
@@ -372,13 +398,6 @@ def computes_again(model: Any) -> bool:
 def _by_heads(x: Tensor, head_dim: int) -> Tensor:
     """View a projection 1TE as 1HTD."""
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding as transformers does, so that nothing is rounded differently."""
-    first, second = x.chunk(2, -1)
-    rotated = torch.cat((-second, first), -1)
-    return (x * cos.unsqueeze(1)) + (rotated * sin.unsqueeze(1))
 
 
 def summed_losses(

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.prompts.tokens import IGNORED
 
@@ -70,6 +73,8 @@ class PackedSequence:
     """Tokens that all rows share; what only some of them share is not counted here."""
     plain_tokens: int
     """What a padded batch of the same rows computes."""
+    longest_tokens: int
+    """Tokens of the longest row; all positions are below."""
     behind_tokens: int = 0
     """Tokens before all rows that are computed elsewhere."""
 
@@ -131,6 +136,10 @@ class PackedStep:
         """Tokens that carry loss."""
         return sum(part.supervised_tokens for part in self.parts)
 
+    def pin_memory(self) -> PackedStep:
+        """Give the step in memory that a GPU reads by itself; a data loader asks for this."""
+        return self.each(lambda tensor: tensor.pin_memory())
+
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedStep:
         """Give the step with each of its tensors changed, as by a move to a device."""
         groups = (
@@ -140,28 +149,42 @@ class PackedStep:
         return PackedStep(tuple(groups))
 
 
-@dataclass(frozen=True)
+_Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class _Row:
     """What is computed of a row: nothing behind its last supervised token feeds the loss."""
 
-    ids: list[int]
-    targets: list[tuple[int, int]]
-    """Index of the token that predicts, and the id that it predicts."""
+    ids: _Ids
+    predicting: _Ids
+    """Indices of the tokens that predict a supervised one."""
+    targets: _Ids
+    """The ids that they predict."""
+    tokens: int
+    """Of the whole row."""
+
+    @property
+    def in_order(self) -> bytes:
+        """Bytes that compare as the ids do."""
+        return self.ids.astype(">i8").tobytes()
 
 
 @dataclass
 class _Draft:
     """The sequence while segments are appended to it."""
 
-    rows: list[_Row]
-    shares: list[int]
+    rows: Sequence[_Row]
+    shares: Sequence[int]
     smallest: int
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
+    ids: list[_Ids] = field(default_factory=list)
+    positions: list[_Ids] = field(default_factory=list)
+    tokens: int = 0
     blocks: list[Block] = field(default_factory=list)
-    last: list[int] = field(default_factory=list)
+    last: list[_Ids] = field(default_factory=list)
+    last_tokens: int = 0
     last_blocks: list[Block] = field(default_factory=list)
-    targets: list[tuple[int, int]] = field(default_factory=list)
+    predicting: list[_Ids] = field(default_factory=list)
 
     def place(self, first: int, stop: int, depth: int) -> None:
         """Append rows first..stop, of which `depth` tokens are in the sequence already."""
@@ -179,33 +202,34 @@ class _Draft:
         """Append what rows first..stop share, then what they do not."""
         shared = min(self.shares[first : stop - 1])
         start, end = self._append(self.rows[first].ids, depth, shared)
-        last_before = len(self.last)
+        last_before = self.last_tokens
         self.place(first, stop, shared)
-        self.blocks.append(Block(end, len(self.ids), start, end, causal=False))
-        self.last_blocks.append(Block(last_before, len(self.last), start, end, causal=False))
+        self.blocks.append(Block(end, self.tokens, start, end, causal=False))
+        self.last_blocks.append(Block(last_before, self.last_tokens, start, end, causal=False))
 
     def _append_suffix(self, row: _Row, depth: int) -> None:
         """Append what is left of one row, with its targets."""
         start, end = self._append(row.ids, depth, len(row.ids))
-        tail = start + row.targets[0][0] - depth
-        before = len(self.last)
-        self.last += range(tail, end)
-        self.last_blocks.append(Block(before, len(self.last), tail, end, causal=True))
+        first = int(row.predicting[0])
+        tail, before = start + first - depth, self.last_tokens
+        self.last.append(np.arange(tail, end))
+        self.last_tokens += end - tail
+        self.last_blocks.append(Block(before, self.last_tokens, tail, end, causal=True))
         if tail > start:
-            self.last_blocks.append(Block(before, len(self.last), start, tail, causal=False))
-        first = row.targets[0][0]
-        self.targets += [(before + at - first, target) for at, target in row.targets]
+            self.last_blocks.append(Block(before, self.last_tokens, start, tail, causal=False))
+        self.predicting.append(row.predicting - first + before)
 
-    def _append(self, ids: list[int], depth: int, stop: int) -> tuple[int, int]:
-        start = len(self.ids)
-        self.ids += ids[depth:stop]
-        self.positions += range(depth, stop)
-        self.blocks.append(Block(start, len(self.ids), start, len(self.ids), causal=True))
-        return start, len(self.ids)
+    def _append(self, ids: _Ids, depth: int, stop: int) -> tuple[int, int]:
+        start = self.tokens
+        self.ids.append(ids[depth:stop])
+        self.positions.append(np.arange(depth, stop))
+        self.tokens += stop - depth
+        self.blocks.append(Block(start, self.tokens, start, self.tokens, causal=True))
+        return start, self.tokens
 
 
 def pack(
-    rows: Sequence[Mapping[str, Sequence[int]]],
+    rows: Sequence[Mapping[str, ArrayLike]],
     *,
     smallest_shared_tokens: int | None = SMALLEST_SHARED_TOKENS,
     behind_tokens: int = 0,
@@ -226,31 +250,42 @@ def pack(
     Raises:
         DataError: A row has no supervised token.
     """
+    kept = sorted((_row(row, at) for at, row in enumerate(rows)), key=lambda row: row.in_order)
+    return _packed(kept, _shares(kept), smallest_shared_tokens, behind_tokens)
+
+
+def _packed(
+    rows: Sequence[_Row], shares: Sequence[int], smallest: int | None, behind_tokens: int
+) -> PackedSequence:
+    """Write ordered rows, of which each shares so many tokens with the next, as one sequence."""
     import torch
 
-    kept = sorted((_row(row, at) for at, row in enumerate(rows)), key=lambda row: row.ids)
-    longest = max(len(row["input_ids"]) for row in rows)
-    nothing = smallest_shared_tokens is None
-    shares = [0 if nothing else _shared(a, b) for a, b in pairwise(kept)]
-    draft = _Draft(kept, shares, max(1, smallest_shared_tokens or 1))
-    draft.place(0, len(kept), behind_tokens)
-    common = min(shares, default=0)
+    if smallest is None:
+        shares = [0] * len(shares)
+    draft = _Draft(rows, shares, max(1, smallest or 1))
+    draft.place(0, len(rows), behind_tokens)
+    common, longest = min(shares, default=0), max(row.tokens for row in rows)
+
+    def joined(parts: list[_Ids]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts))
+
     return PackedSequence(
-        input_ids=torch.tensor(draft.ids),
-        position_ids=torch.tensor(draft.positions),
-        blocks=_behind(draft.blocks, len(draft.ids), behind_tokens),
-        last_positions=torch.tensor(draft.last),
-        last_blocks=_behind(draft.last_blocks, len(draft.last), behind_tokens),
-        target_positions=torch.tensor([at for at, _ in draft.targets]),
-        target_ids=torch.tensor([target for _, target in draft.targets]),
+        input_ids=joined(draft.ids),
+        position_ids=joined(draft.positions),
+        blocks=_behind(draft.blocks, draft.tokens, behind_tokens),
+        last_positions=joined(draft.last),
+        last_blocks=_behind(draft.last_blocks, draft.last_tokens, behind_tokens),
+        target_positions=joined(draft.predicting),
+        target_ids=joined([row.targets for row in rows]),
         prefix_tokens=common if common >= draft.smallest else 0,
         plain_tokens=longest * len(rows),
+        longest_tokens=longest,
         behind_tokens=behind_tokens,
     )
 
 
 def pack_step(
-    rows: Sequence[Mapping[str, Sequence[int]]],
+    rows: Sequence[Mapping[str, ArrayLike]],
     most_rows: int,
     *,
     most_tokens: float = math.inf,
@@ -276,9 +311,8 @@ def pack_step(
     """
     import torch
 
-    ordered = sorted(((_row(row, at), row) for at, row in enumerate(rows)), key=lambda r: r[0].ids)
-    kept = [row for row, _ in ordered]
-    shares = [_shared(a, b) for a, b in pairwise(kept)]
+    kept = sorted((_row(row, at) for at, row in enumerate(rows)), key=lambda row: row.in_order)
+    shares = _shares(kept)
     useful = [share if share >= smallest_shared_tokens else 0 for share in shares]
     groups: list[tuple[int, list[tuple[int, int]]]] = []
     for first, stop in _cut(kept, useful, most_rows, most_tokens):
@@ -295,17 +329,14 @@ def pack_step(
     for shared, parts in groups:
         behind = shared if len(parts) > 1 else 0
         sequences = (
-            pack(
-                [row for _, row in ordered[first:stop]],
-                smallest_shared_tokens=smallest_shared_tokens,
-                behind_tokens=behind,
-            )
+            _packed(kept[first:stop], shares[first : stop - 1], smallest_shared_tokens, behind)
             for first, stop in parts
         )
         if not behind:
             apart += sequences
             continue
-        packed.append(PackedGroup(torch.tensor(kept[parts[0][0]].ids[:behind]), tuple(sequences)))
+        prefix = torch.from_numpy(kept[parts[0][0]].ids[:behind].copy())
+        packed.append(PackedGroup(prefix, tuple(sequences)))
     if apart:
         packed.append(PackedGroup(torch.tensor([], dtype=torch.long), tuple(apart)))
     return PackedStep(tuple(packed))
@@ -356,21 +387,26 @@ def _behind(blocks: list[Block], queries: int, tokens: int) -> tuple[Block, ...]
     return tuple(sorted(blocks, key=lambda block: not block.causal))
 
 
-def _row(row: Mapping[str, Sequence[int]], at: int) -> _Row:
-    labels = row["labels"]
-    targets = [(n - 1, label) for n, label in enumerate(labels) if n and label != IGNORED]
-    if not targets:
+def _row(row: Mapping[str, ArrayLike], at: int) -> _Row:
+    ids, labels = (np.asarray(row[name], dtype=np.int64) for name in ("input_ids", "labels"))
+    predicting = np.flatnonzero(labels[1:] != IGNORED)
+    if not len(predicting):
         raise DataError(
             f"row {at} of a micro-batch has no supervised token",
             "it would be computed without teaching anything",
             "encode rows with `prompts.rows.encode_examples`, which supervises every completion",
         )
-    return _Row(list(row["input_ids"][: targets[-1][0] + 1]), targets)
+    end = int(predicting[-1]) + 1
+    return _Row(ids[:end], predicting, labels[predicting + 1], len(ids))
+
+
+def _shares(rows: Sequence[_Row]) -> list[int]:
+    """Count the tokens that each row may share with the next."""
+    return [_shared(a, b) for a, b in pairwise(rows)]
 
 
 def _shared(a: _Row, b: _Row) -> int:
-    """Count the tokens that two rows may share."""
-    pairs = enumerate(zip(a.ids, b.ids, strict=False))
-    same = next((n for n, (x, y) in pairs if x != y), min(len(a.ids), len(b.ids)))
-    # targets[0][0] is the token before the first supervised one.
-    return max(0, min(same - 1, a.targets[0][0], b.targets[0][0]))
+    size = min(len(a.ids), len(b.ids))
+    other = np.flatnonzero(a.ids[:size] != b.ids[:size])
+    same = int(other[0]) if len(other) else size
+    return max(0, min(same - 1, int(a.predicting[0]), int(b.predicting[0])))

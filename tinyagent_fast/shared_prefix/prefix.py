@@ -68,6 +68,7 @@ def compute_prefix(
         positions + behind.tokens,
         attend,
         wanted_W=positions[-1:],
+        positions_end=behind.tokens + len(ids),
     )
     return Prefix(behind.tokens + len(ids), tuple(layers))
 

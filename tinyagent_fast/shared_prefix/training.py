@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,9 +174,9 @@ def prefix_order(rows: Any, train: TrainConfig) -> PrefixGroupedOrder | None:
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Another collator's batch, and beside it as `packed` the same rows as a packed step."""
+    """A padded batch, and beside it as `packed` the same rows as a packed step."""
 
-    collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    pad_id: int
     most_rows: int
     """Rows of a micro-batch."""
     most_tokens: float = math.inf
@@ -193,12 +193,17 @@ class PackingCollator:
         Returns:
             The batch with its packed step.
         """
-        from tinyagent_fast.shared_prefix.packing import pack_step
+        import numpy as np
 
+        from tinyagent_fast.shared_prefix.packing import pack_step
+        from tinyagent_fast.training.trainer import collate
+
+        names = ("input_ids", "labels")
+        arrays = [{name: np.asarray(row[name]) for name in names} for row in rows]
         packed = pack_step(
-            rows, self.most_rows, most_tokens=self.most_tokens, prefix_once=self.prefix_once
+            arrays, self.most_rows, most_tokens=self.most_tokens, prefix_once=self.prefix_once
         )
-        return {**self.collator(rows), "packed": packed}
+        return {**collate(arrays, self.pad_id), "packed": packed}
 
 
 def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:

@@ -113,9 +113,8 @@ def build_trainer(
             every = steps_between(self.steps, train.evaluations or 6)
             self.args.save_steps = train.save_every_steps or every
             if shared_prefix:
-                collator: Any = self.data_collator  # type: ignore[has-type]
                 self.data_collator = PackingCollator(
-                    collator,
+                    loaded.tokenizer.pad_id,
                     math.ceil(train.rows_per_batch / workers),
                     kept_of_each,
                     not computes_again(loaded.model),
@@ -191,7 +190,7 @@ def build_trainer(
             """Compute the loss of a step's rows, add its gradients, and give it."""
             return step_gradients(
                 loaded.model,
-                packed.each(lambda tensor: tensor.to(self.args.device)),
+                packed.each(lambda tensor: tensor.to(self.args.device, non_blocking=True)),
                 num_items_in_batch,
                 kept_tokens=kept_of_each,
                 backward=backward or self.accelerator.backward,
@@ -230,7 +229,11 @@ def _arguments(
         warmup_steps=train.warmup,  # below 1 it is a share
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim="adamw_8bit" if train.optimizer == "adamw_8bit" else "adamw_torch",
+        optim="adamw_8bit"
+        if train.optimizer == "adamw_8bit"
+        else "adamw_torch_fused"
+        if cuda
+        else "adamw_torch",
         seed=train.seed,
         data_seed=train.seed,
         use_cpu=not cuda,
@@ -327,7 +330,7 @@ class LengthGroupedOrder:
             yield from groups[index]
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """Pad rows on the right: what every batch of the trainer must be equal to.
 
     Returns:
