@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,48 @@ settings.load_profile("shared")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SEES_GPU = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide CUDA, also from child processes, unless `-m` asks for the tests marked gpu.
+
+    All other tests say what a CPU does, to the last bit, and must say it on every machine.
+    """
+    asked = config.option.markexpr
+    sees = bool(re.search(r"\bgpu\b", asked)) and not re.search(r"\bnot\s+gpu\b", asked)
+    config.stash[SEES_GPU] = sees
+    if not sees:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say whether this session sees a GPU."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker of another session
+        return
+    if not session.config.stash[SEES_GPU]:
+        reporter.write_line("CUDA: hidden (pytest -m gpu runs the tests that need it)")
+        return
+    import torch
+
+    cuda = torch.cuda.is_available()
+    reporter.write_line(f"CUDA: {'there' if cuda else 'not found'}, for tests marked gpu alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests that need what this session has not."""
+    sees = config.stash[SEES_GPU]
+    reason = "this session is for tests marked gpu" if sees else "pytest -m gpu runs it"
+    wrong = [item for item in items if (item.get_closest_marker("gpu") is not None) is not sees]
+    if sees and len(wrong) < len(items):
+        import torch
+
+        if not torch.cuda.is_available():
+            reason, wrong = "needs a CUDA device", items
+    for item in wrong:
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
 from tinyagent_fast.interrupts import NAMES, STOP_SIGNALS, exit_code
 
 os.environ.update(
+    CUDA_VISIBLE_DEVICES="",  # only a CPU gives equal runs to compare
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="agg",

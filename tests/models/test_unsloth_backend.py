@@ -1,21 +1,15 @@
-"""The Unsloth branch, for real: with its CPU backend here, in a process of its own.
-
-Importing Unsloth changes trl and transformers for the whole process, so this file is also the
-program that the tests start; those in test_cuda.py start it too.
-"""
+"""The Unsloth branch, for real: with its CPU backend here, in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import backend_run
 import pytest
 
 if TYPE_CHECKING:
@@ -36,69 +30,6 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def main(folder: Path, *, kernels: bool = False) -> None:
-    """Train and evaluate the configs in a folder and write what was seen to seen.json there.
-
-    `kernels` takes Unsloth's code for GPUs, whose kernels Triton's interpreter runs.
-    """
-    if kernels:
-        import unsloth_on_cpu
-
-        unsloth_on_cpu.start()
-        unsloth_on_cpu.fuse_in_fp32()
-    import torch
-
-    from tinyagent_fast.commands import evaluate
-    from tinyagent_fast.config import parse_config
-
-    torch.set_num_threads(1)
-    seen: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.yaml")):
-        config = parse_config(path.read_text(encoding="utf-8"))
-        seen[path.stem] = train_and_look(config)
-        flags = ["--run", path.stem, "--runs", str(folder / "runs")]
-        most = "2" if kernels else "4"
-        evaluate.run([*flags, "--parity-prompts", most, "--limit", most])
-    (folder / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
-
-
-def train_and_look(config: Config) -> dict[str, Any]:
-    import io
-
-    from rich.console import Console
-
-    from tinyagent_fast.training import fit
-
-    kept: dict[str, Any] = {}
-    original = fit.build_trainer
-
-    def build_trainer(loaded: Any, *arguments: Any, **keywords: Any) -> Any:
-        kept["loaded"], kept["trainer"] = loaded, original(loaded, *arguments, **keywords)
-        return kept["trainer"]
-
-    fit.build_trainer = build_trainer
-    console = Console(file=io.StringIO(), width=200)
-    try:
-        fit.train(config, console)
-    finally:
-        fit.build_trainer = original
-    loaded, arguments = kept["loaded"], kept["trainer"].args
-    parameters = list(loaded.model.named_parameters())
-    return {
-        "output": console.file.getvalue(),  # type: ignore[attr-defined]
-        "backend": loaded.backend,
-        "notes": list(loaded.notes),
-        "compute_dtype": loaded.compute_dtype,
-        "devices": sorted({p.device.type for _, p in parameters}),
-        "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
-        "packing": arguments.packing,
-        "trainable": sorted({str(p.dtype) for _, p in parameters if p.requires_grad}),
-        "only_adapter": all("lora_" in n for n, p in parameters if p.requires_grad),
-        "four_bit": sum(type(p).__name__ == "Params4bit" for _, p in parameters),
-        "unsloth": "unsloth" in sys.modules,
-    }
-
-
 @pytest.fixture(scope="module")
 def folder(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a process that trained both configs, or skip."""
@@ -116,23 +47,7 @@ def folder(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     for settings in (QUANTISED, PLAIN):
         config = config_in(here, **settings)
         (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
-    environment = {
-        **os.environ,
-        "TINYAGENT_FAST_CACHE": str(here / "cache"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HOME": str(here),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, str(here)],
-        cwd=here,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    (here / "stdout.txt").write_text(done.stdout, encoding="utf-8")
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    backend_run.start(here, timeout_s=240, HOME=str(here))
     return here
 
 
@@ -239,12 +154,8 @@ def test_unsloth_that_is_not_installed_is_an_error_with_a_fix(
 
 
 def test_auto_is_transformers_without_a_gpu(config_in: MakeConfig, tmp_path: Path) -> None:
-    import torch
-
     from tinyagent_fast.models import loading as models
 
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA device is here, so auto is unsloth")
     config = config_in(tmp_path, model={"backend": "auto"})
     assert models.load_for_training(config, config.model.base).backend == "transformers"
 
@@ -253,12 +164,8 @@ def test_auto_is_transformers_without_a_gpu(config_in: MakeConfig, tmp_path: Pat
 def test_weights_that_a_cpu_holds_otherwise_are_said(
     weights: str, config_in: MakeConfig, tmp_path: Path
 ) -> None:
-    import torch
-
     from tinyagent_fast.models import loading as models
 
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA device is here")
     config = config_in(tmp_path, model={"weights": weights, "gradient_checkpointing": "unsloth"})
     loaded = models.load_for_training(config, config.model.base)
     assert loaded.compute_dtype == "float32"
@@ -287,7 +194,3 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     config = replace(config, model=replace(config.model, base=str(tmp_path / "base")))
     with pytest.raises(ModelError, match=r"769 tokens but the model only 768"):
         models.load_for_training(config, config.model.base)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), kernels=sys.argv[2:] == ["kernels"])

@@ -232,8 +232,6 @@ def test_kernels_for_cuda_are_called_as_torch_declares_them(
 def test_kernels_for_cuda_equal_attention_with_a_mask(
     kernel: Kernel, dtype: torch.dtype, last: bool
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     blocks, tokens = blocks_of(700, [530, 300, 45], last=last)
     given = [x.cuda() for x in tensors((8, 2), blocks, tokens, dtype, head_dim=64)]
     found = with_gradients("by blocks", given, blocks, kernel)

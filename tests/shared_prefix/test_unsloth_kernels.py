@@ -108,6 +108,7 @@ def padded(model: Any) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Compute every case in a folder with Unsloth, and write what was seen there."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     import unsloth_on_cpu
 
     unsloth_on_cpu.start()
@@ -239,11 +240,10 @@ def folder(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     for name in CASES:
         config = case_config(config_in, here, name, "unsloth")
         (here / f"{name}.yaml").write_text(dump_config(config), encoding="utf-8")
-    tests = str(Path(__file__).resolve().parents[1])
     done = subprocess.run(
         [sys.executable, __file__, str(here)],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": tests, "CUDA_VISIBLE_DEVICES": "", "HOME": str(here)},
+        env={**os.environ, "HOME": str(here)},
         capture_output=True,
         text=True,
         timeout=600,

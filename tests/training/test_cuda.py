@@ -1,7 +1,7 @@
 """The CUDA branch: NF4 by Unsloth and by transformers, batched generation, peak memory.
 
-Run it where a GPU is: `pytest -m gpu`. Each backend trains in a process of its own, by the program
-in test_unsloth_backend.py, because Unsloth changes trl for the whole process.
+Run it where a GPU is: `pytest -m gpu`. Each backend trains in a process of its own, because Unsloth
+changes trl for the whole process.
 """
 
 from __future__ import annotations
@@ -18,23 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import backend_run
 import pytest
 
 from tinyagent_fast.config import Config
 
 pytestmark = pytest.mark.gpu
 MakeConfig = Callable[..., Config]
-PROGRAM = Path(__file__).with_name("test_unsloth_backend.py")
 STEPS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cuda() -> None:
-    """Skip where torch sees no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +107,7 @@ def trained(
     config = config_in(here, **settings_of(backend, weights, batching))
     config = replace(config, model=replace(config.model, base=str(cuda_base)))
     (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(here)],
-        cwd=here,
-        env={**os.environ, "TINYAGENT_FAST_CACHE": str(here / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    (here / "stdout.txt").write_text(done.stdout, encoding="utf-8")
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    seen = json.loads((here / "seen.json").read_text(encoding="utf-8"))[str(config.name)]
-    return config, here, seen
+    return config, here, backend_run.start(here, timeout_s=900)[str(config.name)]
 
 
 Trained = tuple[Config, Path, dict[str, Any]]
@@ -260,18 +239,82 @@ def test_equal_rows_give_equal_losses_by_both_backends(
         config = config_in(here, **settings)
         config = replace(config, model=replace(config.model, base=str(cuda_base)))
         (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
-        subprocess.run(
-            [sys.executable, str(PROGRAM), str(here)],
-            cwd=here,
-            env={**os.environ, "TINYAGENT_FAST_CACHE": str(here / "cache")},
-            capture_output=True,
-            timeout=900,
-            check=True,
-        )
+        backend_run.start(here, timeout_s=900)
         path = here / "runs" / str(config.name) / "history.jsonl"
         records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         first[backend] = next(r["loss"] for r in records if r["event"] == "step")
     assert first["unsloth"] == pytest.approx(first["transformers"], rel=0.01)
+
+
+COMMANDS = """
+import json, sys
+from tinyagent_fast.cli import main
+
+for words in json.loads(sys.argv[1]):
+    print("$", *words, flush=True)
+    if code := main(words):
+        sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "model"),
+    [
+        ("unsloth", ["--model.weights", "nf4", "--model.gradient-checkpointing", "auto"]),
+        ("transformers", ["--model.weights", "fp32"]),
+    ],
+    ids=["unsloth", "transformers"],
+)
+def test_train_eval_and_export_one_after_the_other(
+    backend: str, model: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
+    """Walks the command line in one process; with Unsloth as the presets for GPUs set it.
+
+    The base is nano's before it learns anything, which would take minutes.
+    """
+    if find_spec(backend) is None:
+        pytest.skip(f"the package {backend} is not installed")
+    from tinyagent_fast.models.loading import save_model
+    from tinyagent_fast.models.nano import NANO_SHAPE, random_llama
+    from tinyagent_fast.prompts.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_base)
+    save_model(random_llama(NANO_SHAPE, tokenizer, 0), tokenizer, tmp_path / "base")
+    model = ["--model.base", "base", "--model.backend", backend, *model]
+    train = (
+        "train --preset nano --name walk --data.generated-entries 400 --data.validation-entries 16 "
+        "--train.max-steps 20 --train.batch 4 --train.evaluations 1 --eval.sample 4 "
+        "--eval.no-before-and-after --eval.max-new-tokens 32"
+    )
+    evaluate = "eval --run walk --limit 4 --parity-prompts 2"
+    export = "export --run walk --quant f16,q8_0 --gate-prompts 4 --quant-prompts 8"
+    commands = [[*train.split(), *model], evaluate.split(), export.split()]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        cwd=tmp_path,
+        env={**os.environ, "TINYAGENT_FAST_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    run = tmp_path / "runs" / "walk"
+    lines = (run / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [record for record in map(json.loads, lines) if record["event"] == "step"]
+    assert len(steps) == 20
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+    def read(name: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((run / name).read_text(encoding="utf-8"))
+        return value
+
+    assert read("environment.json")["gpu"]
+    assert 0 < read("memory.json")["peak_gib"] < 4
+    assert read("eval/metrics.json")["n"] == 4
+    assert read("eval/made_with.json")["backend"] == backend
+    assert read("export/export.json")["passed"] is True
+    assert len(list((run / "export" / "gguf").glob("*.gguf"))) == 2
 
 
 def test_too_large_a_batch_is_found_before_the_first_step(

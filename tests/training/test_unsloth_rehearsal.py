@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import backend_run
 import pytest
 
 if TYPE_CHECKING:
     from tinyagent_fast.config import Config
 
-TESTS = Path(__file__).resolve().parents[1]
-PROGRAM = TESTS / "models" / "test_unsloth_backend.py"
 REHEARSED: dict[str, Any] = {
     "name": "rehearsed",
     "model": {"backend": "unsloth", "weights": "nf4", "gradient_checkpointing": "auto"},
@@ -45,21 +41,12 @@ def test_a_whole_training_by_unsloth_s_kernels_is_that_of_transformers(
     data = {"data": {"train": files.train, "test": files.test, "validation_entries": 4}}
     config = tiny_config(**REHEARSED, **data)
     (tmp_path / "rehearsed.yaml").write_text(dump_config(config), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path), "kernels"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    said = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))["rehearsed"]["output"]
+    seen = backend_run.start(tmp_path, "kernels", timeout_s=3600, HOME=str(tmp_path))
+    said = seen["rehearsed"]["output"]
     assert "shared prefixes on: computes" in said
     assert "2 of 2 QKV, O, MLP fused" in said
     assert "shared prefixes give the loss of whole rows within" in said
-    assert "decoding: shared prefix" in done.stdout
+    assert "decoding: shared prefix" in (tmp_path / "stdout.txt").read_text(encoding="utf-8")
 
     model = {**REHEARSED["model"], "backend": "transformers"}
     plain = train(tiny_config(**{**REHEARSED, **data, "name": "plain", "model": model}), quiet)
