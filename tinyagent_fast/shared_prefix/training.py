@@ -27,6 +27,9 @@ _SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPE
 _ALLOWED_DIFFERENCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative differences that the rounding of a compute type explains, with a margin: of two rows, a
 gradient norm in bf16 differs by up to about 1e-2, one in fp32 by about 1e-6."""
+_LAUNCHED_IN_TIME = 100
+"""Multiprocessors; an L4 has 58, an A100 108. On an H200, with 132, a pass through a prefix of
+1,900 tokens takes 0.03 s to compute and several times as long to launch."""
 _COMPARED_FROM = 0.1
 """Smaller losses and gradient norms count as this one: of rows that a base knows by heart they are
 what is left of margins between logits, and rounding changes them by tenths."""
@@ -88,9 +91,7 @@ def decide_shared_prefix(
                 "leave it at auto, or change what stands against it",
             )
         return SharedPrefixDecision(on=False, reason=reason)
-    from tinyagent_fast.shared_prefix.forward import computes_again
-
-    share = _computed_share(rows, train, prefix_once=not computes_again(loaded.model))
+    share = _computed_share(rows, train, prefix_once=computes_prefix_once(loaded))
     return SharedPrefixDecision(on=True, reason="", computed_share=share)
 
 
@@ -106,6 +107,23 @@ def why_not_shared(loaded: LoadedModel, train: TrainConfig) -> str | None:
         if os.environ.get(variable, "false") == "true":
             return f"{name} gathers the weights of a layer in that layer's own forward pass"
     return unsupported(loaded.model, "training")
+
+
+def computes_prefix_once(loaded: LoadedModel) -> bool:
+    """Say whether the micro-batches of a step share one pass through their prefix.
+
+    Otherwise each computes it with its own rows: where layers are computed again, and on large
+    cards, which compute it in less time than it takes to launch another pass.
+    """
+    import torch
+
+    from tinyagent_fast.shared_prefix.forward import computes_again
+
+    if computes_again(loaded.model):
+        return False
+    if loaded.device != "cuda":
+        return True
+    return torch.cuda.get_device_properties(0).multi_processor_count <= _LAUNCHED_IN_TIME
 
 
 def workers_of_a_step(loaded: LoadedModel, config: Config) -> int:

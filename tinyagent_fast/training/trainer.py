@@ -18,6 +18,7 @@ from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.models.older_readers import write_for_older_readers
 from tinyagent_fast.shared_prefix.training import (
     PackingCollator,
+    computes_prefix_once,
     prefix_order,
     workers_of_a_step,
 )
@@ -86,7 +87,6 @@ def build_trainer(
     from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
 
-    from tinyagent_fast.shared_prefix.forward import computes_again
     from tinyagent_fast.shared_prefix.step import step_gradients
 
     train, workers = config.train, workers_of_a_step(loaded, config)
@@ -117,7 +117,7 @@ def build_trainer(
                     loaded.tokenizer.pad_id,
                     math.ceil(train.rows_per_batch / workers),
                     kept_of_each,
-                    not computes_again(loaded.model),
+                    computes_prefix_once(loaded),
                 )
             for display in (PrinterCallback, ProgressCallback):
                 self.remove_callback(display)
