@@ -1285,6 +1285,8 @@ def set_environment(folder: Path, flags: argparse.Namespace) -> None:
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
     }
+    # Unsloth asks for it when it is imported, which is too late once a cap has been set.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if flags.cap_gib:
         # Unsloth sizes the chunks of its loss by the free memory of the whole card.
         os.environ.setdefault("UNSLOTH_CE_LOSS_TARGET_GB", "2")
