@@ -292,6 +292,14 @@ def test_packages_are_compared_with_those_that_are_tested(
     assert status == "ok" or found.fix == doctor.install_command(LAPTOP)
 
 
+def test_a_project_that_runs_from_its_folder_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> list[str]:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", unknown)
+    assert doctor.check_packages(LAPTOP).status == "warning"
+
+
 def test_a_trl_that_needs_triton_fails_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["trl==1.14.2"])
     monkeypatch.setattr(doctor.metadata, "version", lambda _: "1.15.0")

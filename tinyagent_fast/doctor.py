@@ -294,7 +294,10 @@ def check_packages(machine: Machine) -> Finding:
         from packaging.requirements import Requirement
 
         asked = [Requirement(line) for line in metadata.requires("tinyagent-fast") or ()]
-    except ImportError as error:  # also where the project's own metadata are missing
+    except metadata.PackageNotFoundError:
+        text = "tinyagent-fast runs from its folder, so versions of packages were not compared"
+        return Finding("packages", "warning", text, "python -m pip install --no-deps -e .")
+    except ImportError as error:
         text = f"{error.name or 'what training needs'} is not installed"
         return Finding("packages", "failure", text, install)
     missing, other, count = [], [], 0
