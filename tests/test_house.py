@@ -304,3 +304,30 @@ def test_every_file_that_is_no_code_is_packaged() -> None:
     }
     assert len(others) > 5
     assert others - packaged == set()
+
+
+SEEN = """
+import os
+from pathlib import Path
+
+Path("visible").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("marks", "visible"),
+    [("", ""), ("not gpu and not slow", ""), ("gpu and not slow", "0")],
+)
+def test_only_sessions_of_tests_marked_gpu_see_one(
+    marks: str, visible: str, tmp_path: Path
+) -> None:
+    (tmp_path / "test_seen.py").write_text(SEEN, encoding="utf-8")
+    tests = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-m", marks, "--collect-only"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": tests, "CUDA_VISIBLE_DEVICES": "0"},
+        capture_output=True,
+        check=False,
+    )
+    assert (tmp_path / "visible").read_text() == visible

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from tinyagent_fast.shared_prefix.training import (
     decide_shared_prefix,
 )
 from tinyagent_fast.training.fit import train
+from tinyagent_fast.training.trainer import collate
 
 MakeConfig = Callable[..., Config]
 
@@ -178,7 +180,7 @@ class StandInTrainer:
         config = LlamaConfig(vocab_size=61, initializer_range=0.2, **shape, **heads)
         self.model = LlamaForCausalLM(config).to(dtype)
         self.fault = fault
-        self.data_collator = PackingCollator(0, most_rows=2)
+        self.data_collator = PackingCollator(partial(collate, pad_id=0), most_rows=2)
         self.train_dataset = Rows(
             [
                 {"input_ids": [*range(40), at, 7, 9], "labels": [-100] * 41 + [7, 9]}

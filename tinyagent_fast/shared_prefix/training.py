@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,7 +194,8 @@ def prefix_order(rows: Any, train: TrainConfig) -> PrefixGroupedOrder | None:
 class PackingCollator:
     """A padded batch, and beside it as `packed` the same rows as a packed step."""
 
-    pad_id: int
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    """Pads rows to a batch."""
     most_rows: int
     """Rows of a micro-batch."""
     most_tokens: float = math.inf
@@ -214,14 +215,13 @@ class PackingCollator:
         import numpy as np
 
         from tinyagent_fast.shared_prefix.packing import pack_step
-        from tinyagent_fast.training.trainer import collate
 
         names = ("input_ids", "labels")
         arrays = [{name: np.asarray(row[name]) for name in names} for row in rows]
         packed = pack_step(
             arrays, self.most_rows, most_tokens=self.most_tokens, prefix_once=self.prefix_once
         )
-        return {**collate(arrays, self.pad_id), "packed": packed}
+        return {**self.collate(arrays), "packed": packed}
 
 
 def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ def build_trainer(
             self.args.save_steps = train.save_every_steps or every
             if shared_prefix:
                 self.data_collator = PackingCollator(
-                    loaded.tokenizer.pad_id,
+                    partial(collate, pad_id=loaded.tokenizer.pad_id),
                     math.ceil(train.rows_per_batch / workers),
                     kept_of_each,
                     computes_prefix_once(loaded),
