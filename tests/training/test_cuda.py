@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,27 +92,37 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["-".join(case[:2]) for case in CASES])
-def trained(
-    request: pytest.FixtureRequest,
-    config_in: MakeConfig,
-    cuda_base: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Config, Path, dict[str, Any]]:
-    """Return a config, the folder of the process that trained it, and what that process saw."""
+Trained = tuple[Config, Path, dict[str, Any]]
+"""A config, the folder of the process that trained it, and what that process saw."""
+
+
+@pytest.fixture(scope="module")
+def train_case(
+    config_in: MakeConfig, cuda_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[tuple[str, str, str]], Trained]:
+    """Return what trains a case, each once."""
     from tinyagent_fast.config import dump_config
 
-    backend, weights, batching = request.param
-    if backend == "unsloth" and find_spec("unsloth") is None:
-        pytest.skip("the package unsloth is not installed")
-    here = tmp_path_factory.mktemp(f"{backend}-{weights}")
-    config = config_in(here, **settings_of(backend, weights, batching))
-    config = replace(config, model=replace(config.model, base=str(cuda_base)))
-    (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
-    return config, here, backend_run.start(here, timeout_s=900)[str(config.name)]
+    @cache
+    def train(case: tuple[str, str, str]) -> Trained:
+        backend, weights, batching = case
+        if backend == "unsloth" and find_spec("unsloth") is None:
+            pytest.skip("the package unsloth is not installed")
+        here = tmp_path_factory.mktemp(f"{backend}-{weights}")
+        config = config_in(here, **settings_of(backend, weights, batching))
+        config = replace(config, model=replace(config.model, base=str(cuda_base)))
+        (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
+        return config, here, backend_run.start(here, timeout_s=900)[str(config.name)]
+
+    return train
 
 
-Trained = tuple[Config, Path, dict[str, Any]]
+@pytest.fixture(scope="module", params=CASES, ids=["-".join(case[:2]) for case in CASES])
+def trained(
+    request: pytest.FixtureRequest, train_case: Callable[[tuple[str, str, str]], Trained]
+) -> Trained:
+    """Return each case, trained."""
+    return train_case(request.param)
 
 
 def history_of(trained: Trained, event: str) -> list[dict[str, Any]]:
@@ -224,27 +235,14 @@ def test_evaluating_the_saved_adapter_gives_what_training_measured_at_its_end(
 
 
 def test_equal_rows_give_equal_losses_by_both_backends(
-    config_in: MakeConfig, cuda_base: Path, tmp_path: Path
+    train_case: Callable[[tuple[str, str, str]], Trained],
 ) -> None:
-    """Both load the same 16-bit base; the kernels differ, so the losses are close, not equal."""
-    if find_spec("unsloth") is None:
-        pytest.skip("the package unsloth is not installed")
-    from tinyagent_fast.config import dump_config
-
-    first = {}
-    for backend in ("unsloth", "transformers"):
-        here = tmp_path / backend
-        here.mkdir()
-        settings = settings_of(backend, "bf16", "length-grouped")
-        settings["train"] = {**settings["train"], "max_steps": 1, "evaluations": 1}
-        config = config_in(here, **settings)
-        config = replace(config, model=replace(config.model, base=str(cuda_base)))
-        (here / f"{config.name}.yaml").write_text(dump_config(config), encoding="utf-8")
-        backend_run.start(here, timeout_s=900)
-        path = here / "runs" / str(config.name) / "history.jsonl"
-        records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        first[backend] = next(r["loss"] for r in records if r["event"] == "step")
-    assert first["unsloth"] == pytest.approx(first["transformers"], rel=0.01)
+    """Both load the same 4-bit base; the kernels differ, so the losses are close, not equal."""
+    unsloth, transformers = (
+        history_of(train_case((backend, "nf4", "length-grouped")), "step")[0]["loss"]
+        for backend in ("unsloth", "transformers")
+    )
+    assert unsloth == pytest.approx(transformers, rel=0.01)
 
 
 @pytest.mark.parametrize(
