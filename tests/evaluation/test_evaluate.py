@@ -16,7 +16,7 @@ import pytest
 from tinyagent_fast.cli import main
 from tinyagent_fast.evaluation.evaluate import NOT_HONOURED
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.inference.engine import Completion, Prompt
+from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
 from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.runs import Run, create_run
 
@@ -275,7 +275,13 @@ class Observed:
         return []
 
     def generate(
-        self, prompts: Sequence[Prompt], *, stop: str, max_new_tokens: int, batch: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        stop: str,
+        max_new_tokens: int,
+        batch: int = 1,
+        on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         self.seen |= {"eval.max-new-tokens": max_new_tokens, "eval.batch": batch}
         if batch == 1:  # one by one, to compare with

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,63 @@ def test_every_plan_as_it_is_rendered_is_accepted(plan: Plan) -> None:
     text = render_plan(plan) + END_OF_PLAN
     assert parse_plan(text) == plan
     assert accepted(text)
+
+
+@given(plan=plans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_plan_can_be_gone_on_with_behind_any_of_its_calls(
+    plan: Plan, data: st.DataObject
+) -> None:
+    plan = Plan(tuple(replace(step, thought=None) for step in plan.steps))
+    text = render_plan(plan) + END_OF_PLAN
+    kept = data.draw(st.integers(0, min(len(plan.steps) - 1, MAX_CALLS - 1)))
+    begun = plan.steps[:kept]
+    assert Grammar(plan_grammar(TOOLS, begun=begun)).matches(text)
+    if begun:
+        other = replace(begun[0], tool="ping", arguments=("other",))
+        assert not Grammar(plan_grammar(TOOLS, begun=(other, *begun[1:]))).matches(text)
+
+
+def test_the_next_call_can_be_held_to_some_tools_and_to_results_of_the_right_kinds() -> None:
+    tools = tools_by_name(
+        [
+            Tool("find", (Parameter("name", "str"),), returns="person"),
+            Tool("look", (Parameter("at", "int", nullable=True),), returns="sight"),
+            Tool(
+                "send",
+                (
+                    Parameter("to", "list[str]", sources=("person",)),
+                    Parameter("text", "str", sources=("sight", "person")),
+                ),
+            ),
+        ]
+    )
+    begun = parse_plan('1. find("Sid \\"É\\"")\n2. look(None)\n3. look(3)\n4. join()').steps[:3]
+    grammar = Grammar(plan_grammar(tools, begun=begun, following=["send"]))
+    there = render_plan(Plan(begun)) + "\n"
+
+    def accepts_next(call: str, then: str = "") -> bool:
+        end = 5 + then.count("\n")
+        return grammar.matches(f"{there}4. {call}\n{then}{end}. join(){END_OF_PLAN}")
+
+    for call in (
+        'send(["$1", "x", ""], "it is $3, seen by $1")',
+        'send("$1", "$2")',
+        'send([], "no reference")',
+    ):
+        assert accepts_next(call), call
+        assert accepts_next(call, '5. find("$2 or $4")\n6. look(1)\n'), "free again"
+    for call in (
+        'send(["$2"], "")',
+        'send("$3", "")',
+        'send(["$1"], "$4")',
+        'send(["$1"], "costs $ 5")',
+        'send(["$12"], "")',
+        'find("Sid")',
+        "join()",
+    ):
+        assert not accepts_next(call), call
+    assert not grammar.matches(f"{there}4. join(){END_OF_PLAN}")
 
 
 def faults(plan: Plan) -> list[str]:

@@ -42,7 +42,9 @@ class StreamingModel:
 
     async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
         """Write a plan piece by piece; leaving early breaks the model off."""
-        stream = PlanStream(self.planner, prompt.user, BuiltPrompt(prompt, "an agent"))
+        # Its calls run while it is written, so nothing that was shown may be taken back.
+        built = BuiltPrompt(prompt, "an agent")
+        stream = PlanStream(self.planner, prompt.user, built, second_look=False)
         loop, left = asyncio.get_running_loop(), threading.Event()
         arrived: asyncio.Queue[str | None] = asyncio.Queue()
 

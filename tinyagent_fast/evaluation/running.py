@@ -22,12 +22,16 @@ from tinyagent_fast.evaluation.scoring import (
 )
 from tinyagent_fast.inference.engine import Completion, Engine, Prompt
 from tinyagent_fast.inference.parity import ParityReport, compare_batches
+from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import held_to_tools
 from tinyagent_fast.runs import write_json, write_text
 
-_HELD = "grammar: plans can only call the tools that their prompt lists, with right arguments"
+_HELD = (
+    "grammar: plans can only call the tools that their prompt lists, with right arguments; "
+    "where an argument is of another kind than its parameter takes, the plan is asked for again"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ def evaluate_examples(
     limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
     identity = {**engine.identity(), **made_with, "max_new_tokens": settings.max_new_tokens}
     if grammar:
-        identity["grammar"] = "on"
+        identity |= {"grammar": "on", "second_look": True}
     file = PredictionFile(folder)
     there = processes.on_main_process(lambda: file.start(identity))
     missing = [example for example in examples if example.key not in there]
@@ -120,8 +124,8 @@ def evaluate_examples(
         say(parity.sentence())
         mine = processes.shard(missing)
         part = file.part(processes.rank) if processes.count > 1 else file
-        completions = engine.generate(
-            _prompts(mine, tools, grammar), batch=parity.safe_batch, **limits
+        completions = generate_plans(
+            engine, _prompts(mine, tools, grammar), tools=tools, batch=parity.safe_batch, **limits
         )
         for here, (index, completion) in enumerate(completions, start=1):
             part.append([_prediction(mine[index], completion)])  # as soon as it is there

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,6 +21,7 @@ from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat,
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.inference.engine import Completion, Engine, Prompt
+from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_plan
 from tinyagent_fast.plans.tools import Tool
@@ -108,8 +109,18 @@ class _BrokenOff(Exception):
 class PlanStream:
     """One plan being written: iterate over its pieces once, then ask for the result."""
 
-    def __init__(self, planner: Planner, request: str, built: BuiltPrompt) -> None:
-        """Prepare; the model starts when the first piece is asked for."""
+    def __init__(
+        self, planner: Planner, request: str, built: BuiltPrompt, *, second_look: bool = True
+    ) -> None:
+        """Prepare; the model starts when the first piece is asked for.
+
+        Args:
+            planner: Writes the plan.
+            request: What should be done.
+            built: The prompt.
+            second_look: Whether a doubtful plan is asked for once more, so that the result may not
+                be what the pieces make.
+        """
         self.request = request
         self.built = built
         self.text = ""
@@ -117,6 +128,7 @@ class PlanStream:
         self.result: PlannedRequest | None = None
         """None until the last piece has been taken."""
         self._planner = planner
+        self._second_look = second_look
 
     def __iter__(self) -> Generator[str, None, None]:
         """Write: pieces of text in order, and empty ones while the prompt is being read.
@@ -126,6 +138,7 @@ class PlanStream:
         planner = self._planner
         arrived: SimpleQueue[str | Completion | BaseException] = SimpleQueue()
         left = threading.Event()
+        generate = planner.generate_plans if self._second_look else planner.engine.generate
 
         def on_token(_: int, piece: str) -> None:
             if left.is_set():
@@ -134,7 +147,7 @@ class PlanStream:
 
         def write() -> None:
             try:
-                for _, completion in planner.engine.generate(
+                for _, completion in generate(
                     [self.built.prompt],
                     stop=planner.stop,
                     max_new_tokens=planner.max_new_tokens,
@@ -254,13 +267,18 @@ class Planner:
         """
         asked = [self.prompts.build(request, system) for request in requests]
         with self.turn():
-            for index, completion in self.engine.generate(
+            for index, completion in self.generate_plans(
                 [built.prompt for built in asked],
                 stop=self.stop,
                 max_new_tokens=self.max_new_tokens,
                 batch=self.batch,
             ):
                 yield index, self.planned(requests[index], asked[index], completion)
+
+    @property
+    def generate_plans(self) -> Callable[..., Iterator[tuple[int, Completion]]]:
+        """The engine's `generate`, with a second look at plans that are held to a grammar."""
+        return partial(generate_plans, self.engine, tools=self.tools)
 
     def complete(self, prompts: Sequence[Prompt], stop: str) -> list[Completion]:
         """Complete prompts that were made elsewhere, such as a joiner's, and give them in order.

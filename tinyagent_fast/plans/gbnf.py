@@ -12,9 +12,10 @@ that a server lets a model write, and a text that is cut there is no plan.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from tinyagent_fast.plans.grammar import END_OF_PLAN
+from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, Step, render_plan
 from tinyagent_fast.plans.tools import JOIN, Parameter, Tool
 
 MAX_TEXT_UNITS = 1023
@@ -45,7 +46,12 @@ bool ::= "True" | "False"
 """
 
 
-def plan_grammar(tools: Mapping[str, Tool]) -> str:
+def plan_grammar(
+    tools: Mapping[str, Tool],
+    *,
+    begun: Sequence[Step] = (),
+    following: Collection[str] | None = None,
+) -> str:
     """Write the GBNF of all plans of some tools, given by name; its first rule is `root`.
 
     Whatever is written under it can be read by `grammar.parse_plan`: lines are numbered from 1,
@@ -55,20 +61,30 @@ def plan_grammar(tools: Mapping[str, Tool]) -> str:
     before any other number or before `{` is not possible, since an executor would take it for a
     reference: an amount is written `$ 500` or `USD 500`.
 
+    Args:
+        tools: The tools that may be called.
+        begun: Calls that every plan begins with, fewer than `MAX_CALLS`.
+        following: Tools of which one is called next, with results of the kinds that its parameters
+            take and no others (and no `$` for anything else); None lets the plan go on freely.
+
     Source: grammars/README.md of github.com/ggml-org/llama.cpp (the notation and its escapes).
     """
-    longest = MAX_CALLS if tools else 0
+    longest, first = MAX_CALLS if tools else 0, len(begun) + 1
+    there = render_plan(Plan(tuple(replace(s, number=n) for n, s in enumerate(begun, 1)))) + "\n"
     lines = [
         f"# Plans of up to {longest} calls; the text of a string has up to {MAX_TEXT_UNITS} units.",
-        "root ::= line-1",
+        f"root ::= {_quoted(there) + ' ' if begun else ''}line-{first}",
         f"join ::= {_quoted(JOIN + '()' + END_OF_PLAN)}",
     ]
-    for line in range(1, longest + 1):
-        following = f'(join | call-{line} "\\n" line-{line + 1})'
-        lines.append(f'line-{line} ::= thought? "{line}. " {following}')
-        lines.extend(_argument_rules(line))
-        calls = " |\n  ".join(_call(tool, line) for tool in tools.values())
-        lines.append(f"call-{line} ::= {calls}")
+    for line in range(first, longest + 1):
+        go_on = f'call-{line} "\\n" line-{line + 1}'
+        if line == first and following is not None:
+            kinds = {n: tools[step.tool].returns for n, step in enumerate(begun, 1)}
+            lines.append(f'line-{line} ::= "{line}. " {go_on}')
+            lines.extend(_call_rules([tools[name] for name in following], line, kinds))
+        else:
+            lines.append(f'line-{line} ::= thought? "{line}. " (join | {go_on})')
+            lines.extend(_call_rules(tools.values(), line))
     lines.append(f'line-{longest + 1} ::= thought? "{longest + 1}. " join')
     return "\n".join(lines) + "\n" + _SHARED
 
@@ -78,40 +94,65 @@ def without_surrogates(grammar: str) -> str:
     return grammar.replace(NO_CHARACTERS, "")
 
 
-def _argument_rules(line: int) -> Iterator[str]:
-    """Write the rules for strings and lists of one line, which differ in what `$` may name."""
-    dollar = '"$"'
-    if line > 1:
-        earlier = " | ".join(f'"{number}"' for number in range(1, line))
-        yield f"earlier-{line} ::= {earlier}"
-        yield f'whole-{line} ::= "\\"$" earlier-{line} "\\""'
-        dollar = f'("$" earlier-{line}?)'
+def _call_rules(
+    tools: Iterable[Tool], line: int, kinds: Mapping[int, str] | None = None
+) -> Iterator[str]:
+    """Write the rules for the calls of one line, which differ in what `$` may name.
+
+    Args:
+        tools: Those that may be called.
+        line: Its number.
+        kinds: The kind of each earlier result, to hold references to what a parameter takes.
+    """
+    known: dict[tuple[int, ...], str] = {}
+    calls = []
+    for tool in tools:
+        arguments = []
+        for parameter in tool.parameters:
+            named = tuple(
+                number
+                for number in range(1, line)
+                if kinds is None or kinds[number] in parameter.sources
+            )
+            key = known.setdefault(named, f"{line}" if not known else f"{line}-{len(known)}")
+            arguments.append(_argument(parameter, key, named))
+        inside = ' ", " '.join(arguments)
+        calls.append(f"{_quoted(tool.name + '(')} {inside} {_quoted(')')}")
+    for named, key in known.items():
+        yield from _text_rules(key, named, free=kinds is None)
+    yield f"call-{line} ::= " + " |\n  ".join(calls)
+
+
+def _text_rules(key: str, named: Sequence[int], *, free: bool) -> Iterator[str]:
+    """Write the rules for strings and lists in which `$` names some lines, or if free nothing."""
+    dollar = '"$"' if free else ""
+    if named:
+        earlier = " | ".join(f'"{number}"' for number in named)
+        yield f"earlier-{key} ::= {earlier}"
+        yield f'whole-{key} ::= "\\"$" earlier-{key} "\\""'
+        dollar = f'("$" earlier-{key}{"?" if free else ""})'
     full, rest = divmod(MAX_TEXT_UNITS, _BLOCK_UNITS)
-    yield f"dollar-{line} ::= {dollar}"
-    yield f"unit-{line} ::= plain | escape | dollar-{line}{{1,{_DOLLARS_IN_A_ROW}}} after-dollar"
-    yield f"block-{line} ::= unit-{line}{{{_BLOCK_UNITS}}}"
-    yield (
-        f'str-{line} ::= "\\"" block-{line}{{0,{full}}} unit-{line}{{0,{rest}}} '
-        f'dollar-{line}{{0,{_DOLLARS_IN_A_ROW}}} "\\""'
-    )
-    yield f'strs-{line} ::= "[" (str-{line} (", " str-{line}){{0,{MAX_LIST_ITEMS - 1}}})? "]"'
+    referring = at_end = ""
+    if dollar:
+        yield f"dollar-{key} ::= {dollar}"
+        referring = f" | dollar-{key}{{1,{_DOLLARS_IN_A_ROW}}} after-dollar"
+        at_end = f"dollar-{key}{{0,{_DOLLARS_IN_A_ROW}}} "
+    yield f"unit-{key} ::= plain | escape{referring}"
+    yield f"block-{key} ::= unit-{key}{{{_BLOCK_UNITS}}}"
+    yield (f'str-{key} ::= "\\"" block-{key}{{0,{full}}} unit-{key}{{0,{rest}}} {at_end}"\\""')
+    yield f'strs-{key} ::= "[" (str-{key} (", " str-{key}){{0,{MAX_LIST_ITEMS - 1}}})? "]"'
 
 
-def _call(tool: Tool, line: int) -> str:
-    arguments = ' ", " '.join(_argument(parameter, line) for parameter in tool.parameters)
-    return f"{_quoted(tool.name + '(')} {arguments} {_quoted(')')}"
-
-
-def _argument(parameter: Parameter, line: int) -> str:
+def _argument(parameter: Parameter, key: str, named: Sequence[int]) -> str:
     """Write what `tools.accepts` accepts for a parameter."""
-    rule = {"str": f"str-{line}", "list[str]": f"strs-{line}"}.get(parameter.type, parameter.type)
+    rule = {"str": f"str-{key}", "list[str]": f"strs-{key}"}.get(parameter.type, parameter.type)
     choices = [rule]
-    if parameter.type != "str" and line > 1:
-        choices.append(f"whole-{line}")
+    if parameter.type != "str" and named:
+        choices.append(f"whole-{key}")
     if parameter.nullable:
         choices.append('"None"')
     return choices[0] if len(choices) == 1 else f"({' | '.join(choices)})"
 
 
 def _quoted(text: str) -> str:
-    return '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+    return '"' + re.sub(r'["\\]', r"\\\g<0>", text).replace("\n", "\\n") + '"'

@@ -30,6 +30,10 @@ class Parameter:
     name: str
     type: str
     nullable: bool = field(default=False, kw_only=True)
+    value: str | None = field(default=None, kw_only=True)
+    """The kind of its literal values, such as `email`; None if that is not known."""
+    sources: tuple[str, ...] = field(default=(), kw_only=True)
+    """Kinds of results that it takes, as `Tool.returns` names them; none if they are not known."""
 
     def __post_init__(self) -> None:
         """Refuse a name or type that no prompt and no plan could use."""
@@ -55,6 +59,8 @@ class Tool:
     parameters: tuple[Parameter, ...]
     description: tuple[str, ...] = field(default=(), kw_only=True)
     """What a prompt says of it, one entry per line."""
+    returns: str = field(default="", kw_only=True)
+    """The kind of its result, such as `email address`."""
 
     def __post_init__(self) -> None:
         """Refuse a tool that could not be called in a plan."""

@@ -137,6 +137,19 @@ def held_to_tools(prompt: Prompt, tools: Mapping[str, Tool] | None = None) -> Pr
     """Add the grammar of all plans of the tools that a prompt lists.
 
     Args:
+        prompt: One for `listed_tools`.
+        tools: All tools by name; None stands for TinyAgent's own.
+
+    Raises:
+        ConfigError: It lists a tool that is not known.
+    """
+    return replace(prompt, grammar=_grammar(tuple(listed_tools(prompt, tools).values())))
+
+
+def listed_tools(prompt: Prompt, tools: Mapping[str, Tool] | None = None) -> dict[str, Tool]:
+    """Find the tools that a plan may call.
+
+    Args:
         prompt: One whose system text has a tool list, or at least names some tools; where it names
             none all tools may be called.
         tools: All tools by name; None stands for TinyAgent's own.
@@ -154,7 +167,7 @@ def held_to_tools(prompt: Prompt, tools: Mapping[str, Tool] | None = None) -> Pr
             "(--grammar off)",
         )
     names = listed or _tools_named(prompt.system, tools) or tuple(known)
-    return replace(prompt, grammar=_grammar(tuple(known[name] for name in names)))
+    return {name: known[name] for name in names}
 
 
 @lru_cache(maxsize=256)

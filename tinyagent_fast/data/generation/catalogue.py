@@ -38,9 +38,7 @@ _DERIVED = {"end": ("start", "str"), "all_day": ("due", "bool")}
 class SlotParameter(Parameter):
     """One parameter of a tool and where its values come from."""
 
-    value: str | None = None
     follows: str | None = None
-    sources: tuple[str, ...] = ()
     embed: tuple[str, ...] = ("{}",)
     unsaid: tuple[str, ...] | None = None
     several: float | None = None
@@ -59,7 +57,6 @@ class CatalogueTool(Tool):
     """One tool, and the wordings that ask for it."""
 
     parameters: tuple[SlotParameter, ...]
-    returns: str
     phrases: tuple[str, ...]
     mention: str | None = None
     again: tuple[str, ...] = ()

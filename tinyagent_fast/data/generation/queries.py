@@ -28,6 +28,7 @@ from tinyagent_fast.data.generation.values import (
     one_hour_after,
 )
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.plans.doubts import takes
 
 _OPENERS = [
     *("Please ", "Please ", "Can you ", "Could you ", "Could you please ", "I need you to "),
@@ -108,6 +109,11 @@ class _Draft:
     mentioned: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
     together: dict[str, list[Value]] = field(default_factory=dict)
     """Values by kind that the last list named."""
+
+    @property
+    def returns(self) -> Mapping[str, str]:
+        """Give the kind of each tool's result."""
+        return {tool.name: tool.returns for tool in self.catalogue.tools}
 
     def reference(self, call: Call) -> str:
         """Return `$n` of the call, made now unless the plan has it already."""
@@ -252,8 +258,9 @@ def _left_out(
         return untils.get(parameter.follows) or one_hour_after(start)
     if parameter.value == "all_day" and parameter.follows is not None:
         return is_whole_day(arguments[parameter.follows])
+    kinds = {n: draft.returns[call.tool] for n, call in enumerate(draft.calls, start=1)}
     for name in parameter.unsaid or ():
-        if asking.get(name):
+        if asking.get(name) and takes(parameter, asking[name], kinds):
             return asking[name]
     if parameter.default is not REQUIRED:
         return parameter.default

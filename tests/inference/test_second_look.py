@@ -1,0 +1,125 @@
+"""A doubtful plan is asked for once more, behind the calls that are not in doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
+from tinyagent_fast.inference.planner import Planner, PlanStream
+from tinyagent_fast.inference.second_look import generate_plans
+from tinyagent_fast.plans.gbnf import plan_grammar
+from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool
+from tinyagent_fast.prompts.builder import BuiltPrompt, ChosenText, PromptBuilder, held_to_tools
+
+SURE = '1. get_phone_number("Ada")\n2. send_sms(["$1"], "hi")\n3. join()'
+FORGOTTEN = '1. open_note("x", "")\n2. send_sms(["$1"], "hi")\n3. join()'
+MENDED = '1. open_note("x", "")\n2. get_phone_number("Ada")\n3. send_sms(["$2"], "$1")\n4. join()'
+LISTED = "1. get_phone_number(name: str) -> str\n2. open_note(name: str, folder: str) -> str\n\
+3. send_sms(recipients: list[str], message: str) -> str\n"
+FREE = Prompt(system=f"Tools:\n{LISTED}", user="text Ada")
+HELD = held_to_tools(FREE)
+
+
+class Twice:
+    """Writes one text for each prompt, and the next one for what it is asked again."""
+
+    compute_dtype = "float32"
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[Prompt]] = []
+
+    def identity(self) -> Mapping[str, Any]:
+        return {}
+
+    def notes(self, prompts: Sequence[Prompt]) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        stop: str,
+        max_new_tokens: int,
+        batch: int = 1,
+        on_token: OnToken | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        self.asked.append(list(prompts))
+        for index in range(len(prompts)):
+            text = self.answers.pop(0)
+            if on_token is not None:
+                for line in text.splitlines(keepends=True):
+                    on_token(index, line)
+            done = len(text) < max_new_tokens
+            yield (
+                index,
+                Completion(
+                    text=text,
+                    stop_reason="stop" if done else "length",
+                    new_tokens=10,
+                    prompt_tokens=5,
+                    seconds=1.0,
+                ),
+            )
+
+
+def written(
+    engine: Twice, prompts: Sequence[Prompt], on_token: OnToken | None = None, limit: int = 300
+) -> dict[int, Completion]:
+    how: dict[str, Any] = {"stop": "<END>", "max_new_tokens": limit, "on_token": on_token}
+    return dict(generate_plans(engine, prompts, tools=None, **how))
+
+
+def test_only_doubtful_plans_are_asked_for_again_with_what_may_come_instead() -> None:
+    engine = Twice(SURE, FORGOTTEN, SURE, MENDED)
+    done = written(engine, [HELD, HELD, HELD])
+    assert [done[index].text for index in range(3)] == [SURE, MENDED, SURE]
+    assert [done[index].new_tokens for index in range(3)] == [10, 20, 10]
+    assert [done[index].seconds for index in range(3)] == [1.0, 2.0, 1.0]
+    first, (second,) = engine.asked
+    assert first == [HELD, HELD, HELD]
+    assert replace(second, grammar=HELD.grammar) == HELD
+    assert second.grammar is not None
+    assert r"1. open_note(\"x\", \"\")\n" in second.grammar
+    assert "forward_email" not in second.grammar
+
+
+@pytest.mark.parametrize("second", [FORGOTTEN, '1. send_sms(["Ada"], "x")\n2. send_sms(["'])
+def test_a_second_plan_that_is_no_better_does_not_replace_the_first(second: str) -> None:
+    done = written(Twice(FORGOTTEN, second), [HELD])[0]
+    assert (done.text, done.new_tokens) == (FORGOTTEN, 20)
+
+
+def test_free_texts_plans_that_were_broken_off_and_what_is_no_plan_are_left_alone() -> None:
+    for prompt, text in ((FREE, FORGOTTEN), (HELD, FORGOTTEN[:40]), (HELD, "no plan")):
+        engine = Twice(text)
+        assert written(engine, [prompt])[0].text == text
+        assert len(engine.asked) == 1
+    plain = {"note": Tool("note", ()), "send": Tool("send", (Parameter("to", "list[str]"),))}
+    prompt = Prompt(system="note, send", user="go", grammar=plan_grammar(plain))
+    text = '1. note()\n2. send(["$1"])\n3. join()'
+    how: dict[str, Any] = {"stop": "<END>", "max_new_tokens": 300}
+    ((_, done),) = generate_plans(Twice(text), [prompt], tools=plain, **how)
+    assert done.text == text, "nothing is known of kinds"
+
+
+def test_a_stream_shows_the_first_plan_as_it_is_written_and_gives_the_second() -> None:
+    prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), tools=TINYAGENT, grammar=True)
+    with Planner(Twice(FORGOTTEN, MENDED), replace(prompts, tools=None)) as planner:
+        stream = planner.stream("text Ada")
+        pieces = list(stream)
+        assert "".join(pieces) == FORGOTTEN
+        assert pieces[3:] == [""] * 4, "a sign of life for each piece of the second"
+        assert stream.text == MENDED
+        assert stream.result is not None
+        assert stream.result.completion.new_tokens == 20
+    with Planner(Twice(FORGOTTEN, MENDED), prompts) as planner:
+        whole = PlanStream(planner, "x", BuiltPrompt(HELD, "an agent"), second_look=False)
+        assert "".join(whole) == whole.text == FORGOTTEN

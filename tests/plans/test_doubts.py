@@ -1,0 +1,98 @@
+"""Doubts: arguments of another kind than their parameters take, by what a catalogue says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tinyagent_fast.chat.requests import read_requests
+from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.plans.doubts import doubts
+from tinyagent_fast.plans.grammar import PlanError, parse_plan
+from tinyagent_fast.plans.tools import TINYAGENT, tools_by_name
+
+TOOLS = tools_by_name(load_catalogue().tools)
+LOOK_UP = (
+    '1. get_email_address("Sid")\n2. get_phone_number("Ada")\n3. open_and_get_file_path("x")\n'
+)
+
+
+def doubted(calls: str) -> list[tuple[int, set[str]]]:
+    plan = parse_plan(calls + f"\n{calls.count(chr(10)) + 2}. join()")
+    return [(len(doubt.before), set(doubt.instead)) for doubt in doubts(plan, TOOLS)]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'forward_email(["$1", "a@b.org"], [], "", ["$3"])',
+        'send_sms(["$2", "+1 555 0100", "(555) 010-020"], "On my way")',
+        'send_sms("$2", "costs $ 5 and $9")',
+        'create_calendar_event("x", "2024-01-01", "2024-01-01", None, "$1", "", None)',
+        'summarize_pdf("/docs/x.pdf")',
+        'open_note("a@b.org", "$1")',
+    ],
+)
+def test_what_a_parameter_takes_is_not_doubted(call: str) -> None:
+    assert doubted(f"{LOOK_UP}4. {call}") == []
+
+
+@pytest.mark.parametrize(
+    ("call", "instead"),
+    [
+        ('send_sms(["$1"], "")', {"send_sms"}),
+        ('send_sms(["$2"], "Here it is: $3")', {"summarize_pdf", "get_zoom_meeting_link"}),
+        ('forward_email(["$1"], ["$2"], "", [])', {"forward_email"}),
+        ('forward_email(["Sid"], [], "", [])', {"get_email_address"}),
+        ('send_sms(["Ada"], "")', {"get_phone_number"}),
+        ('compose_new_email(["$1"], [], "", "see $1", [])', {"maps_open_location", "open_note"}),
+    ],
+)
+def test_other_kinds_are_doubted_with_what_may_be_called_instead(
+    call: str, instead: set[str]
+) -> None:
+    (found,) = doubted(f"{LOOK_UP}4. {call}")
+    assert found[0] == 3
+    assert instead <= found[1]
+    assert (len(found[1]) == 1) == (len(instead) == 1)
+
+
+def test_an_address_is_not_looked_up() -> None:
+    (found,) = doubted('1. get_email_address("a@b.org")')
+    assert found == (0, set(TOOLS) - {"get_email_address"})
+    assert doubted('1. get_phone_number("a@b.org")') == []
+
+
+def test_each_doubtful_call_is_named_once() -> None:
+    found = doubted(
+        '1. send_sms(["Ada", "Sid"], "")\n2. forward_email(["$1", "Sid"], ["Sid"], "", [])'
+    )
+    assert [before for before, _ in found] == [0, 1]
+
+
+def test_nothing_is_said_where_kinds_are_not_known_or_no_listed_tool_would_help() -> None:
+    plan = parse_plan('1. open_note("x", "")\n2. send_sms(["$1"], "")\n3. join()')
+    assert doubts(plan, TINYAGENT) == []
+    assert doubts(plan, {name: TOOLS[name] for name in ("open_note", "send_sms")}) == []
+    assert len(doubts(plan, TOOLS)) == 1
+
+
+def test_the_plans_of_typed_requests_are_not_doubted() -> None:
+    for entry in read_requests(Path(__file__).parents[1] / "requests.json"):
+        assert doubts(parse_plan(entry.label or ""), TOOLS) == [], entry.request
+
+
+def test_few_labels_of_the_real_data_are_doubted(real_data: Path) -> None:
+    """Some pass phone numbers as attendees, or a place as an attachment; none is ruled out."""
+    labels, found = 0, 0
+    for name in ("training_data.json", "testing_data.json"):
+        for entry in json.loads((real_data / name).read_text(encoding="utf-8")).values():
+            labels += 1
+            try:
+                found += bool(doubts(parse_plan(entry["output"][0]["raw_output"]), TOOLS))
+            except PlanError:
+                continue
+    assert labels > 200
+    assert found < 0.2 * labels

@@ -1,0 +1,87 @@
+"""Plans that are looked at when they are written, and asked for once more where a call is doubtful.
+
+The calls before the doubtful one stay. What follows is written anew under a grammar whose next call
+has arguments of the right kinds, so this works with every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+
+from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.inference.engine import Completion, Engine, OnToken, Prompt
+from tinyagent_fast.plans.doubts import Doubt, doubts
+from tinyagent_fast.plans.gbnf import MAX_CALLS, plan_grammar
+from tinyagent_fast.plans.grammar import PlanError, parse_plan
+from tinyagent_fast.plans.tools import Tool, tools_by_name
+from tinyagent_fast.prompts.builder import listed_tools
+
+
+def generate_plans(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    tools: Mapping[str, Tool] | None,
+    stop: str,
+    max_new_tokens: int,
+    batch: int = 1,
+    on_token: OnToken | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """Complete prompts as `Engine.generate` does, and doubtful plans of those with a grammar twice.
+
+    A second plan replaces the first if it has fewer doubts; the cost is that of both.
+
+    Args:
+        engine: Writes the plans.
+        prompts: What to answer.
+        tools: All tools by name; None stands for TinyAgent's own.
+        stop: Text that ends a plan.
+        max_new_tokens: Where a plan is broken off.
+        batch: Prompts completed together.
+        on_token: Called while text is being written; of a second plan only with empty texts.
+    """
+    known = _own_tools() if tools is None else tools
+    ask = partial(engine.generate, stop=stop, max_new_tokens=max_new_tokens, batch=batch)
+    again: list[tuple[int, Completion, Prompt, int]] = []
+    for index, completion in ask(prompts, on_token=on_token):
+        prompt = prompts[index]
+        tools = listed_tools(prompt, known) if prompt.grammar is not None else {}
+        found = _doubts(completion, tools)
+        if found and len(found[0].before) < MAX_CALLS:
+            grammar = plan_grammar(tools, begun=found[0].before, following=found[0].instead)
+            again.append((index, completion, replace(prompt, grammar=grammar), len(found)))
+        else:
+            yield index, completion
+
+    def waiting(at: int, _text: str) -> None:
+        if on_token is not None:
+            on_token(again[at][0], "")
+
+    if again:
+        for at, second in ask([prompt for _, _, prompt, _ in again], on_token=waiting):
+            index, first, prompt, count = again[at]
+            found = _doubts(second, listed_tools(prompt, known))
+            better = found is not None and len(found) < count
+            yield (
+                index,
+                replace(
+                    second if better else first,
+                    new_tokens=first.new_tokens + second.new_tokens,
+                    seconds=first.seconds + second.seconds,
+                ),
+            )
+
+
+def _doubts(done: Completion, tools: Mapping[str, Tool]) -> list[Doubt] | None:
+    """Find the doubts of what was written; None if it is no whole plan."""
+    try:
+        return doubts(parse_plan(done.text), tools)
+    except PlanError:
+        return None
+
+
+@cache
+def _own_tools() -> Mapping[str, Tool]:
+    return tools_by_name(load_catalogue().tools)

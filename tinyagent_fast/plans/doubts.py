@@ -1,0 +1,102 @@
+"""Calls whose arguments are of another kind than their parameters take, by a catalogue's kinds.
+
+Such a call is no error of form: `send_sms(["$1"], ...)` where `$1` is a file. A planner that writes
+it has left a look-up out, or has miscounted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tinyagent_fast.plans.grammar import Plan, Step, reference_uses
+from tinyagent_fast.plans.tools import Parameter, Tool
+
+_FORMS = {
+    "email": re.compile(r"[^\s@]+@[^\s@]+"),
+    "phone": re.compile(r"[+(]?\d[\d ().-]{3,}"),
+}
+"""Kinds of values that are told from all others by their form."""
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A call that may be wrong."""
+
+    before: tuple[Step, ...]
+    """The calls before it."""
+    instead: tuple[str, ...]
+    """Tools that may be called in its place, with other arguments if its own is among them."""
+
+
+def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
+    """Find the calls with an argument that their parameter does not take.
+
+    That is a reference to a result of another kind, a literal such as a name where addresses are
+    wanted, or the wanted thing itself where a tool would look it up. Nothing is said where kinds
+    are not known, or where no listed tool could be called instead.
+
+    Args:
+        plan: A plan.
+        tools: By name those that its prompt lists.
+    """
+    found = []
+    kinds: dict[int, str] = {}
+    for at, step in enumerate(plan.steps):
+        tool = tools.get(step.tool)
+        if tool is None:
+            continue
+        for parameter, value in zip(tool.parameters, step.arguments, strict=False):
+            if instead := _instead(tool, parameter, value, kinds, tools):
+                found.append(Doubt(plan.steps[:at], instead))
+                break
+        kinds[step.number] = tool.returns
+    return found
+
+
+def takes(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> bool:
+    """Say whether a value is of a kind that a parameter takes, as far as kinds are known.
+
+    Args:
+        parameter: The parameter.
+        value: Its argument.
+        kinds: The kind of each earlier result.
+    """
+    named = {kinds[number] for number, _ in reference_uses([value]) if number in kinds}
+    if parameter.sources and not named <= set(parameter.sources):
+        return False
+    form = _FORMS.get(parameter.value or "")
+    return form is None or all(map(form.fullmatch, _literals(value)))
+
+
+def _literals(value: object) -> list[str]:
+    """List the texts of an argument that refer to nothing."""
+    texts = value if isinstance(value, list) else [value]
+    return [t for t in texts if isinstance(t, str) and t and not reference_uses([t])]
+
+
+def _instead(
+    tool: Tool,
+    parameter: Parameter,
+    value: object,
+    kinds: Mapping[int, str],
+    tools: Mapping[str, Tool],
+) -> tuple[str, ...]:
+    """Name the tools to call instead of passing a value; none if nothing speaks against it."""
+    if not takes(parameter, value, kinds):
+        there = set(kinds.values()) & set(parameter.sources)
+        if there and reference_uses([value]):
+            return (tool.name,)
+        return tuple(name for name, one in tools.items() if one.returns in parameter.sources)
+    wanted = [
+        form
+        for one in tools.values()
+        for other in one.parameters
+        if tool.returns in other.sources and (form := _FORMS.get(other.value or ""))
+    ]
+    if parameter.value not in _FORMS and any(
+        form.fullmatch(text) for form in wanted for text in _literals(value)
+    ):
+        return tuple(name for name in tools if name != tool.name)
+    return ()
