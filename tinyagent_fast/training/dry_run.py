@@ -80,6 +80,9 @@ def dry_run(
     with fake:
         for module in model.modules():
             _give_storages(module)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the adapter's gradients are counted with its weights
+                parameter.grad = torch.zeros_like(parameter)
         if estimator.shares_prefixes:
             _refuse_unsupported(model)
             on_fake = packed.each(fake.from_tensor)
@@ -91,9 +94,8 @@ def dry_run(
                 with cast():
                     loss = step()
                 loss.backward()
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return DryRun(
-        peak_gib=(live.peak - gradients) / GIB,
+        peak_gib=live.peak / GIB,
         computed_tokens=packed.largest_tokens
         if estimator.shares_prefixes
         else batch * estimator.row_tokens,

@@ -378,7 +378,8 @@ class _TokenBytes:
         if checkpointing == "false":
             last = self.layer if self.last_layer is None else self.last_layer
             return self.outside + (layers - 1) * self.layer + last, self.backward
-        inputs = layers * self.layer_input
+        # A last layer that takes less is done, and its input gone, when the one before takes most.
+        inputs = (layers - (self.last_layer is not None)) * self.layer_input
         if checkpointing == "unsloth" and self.offloaded:
             inputs = self.offloaded
         return self.outside + inputs, self.layer + self.backward
