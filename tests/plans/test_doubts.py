@@ -59,6 +59,11 @@ def test_other_kinds_are_doubted_with_what_may_be_called_instead(
     assert (len(found[1]) == 1) == (len(instead) == 1)
 
 
+def test_what_the_plan_itself_calls_too_late_is_what_is_meant() -> None:
+    late = f'{LOOK_UP}4. send_sms(["$2"], "$3")\n5. maps_open_location("here")'
+    assert doubted(late) == [(3, {"maps_open_location"})]
+
+
 def test_an_address_is_not_looked_up() -> None:
     (found,) = doubted('1. get_email_address("a@b.org")')
     assert found == (0, set(TOOLS) - {"get_email_address"})

@@ -27,7 +27,8 @@ class Doubt:
     before: tuple[Step, ...]
     """The calls before it."""
     instead: tuple[str, ...]
-    """Tools that may be called in its place, with other arguments if its own is among them."""
+    """Tools that may be called in its place, with other arguments if its own is among them; those
+    that the plan calls later where there are such, since they come too late then."""
 
 
 def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
@@ -49,7 +50,9 @@ def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
             continue
         for parameter, value in zip(tool.parameters, step.arguments, strict=False):
             if instead := _instead(tool, parameter, value, kinds, tools):
-                found.append(Doubt(plan.steps[:at], instead))
+                later = {other.tool for other in plan.steps[at + 1 :]}
+                meant = tuple(name for name in instead if name in later)
+                found.append(Doubt(plan.steps[:at], meant or instead))
                 break
         kinds[step.number] = tool.returns
     return found
