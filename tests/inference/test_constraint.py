@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,34 @@ def test_what_the_model_wanted_anyway_is_left_as_it_is(untrained: LoadedModel) -
     assert constraint.ended
     eos = untrained.tokenizer.eos_id
     assert constraint.choose(eos, lambda mask: int(mask.argmax())) == eos
+
+
+BEGUN = '1. get_phone_number("Ann \\\\ \\"Füße\\"\\n$ 5")\n2. get_phone_number("[Bo] | $1")\n'
+
+
+def begun_prompt() -> Prompt:
+    steps = parse_plan(f"{BEGUN}3. join()").steps[:2]
+    grammar = plan_grammar(TINYAGENT, begun=steps, following=["open_note"])
+    return Prompt(system=None, user="go", grammar=grammar)
+
+
+def test_plans_begin_as_they_must_and_go_on_with_the_tool_that_is_left(
+    untrained: LoadedModel,
+) -> None:
+    (done,) = answers(untrained, [begun_prompt()], 1)
+    assert done.text.startswith(f"{BEGUN}3. open_note(")
+
+
+def test_so_they_do_in_llama_cpp(tiny_gguf: dict[str, Path]) -> None:
+    pytest.importorskip("xllamacpp", reason="the engine needs the package xllamacpp")
+    from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
+
+    settings = LlamaCppSettings(
+        model=tiny_gguf["f16"], slots=1, context_tokens_per_slot=4096, threads=1
+    )
+    with closing(LlamaCppEngine(LlamaServer(settings))) as engine:
+        ((_, done),) = engine.generate([begun_prompt()], stop=END_OF_PLAN, max_new_tokens=LIMIT)
+    assert done.text.startswith(f"{BEGUN}3. open_note(")
 
 
 def test_llama_cpp_writes_plans_of_each_prompts_own_tools(tiny_gguf: dict[str, Path]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from tinyagent_fast.chat.terminal import show_stream
 from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
 from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.inference.second_look import generate_plans
@@ -123,3 +126,15 @@ def test_a_stream_shows_the_first_plan_as_it_is_written_and_gives_the_second() -
     with Planner(Twice(FORGOTTEN, MENDED), prompts) as planner:
         whole = PlanStream(planner, "x", BuiltPrompt(HELD, "an agent"), second_look=False)
         assert "".join(whole) == whole.text == FORGOTTEN
+
+
+def test_the_terminal_shows_both_and_a_plan_that_stays_once() -> None:
+    prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), grammar=True)
+    for answers, times in (([FORGOTTEN, MENDED], 2), ([FORGOTTEN, FORGOTTEN], 1), ([SURE], 1)):
+        console = Console(file=io.StringIO(), width=100)
+        with Planner(Twice(*answers), prompts) as planner:
+            show_stream(console, planner.stream("text Ada"))
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert answers[0] in said
+        assert answers[-1] in said
+        assert said.count("join()\n") == times

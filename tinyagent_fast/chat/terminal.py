@@ -26,12 +26,17 @@ def show_header(console: Console, title: str, facts: Mapping[str, str]) -> None:
 def show_stream(console: Console, stream: PlanStream) -> None:
     """Print a plan as it is written, then its drawing and what it cost."""
     # Closed here, not when memory is tidied up, since a plan that was broken off holds its turn.
+    shown = ""
     with console.status("reading the prompt") as status, closing(iter(stream)) as pieces:
         for piece in pieces:
             if piece:
                 status.stop()
                 console.out(printable(piece), end="", highlight=False)
+                shown += piece
     console.out("")
+    if stream.text.strip() != shown.strip():
+        console.print("asked again, since an argument is none that its tool takes:", style="dim")
+        console.out(printable(stream.text), highlight=False)
     console.print(stream.drawing)
     if stream.result is not None:
         console.print(Text(stream.result.cost(), style="dim"))
