@@ -381,7 +381,23 @@ def test_a_run_is_scored_with_the_tools_it_was_trained_for(
     assert figures["label_problems"] == {}
     assert figures["success"]["share"] == pytest.approx(2 / 3)
     other = call("score", run.path, "--json", "--catalogue", tmp_path / "other.yaml")
-    assert json.loads(other.out)["label_problems"] == {"unknown_tool": 3}
+    assert (other.code, other.out) == (2, "")
+    assert "3 of 3 labels call f" in other.err
+    assert "--catalogue FILE" in other.err
+
+
+def test_pairs_with_unknown_tools_are_told_to_name_the_catalogue(
+    call: Callable[..., Output], tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.json"
+    plan = '1. f("a")\n2. join()'
+    pairs.write_text(json.dumps([{"label": plan, "prediction": plan}]), encoding="utf-8")
+    refused = call("score", "--pairs", pairs)
+    assert refused.code == 2
+    assert "--catalogue FILE" in refused.err
+    write_catalogue(tmp_path / "tools.yaml", "f")
+    known = call("score", "--pairs", pairs, "--json", "--catalogue", tmp_path / "tools.yaml")
+    assert json.loads(known.out)["success"] == 1
 
 
 def test_the_latest_run_is_scored_if_none_is_named(

@@ -152,7 +152,8 @@ def score_pairs(
         tools: The tools that plans may call, by name; None stands for TinyAgent's 16.
 
     Returns:
-        Shares with their intervals, and how often each cause of failure occurs.
+        Shares with their intervals, and how often each cause of failure occurs. A label that calls
+        a tool outside `tools` cannot be scored: it is no success, and counts as a `bad_label`.
     """
     from tinyagent_fast.evaluation.scoring import score_pair, summarise
 

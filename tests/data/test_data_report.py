@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyagent_fast.cli import main
 from tinyagent_fast.data import report
 from tinyagent_fast.data.report import DataCheck, summarise_lengths
 from tinyagent_fast.data.schema import Example
@@ -200,3 +201,18 @@ def test_labels_that_can_never_succeed_are_counted_with_the_reason(tmp_path: Pat
     assert "labels that can never succeed: 4, the first in k1/0: bad_reference" in (
         check.render_text()
     )
+
+
+def test_labels_that_call_tools_outside_the_catalogue_are_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, wrong = make_entry("q", "s", "open_note"), make_entry("r", "s", "open_note", "dim_lamp")
+    path = write(tmp_path / "d.json", right, wrong)
+    assert main(["data", "check", str(path)]) == 1
+    text = capsys.readouterr().out
+    assert "problems: none" not in text
+    assert "problems: 1 labels call tools outside the catalogue: dim_lamp" in text
+    assert "--data.catalogue FILE" in text
+    known = check_file(path, known_tools={"open_note", "dim_lamp"})
+    assert (known.problem_count, known.plans_with_unknown_tools) == (0, 0)
+    assert known.render_text().endswith("problems: none")

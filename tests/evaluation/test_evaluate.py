@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -464,3 +465,22 @@ def test_a_run_is_evaluated_from_any_folder(
     assert main(["eval", "--run", str(run.path)]) == 0
     assert main(["eval", "--run", str(run.path), "--engine", "gguf"]) == 0
     assert not list(Path().iterdir()), "nothing is generated anew"
+
+
+def test_test_labels_with_tools_outside_the_catalogue_are_refused_before_a_base_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr("tinyagent_fast.models.loading.load_for_generation", load)
+    test = run.config().data.test
+    assert test is not None
+    other = tmp_path / "other.json"
+    text = test.read_text(encoding="utf-8")
+    other.write_text(re.sub(r"(create|compose|get|open|send)_", r"home_\1_", text), "utf-8")
+    assert main(["eval", "--test", str(other)]) == 2
+    told = capsys.readouterr().err
+    assert "test labels call home_" in told
+    assert "--data.catalogue FILE" in told
+    assert not run.evaluation.exists()

@@ -18,6 +18,7 @@ from tinyagent_fast.evaluation.scoring import (
     PROBLEMS,
     Metrics,
     Prediction,
+    refuse_unknown_tools,
     score_all,
     score_pair,
     summarise,
@@ -139,6 +140,39 @@ def test_tools_of_a_dataset_of_its_own_replace_the_known_ones() -> None:
     assert score_pair(plan, "1. join()", tools).failure == "missing_tool"
     assert score_pair(plan, plan).label_problems == ("unknown_tool",)
     assert score_pair(plan, plan, None) == score_pair(plan, plan)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ['open_note("a", "")', 'find_lamp("$1")', "find_lamp(not a literal)", "look()"]
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.text(),
+)
+def test_garbage_never_succeeds_whatever_tools_the_label_calls(
+    calls: list[str], garbage: str
+) -> None:
+    label = "\n".join(f"{at}. {call}" for at, call in enumerate([*calls, "join()"], 1))
+    for prediction in (garbage, "", "1. garbage()", f"{garbage}\n1. join()"):
+        score = score_pair(label, prediction)
+        assert (score.success, score.failure is None) == (False, False)
+
+
+@pytest.mark.parametrize("call", ['find_lamp("a")', "find_lamp(not a literal)"])
+@pytest.mark.parametrize("before", [[], ['open_note("a", "")']])
+def test_a_label_that_calls_an_unknown_tool_is_bad_and_its_copy_no_success(
+    call: str, before: list[str]
+) -> None:
+    label = "\n".join(f"{at}. {one}" for at, one in enumerate([*before, call, "join()"], 1))
+    score = score_pair(label, label)
+    assert (score.success, score.failure, score.bad_label) == (False, "bad_label", True)
+    assert why_hopeless(label) is not None
+    with pytest.raises(DataError, match="find_lamp"):
+        refuse_unknown_tools("labels", [LABEL, label], None, "name them")
+    refuse_unknown_tools("labels", [LABEL], None, "name them")
 
 
 def row(prediction: str, stop_reason: str = "stop", label: str = LABEL) -> Prediction:

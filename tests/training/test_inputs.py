@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tinyagent_fast.config import Config, DataConfig, EvalConfig, Leaks
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.presets import preset_config
-from tinyagent_fast.training.inputs import RunExamples, load_run_examples
+from tinyagent_fast.training.inputs import RunExamples, load_run_examples, refuse_unscorable
 
 PLANTED = 3
 
@@ -138,3 +139,39 @@ def test_joins_are_mixed_in_as_asked_and_replans_are_all_kept(
     assert (mixed["plan"], mixed["replan"]) == (every["plan"], every["replan"])
     least = every["join"] if wanted == 1.0 else round(wanted * every["plan"])
     assert mixed["join"] == least
+
+
+@pytest.mark.parametrize("which", ["test", "validation"])
+def test_measured_labels_with_tools_outside_the_catalogue_are_refused(
+    files: tuple[Path, Path], which: str
+) -> None:
+    config = Config(
+        data=DataConfig(train=files[0], test=files[1], validation_entries=5),
+        eval=EvalConfig(limit=2),
+    )
+    examples = load_run_examples(config)
+    test, validation = list(examples.test), list(examples.validation)
+    refuse_unscorable(config, test, validation)
+    spoilt = [replace(e, output='1. find_lamp("a")\n2. join()') for e in validation]
+    refuse_unscorable(config, test, [*spoilt, *validation])  # they count as failures
+    wrong = (test, spoilt) if which == "validation" else ([*test, spoilt[0]], validation)
+    with pytest.raises(DataError, match="find_lamp") as refused:
+        refuse_unscorable(config, *wrong)
+    assert "--data.catalogue FILE" in refused.value.fix
+
+
+def test_a_training_asks_for_the_catalogue_before_it_makes_a_base(
+    files: tuple[Path, Path], tiny_config: Any, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyagent_fast.training import fit
+
+    def resolve(*_: Any) -> None:
+        raise AssertionError("a base was made")
+
+    monkeypatch.setattr(fit, "resolve_base", resolve)
+    text = files[1].read_text(encoding="utf-8")
+    files[1].write_text(re.sub(r"(create|compose|get|open|send)_", r"home_\1_", text), "utf-8")
+    config = tiny_config(data={"train": files[0], "test": files[1]})
+    with pytest.raises(DataError, match="test labels call home_"):
+        fit.train(config, quiet)
+    assert not list(config.runs.glob("*/config.yaml"))

@@ -32,7 +32,7 @@ class CheckFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Check a data file; the exit code is 1 when some of its entries cannot be used."""
+    """Check a data file; the exit code is 1 when entries cannot be used or labels scored."""
     import tyro
 
     words = list(arguments)
@@ -45,6 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.data.report import check_file
     from tinyagent_fast.display import Display
     from tinyagent_fast.evaluation.scoring import why_hopeless
+    from tinyagent_fast.plans.tools import TINYAGENT
     from tinyagent_fast.prompts.templates import render
 
     encode = chat = None
@@ -69,7 +70,8 @@ def run(arguments: Sequence[str]) -> int:
             max_length_tokens=flags.max_length_tokens if encode else None,
             others={str(path): path for path in flags.against},
             judge=lambda label: why_hopeless(label, tools),
+            known_tools=TINYAGENT if tools is None else tools,
             on_progress=lambda done: update(done, 0),
         )
     print(json.dumps(asdict(check), indent=2) if flags.json else check.render_text())
-    return 1 if check.read.problem_count else 0
+    return 1 if check.problem_count else 0

@@ -11,6 +11,8 @@ from typing import Any
 from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.plans.tools import Tool
 
+_CATALOGUE = "name the catalogue of these tools with --catalogue FILE"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFlags:
@@ -60,9 +62,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> None:
     from tinyagent_fast.evaluation.report import percent
-    from tinyagent_fast.evaluation.scoring import score_pair, summarise
+    from tinyagent_fast.evaluation.scoring import refuse_unknown_tools, score_pair, summarise
 
-    scores = [score_pair(label, prediction, tools) for label, prediction in _read_pairs(path)]
+    pairs = list(_read_pairs(path))
+    labels = [label for label, _ in pairs]
+    refuse_unknown_tools("labels", labels, tools, _CATALOGUE, some_are_fine=True)
+    scores = [score_pair(label, prediction, tools) for label, prediction in pairs]
     if as_json:
         for score in scores:
             line = {
@@ -111,7 +116,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
 def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> None:
     from tinyagent_fast.evaluation.predictions import find_predictions
     from tinyagent_fast.evaluation.report import markdown_report
-    from tinyagent_fast.evaluation.scoring import score_all, summarise
+    from tinyagent_fast.evaluation.scoring import refuse_unknown_tools, score_all, summarise
 
     file = next(iter(find_predictions(path).values()), None)
     if file is None:
@@ -123,6 +128,8 @@ def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json:
     predictions = file.read()
     if not predictions:
         raise DataError(f"predictions {path}", "there is none", "let `tinyagent-fast eval` finish")
+    labels = [row.label for row in predictions]
+    refuse_unknown_tools("labels", labels, tools, _CATALOGUE, some_are_fine=True)
     plans = score_all(predictions, tools)
     metrics = summarise([plan.score for plan in plans])
     if as_json:

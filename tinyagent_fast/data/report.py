@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -73,6 +73,14 @@ class DataCheck:
     other_skipped: Mapping[str, int]
     hopeless_labels: Mapping[str, tuple[int, str]]
     """Plans that no prediction can match: by reason their number, and the key of the first."""
+    unknown_tools: Mapping[str, int]
+    """Calls of tools that the catalogue does not know; plans with them cannot be scored."""
+    plans_with_unknown_tools: int
+
+    @property
+    def problem_count(self) -> int:
+        """Count what makes entries, or their labels, unusable."""
+        return self.read.problem_count + self.plans_with_unknown_tools
 
     def render_text(self) -> str:
         """Return the figures as plain text for the terminal."""
@@ -104,7 +112,16 @@ class DataCheck:
         if read.problem_count:
             lines.append(f"problems: {read.problem_count:,} in {read.skipped:,} entries")
             lines += [f"  {line}" for line in read.problem_lines()]
-        else:
+        if self.plans_with_unknown_tools:
+            lines += [
+                f"problems: {self.plans_with_unknown_tools:,} labels call tools outside the "
+                f"catalogue: {', '.join(self.unknown_tools)}",
+                "  why: such labels cannot be scored, so `train` and `eval` refuse them in a test "
+                "file",
+                "  fix: name the catalogue of these tools: --catalogue FILE here, "
+                "--data.catalogue FILE for `train`",
+            ]
+        if not self.problem_count:
             lines.append("problems: none")
         return "\n".join(lines)
 
@@ -175,6 +192,7 @@ def check_file(
     max_length_tokens: int | None = None,
     others: Mapping[str, str | Path] | None = None,
     judge: Judge = lambda _label: None,
+    known_tools: Collection[str] | None = None,
     on_progress: Callable[[int], None] = lambda _entries: None,
 ) -> DataCheck:
     """Read a dataset file once and describe it; unusable entries are listed, not raised.
@@ -187,6 +205,7 @@ def check_file(
         max_length_tokens: Rows with more tokens in all are counted as over-long.
         others: More data files by name (not "this file"), to look for the same queries in them.
         judge: Finds labels that can never succeed.
+        known_tools: Names of the tools that plans may call; None looks for no others.
         on_progress: Called with the entries of this file that were read.
 
     Raises:
@@ -196,6 +215,7 @@ def check_file(
     points: Counter[str] = Counter()
     steps: Counter[int] = Counter()
     tools: Counter[str] = Counter()
+    outside = 0
     kinds: dict[str, _Lengths] = {}
     queries: list[str] = []
     reports: list[ReadReport] = []
@@ -220,6 +240,7 @@ def check_file(
                 called = [step.tool for step in plan_steps(example.output) if step.tool != "join"]
                 steps[len(called)] += 1
                 tools.update(called)
+                outside += known_tools is not None and not set(called) <= set(known_tools)
                 if reason := judge(example.output):
                     number, first = hopeless.get(reason, (0, example.key))
                     hopeless[reason] = (number + 1, first)
@@ -230,6 +251,7 @@ def check_file(
         splits[name] = [entry.query for entry in entries]
         skipped[name] = reports[-1].skipped
     limit = max_length_tokens if encode is not None else None
+    calls = dict(tools.most_common())
     return DataCheck(
         path=str(path),
         unit="words" if encode is None else "tokens",
@@ -237,11 +259,17 @@ def check_file(
         read=reports[0],
         point_counts=dict(points),
         steps_per_plan=dict(sorted(steps.items())),
-        tool_counts=dict(tools.most_common()),
+        tool_counts=calls,
         lengths={kind: lengths.summary(limit) for kind, lengths in kinds.items()},
         leaks=leak_report(splits),
         other_skipped=skipped,
         hopeless_labels=dict(sorted(hopeless.items(), key=lambda item: -item[1][0])),
+        unknown_tools={
+            name: count
+            for name, count in calls.items()
+            if known_tools is not None and name not in known_tools
+        },
+        plans_with_unknown_tools=outside,
     )
 
 

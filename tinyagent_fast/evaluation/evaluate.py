@@ -247,12 +247,18 @@ def test_queries(
 
     Raises:
         ConfigError: Retrieved prompts are wanted, and there is no retriever that writes them.
-        DataError: There is no test file, or it is faulty.
+        DataError: There is no test file, it is faulty, or its labels call tools that the run's
+            catalogue does not know.
     """
-    from tinyagent_fast.training.inputs import load_test_examples, retriever_of_run
+    from tinyagent_fast.training.inputs import (
+        load_test_examples,
+        refuse_unscorable,
+        retriever_of_run,
+    )
 
     processes = init_processes()
     examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
+    refuse_unscorable(config, examples)
     about_test: dict[str, object] = {"test_sha256": test_sha256}
     if config.data.prompts != "as-is":
         with display.working("tool retriever", "steps") as update:

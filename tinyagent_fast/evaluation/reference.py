@@ -8,7 +8,7 @@ Where the original differs from "same calls, same dependencies":
 
 - Anything that is no step is skipped; a step whose arguments are no literals keeps them as one
   string. A repeated number replaces the earlier step in its place. Reading stops after join.
-- Steps from the first unknown tool on are dropped.
+- Steps from the first unknown tool on are dropped, in labels too: `unknown_tools` finds those.
 - `$N` means the N-th step in order, whatever the numbers written before the steps.
 - Only string arguments and strings directly in list arguments can depend on a step, each through
   its first `$N`; `${N}`, tuples, dicts and deeper lists do not count.
@@ -26,7 +26,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -95,13 +95,25 @@ def _read(
         return steps, None, str(failure)
 
 
+def unknown_tools(text: str, known_tools: Collection[str] = TINYAGENT) -> frozenset[str]:
+    """Find the tools of a plan that are not known; the metric drops the plan from the first on.
+
+    What is left of a label says nothing of what was wanted: without a step it equals any garbage.
+    """
+    found = {tool for _, tool, _ in _up_to_join(text)}
+    return frozenset(found - {JOIN, *known_tools})
+
+
+def _up_to_join(text: str) -> Iterator[tuple[str, str, str]]:
+    for step in loose_steps(text):
+        yield step
+        if step[1] == JOIN:
+            return
+
+
 def _steps(text: str, known_tools: Collection[str]) -> list[_Step]:
     """Read the steps up to join or up to the first unknown tool."""
-    by_number: dict[int, _Step] = {}
-    for digits, tool, raw in loose_steps(text):
-        by_number[_integer(digits)] = (tool, raw)
-        if tool == JOIN:
-            break
+    by_number = {_integer(digits): (tool, raw) for digits, tool, raw in _up_to_join(text)}
     known = {JOIN, *known_tools}
     return list(takewhile(lambda step: step[0] in known, by_number.values()))
 

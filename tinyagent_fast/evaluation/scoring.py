@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from types import NoneType
 from typing import Any, get_args
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.reference import reference_scores
+from tinyagent_fast.evaluation.reference import reference_scores, unknown_tools
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
 from tinyagent_fast.inference.engine import StopReason
 from tinyagent_fast.plans.grammar import Plan, PlanReading, read_plan
@@ -50,13 +51,18 @@ PROBLEMS: dict[str, str] = {
 """What can be wrong with a plan; each kind is looked for on its own, also on a success."""
 
 
+_LISTED_TOOLS = 5
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
     """The scores of one prediction against its label.
 
     `success` and `tool_recall` are the published metric's; `failure` is a key of `FAILURE_CODES`,
     or None on a success; `problems` and `label_problems` are keys of `PROBLEMS`. `bad_label`
-    says that the label has no dependency graph or makes the published metric fail. `label_steps`
+    says that the label has no dependency graph, calls an unknown tool, or makes the published
+    metric fail. Nothing is a success against a label of the last two kinds, although the published
+    metric would let any text without steps match a label of which it can use no step. `label_steps`
     counts the calls of the label without join.
     """
 
@@ -125,8 +131,8 @@ class Metrics:
     `success` is the headline: the published metric. The shares from `unparsable` on count
     predictions with that problem, successes included. `failures` counts codes of `FAILURE_CODES`,
     most frequent first. `success_by_steps` goes by the number of calls in the label, join not
-    counted. `bad_labels` counts labels that have no dependency graph or that make the published
-    metric fail: their predictions are in all figures, nearly always as failures.
+    counted. `bad_labels` counts labels as `PairScore.bad_label` tells: their predictions are in all
+    figures, nearly always as failures.
     `label_problems` counts the kinds of slips in labels, good or bad.
     """
 
@@ -177,15 +183,17 @@ def score_pair(
     tools = TINYAGENT if tools is None else tools
     published = reference_scores(label, prediction, tools)
     wanted, found = _PlanFacts.of(label, tools), _PlanFacts.of(prediction, tools)
-    bad_label = wanted.dag is None or published.label_error is not None
+    unscorable = published.label_error is not None or bool(unknown_tools(label, tools))
+    success = published.success and not unscorable
+    bad_label = wanted.dag is None or unscorable
     success_dag = (
         wanted.dag is not None and found.dag is not None and same_dag(wanted.dag, found.dag)
     )
     failure = None
-    if not published.success:
+    if not success:
         failure = "bad_label" if bad_label else _failure(wanted, found, success_dag, truncated)
     return PairScore(
-        success=published.success,
+        success=success,
         success_dag=success_dag,
         tool_recall=published.tool_recall,
         failure=failure,
@@ -202,6 +210,46 @@ def why_hopeless(label: str, tools: Mapping[str, Tool] | None = TINYAGENT) -> st
     if score.success and not score.bad_label:
         return None
     return ", ".join(score.label_problems) or "it has no dependency graph"
+
+
+def refuse_unknown_tools(
+    what: str,
+    labels: Sequence[str],
+    tools: Mapping[str, Tool] | None,
+    fix: str,
+    *,
+    some_are_fine: bool = False,
+) -> None:
+    """Refuse labels that call tools which the catalogue does not know.
+
+    Args:
+        what: Names the labels, such as `test labels`.
+        labels: Plans.
+        tools: Tools by name; None stands for TinyAgent's own.
+        fix: Where the right catalogue is named.
+        some_are_fine: Whether they only must not be all: single ones count as bad labels.
+
+    Raises:
+        DataError: There are such labels.
+    """
+    known = TINYAGENT if tools is None else tools
+    unknown = [names for label in labels if (names := unknown_tools(label, known))]
+    found = Counter(chain.from_iterable(unknown))
+    if not found or (some_are_fine and len(unknown) < len(labels)):
+        return
+    whose = "TinyAgent's own tools do" if tools is None else "the catalogue that is named does"
+    raise DataError(
+        f"{len(unknown):,} of {len(labels):,} {what} call {_listed(found)}",
+        f"{whose} not include {'it' if len(found) == 1 else 'them'}, and a label that calls an "
+        "unknown tool cannot be scored",
+        fix,
+    )
+
+
+def _listed(tools: Mapping[str, int]) -> str:
+    names = sorted(tools, key=lambda name: (-tools[name], name))
+    more = f" and {len(names) - _LISTED_TOOLS} more" if len(names) > _LISTED_TOOLS else ""
+    return ", ".join(names[:_LISTED_TOOLS]) + more
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ from tinyagent_fast.training.inputs import (
     RunRows,
     encode_run_rows,
     load_run_examples,
+    refuse_unscorable,
     retriever_of_run,
 )
 from tinyagent_fast.training.memory import (
@@ -256,6 +257,7 @@ def _prepare(
     processes = init_processes()
     with display.bar("reading data", "steps of the retriever") as update:
         examples = processes.main_process_first(lambda: load_run_examples(config, update))
+    refuse_unscorable(config, examples.test, examples.validation)
     with display.bar("base model", "steps") as update:
         base = processes.on_main_process(
             lambda: resolve_base(

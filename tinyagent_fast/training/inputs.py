@@ -25,6 +25,7 @@ from tinyagent_fast.data.splits import (
     without_leaks,
 )
 from tinyagent_fast.errors import DataError
+from tinyagent_fast.evaluation.scoring import refuse_unknown_tools
 from tinyagent_fast.models.encoder import EncoderTraining
 from tinyagent_fast.plans import grammar
 from tinyagent_fast.plans.tools import TINYAGENT
@@ -299,6 +300,32 @@ def load_test_examples(config: Config) -> tuple[Sequence[Example], str]:
         raise DataError("no test file", "the run's config names none", "name one with --test FILE")
     test = _load(test_file, config, "plan")
     return _limited(test, config.eval.limit), test.sha256
+
+
+def refuse_unscorable(
+    config: Config, test: Sequence[Example], validation: Sequence[Example] = ()
+) -> None:
+    """Refuse labels that call tools outside the config's catalogue, which no prediction can match.
+
+    A test file may have none of them, unless faulty entries are to be skipped; of the validation
+    plans, which stand in the training file, at least one must be scorable.
+
+    Raises:
+        DataError: There are too many of them.
+    """
+    skip = config.data.on_bad_entry == "skip"
+    for what, examples, some_are_fine in (
+        ("test labels", test, skip),
+        ("validation labels", validation, True),
+    ):
+        refuse_unknown_tools(
+            what,
+            [example.output for example in examples],
+            plan_tools(config.data.catalogue),
+            "train with --data.catalogue FILE, the catalogue of these tools (a run that is there: "
+            "`catalogue: FILE` under `data` in its config.yaml)",
+            some_are_fine=some_are_fine,
+        )
 
 
 def _limited(table: ExampleTable, limit: int | None) -> ExampleTable:
