@@ -14,7 +14,8 @@ A line `# %%` begins a code cell, `# %% [markdown]` a text cell. It also runs as
 #
 # Every cell works as it is, in Colab and elsewhere: *Runtime - Run all*. With a GPU it trains
 # TinyLlama-1.1B on the published TinyAgent data, which takes hours: "Memory" below says how many.
-# Without a GPU it trains SmolLM2-135M on generated data; the preset `nano` takes five minutes.
+# Without a GPU it trains SmolLM2-135M on generated data; the preset `nano`, a toy, takes 5 to 10
+# minutes.
 # Training runs as a program of its own, which gives the GPU's memory back when it ends.
 
 # %%

@@ -118,7 +118,7 @@ def cpu() -> Config:
 
 
 def nano() -> Config:
-    """Five minutes that need no download: a base made on the spot, and short generated plans."""
+    """A toy without a download: a base made on the spot, and short generated plans."""
     return Config(
         preset="nano",
         data=DataConfig(validation_entries=200, generated_entries=24_200, generated_max_calls=3),
@@ -193,7 +193,7 @@ def choose_preset() -> tuple[str, str]:
 
     if not torch.cuda.is_available():
         why = "no CUDA device was found, so a small model learns generated data"
-        return "cpu", f"{why} (--preset nano needs no download and five minutes)"
+        return "cpu", f"{why} (--preset nano, a toy, needs no download and 5 to 10 minutes)"
     properties = torch.cuda.get_device_properties(0)
     memory_gib = properties.total_memory / 2**30
     preset = preset_of_card(memory_gib, properties.major)
