@@ -46,7 +46,8 @@ class DataConfig:
     train: Path | None = None
     """Training file in the published schema; None generates one."""
     test: Path | None = None
-    """Test file in the published schema; None takes the generated one."""
+    """Test file in the published schema; None takes the generated one, and none beside a training
+    file of your own: then nothing is measured on test queries."""
     points: Literal["plan", "join", "all"] = "plan"
     """Which points of an entry become training rows; evaluation always takes the plans."""
     joins_per_plan: float | None = None

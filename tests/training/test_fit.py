@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tinyagent_fast.api import evaluate_run
 from tinyagent_fast.config import Config, EvalConfig
 from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
 from tinyagent_fast.evaluation.predictions import PredictionFile
@@ -88,6 +89,26 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
     assert "rows through the trainer's collator equal ours" in text
     assert "before training: plan success" in text
     assert "after training: plan success" in text
+
+
+def test_without_a_test_file_nothing_is_measured_on_one_and_the_header_says_so(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(
+        data={"test": None},
+        train={"max_steps": 1, "evaluations": 1},
+        eval={"before_and_after": True, "sample": 3},
+    )
+    run = fit.train(config, quiet)
+    assert run.test_file() is None
+    assert [e["samples"] for e in evaluations_of(run)] == [3, 3]
+    assert not (run.path / "test").exists()
+    text = " ".join(quiet.file.getvalue().split())
+    assert "3 validation queries during training, no test file" in text
+    assert "test queries" not in text
+    assert f"make eval RUN={run.named} ARGS='--test FILE'" in text
+    with pytest.raises(DataError, match="no test file"):
+        evaluate_run(run)
 
 
 def test_every_saved_adapter_is_read_by_older_programs_and_from_any_folder(

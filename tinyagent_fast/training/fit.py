@@ -229,12 +229,14 @@ class _Prepared:
         )
 
     def measure_test_queries(self, when: str) -> None:
-        """Measure the test queries `before` or `after` training, and say what came out.
+        """Measure the test queries `before` or `after` training, if wanted, and say what came out.
 
         Batches are compared afterwards only: an untrained model writes on and on, so in the long
         run its near-ties change every text.
         """
         settings, most = self.config.eval, None
+        if not (settings.before_and_after and self.examples.test):
+            return
         if when == "before":
             settings, most = replace(settings, parity_prompts=0), settings.before_limit
         with self.display.bar(f"test queries, {when} training", "plans") as update:
@@ -535,7 +537,11 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
         f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
         "held out": f"{len(prepared.examples.validation)} validation queries during training, "
-        f"{len(prepared.examples.test)} test queries",
+        + (
+            f"{len(prepared.examples.test)} test queries"
+            if files.test is not None
+            else "no test file: nothing is measured on one (--data.test FILE names one)"
+        ),
         "leaks": ", ".join(leaks) or "no query in two splits",
         "base": f"{prepared.base} ({config.model.weights})",
         "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}"
@@ -612,7 +618,7 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
         start = checkpoint.name if checkpoint else "the first step, as there is no checkpoint yet"
         display.say(f"going on from {start}: {dropped} later records of history dropped")
-    if config.eval.before_and_after and checkpoint is None:
+    if checkpoint is None:
         prepared.measure_test_queries("before")
     history = History(run=run, tokens=trainer.token_counts, say=display.say, processes=processes)
     interrupt = StopOnInterrupt(say=display.say, processes=processes)
@@ -694,11 +700,11 @@ def _finish(prepared: _Prepared) -> None:
     run = prepared.run
     if prepared.processes.on_main_process(lambda: _keep_best(prepared)):
         load_adapter_weights(prepared.loaded.model, run.adapter)
-    if prepared.config.eval.before_and_after:
-        prepared.measure_test_queries("after")
+    prepared.measure_test_queries("after")
     with prepared.display.bar("tool retriever", "steps") as update:
         prepared.processes.on_main_process(lambda: retriever_of_run(run, update) is not None)
-    prepared.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}")
+    test = "" if prepared.examples.files.test else " ARGS='--test FILE'"
+    prepared.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}{test}")
 
 
 def _keep_best(prepared: _Prepared) -> bool:
