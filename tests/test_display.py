@@ -62,6 +62,14 @@ def test_work_that_says_nothing_is_told_of_at_least_every_ten_seconds(
     assert silences(display, clock, 60) == [], "nothing goes on any more"
 
 
+def test_bytes_are_said_in_units_that_people_read(display: Display, clock: Clock) -> None:
+    with display.bar("merging", "bytes") as update:
+        update(12 * 2**20, 3 * 2**30)
+        silences(display, clock, 11)
+    assert lines_of(display)[0].startswith("merging: 12.0 MiB of 3.0 GiB, ")
+    assert lines_of(display)[-1].startswith("merging: 12.0 MiB in ")
+
+
 def test_who_speaks_is_not_interrupted(display: Display, clock: Clock) -> None:
     with display.working("training"):
         for step in range(30):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tinyagent_fast.interrupts import raise_swallowed_interrupt
@@ -34,9 +34,23 @@ class _Work:
     total: int = 0
 
     def line(self, now_s: float) -> str:
-        count = f"{self.done:,}" + (f" of {self.total:,}" if self.total else "")
-        far = f"{count} {self.unit}".rstrip() + ", " if self.done or self.total else ""
+        known = self.done or self.total
+        far = f"{_amount(self.done, self.unit, self.total)}, " if known else ""
         return f"{self.label}: {far}{now_s - self.started_s:.0f} s so far"
+
+
+def size_text(size_bytes: int) -> str:
+    """Write a size with the unit that suits it, such as `12.0 MiB`."""
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if size_bytes >= 0.1 * 2**power:
+            return f"{size_bytes / 2**power:,.1f} {unit}"
+    return f"{size_bytes / 2**10:,.1f} KiB"
+
+
+def _amount(done: int, unit: str, total: int = 0) -> str:
+    if unit == "bytes":
+        return size_text(done) + (f" of {size_text(total)}" if total else "")
+    return f"{done:,}{f' of {total:,}' if total else ''} {unit}".rstrip()
 
 
 class Display:
@@ -126,8 +140,9 @@ class Display:
         progress = Progress(
             TextColumn(label),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn(unit),
+            DownloadColumn(binary_units=True)
+            if unit == "bytes"
+            else TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -138,7 +153,7 @@ class Display:
 
             def update(done: int, total: int) -> None:
                 nonlocal count
-                count = f"{done} {unit} " if done else ""
+                count = f"{_amount(done, unit)} " if done else ""
                 progress.update(task, completed=done, total=total or None)
                 tell(done, total)
 

@@ -28,6 +28,7 @@ def written(folder: Path, **changes: Any) -> list[Path]:
         "name": "planner",
         "gguf_files": ["gguf/planner-f16.gguf", "gguf/planner-q8_0.gguf"],
         "recommended_gguf": "gguf/planner-q8_0.gguf",
+        "plans_compared": True,
         "prompt_format": "alpaca",
         "tools": None,
         "example_prompt": render_prompt("the tools", "Question: who?", "alpaca"),

@@ -134,6 +134,16 @@ def test_a_file_that_surely_loses_too_much_fails(right: int, passes: bool) -> No
     assert gate.figures["difference in points"] == pytest.approx(right - 80)
 
 
+def test_a_sentence_gives_shares_in_percent_and_no_lists() -> None:
+    lost = gates.no_great_loss("q4", compare_plans(plans(80, 100), plans(78, 100)), 5.0).sentence()
+    for text in ("success of f16 80.0 %", "success 78.0 %"):
+        assert text in lost
+    losses = gates.same_answers("a = b", "F32", (0.25, 0.25), 2, [], 0.0).sentence()
+    assert "loss 0.25 and 0.25" in losses
+    distributions = gates.near_logits(gates.distribution_difference(logprobs(1), logprobs(1)))
+    assert not set("[]_") & set(lost + losses + distributions.sentence())
+
+
 def test_a_reference_without_success_is_said_to_prove_nothing() -> None:
     paired = compare_plans(plans(0, 20), plans(0, 20))
     gate = gates.no_great_loss("q4", paired, 5.0)

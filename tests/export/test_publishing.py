@@ -73,6 +73,38 @@ def test_the_card_has_measured_figures_and_names_what_was_not_measured(tmp_path:
     assert "generated requests" in card
 
 
+def evaluated(folder: Path, total: int, **made_with: str) -> None:
+    folder.mkdir(parents=True)
+    success = {"share": 0.5, "interval_95": [0.4, 0.6], "total": total, "count": total // 2}
+    (folder / "metrics.json").write_text(json.dumps({"success": success}), encoding="utf-8")
+    (folder / "made_with.json").write_text(json.dumps(made_with), encoding="utf-8")
+
+
+def test_the_card_quotes_the_adapter_once_and_the_very_files_that_were_tested(
+    tmp_path: Path,
+) -> None:
+    evaluated(tmp_path / "test" / "after", 200)
+    evaluated(tmp_path / "eval", 201, adapter_sha256="def")
+    evaluated(tmp_path / "eval-gguf-sid-q4_k_m", 202, model_sha256="0" * 64)
+    evaluated(tmp_path / "eval-gguf-sid-f16", 203, model_sha256="1" * 64)
+    card = model_card(Run(tmp_path), Config(), content())
+    assert card.count("| adapter, ") == 1
+    assert "n = 201" in card
+    assert "| q4_k_m, test queries, llama.cpp, n = 202 | 50.0 % (40.0 - 60.0) |" in card
+    assert "n = 203" not in card, "the file has been made anew since"
+    assert "was not measured" not in card
+
+
+def test_the_card_of_an_evaluation_with_another_adapter_has_what_training_measured(
+    tmp_path: Path,
+) -> None:
+    evaluated(tmp_path / "test" / "after", 200)
+    evaluated(tmp_path / "eval", 201, adapter_sha256="another")
+    card = model_card(Run(tmp_path), Config(), content())
+    assert "n = 200" in card
+    assert "n = 201" not in card
+
+
 def test_the_card_of_a_hub_base_names_it_in_the_header(tmp_path: Path) -> None:
     card = model_card(Run(tmp_path), Config(), content(base="owner/name", gates=[]))
     assert "base_model: owner/name" in card.split("---")[1]

@@ -84,10 +84,10 @@ def test_a_full_disk_is_found_before_the_work(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 0, 3 * 2**30))
-    assert "2.00 GiB needed (merged 2.00), 3.0 free" in refuse_full_disk(
+    assert "2.0 GiB needed (merged 2.0 GiB), 3.0 GiB free" in refuse_full_disk(
         tmp_path, {"merged": 2 * 2**30, "there": 0}
     )
-    with pytest.raises(ModelError, match=r"4\.00 GiB needed \(merged 2\.00, gguf 2\.00\)"):
+    with pytest.raises(ModelError, match=r"4\.0 GiB needed \(merged 2\.0 GiB, gguf 2\.0 GiB\)"):
         refuse_full_disk(tmp_path, {"merged": 2 * 2**30, "gguf": 2 * 2**30})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,20 @@ def test_every_saved_adapter_is_read_by_older_programs_and_from_any_folder(
         assert {type(merge) for merge in model["merges"]} == {str}
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert adapter["base_model_name_or_path"] == str(tiny_base.resolve())
+
+
+def test_an_adapters_card_says_what_it_is_and_names_no_path_of_the_machine(
+    tiny_base: Path, tiny_config: MakeConfig, quiet: Any
+) -> None:
+    run = fit.train(tiny_config(model={"base": str(tiny_base)}, train={"evaluations": 1}), quiet)
+    for folder in (run.adapter, run.best):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert run.path.name in card and tiny_base.name in card
+        assert "plan success" in card
+        assert str(tiny_base.parent) not in card and str(run.path.parent) not in card
+        for block in re.findall(r"```python\n(.*?)```", card, flags=re.S):
+            compile(block, "README.md", "exec")
+    assert not list(run.checkpoints.glob("*/README.md"))
 
 
 def test_a_run_with_retrieved_prompts_keeps_the_retriever_that_made_them(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,17 @@ from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
 from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
 from tinyagent_fast.runs import Run, write_text
+from tinyagent_fast.training.best import Best
+from tinyagent_fast.version import __version__
 
 CARD = "MODEL_CARD.md"
 """Publishing sends it along as the repository's README."""
 
 MERGED = "merged"
 """The folder of the merged model in an export's folder."""
+
+ADAPTER_CARD = "README.md"
+"""In an adapter's folder."""
 
 _CONTEXT_TOKENS = 8192
 _PORT = 50002
@@ -42,6 +47,7 @@ def write_companions(
     name: str,
     gguf_files: Sequence[str],
     recommended_gguf: str,
+    plans_compared: bool,
     prompt_format: PromptFormat,
     tools: Mapping[str, Tool] | None,
     example_prompt: str,
@@ -53,6 +59,7 @@ def write_companions(
         name: Under which servers offer the model.
         gguf_files: All of them.
         recommended_gguf: The one to serve.
+        plans_compared: Whether its success was held against that of the f16 file.
         prompt_format: Of the run.
         tools: Tools of the grammar; None stands for TinyAgent's own.
         example_prompt: One rendered prompt, without BOS.
@@ -66,6 +73,7 @@ def write_companions(
         "name": name,
         "gguf_files": gguf_files,
         "recommended_gguf": recommended_gguf,
+        "plans_compared": plans_compared,
         "prompt_format": prompt_format,
         "example_prompt": example_prompt,
         "stop": END_OF_PLAN,
@@ -129,30 +137,25 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
 
     The run's evaluations are quoted; `content` is what export.json holds.
     """
-    base = str(content["base"])
-    on_hub = "/" in base and not base.startswith((".", "/"))
-    header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=base if on_hub else None,
-        tags=["planner", "function-calling", "lora", "gguf", "tinyagent"],
-    )
     success = content.get("success_on_validation", {})
-    made = {a["quant"] for a in content["artefacts"] if a["kind"] == "gguf"}
+    ggufs = [a for a in content["artefacts"] if a["kind"] == "gguf"]
+    tested = dict(_evaluations_of(run, ggufs))
     data = _read(run.path / "data.json")
     context = {
         **content,
-        "header": header.to_yaml(),
+        "header": _header(str(content["base"]), "transformers", "gguf"),
         "config": config,
         "config_text": dump_config(config).strip(),
         "generated": config.data.train is None,
         "data_sha256": data.get("train_file", {}).get("sha256", "unknown"),
         "data_rows": data.get("examples", {}).get("train", "unknown"),
         "unmeasured": sorted(
-            made - set(success), key=lambda name: QUANT_NAMES.index(name.partition("-")[0])
+            {a["quant"] for a in ggufs} - {*success, *tested},
+            key=lambda name: QUANT_NAMES.index(name.partition("-")[0]),
         ),
         "measured": [
-            *_evaluations(run),
+            *_evaluations(run, str(content["adapter_sha256"])),
+            *tested.values(),
             *(
                 (f"{name}, {found['total']} validation queries, llama.cpp", found["text"])
                 for name, found in success.items()
@@ -162,21 +165,69 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
     return _render("MODEL_CARD.md", context)
 
 
-def _evaluations(run: Run) -> list[tuple[str, str]]:
-    """Quote the run's own evaluations on test queries."""
-    folders = {
-        "base model, test queries": run.path / "test" / "before",
-        "adapter, test queries, after training": run.path / "test" / "after",
-        "adapter, test queries": run.evaluation,
+def adapter_card(run: Run, config: Config, best: Best | None) -> str:
+    """Write what an adapter is and how it is loaded; no path of this machine is in it.
+
+    Args:
+        run: That trained it.
+        config: Of the run.
+        best: Why it was kept; None if nothing was measured during training.
+    """
+    base = str(config.model.base)
+    context = {
+        "header": _header(base, "peft"),
+        "run": run.path.name,
+        "base": Path(base).name if Path(base).is_absolute() or Path(base).exists() else base,
+        "config": config,
+        "best": best,
+        "stop": END_OF_PLAN,
+        "tinyagent_fast": __version__,
     }
-    found = []
-    for what, folder in folders.items():
-        success = _read(folder / "metrics.json").get("success")
-        if success:
-            low, high = success["interval_95"]
-            figure = f"{100 * success['share']:.1f} % ({100 * low:.1f} - {100 * high:.1f})"
-            found.append((f"{what}, n = {success['total']}", figure))
-    return found
+    return _render("ADAPTER_CARD.md", context)
+
+
+def _header(base: str, library: str, *tags: str) -> str:
+    """Write the YAML that begins a card; a base is named in it only if it is one of the hub's."""
+    on_hub = base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()
+    header = ModelCardData(
+        library_name=library,
+        pipeline_tag="text-generation",
+        base_model=base if on_hub else None,
+        tags=["planner", "function-calling", "lora", *tags, "tinyagent"],
+    )
+    return str(header.to_yaml())
+
+
+def _evaluations(run: Run, adapter_sha256: str) -> list[tuple[str, str]]:
+    """Quote the run's own evaluations on test queries, of the adapter the latest."""
+    base = _quoted("base model, test queries", run.path / "test" / "before")
+    adapter = _quoted("adapter, test queries, after training", run.path / "test" / "after")
+    made_with = _read(run.evaluation / "made_with.json")
+    if made_with.get("adapter_sha256", adapter_sha256) == adapter_sha256:
+        adapter = _quoted("adapter, test queries", run.evaluation) or adapter
+    return [found for found in (base, adapter) if found]
+
+
+def _evaluations_of(
+    run: Run, ggufs: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Give what `eval --engine gguf` measured of these very files, by their quant."""
+    for file in ggufs:
+        folder = run.path / f"eval-gguf-{Path(file['path']).stem}"
+        if _read(folder / "made_with.json").get("model_sha256") == file["sha256"]:
+            found = _quoted(f"{file['quant']}, test queries, llama.cpp", folder)
+            if found:
+                yield file["quant"], found
+
+
+def _quoted(what: str, folder: Path) -> tuple[str, str] | None:
+    """Give the plan success of one evaluation with its interval; None where there is none."""
+    success = _read(folder / "metrics.json").get("success")
+    if not success:
+        return None
+    low, high = success["interval_95"]
+    figure = f"{100 * success['share']:.1f} % ({100 * low:.1f} - {100 * high:.1f})"
+    return f"{what}, n = {success['total']}", figure
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -46,15 +46,31 @@ class Gate:
 
     def sentence(self) -> str:
         """Say the outcome in one line."""
-        figures = ", ".join(f"{key} {_short(value)}" for key, value in self.figures.items())
+        figures = ", ".join(
+            f"{_WORDS.get(key, key)} {_short(key, value)}" for key, value in self.figures.items()
+        )
         return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {figures} (rule: {self.rule})"
 
 
-def _short(value: object) -> str:
+_WORDS = {
+    "max_abs": "largest difference",
+    "mean_abs": "mean difference",
+    "top1": "same most probable token",
+    "mean_kl": "mean KL",
+    "worst error by allowed": "largest error in parts of the allowed one",
+    "interval": "95 % interval",
+}
+_SHARES = ("top1", "success of f16", "success")
+
+
+def _short(name: str, value: object) -> str:
+    if isinstance(value, list | tuple):
+        word = {"interval": " to ", "loss": " and "}.get(name, ", ")
+        return word.join(_short(name, item) for item in value)
+    if isinstance(value, float) and name in _SHARES:
+        return f"{100 * value:.1f} %"
     if isinstance(value, float):
         return f"{value:.3g}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_short, value))}]"
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import parse_config
+from tinyagent_fast.display import size_text
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.companions import (
@@ -91,7 +92,7 @@ def _make(export: Export, path: str, kind: Kind, depends: Sequence[object], work
     """Make an artefact or keep it, and say which."""
     artefact, was_there = export.record.make(path, kind, key_of(depends), work)
     how = "was there, whole: kept" if was_there else f"{artefact.seconds:.1f} s"
-    export.display.say(f"{artefact.path}: {artefact.size_bytes / 2**20:,.1f} MiB, {how}")
+    export.display.say(f"{artefact.path}: {size_text(artefact.size_bytes)}, {how}")
     return artefact
 
 
@@ -193,7 +194,8 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
             export.folder,
             name=export.stem,
             gguf_files=files,
-            recommended_gguf=_recommended(record.artefacts, gates),
+            recommended_gguf=recommended(record.artefacts, gates),
+            plans_compared=any(gate.name.startswith(SUCCESS_OF) for gate in gates),
             prompt_format=tokenizer.prompt_format,
             tools=export.tools,
             example_prompt=render_prompt(
@@ -204,7 +206,7 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
             export.display.say(f"{path.name}: written")
     if (retriever := retriever_of_run(export.run)) is not None:
         for path in retriever.save(export.folder):
-            size = f"{path.stat().st_size / 2**20:,.1f} MiB"
+            size = size_text(path.stat().st_size)
             export.display.say(f"{path.relative_to(export.folder)}: written, {size}")
     record.update(
         gates=[vars(gate) for gate in gates],
@@ -219,14 +221,23 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
     write_text(export.folder / CARD, model_card(export.run, recorded, record.content))
 
 
-def _recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:
-    """Choose the file for users: fewest bits that kept its success, weighted where there is one."""
-    failed = {gate.name for gate in gates if not gate.passed}
-    files = [a for a in artefacts if a.kind == "gguf" and SUCCESS_OF + a.quant not in failed]
-    files = files or [a for a in artefacts if a.kind == "gguf"]
+def recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:
+    """Choose the GGUF file for users: fewest bits with plans that are not surely worse than f16's.
 
-    def bits(artefact: Artefact) -> tuple[int, bool]:
-        plain = artefact.quant.removesuffix(IMATRIX)
-        return -QUANT_NAMES.index(plain), plain == artefact.quant
+    Of files with equal bits it is that with more success, and else that with importance matrix.
+    """
+    figures = {gate.name.removeprefix(SUCCESS_OF): gate.figures for gate in gates}
+    failed = {gate.name.removeprefix(SUCCESS_OF) for gate in gates if not gate.passed}
 
-    return min(files, key=bits).path
+    def is_worse(file: Artefact) -> bool:
+        return file.quant in failed or (
+            file.quant in figures and figures[file.quant]["interval"][1] < 0
+        )
+
+    def order(file: Artefact) -> tuple[int, float, bool]:
+        plain = file.quant.removesuffix(IMATRIX)
+        success = figures.get(file.quant, {}).get("success", 0.0)
+        return -QUANT_NAMES.index(plain), -success, plain == file.quant
+
+    files = [artefact for artefact in artefacts if artefact.kind == "gguf"]
+    return min([file for file in files if not is_worse(file)] or files, key=order).path

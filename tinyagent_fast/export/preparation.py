@@ -10,7 +10,7 @@ from pathlib import Path
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.display import Display
+from tinyagent_fast.display import Display, size_text
 from tinyagent_fast.errors import ConfigError, ModelError
 from tinyagent_fast.export.checkpoints import (
     VALUE_BYTES,
@@ -127,8 +127,8 @@ def refuse_full_disk(folder: Path, needed_bytes: Mapping[str, int]) -> str:
         ModelError: The disk is too small.
     """
     free, needed = shutil.disk_usage(folder).free, sum(needed_bytes.values())
-    listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in needed_bytes.items() if size)
-    line = f"disk: {needed / _GIB:.2f} GiB needed ({listed or 'all there'}), {free / _GIB:.1f} free"
+    listed = ", ".join(f"{name} {size_text(size)}" for name, size in needed_bytes.items() if size)
+    line = f"disk: {size_text(needed)} needed ({listed or 'all there'}), {size_text(free)} free"
     if needed * 1.02 > free:
         raise ModelError(
             f"export into {folder}",

@@ -23,7 +23,7 @@ from tinyagent_fast.prompts.loading import (
     switched_off,
 )
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import whole_folder, write_json
+from tinyagent_fast.runs import whole_folder, write_json, write_text
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _SMALL_WEIGHTS = 20_000_000
@@ -511,14 +511,18 @@ def save_model(
         model: Of transformers or peft.
         tokenizer: Its transformers tokenizer.
         folder: Target; replaced if it exists.
-        notes: Written as JSON files, by file name.
+        notes: Written as files, by name: a text as it is, anything else as JSON.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar of raw lines for a file or two
     with whole_folder(folder) as part:
         model.save_pretrained(str(part))
+        (part / "README.md").unlink(missing_ok=True)  # peft's template, without an answer in it
         tokenizer.save_pretrained(str(part))
         write_for_older_readers(part)
         for name, value in (notes or {}).items():
-            write_json(part / name, value)
+            if isinstance(value, str):
+                write_text(part / name, value)
+            else:
+                write_json(part / name, value)

@@ -26,6 +26,7 @@ from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.errors import DataError, ModelError, Stopped, TrainingError, is_full_disk
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
+from tinyagent_fast.export.companions import ADAPTER_CARD, adapter_card
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
 from tinyagent_fast.models.bases import resolve_base
@@ -682,7 +683,9 @@ def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSu
         return new
 
     def save(folder: Path, best: Best) -> None:
-        save_model(loaded.model, loaded.tokenizer.hf, folder, {"best.json": asdict(best)})
+        card = adapter_card(run, config, best)
+        notes = {"best.json": asdict(best), ADAPTER_CARD: card}
+        save_model(loaded.model, loaded.tokenizer.hf, folder, notes)
 
     return PlanSuccess(
         run=run,
@@ -712,7 +715,8 @@ def _keep_best(prepared: _Prepared) -> bool:
     run, loaded, display = prepared.run, prepared.loaded, prepared.display
     best = read_best(run)
     if best is None:
-        save_model(loaded.model, loaded.tokenizer.hf, run.adapter)
+        notes = {ADAPTER_CARD: adapter_card(run, prepared.config, None)}
+        save_model(loaded.model, loaded.tokenizer.hf, run.adapter, notes)
         display.say("no evaluation was made: the last adapter is kept")
     else:
         copy = run.path / f"{run.adapter.name}.part"

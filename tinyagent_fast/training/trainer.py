@@ -147,6 +147,7 @@ def build_trainer(
             processes.wait()
             if processes.is_main_process:
                 write_for_older_readers(unfinished / name)
+                (unfinished / name / "README.md").unlink(missing_ok=True)  # peft's empty template
                 keep_checkpoint(unfinished / name, output_dir / name)
                 rotate_checkpoints(str(output_dir), self.args.save_total_limit)
 
