@@ -48,7 +48,7 @@ data: setup ## download the published dataset into data/
 	$(BIN)/tinyagent-fast data download $(ARGS)
 
 preview: setup ## show rows with their supervised tokens in colour
-	$(BIN)/tinyagent-fast preview $(ARGS)
+	$(BIN)/tinyagent-fast preview --preset $(call quoted,$(PRESET)) $(ARGS)
 
 train: setup ## train (PRESET=auto picks the preset for this machine)
 	$(BIN)/tinyagent-fast train --preset $(call quoted,$(PRESET)) $(ARGS)

@@ -154,7 +154,9 @@ tinyagent_fast("doctor", *FLAGS)
 # their own when training starts; a small sample shows what it is like.
 
 # %%
-if PRESET in ("cpu", "smoke"):
+GENERATES = f"from tinyagent_fast.presets import PRESETS; print(PRESETS[{PRESET!r}]().data.train)"
+ANSWER = subprocess.run([PYTHON, "-c", GENERATES], stdout=subprocess.PIPE, text=True, check=True)
+if ANSWER.stdout.strip() == "None":
     SAMPLE = Path("data/sample")
     tinyagent_fast(
         *("data", "generate", "--out", str(SAMPLE), "--overwrite"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -786,3 +787,14 @@ def test_a_name_that_no_file_can_have_is_no_bug(
     code = main()
     assert code == 2 or (code == 0 and "generate" in command)
     assert "bug" not in capsys.readouterr().err
+
+
+def test_every_command_holds_back_what_bitsandbytes_says_when_it_is_imported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # as it is in a new process
+    logger = logging.getLogger("bitsandbytes.of.a.test")
+    logger.warning("before")
+    main(["memory", "--json"])
+    logger.warning("after")
+    assert caplog.messages == ["before"]

@@ -666,9 +666,11 @@ def test_the_hub_is_asked_only_if_that_is_wanted(monkeypatch: pytest.MonkeyPatch
         raise OSError("no route")
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
-    (hub,) = doctor.check_hub(preset_config("cpu"))
-    assert hub.status == "failure"
-    assert "no route" in hub.text
+    refused = doctor.check_hub(config)
+    assert [hub.status for hub in refused] == ["failure", "failure"]
+    assert "no route" in refused[0].text
+    for preset in ("nano", "smoke", "cpu"):  # none of them needs anything of the hub
+        assert [hub.status for hub in doctor.check_hub(preset_config(preset))] == ["ok"]
 
 
 # --- the commands

@@ -23,7 +23,13 @@ CASES = [
 
 
 def test_the_targets_that_take_names_were_found() -> None:
-    assert {("eval", "RUN"), ("agent-eval", "RUN"), ("compare", "B"), ("chat", "MODEL")} <= {*CASES}
+    assert {
+        ("eval", "RUN"),
+        ("agent-eval", "RUN"),
+        ("compare", "B"),
+        ("chat", "MODEL"),
+        ("preview", "PRESET"),
+    } <= {*CASES}
     assert len(CASES) > 15
 
 

@@ -157,6 +157,23 @@ def test_the_recommended_command_is_the_one_given_with_a_batch_that_fits(
     assert replace(config, train=before.train, model=before.model) == before
 
 
+@pytest.mark.parametrize("preset", ["cpu", "nano"])
+def test_without_a_gpu_memory_is_this_machine_s_and_no_hours_are_promised(
+    preset: str, plan: Plan, text: Callable[..., str]
+) -> None:
+    import psutil
+
+    answer = plan("--preset", preset)
+    assert (answer["gpu_gib"], answer["tflops"], answer["preset"]["hours"]) == (None, None, None)
+    assert answer["usable_gib"] < answer["memory_gib"] <= psutil.virtual_memory().total / 2**30
+    assert {row["weights"] for row in answer["predictions"]} == {"fp32"}
+    said = text("--preset", preset)
+    assert "TFLOP/s" not in said and "not predicted" in said
+    with_card = plan("--preset", preset, "--card", "l4")
+    assert (with_card["gpu_gib"], with_card["tflops"]) == (22.16, 57)
+    assert " hours for 1 epoch;" in text("--preset", preset, "--card", "l4")
+
+
 def test_a_dry_run_stands_beside_the_estimate(plan: Plan, text: Callable[..., str]) -> None:
     small = ("--model.base", "random", "--model.weights", "bf16", "--lengths", "300,400")
     small += ("--model.backend", "transformers")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -139,13 +140,19 @@ def run_cells(
         if "train" in words:
             make_products(Path(words[words.index("--runs") + 1]), links)
 
-    answer = SimpleNamespace(stdout=f"a note of torch\n{preset}|because of a test\n")
+    run = subprocess.run
+
+    def answered(words: list[str], **how: Any) -> Any:
+        if "choose_preset" in words[-1]:
+            return SimpleNamespace(stdout=f"a note of torch\n{preset}|because of a test\n")
+        return run([sys.executable, *words[1:]], **how, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(code_cells()):
         exec(compile(cell, f"cell {number}", "exec"), namespace)
         if number == 0:
             namespace["shell"] = record
-            namespace["subprocess"] = SimpleNamespace(run=lambda *_, **__: answer, PIPE=-1)
+            namespace["subprocess"] = SimpleNamespace(run=answered, PIPE=-1)
             namespace.update(settings)
     return commands
 
@@ -207,13 +214,16 @@ def test_the_archive_has_the_smallest_gguf_and_what_serves_it(
     assert files == {"Modelfile", "report.html", "gguf/a-q4_k_m.gguf"}
 
 
-def test_a_preset_of_a_gpu_takes_the_published_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("preset", ["nano", "t4"])
+def test_data_are_downloaded_only_for_a_preset_that_generates_none(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tinyagent_fast.presets import preset_config
+
     monkeypatch.delenv("TINYAGENT_FAST_NOTEBOOK_ARGS", raising=False)
-    ours = of_the_project(run_cells(tmp_path, monkeypatch, preset="t4"))
-    assert ["data", "download"] in ours
-    assert ["train", "--preset", "t4", "--runs", "runs"] in ours
+    ours = of_the_project(run_cells(tmp_path, monkeypatch, preset=preset))
+    assert (["data", "download"] in ours) == (preset_config(preset).data.train is not None)
+    assert ["train", "--preset", preset, "--runs", "runs"] in ours
 
 
 def test_flags_of_the_environment_reach_every_command_that_takes_them(
@@ -280,8 +290,6 @@ def test_an_address_without_a_repository_is_named_before_anything_is_installed(
 
 def test_pip_fills_an_environment_that_has_none(tmp_path: Path) -> None:
     """As the notebook does it."""
-    import subprocess
-
     subprocess.run(
         [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / ".venv")], check=True
     )

@@ -126,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.errors import GateError, UserError
     from tinyagent_fast.interrupts import noted_interrupt
+    from tinyagent_fast.models.libraries import quieten
 
+    quieten()  # before the first import that reaches bitsandbytes
     # Threads that spin for long while they wait starve each other on a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:

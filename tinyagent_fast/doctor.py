@@ -700,13 +700,15 @@ def check_exportable_base(config: Config) -> list[Finding]:
 
 
 def check_hub(config: Config) -> list[Finding]:
-    """Ask the hub for what a run would download, or at least for the dataset."""
+    """Ask the hub for what a run would download, and cannot do without."""
     found = []
     if not _base_is_here(config):
         found.append(_ask_hub(config.model.base, "config.json", "model", config.model.revision))
-    if not found or (config.data.train == REAL_TRAIN and not REAL_TRAIN.exists()):
-        found.append(_ask_hub(DATASET_REPOSITORY, REAL_TRAIN.name, "dataset", None))
-    return found
+    named = (config.data.train, config.data.test)
+    missing = [path for path in (REAL_TRAIN, REAL_TEST) if path in named and not path.exists()]
+    if missing:
+        found.append(_ask_hub(DATASET_REPOSITORY, missing[0].name, "dataset", None))
+    return found or [Finding("hub", "ok", "not asked: nothing has to be fetched from it")]
 
 
 def _ask_hub(repo: str, name: str, kind: str, revision: str | None) -> Finding:

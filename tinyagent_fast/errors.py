@@ -101,6 +101,11 @@ def reading(what: str, fix: str) -> Iterator[None]:
         raise ModelError(what, why, fix) from error
 
 
+def count_of(number: float, noun: str) -> str:
+    """Write a number with its noun, such as `1 call` and `2 calls`."""
+    return f"{number:,.10g} {noun}{'s' * (number != 1)}"
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Say whether an error comes of a full disk, in the words of the library that met it."""
     return any(

@@ -380,7 +380,7 @@ def find_run(name: str, runs: Path | str = Path("runs")) -> Run:
     raise ConfigError(
         f"run {name!r}",
         f"there is no such run under {runs}/; there: {', '.join(there) or 'none'}",
-        "train one first (make train), or name one of these",
+        "train one first (make train)" + ", or name one of these" * bool(there),
     )
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,30 @@ def test_real_changes_are_shown_and_asked_for(
     if not flags:
         assert 'dim("lamp-hall", 40)' in said
         assert "find_lamp" not in said.partition("this would be done")[2].partition("\n")[0]
+
+
+def test_tools_that_no_plan_can_call_are_refused_before_anything_is_planned(
+    says: Callable[[str], ScriptedWriter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    writer = says(PLAN)
+
+    def load(*_: Any, **__: Any) -> planner.Planner:
+        held = planner_with(writer, Run(Path("runs/r")))
+        held.prompts = replace(held.prompts, grammar=True)
+        return held
+
+    monkeypatch.setattr(planner, "load", load)
+    Path("home_tools.py").write_text(HOME)
+    assert main(["agent", "dim the hall", "--tools", "home_tools.py"]) == 2
+    said = capsys.readouterr().err
+    assert "find_lamp, dim" in said and "docs/own_tools.md" in said
+    assert writer.asked == []
+    # One of the tools that plans may call is enough.
+    Path("home_tools.py").write_text(HOME + HOME.replace("find_lamp", "get_phone_number"))
+    assert main(["agent", "text Anna", "--tools", "home_tools.py"]) == 1
+    assert "note: the model may call" in capsys.readouterr().out
 
 
 class InTurn(ScriptedWriter):

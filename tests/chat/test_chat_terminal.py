@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from stand_ins import ScriptedWriter, planner_with
 
-from tinyagent_fast.chat.terminal import show_header, show_stream
+from tinyagent_fast.chat.terminal import converse, show_header, show_stream
 from tinyagent_fast.plans.drawing import draw_plan
 
 PLAN = """1. get_phone_number("Sid")
@@ -74,3 +74,16 @@ def test_a_header_names_every_fact(quiet: Any) -> None:
     assert "title" in said
     assert "engine  b" in said
     assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("word", ["quit", "EXIT ", "/quit"])
+def test_a_word_that_ends_the_chat_is_no_request_and_help_is_none_either(
+    word: str, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["help", "/help", "text Sid", word, "never read"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    writer = ScriptedWriter(PLAN.splitlines(keepends=True))
+    converse(quiet, planner_with(writer))
+    assert [user for _, user in writer.asked] == ["Q: text Sid"]
+    assert quiet.file.getvalue().count("what can be typed") == 2
+    assert next(typed) == "never read"

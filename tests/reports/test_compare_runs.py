@@ -183,6 +183,9 @@ def test_errors_say_what_to_do(full_run: Run, capsys: pytest.CaptureFixture[str]
     Path("empty/predictions.jsonl").touch()
     assert main(["compare", "empty", full_run.path.name]) == 2
     assert "no prediction" in capsys.readouterr().err
+    assert main(["compare", full_run.path.name, ""]) == 2
+    said = capsys.readouterr().err
+    assert "B is empty" in said and "make compare A=run B=run" in said
 
 
 def test_runs_for_different_tools_are_not_compared_in_silence(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from tinyagent_fast.agent.tools import RunnableTool, ToolError, as_text
+from tinyagent_fast.errors import count_of
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.plans.grammar import (
     JoinerAnswer,
@@ -534,10 +535,12 @@ class Outcome:
     def cost_sentence(self) -> str:
         """Say what it cost, such as `2 calls in 0.6 s (one after another 1.1 s), 40 tokens ...`."""
         cost = self.cost()
+        tokens = count_of(cost["new_tokens"], "token")
+        replans = f", {count_of(self.replans, 'replan')}" * bool(self.replans)
         return (
-            f"{cost['calls']:.0f} calls in {cost['calls_s']:.1f} s (one after another "
-            f"{cost['calls_one_after_another_s']:.1f} s), {cost['new_tokens']:.0f} tokens in "
-            f"{cost['model_s']:.1f} s{f', {self.replans} replans' * bool(self.replans)}"
+            f"{count_of(cost['calls'], 'call')} in {cost['calls_s']:.1f} s (one after another "
+            f"{cost['calls_one_after_another_s']:.1f} s), {tokens} in "
+            f"{cost['model_s']:.1f} s{replans}"
         )
 
     def cost(self) -> dict[str, float]:

@@ -160,7 +160,7 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
         spec: What else it is made of.
 
     Raises:
-        ConfigError: An MCP server does not answer.
+        ConfigError: An MCP server does not answer, or the planner can call none of the tools.
         DataError: A Python file gives no tools, or the run's test file is faulty.
     """
     run = planner.run
@@ -184,7 +184,19 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
             )
             stack.callback(box.close)
             tools = box.tools
+        _check_callable(planner, tools)
         yield OpenAgent(planner, tools, joiner, spec, trace)
+
+
+def _check_callable(planner: Planner, tools: Mapping[str, RunnableTool]) -> None:
+    """Refuse tools of which no plan can call a single one: the grammar knows the run's alone."""
+    known = TINYAGENT if planner.tools is None else planner.tools
+    if planner.prompts.grammar and not set(known) & set(tools):
+        raise ConfigError(
+            f"tools {', '.join(tools)}",
+            f"the model plans with none of them, but with {', '.join(known)}",
+            "train on a catalogue of your tools (docs/own_tools.md), and name that run with --run",
+        )
 
 
 def joiner_of_run(

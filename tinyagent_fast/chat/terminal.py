@@ -42,11 +42,20 @@ def show_stream(console: Console, stream: PlanStream) -> None:
         console.print(Text(stream.result.cost(), style="dim"))
 
 
+_HELP = """what can be typed:
+  a request    what should be done, in your words: its plan is written and drawn, nothing is run
+  help, /help  this text
+  quit, exit   end, as Ctrl-D does
+Ctrl-C breaks a plan off."""
+
+
 def converse(console: Console, planner: Planner) -> None:
-    """Answer requests until the input ends."""
+    """Answer requests until the input ends, or `quit` or `exit` is typed; `help` helps."""
     with suppress(ImportError):
         import readline  # noqa: F401  (gives the prompt a history and line editing)
-    console.print("Type a request; Ctrl-C breaks a plan off, Ctrl-D ends.", style="dim")
+    console.print(
+        "Type a request; Ctrl-C breaks a plan off, Ctrl-D ends, help says more.", style="dim"
+    )
     while True:
         try:
             request = input("\nrequest> ").strip()
@@ -56,7 +65,12 @@ def converse(console: Console, planner: Planner) -> None:
         except KeyboardInterrupt:
             console.print("\nCtrl-D ends", style="dim")
             continue
-        if not request:
+        word = request.lower().removeprefix("/")
+        if word in ("quit", "exit"):
+            return
+        if word == "help":
+            console.print(_HELP, style="dim")
+        if word in ("", "help"):
             continue
         try:
             stream = planner.stream(request)

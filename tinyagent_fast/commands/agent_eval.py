@@ -12,9 +12,6 @@ from tinyagent_fast.agent.evaluate import AgentEvalOptions
 def run(arguments: Sequence[str]) -> int:
     """Evaluate; gives 0 when the evaluation has finished."""
     options = tyro.cli(AgentEvalOptions, args=list(arguments), prog="tinyagent-fast agent-eval")
-    from tinyagent_fast.models.libraries import quieten
-
-    quieten()  # before the first import that reaches bitsandbytes
     from rich.console import Console
 
     from tinyagent_fast.agent.evaluate import evaluate_agent

@@ -1,4 +1,4 @@
-"""`memory`: memory and hours of a config on a card, before one is rented.
+"""`memory`: memory and hours of a config on a card, before one is rented, or on this machine.
 
 Needs neither GPU nor torch: everything is estimated from shapes.
 """
@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, count_of
 
 if TYPE_CHECKING:
     from tinyagent_fast.config import Config, Weights
@@ -40,10 +40,9 @@ def run(arguments: Sequence[str]) -> int:
     """Estimate memory and hours; gives 0, also where nothing fits: the table says so."""
     flags, rest = _flags(arguments)
     config = resolve_config("memory", rest, lambda: _preset_for(flags), more_flags=_FLAGS_HELP)
-    from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, base_shape, row_lengths
+    from tinyagent_fast.training.memory import MemoryEstimator, base_shape, row_lengths
 
-    gpu_gib, tflops = _CARDS[flags.card or (config.preset if config.preset in _CARDS else "l4")]
-    gpu_gib, tflops = flags.gpu_gib or gpu_gib, flags.tflops or tflops
+    memory_gib, usable_gib, tflops = _machine(flags, config)
     # `auto` is what it is on a machine with a GPU that was set up by the Makefile.
     backend = "unsloth" if config.model.backend == "auto" else config.model.backend
     backend = "transformers" if config.train.qat != "off" else backend
@@ -53,18 +52,21 @@ def run(arguments: Sequence[str]) -> int:
         shape=base_shape(config.model.base),
         lengths=lengths,
         backend=backend,
-        usable_gib=gpu_gib - RESERVE_GIB,
+        usable_gib=usable_gib,
     )
     found = estimator.recommend()
     answer = {
         "base": config.model.base,
         "shape": asdict(estimator.shape),
         "backend": estimator.backend,
-        "gpu_gib": gpu_gib,
+        "gpu_gib": None if tflops is None else memory_gib,
+        "memory_gib": memory_gib,
         "usable_gib": estimator.usable_gib,
         "lengths": {**asdict(lengths), "source": counted},
         "row_tokens": estimator.row_tokens,
-        "predictions": _every_estimate(estimator),
+        "predictions": _every_estimate(
+            estimator, _WEIGHTS if tflops is not None else (config.model.weights,)
+        ),
         "recommendation": {
             "batch": found.batch,
             "accumulation": found.accumulation,
@@ -76,10 +78,7 @@ def run(arguments: Sequence[str]) -> int:
         },
         "tflops": tflops,
         "hours_per_epoch": {
-            _NAMES[how]: [
-                round(estimator.flops_per_epoch(how) / (tflops * share * 3.6e15), 2)
-                for share in _REACHED
-            ]
+            _NAMES[how]: _hours(estimator.flops_per_epoch(how), tflops)
             for how in estimator.checkpointings
         },
         "preset": _as_asked(estimator, tflops),
@@ -119,7 +118,34 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, rest
 
 
-def _as_asked(estimator: MemoryEstimator, tflops: float) -> dict[str, Any]:
+def _machine(flags: argparse.Namespace, config: Config) -> tuple[float, float, float | None]:
+    """Give a machine's memory, what can be used of it, in GiB, and the TFLOP/s of its products.
+
+    That of a GPU, unless no card is named and the weights are in fp32, as only the presets without
+    a GPU have them: then this machine's, whose speed nobody knows beforehand.
+    """
+    from tinyagent_fast.training.memory import LIBRARIES_GIB, RESERVE_GIB
+
+    named = flags.card or flags.gpu_gib or flags.tflops
+    if not named and config.model.weights == "fp32":
+        from tinyagent_fast.doctor import read_machine
+
+        machine = read_machine()
+        if machine.memory_gib is not None and machine.available_gib is not None:
+            return machine.memory_gib, machine.available_gib - LIBRARIES_GIB, None
+    gpu_gib, tflops = _CARDS[flags.card or (config.preset if config.preset in _CARDS else "l4")]
+    gpu_gib = flags.gpu_gib or gpu_gib
+    return gpu_gib, gpu_gib - RESERVE_GIB, flags.tflops or tflops
+
+
+def _hours(flops: float, tflops: float | None) -> list[float] | None:
+    """Give the least and the most hours; None where the speed is not known."""
+    if tflops is None:
+        return None
+    return [round(flops / (tflops * share * 3.6e15), 2) for share in _REACHED]
+
+
+def _as_asked(estimator: MemoryEstimator, tflops: float | None) -> dict[str, Any]:
     """Estimate the config as it was asked for, for all of its epochs."""
     from tinyagent_fast.training.memory import preset_batch
 
@@ -137,9 +163,7 @@ def _as_asked(estimator: MemoryEstimator, tflops: float) -> dict[str, Any]:
         "total_gib": round(estimate.total_gib, 3),
         "fits": estimate.fits(estimator.usable_gib),
         "epochs": config.train.epochs,
-        "hours": [
-            round(config.train.epochs * epoch / (tflops * share * 3.6e15), 2) for share in _REACHED
-        ],
+        "hours": _hours(config.train.epochs * epoch, tflops),
     }
 
 
@@ -202,10 +226,12 @@ def _two_lengths(given: str) -> tuple[int, int]:
     return mean, longest
 
 
-def _every_estimate(estimator: MemoryEstimator) -> list[dict[str, Any]]:
+def _every_estimate(
+    estimator: MemoryEstimator, every_weights: Sequence[Weights]
+) -> list[dict[str, Any]]:
     """Estimate each batch with each kind of weights and checkpointing."""
     rows = []
-    for weights in _WEIGHTS:
+    for weights in every_weights:
         model = replace(estimator.config.model, weights=weights)
         of_weights = replace(estimator, config=replace(estimator.config, model=model))
         for how in estimator.checkpointings:
@@ -265,10 +291,12 @@ def _show(answer: dict[str, Any], config: Config) -> None:
         table.add_row(str(batch), *(cells[batch] for cells in columns.values()))
     lines = [
         f"{answer['base']} with LoRA r {config.lora.rank} ({config.lora.targets}), backend "
-        f"{answer['backend']}, {usable:.1f} of {answer['gpu_gib']:.1f} GiB usable",
+        f"{answer['backend']}, {usable:.1f} of {answer['memory_gib']:.1f} GiB usable"
+        + (" on this machine, without a GPU" * (answer["gpu_gib"] is None)),
         f"rows: {lengths['rows']:,}, mean {lengths['mean_tokens']:,.0f} tokens, longest "
         f"{lengths['longest_tokens']:,} ({lengths['source']})",
-        "estimates from shapes, good to 15-20 %, not measured on this card",
+        "estimates from shapes, good to 15-20 %, not measured on this "
+        + ("machine" if answer["gpu_gib"] is None else "card"),
     ]
     if config.train.qat != "off":
         lines.append("what quantisation-aware training keeps besides is not counted")
@@ -285,12 +313,14 @@ def _show(answer: dict[str, Any], config: Config) -> None:
 def _advice(answer: dict[str, Any], config: Config) -> list[str]:
     found = answer["recommendation"]
     asked = answer["preset"]
-    best, worst = asked["hours"]
+    hours = ""
+    if asked["hours"] is not None:
+        epochs = count_of(asked["epochs"], "epoch")
+        hours = ", {:.1f}-{:.1f} hours for ".format(*asked["hours"]) + epochs
     lines = [
         "",
         f"as it is: {asked['batch']} x {config.train.accumulation} rows, checkpointing "
-        f"{asked['checkpointing']}, {asked['total_gib']:.1f} GiB, {best:.1f}-{worst:.1f} hours for "
-        f"{asked['epochs']:g} epochs"
+        f"{asked['checkpointing']}, {asked['total_gib']:.1f} GiB{hours}"
         + (
             f"; micro-batches of {asked['mean_micro_batch_tokens']:,} tokens on average, and up to "
             f"{asked['kept_micro_batch_tokens']:,} without computing layers again"
@@ -307,14 +337,17 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
             "more memory, --model.weights nf4, or shorter rows (--model.max-length-tokens with "
             "--data.over-long drop)"
         ]
-    hours = ", ".join(
-        f"{best:.1f}-{worst:.1f} with checkpointing {how}"
-        for how, (best, worst) in answer["hours_per_epoch"].items()
-    )
-    lines.append(
-        f"hours per epoch at {100 * _REACHED[1]:.0f}-{100 * _REACHED[0]:.0f} % of "
-        f"{answer['tflops']:g} TFLOP/s: {hours}"
-    )
+    if answer["tflops"] is None:
+        lines.append("hours are not predicted for a CPU; the first steps of a training tell them")
+    else:
+        hours = ", ".join(
+            f"{best:.1f}-{worst:.1f} with checkpointing {how}"
+            for how, (best, worst) in answer["hours_per_epoch"].items()
+        )
+        lines.append(
+            f"hours per epoch at {100 * _REACHED[1]:.0f}-{100 * _REACHED[0]:.0f} % of "
+            f"{answer['tflops']:g} TFLOP/s: {hours}"
+        )
     if counted := answer.get("dry_run"):
         lines.append(
             f"dry run of {counted['batch']} of the longest rows, {counted['computed_tokens']:,} "

@@ -35,12 +35,15 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.training.inputs import load_run_examples
 
     console = Console(highlight=False)
-    with Display(Console(stderr=True)).working("preview", "steps of the retriever") as update:
+    display = Display(Console(stderr=True))
+    with display.working("generating or reading data", "steps of the retriever") as update:
         examples = load_run_examples(config, update)
-    hf = base_tokenizer(config, examples.train, [e.query for e in examples.test])
+    with display.working("tokenizer of a base that is made on the spot"):
+        hf = base_tokenizer(config, examples.train, [e.query for e in examples.test])
     if hf is None:
-        base = resolve_base(config, examples.train, say=console.print)
-        hf = load_tokenizer(resolve_tokenizer_folder(base, config.model.revision))
+        with display.working("base model, for its tokenizer", "steps") as update:
+            base = resolve_base(config, examples.train, on_progress=update, say=console.print)
+            hf = load_tokenizer(resolve_tokenizer_folder(base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)
     chosen = islice(examples.train, known.rows)
     rows = tokenizer.encode_rows(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, count_of
 
 JOIN = "join"
 """Name of the call that ends every plan; it is part of the grammar, not a tool."""
@@ -142,7 +142,7 @@ def call_problems(
         return
     wanted, given = len(tool.parameters), len(arguments)
     if wanted != given:
-        told = f"{name} takes {wanted} argument{'s' * (wanted != 1)}, this call has {given}"
+        told = f"{name} takes {count_of(wanted, 'argument')}, this call has {given}"
         yield "wrong_arity", told
     for parameter, value in zip(tool.parameters, arguments):  # noqa: B905 - see wrong_arity
         if not accepts(parameter, value):

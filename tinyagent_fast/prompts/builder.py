@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, count_of
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.plans.gbnf import plan_grammar
 from tinyagent_fast.plans.tools import TINYAGENT, Tool, tools_by_name
@@ -130,7 +130,7 @@ class PromptBuilder:
         if not found:
             return "no tool of the catalogue"
         shown = ", ".join(found[:_LISTED_TOOLS]) + ", ..." * (len(found) > _LISTED_TOOLS)
-        return f"{len(found)} tool{'s' * (len(found) != 1)} ({shown})"
+        return f"{count_of(len(found), 'tool')} ({shown})"
 
 
 def held_to_tools(prompt: Prompt, tools: Mapping[str, Tool] | None = None) -> Prompt:
@@ -249,7 +249,9 @@ class RetrievedTools:
         tools = self.retriever.retrieve(request)
         now = f"{datetime.now():%A %Y-%m-%d %H:%M}"
         text = self.retriever.system_text(request, tools).dated(now)
-        return ChosenText(render(text), f"{len(tools)} tools retrieved for it: {', '.join(tools)}")
+        return ChosenText(
+            render(text), f"{count_of(len(tools), 'tool')} retrieved for it: {', '.join(tools)}"
+        )
 
 
 def _words(text: str) -> set[str]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tinyagent_fast.agent.evaluate import task_shares
 from tinyagent_fast.data.generation.catalogue import plan_tools
-from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.errors import ConfigError, DataError, count_of
 from tinyagent_fast.evaluation.comparison import PairedComparison, compare_plans
 from tinyagent_fast.evaluation.predictions import find_predictions
 from tinyagent_fast.evaluation.report import percent
@@ -140,6 +140,12 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[ComparedPlanner, Compared
     Raises:
         UserError: Nothing is there, or it cannot be read.
     """
+    if not (a.strip() and b.strip()):
+        raise ConfigError(
+            "compare",
+            f"it needs two runs, and {'B' if a.strip() else 'A'} is empty",
+            "make compare A=run B=run, or tinyagent-fast compare RUN RUN",
+        )
     found = []
     for name in (a, b):
         found.append(find_predictions(runs / name) or find_predictions(Path(name)))
@@ -228,13 +234,9 @@ def flipped_plans(
         paired=paired,
         flips=flips,
         by_tool=_counts(plans_a, flips, lambda plan: count_calls(plan.prediction.label)),
-        by_calls=_counts(plans_a, flips, lambda plan: [_calls_text(plan.score.label_steps)]),
+        by_calls=_counts(plans_a, flips, lambda plan: [count_of(plan.score.label_steps, "call")]),
         left_out=len(alone),
     )
-
-
-def _calls_text(count: int) -> str:
-    return f"{count} call{'' if count == 1 else 's'}"
 
 
 def _counts(

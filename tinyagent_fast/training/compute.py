@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import Config
+from tinyagent_fast.errors import count_of
 from tinyagent_fast.models.loading import LoadedModel, in_bf16, may_take_bf16
 from tinyagent_fast.prompts.tokens import IGNORED
 
@@ -89,7 +90,7 @@ def choose_compute(
                 parameter.data = data
     count = torch.get_num_threads()
     say(
-        f"computing in {loaded.compute_dtype} with {count} thread{'s' * (count > 1)}: a short step "
+        f"computing in {loaded.compute_dtype} with {count_of(count, 'thread')}: a short step "
         f"takes {', '.join(said)} (--model.cpu-compute and --train.threads set others)"
     )
     return loaded
