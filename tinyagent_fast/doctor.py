@@ -23,7 +23,7 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.data.cache import cache_folder
 from tinyagent_fast.data.download import DATASET_REPOSITORY
 from tinyagent_fast.data.reading import check_head, is_incomplete
-from tinyagent_fast.errors import DataError, ModelError, TrainingError, UserError
+from tinyagent_fast.errors import DataError, ModelError, TrainingError, UserError, count_of
 from tinyagent_fast.models.published import PUBLISHED
 from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
 
@@ -622,7 +622,7 @@ def check_catalogue(config: Config) -> list[Finding]:
         tools = plan_tools(config.data.catalogue) or {}
     except DataError as error:
         return [Finding("catalogue", "failure", f"{error.what}: {error.why}", error.fix)]
-    return [Finding("catalogue", "ok", f"{config.data.catalogue}: {len(tools)} tools")]
+    return [Finding("catalogue", "ok", f"{config.data.catalogue}: {count_of(len(tools), 'tool')}")]
 
 
 def check_data(config: Config) -> list[Finding]:

@@ -121,7 +121,7 @@ class OpenAgent:
         missing = [n for n in self._planner.tools or TINYAGENT if n not in self.tools]
         if not missing:
             return []
-        return [f"note: the model may call {', '.join(missing)}, which is not among the tools"]
+        return [f"note: the model may call what is not among the tools: {', '.join(missing)}"]
 
     async def answer(
         self,

@@ -8,7 +8,7 @@ from itertools import islice, takewhile
 from typing import Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, count_of
 
 _ROWS = 3
 
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     columns = zip(*(row.input_ids for row in rows), strict=False)
     shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
     console.print(
-        f"{len(rows)} rows: {tokens} tokens, {supervised} supervised "
+        f"{count_of(len(rows), 'row')}: {tokens} tokens, {supervised} supervised "
         f"({100 * supervised / max(1, tokens):.1f} %), shared prefix {shared} tokens",
         markup=False,
     )
