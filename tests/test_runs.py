@@ -259,6 +259,29 @@ def test_history_keeps_its_records_in_order(tmp_path: Path) -> None:
     assert Run(tmp_path).history() == records
 
 
+def test_a_run_whose_training_has_not_ended_says_where_it_is_and_whose_adapter_it_has(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path)
+    assert "no adapter" in (run.unfinished() or "")
+    run.append_history({"event": "evaluation", "step": 0, "best": True})
+    run.append_history({"event": "step", "step": 240, "of": 1500})
+    (run.checkpoints / "checkpoint-246").mkdir(parents=True)
+    run.best.mkdir()
+    (run.best / "adapter_model.safetensors").write_bytes(b"weights")
+    for step, told in ((0, "step 0, which is the untrained base"), (100, "step 100")):
+        write_json(run.best / "best.json", {"step": step})
+        assert run.unfinished() == (
+            f"unfinished: at step 246 of 1,500; the adapter is that of {told}"
+        )
+    for path in (run.history_path, run.best / "best.json"):
+        path.write_text("{", encoding="utf-8")
+    assert "at step 246; the adapter is that of step unknown" in (run.unfinished() or "")
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    assert run.unfinished() is None
+
+
 @pytest.mark.parametrize("line", ['{"step": 2, "lo', "[1]", "5", '""', "null"])
 def test_a_line_of_the_history_that_was_cut_off_is_named(tmp_path: Path, line: str) -> None:
     run = Run(tmp_path)

@@ -35,6 +35,7 @@ _PACKAGES = (
     "sentencepiece", "safetensors", "numpy", "pyarrow", "tyro", "gguf", "xllamacpp",
 )
 # fmt: on
+_WEIGHTS = "adapter_model.safetensors"
 _LATEST = "latest"
 _RESERVED = (_LATEST, "bases")
 """Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
@@ -170,13 +171,37 @@ class Run:
         # A run that was broken off has its best adapter only.
         folders = [self.adapter, self.best] if wanted == "best" else [Path(wanted)]
         for folder in folders:
-            if (folder / "adapter_model.safetensors").exists():
+            if (folder / _WEIGHTS).exists():
                 return folder
         raise ConfigError(
             f"adapter {folders[0]}",
-            "it holds no adapter_model.safetensors",
+            f"it holds no {_WEIGHTS}",
             f"finish the run (make train ARGS='--resume {self.named}'), or name a folder",
         )
+
+    def unfinished(self) -> str | None:
+        """Say how far a training came that has not ended, and whose adapter stands for the run.
+
+        Returns:
+            What follows after "the training is"; None where it has ended.
+        """
+        if (self.adapter / _WEIGHTS).exists():
+            return None
+        steps: list[dict[str, Any]] = []
+        best: object = "unknown"
+        with suppress(ConfigError):  # what is damaged is named by whoever needs its figures
+            steps = [r for r in self.history() if type(r.get("step")) is int]
+        with suppress(ConfigError):
+            best = read_json(self.best / "best.json", "step")["step"]
+        saved = [path.name.rpartition("-")[2] for path in self.checkpoints.glob("checkpoint-*")]
+        at = max([0, *(int(s) for s in saved if s.isdigit()), *(r["step"] for r in steps)])
+        of = next((f" of {r['of']:,}" for r in steps if type(r.get("of")) is int), "")
+        adapter = f"the adapter is that of step {best}"
+        if not (self.best / _WEIGHTS).exists():
+            adapter = "there is no adapter yet"
+        elif best == 0:
+            adapter += ", which is the untrained base"
+        return f"unfinished: at step {at:,}{of}; {adapter}"
 
     def append_history(self, record: Mapping[str, Any]) -> None:
         """Add one line of plain values to history.jsonl."""

@@ -484,3 +484,15 @@ def test_test_labels_with_tools_outside_the_catalogue_are_refused_before_a_base_
     assert "test labels call home_" in told
     assert "--data.catalogue FILE" in told
     assert not run.evaluation.exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "agent-eval", "export", "report"])
+def test_every_command_on_an_unfinished_run_says_so_and_names_the_run(
+    run: Run, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.adapter.replace(run.best)
+    run.append_history({"event": "step", "step": 3, "of": 8})
+    main([command])  # the weights are none, so it may end with an error afterwards
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"run {run.path.name}" in told
+    assert "is unfinished: at step 3 of 8; the adapter is that of step unknown" in told

@@ -110,6 +110,18 @@ def test_the_card_of_a_hub_base_names_it_in_the_header(tmp_path: Path) -> None:
     assert "base_model: owner/name" in card.split("---")[1]
 
 
+def test_the_card_of_an_unfinished_run_says_how_far_it_came(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.append_history({"event": "step", "step": 3, "of": 8})
+    run.best.mkdir()
+    (run.best / "adapter_model.safetensors").write_bytes(b"weights")
+    (run.best / "best.json").write_text('{"step": 2}', encoding="utf-8")
+    told = "unfinished: at step 3 of 8; the adapter is that of step 2"
+    assert told in model_card(run, Config(), content())
+    run.best.replace(run.adapter)
+    assert "unfinished" not in model_card(run, Config(), content())
+
+
 def test_a_run_without_figures_says_so(tmp_path: Path) -> None:
     card = model_card(Run(tmp_path), Config(), content(success_on_validation={}, gates=[]))
     assert "Nothing was measured" in card

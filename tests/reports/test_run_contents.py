@@ -41,6 +41,7 @@ def test_a_run_with_nothing_but_its_config_says_what_is_missing(bare_run: Run) -
     for words in ("history.jsonl is missing", "data.json is missing", "eval/, test/after/"):
         assert told(contents, words)
     assert told(contents, "nothing was exported")
+    assert told(contents, "the training is unfinished")
 
 
 def test_everything_that_is_there_is_read(full_run: Run) -> None:
@@ -77,7 +78,6 @@ def test_fewer_queries_another_test_file_and_another_adapter_are_said(
     assert told(read_run(full_run), "eval holds 4 of the run's 10 test queries")
     made_with = {"test_sha256": "other", "adapter_sha256": "other"}
     (folder / "made_with.json").write_text(json.dumps(made_with))
-    full_run.adapter.mkdir()
     (full_run.adapter / "adapter_model.safetensors").write_bytes(b"weights")
     contents = read_run(full_run)
     assert told(contents, "another test file")

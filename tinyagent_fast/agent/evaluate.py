@@ -445,6 +445,9 @@ def _evaluate(run: Run, options: AgentEvalOptions, display: Display) -> AgentMet
     # A catalogue's tools say what they return, which the recorder uses.
     tools = plan_tools(config.data.catalogue)
     tasks = _find_tasks(examples, tools, options.grammar == "on", display)
+    display.say(f"run {run.path.name}: {len(tasks)} tasks")
+    if (unfinished := run.unfinished()) is not None:
+        display.say(f"note: the training of run {run.path.name} is {unfinished}")
     untaught = ", as the run was not trained on join points" * (options.joiner == "auto")
     judging = "the model" if judge == "model" else f"a rule{untaught}"
     display.say(f"observations are judged by {judging}")

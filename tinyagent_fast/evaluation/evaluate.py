@@ -233,6 +233,8 @@ def _evaluate(
         display=display,
     )
     display.say(f"run {run.path.name}: {len(examples)} test queries")
+    if (unfinished := run.unfinished()) is not None:
+        display.say(f"note: the training of run {run.path.name} is {unfinished}")
     return {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](task)
 
 

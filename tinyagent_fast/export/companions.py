@@ -147,6 +147,7 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
         "config": config,
         "config_text": dump_config(config).strip(),
         "generated": config.data.train is None,
+        "unfinished": run.unfinished(),
         "data_sha256": data.get("train_file", {}).get("sha256", "unknown"),
         "data_rows": data.get("examples", {}).get("train", "unknown"),
         "unmeasured": sorted(

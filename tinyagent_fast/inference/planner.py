@@ -436,6 +436,8 @@ def load(
     tools = plan_tools(config.data.catalogue)
     prompts = prompt_builder(str(system), found.run, tools, retriever, grammar=grammar == "on")
     facts = {"model": _shown(found.path), "system text": prompts.system.source}
+    if found.run is not None and (unfinished := found.run.unfinished()) is not None:
+        facts["training"] = f"run {found.run.path.name} is {unfinished}"
     if (named := prompts.describe_tools()) is not None:
         facts["it names"] = f"{named}; for others: --system nearest or FILE"
     facts["grammar"] = (

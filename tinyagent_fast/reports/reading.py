@@ -107,6 +107,8 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
     """
     notes: list[str] = []
     config = run.config()
+    if (unfinished := run.unfinished()) is not None:
+        notes.append(f"the training is {unfinished}")
     steps, validations = read_history(run, notes)
     folders = list(_evaluation_folders(run.path))
     tools = plan_tools(catalogue or config.data.catalogue) if folders else None
