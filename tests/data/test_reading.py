@@ -120,6 +120,27 @@ def test_a_file_that_is_no_dataset_is_refused_with_the_reason(
     assert what in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'[{"conversations": [{"from": "human", "value": "x"}]}]',
+        b'{"messages": [{"role": "user", "content": "x"}]}\n' * 2,
+        b'{"conversations": [{"from": "human", "value": "x"}]}',
+        b'{"instruction": "a", "input": "b", "output": "c"}\n' * 2,
+    ],
+)
+def test_a_file_of_another_format_is_told_where_it_is_turned_into_this_one(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "d.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read_entries(path, on_bad_entry="error"))
+    heading = str(caught.value).split('data/README.md, "')[1].split('"')[0]
+    readme = Path(__file__).parents[2] / "data" / "README.md"
+    assert f"\n## {heading}\n" in readme.read_text(encoding="utf-8")
+
+
 def test_a_key_given_twice_within_an_entry_is_a_problem_of_that_entry(tmp_path: Path) -> None:
     entry = json.dumps(make_entry())
     twice, again = entry.replace('"index": 0', '"index": 0, "index": 1'), '"input": "q", '

@@ -35,6 +35,9 @@ _HEAD_PROBLEMS = (
     (b"\xff\xfe", "it is UTF-16 text", "save it as UTF-8"),
     (b"\xfe\xff", "it is UTF-16 text", "save it as UTF-8"),
 )
+_OTHER_FORMATS = ("messages", "conversations", "instruction")
+"""Keys of a row in other formats, which here are read as keys of entries."""
+_CONVERTED = 'data/README.md, "Other formats", turns lists of chats into it'
 _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 # ijson's memory grows with the square of the depth; the schema needs a depth of about ten.
@@ -286,7 +289,8 @@ def check_head(path: Path) -> None:
         raise DataError(
             f"{path}: is not a JSON object",
             f"it starts with {start}, not with '{{'",
-            "give it as published (one object that maps entry keys to entries), or JSON Lines",
+            "give it as published (one object that maps entry keys to entries), or JSON Lines; "
+            f"{_CONVERTED}",
         )
 
 
@@ -401,9 +405,11 @@ def _bad_entries_error(path: Path, report: ReadReport) -> DataError:
     counts = ", ".join(f"{name} {count:,}" for name, count in fields.most_common())
     if report.problem_count > len(report.problems):
         counts = f"of the first {len(report.problems):,}: {counts}"
+    other = any(problem.key in _OTHER_FORMATS for problem in report.problems)
+    fix = "repair or remove these entries, or leave them out with --data.on-bad-entry skip"
     return DataError(
         f"{path}: {report.skipped:,} of {report.entries + report.skipped:,} entries cannot be "
         f"used ({report.problem_count:,} problems; {counts})",
         "\n    ".join(report.problem_lines()),
-        "repair or remove these entries, or leave them out with --data.on-bad-entry skip",
+        f"it looks like another format: {_CONVERTED}" if other else fix,
     )
