@@ -337,7 +337,7 @@ GEMMA3 = Family(
     norm_shift=1.0,
     full_attention_every=6,
     rope_base=1_000_000.0,
-    # Its activation is looked up in a table of f16: 0.039 with the weights of Gemma 3 270M, and this
+    # Its activation is looked up in a table of f16: 0.039 with Gemma 3 270M's weights, and this
     # is twice that. Source: GGML_GELU_FP16 in ggml-cpu.
     logit_noise=0.08,
 )
