@@ -661,6 +661,9 @@ def test_the_hub_is_asked_only_if_that_is_wanted(monkeypatch: pytest.MonkeyPatch
     assert [f.status for f in found if f.name == "hub"] == ["ok", "ok"]
     assert "TinyLlama" in asked[0]
     assert "TinyAgent-dataset" in asked[1]
+    encoder = replace(config.data, prompts="retrieved", retriever="encoder")
+    doctor.find_out(replace(config, data=encoder), LAPTOP, automatic=False, online=True)
+    assert any(encoder.retriever_encoder in url for url in asked[2:])
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no route")

@@ -157,6 +157,11 @@ def test_the_recommended_command_is_the_one_given_with_a_batch_that_fits(
     assert replace(config, train=before.train, model=before.model) == before
 
 
+def test_a_card_s_preset_is_planned_for_the_card_whatever_its_weights(plan: Plan) -> None:
+    answer = plan("--preset", "a100", "--model.weights", "fp32", "--model.backend", "transformers")
+    assert answer["gpu_gib"] == 40.0
+
+
 @pytest.mark.parametrize("preset", ["cpu", "nano"])
 def test_without_a_gpu_memory_is_this_machine_s_and_no_hours_are_promised(
     preset: str, plan: Plan, text: Callable[..., str]

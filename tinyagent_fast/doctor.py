@@ -704,7 +704,16 @@ def check_hub(config: Config) -> list[Finding]:
     found = []
     if not _base_is_here(config):
         found.append(_ask_hub(config.model.base, "config.json", "model", config.model.revision))
-    named = (config.data.train, config.data.test)
+    data = config.data
+    encoder = data.retriever_encoder
+    retrieves = data.prompts == "retrieved" and data.retriever == "encoder"
+    if (
+        retrieves
+        and not Path(encoder).is_dir()
+        and not _is_cached(encoder, "model.safetensors", "model")
+    ):
+        found.append(_ask_hub(encoder, "config.json", "model", None))
+    named = (data.train, data.test)
     missing = [path for path in (REAL_TRAIN, REAL_TEST) if path in named and not path.exists()]
     if missing:
         found.append(_ask_hub(DATASET_REPOSITORY, missing[0].name, "dataset", None))

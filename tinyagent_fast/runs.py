@@ -194,7 +194,7 @@ class Run:
         with suppress(ConfigError):
             best = read_json(self.best / "best.json", "step")["step"]
         saved = [path.name.rpartition("-")[2] for path in self.checkpoints.glob("checkpoint-*")]
-        at = max([0, *(int(s) for s in saved if s.isdigit()), *(r["step"] for r in steps)])
+        at = max([0, *(int(s) for s in saved if s.isdecimal()), *(r["step"] for r in steps)])
         of = next((f" of {r['of']:,}" for r in steps if type(r.get("of")) is int), "")
         adapter = f"the adapter is that of step {best}"
         if not (self.best / _WEIGHTS).exists():

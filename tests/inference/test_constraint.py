@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from torch_runs import load_plainly
 
+from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.inference.constraint import Constraints
 from tinyagent_fast.inference.engine import Completion, Prompt
@@ -253,6 +254,12 @@ Make a plan from these 3 actions:
 
  - To send an email look up the address with get_email_address first
 """
+
+
+def test_tools_of_a_catalogue_whose_defaults_are_lists_have_a_grammar() -> None:
+    tools = {tool.name: tool for tool in load_catalogue().tools}
+    assert any(isinstance(p.default, list) for tool in tools.values() for p in tool.parameters)
+    assert held_to_tools(Prompt(system=None, user="x"), tools).grammar == plan_grammar(tools)
 
 
 def test_the_grammar_is_of_the_tools_that_the_prompt_lists_not_of_those_it_mentions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from tinyagent_fast.export.settings import ExportSettings
@@ -20,8 +21,8 @@ def run(arguments: Sequence[str]) -> int:
     files = [one.path for one in ExportRecord(folder).artefacts if one.kind == "gguf"]
     further = ""
     if files:
-        named = find_run(settings.run, settings.runs).named
-        model = "" if settings.out is None else f" MODEL={folder / files[0]}"
+        named = shlex.quote(find_run(settings.run, settings.runs).named)
+        model = "" if settings.out is None else f" MODEL={shlex.quote(str(folder / files[0]))}"
         further = f"; next: make eval RUN={named} ENGINE=gguf{model}"
     print(f"written: {folder}/export.json, report.md, README.md{further}")
     return 0

@@ -126,7 +126,7 @@ def _machine(flags: argparse.Namespace, config: Config) -> tuple[float, float, f
     """
     from tinyagent_fast.training.memory import LIBRARIES_GIB, RESERVE_GIB
 
-    named = flags.card or flags.gpu_gib or flags.tflops
+    named = flags.card or flags.gpu_gib or flags.tflops or config.preset in _CARDS
     if not named and config.model.weights == "fp32":
         from tinyagent_fast.doctor import read_machine
 

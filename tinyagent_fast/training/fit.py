@@ -707,7 +707,9 @@ def _finish(prepared: _Prepared) -> None:
     with prepared.display.bar("tool retriever", "steps") as update:
         prepared.processes.on_main_process(lambda: retriever_of_run(run, update) is not None)
     test = "" if prepared.examples.files.test else " ARGS='--test FILE'"
-    prepared.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}{test}")
+    prepared.display.say(
+        f"run folder: {run.path}; next: make eval RUN={shlex.quote(run.named)}{test}"
+    )
 
 
 def _keep_best(prepared: _Prepared) -> bool:

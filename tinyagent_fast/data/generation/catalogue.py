@@ -43,7 +43,7 @@ class SlotParameter(Parameter):
     unsaid: tuple[str, ...] | None = None
     several: float | None = None
     """Share of lists that name more than one; None leaves it to the mix."""
-    default: object = REQUIRED
+    default: object = field(default=REQUIRED, hash=False)  # maybe a list
 
     @property
     def may_be_left_out(self) -> bool:
