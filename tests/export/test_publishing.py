@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import GateError, ModelError
-from tinyagent_fast.export.companions import model_card
+from tinyagent_fast.export.companions import adapter_card, model_card
 from tinyagent_fast.export.publishing import publish
 from tinyagent_fast.runs import Run
 
@@ -58,6 +59,21 @@ def folder(tmp_path: Path) -> Path:
     for name in ("MODEL_CARD.md", "README.md", "Configuration.json", "Modelfile", "export.json"):
         (tmp_path / name).write_text(name, encoding="utf-8")
     return tmp_path
+
+
+def test_a_card_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    config = Config()
+    config = replace(
+        config,
+        model=replace(config.model, base="/secret/base"),
+        data=replace(config.data, train=Path("/secret/rows.json")),
+    )
+    run = Run(tmp_path)
+    card = model_card(run, config, {**content(), "base": "/secret/base"})
+    for text in (card, adapter_card(run, config, None)):
+        assert "secret" not in text
+        assert "`base`" in text
+    assert "rows.json" in card
 
 
 def test_the_card_has_measured_figures_and_names_what_was_not_measured(tmp_path: Path) -> None:

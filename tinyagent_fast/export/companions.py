@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,14 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
 
     The run's evaluations are quoted; `content` is what export.json holds.
     """
+    config = _config_for_others(config)
     success = content.get("success_on_validation", {})
     ggufs = [a for a in content["artefacts"] if a["kind"] == "gguf"]
     tested = dict(_evaluations_of(run, ggufs))
     data = _read(run.path / "data.json")
     context = {
         **content,
+        "base": _for_others(str(content["base"])),
         "header": _header(str(content["base"]), "transformers", "gguf"),
         "config": config,
         "config_text": dump_config(config).strip(),
@@ -178,13 +181,36 @@ def adapter_card(run: Run, config: Config, best: Best | None) -> str:
     context = {
         "header": _header(base, "peft"),
         "run": run.path.name,
-        "base": Path(base).name if Path(base).is_absolute() or Path(base).exists() else base,
+        "base": _for_others(base),
         "config": config,
         "best": best,
         "stop": END_OF_PLAN,
         "tinyagent_fast": __version__,
     }
     return _render("ADAPTER_CARD.md", context)
+
+
+def _for_others(place: str) -> str:
+    """Name a file or folder of this machine by its last part, and what is on the hub as it is."""
+    path = Path(place).expanduser()
+    here = path.is_absolute() or place.startswith(".") or path.exists()
+    return (path.resolve().name or "a local folder") if here else place
+
+
+def _config_for_others(config: Config) -> Config:
+    """Give a config without the folders of this machine, as a card is read elsewhere."""
+    sections: dict[str, Any] = {}
+    for section in fields(config):
+        values = getattr(config, section.name)
+        if is_dataclass(values) and not isinstance(values, type):
+            paths = {
+                one.name: type(value)(_for_others(str(value)))
+                for one in fields(values)
+                if isinstance(value := getattr(values, one.name), str | Path)
+                and Path(value).expanduser().is_absolute()
+            }
+            sections[section.name] = replace(values, **paths)
+    return replace(config, **sections)
 
 
 def _header(base: str, library: str, *tags: str) -> str:
