@@ -94,10 +94,31 @@ def test_only_doubtful_plans_are_asked_for_again_with_what_may_come_instead() ->
     assert "forward_email" not in second.grammar
 
 
-@pytest.mark.parametrize("second", [FORGOTTEN, '1. send_sms(["Ada"], "x")\n2. send_sms(["'])
+@pytest.mark.parametrize(
+    "second",
+    [
+        FORGOTTEN,
+        '1. send_sms(["Ada"], "x")\n2. send_sms(["',
+        '1. open_note("x", "")\n2. get_phone_number("Ada")\n3. join()',
+        '1. open_note("x", "")\n2. open_note("y", "")\n3. join()',
+        '1. get_phone_number("Ada")\n2. send_sms(["$1"], "hi")\n3. join()',
+    ],
+)
 def test_a_second_plan_that_is_no_better_does_not_replace_the_first(second: str) -> None:
     done = written(Twice(FORGOTTEN, second), [HELD])[0]
     assert (done.text, done.new_tokens) == (FORGOTTEN, 20)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_of_a_second_plan_only_needless_look_ups_may_be_missing(texts: int) -> None:
+    sent = 'send_sms(["911"], "hi")'
+    calls = ['get_phone_number("911")', *[sent] * texts, "join()"]
+    first, fewer, enough = (
+        "\n".join(f"{n}. {call}" for n, call in enumerate(chosen, start=1))
+        for chosen in (calls, [*calls[2:-1], "join()"], calls[1:])
+    )
+    assert written(Twice(first, fewer), [HELD])[0].text == first
+    assert written(Twice(first, enough), [HELD])[0].text == enough
 
 
 def test_free_texts_plans_that_were_broken_off_and_what_is_no_plan_are_left_alone() -> None:

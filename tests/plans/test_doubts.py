@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tinyagent_fast.chat.requests import read_requests
 from tinyagent_fast.data.generation.catalogue import load_catalogue
@@ -32,6 +34,8 @@ def doubted(calls: str) -> list[tuple[int, set[str]]]:
         'send_sms("$2", "costs $ 5 and $9")',
         'create_calendar_event("x", "2024-01-01", "2024-01-01", None, "$1", "", None)',
         'summarize_pdf("/docs/x.pdf")',
+        'send_sms(["911", "Ada: +1 555 0100", "(112)"], "")',
+        'forward_email(["Ada <a@b.org>"], ["a@b.org, c@d.org"], "", [])',
         'open_note("a@b.org", "$1")',
     ],
 )
@@ -47,6 +51,7 @@ def test_what_a_parameter_takes_is_not_doubted(call: str) -> None:
         ('forward_email(["$1"], ["$2"], "", [])', {"forward_email"}),
         ('forward_email(["Sid"], [], "", [])', {"get_email_address"}),
         ('send_sms(["Ada"], "")', {"get_phone_number"}),
+        ('send_sms(["sid1234@b.org"], "")', {"get_phone_number"}),
         ('compose_new_email(["$1"], [], "", "see $1", [])', {"maps_open_location", "open_note"}),
     ],
 )
@@ -70,6 +75,23 @@ def test_an_address_is_not_looked_up() -> None:
     assert doubted('1. get_phone_number("a@b.org")') == []
 
 
+def test_only_a_look_up_of_what_was_given_is_needless() -> None:
+    plan = parse_plan(
+        '1. get_phone_number("911")\n2. send_sms(["Ada"], "")\n3. summarize_pdf("$1")\n4. join()'
+    )
+    assert [doubt.needless for doubt in doubts(plan, TOOLS)] == [True, False, False]
+
+
+@given(
+    before=st.sampled_from(["", "Ada ", "Ada <", "Ada, ", "c@d.org, "]),
+    address=st.from_regex(r"[a-z]{1,6}@[a-z]{1,6}\.org", fullmatch=True),
+    after=st.sampled_from(["", ">", ", c@d.org", " (work)"]),
+)
+def test_what_holds_an_address_is_never_doubted(before: str, address: str, after: str) -> None:
+    held = json.dumps([f"{before}{address}{after}"])
+    assert doubted(f'1. forward_email({held}, {held}, "", [])') == []
+
+
 def test_each_doubtful_call_is_named_once() -> None:
     found = doubted(
         '1. send_sms(["Ada", "Sid"], "")\n2. forward_email(["$1", "Sid"], ["Sid"], "", [])'
@@ -82,6 +104,7 @@ def test_nothing_is_said_where_kinds_are_not_known_or_no_listed_tool_would_help(
     assert doubts(plan, TINYAGENT) == []
     assert doubts(plan, {name: TOOLS[name] for name in ("open_note", "send_sms")}) == []
     assert len(doubts(plan, TOOLS)) == 1
+    assert doubts(plan, TOOLS | {"open_note": TINYAGENT["open_note"]}) == [], "of its result"
 
 
 def test_the_plans_of_typed_requests_are_not_doubted() -> None:

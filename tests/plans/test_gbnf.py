@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.plans.gbnf import MAX_CALLS, MAX_LIST_ITEMS, MAX_TEXT_UNITS, plan_grammar
@@ -317,11 +317,13 @@ def test_the_next_call_can_be_held_to_some_tools_and_to_results_of_the_right_kin
                 (
                     Parameter("to", "list[str]", sources=("person",)),
                     Parameter("text", "str", sources=("sight", "person")),
+                    Parameter("how", "str"),
                 ),
             ),
+            Tool("ping", ()),
         ]
     )
-    begun = parse_plan('1. find("Sid \\"É\\"")\n2. look(None)\n3. look(3)\n4. join()').steps[:3]
+    begun = parse_plan('1. find("Sid \\"É\\"")\n2. look(None)\n3. ping()\n4. join()').steps[:3]
     grammar = Grammar(plan_grammar(tools, begun=begun, following=["send"]))
     there = render_plan(Plan(begun)) + "\n"
 
@@ -330,23 +332,37 @@ def test_the_next_call_can_be_held_to_some_tools_and_to_results_of_the_right_kin
         return grammar.matches(f"{there}4. {call}\n{then}{end}. join(){END_OF_PLAN}")
 
     for call in (
-        'send(["$1", "x", ""], "it is $3, seen by $1")',
-        'send("$1", "$2")',
-        'send([], "no reference")',
+        'send(["$1", "x", ""], "it is $2, seen by $1", "as $1, $2")',
+        'send("$1", "$2", "$3")',
+        'send("$3", "a kind that is not known: $3", "")',
+        'send(["$", "a $ b"], "costs $ 5 (or $$), $", "$ 5")',
+        'send([], "no reference", "")',
     ):
         assert accepts_next(call), call
         assert accepts_next(call, '5. find("$2 or $4")\n6. look(1)\n'), "free again"
     for call in (
-        'send(["$2"], "")',
-        'send("$3", "")',
-        'send(["$1"], "$4")',
-        'send(["$1"], "costs $ 5")',
-        'send(["$12"], "")',
+        'send(["$2"], "", "")',
+        'send("$2", "", "")',
+        'send(["$1"], "$4", "")',
+        'send(["$1"], "", "$4")',
+        'send(["$1"], "costs $5", "")',
+        'send(["$1"], "${1}", "")',
+        'send(["$12"], "", "")',
         'find("Sid")',
         "join()",
     ):
         assert not accepts_next(call), call
     assert not grammar.matches(f"{there}4. join(){END_OF_PLAN}")
+
+
+@given(plan=plans())
+@settings(max_examples=60, deadline=None)
+def test_where_no_sources_are_known_the_next_call_is_as_free_as_any(plan: Plan) -> None:
+    plan = Plan(tuple(replace(step, thought=None) for step in plan.steps))
+    assume(len(plan.steps) > 1)
+    *begun, last, _join = plan.steps
+    grammar = Grammar(plan_grammar(TOOLS, begun=begun, following=[last.tool]))
+    assert grammar.matches(render_plan(plan) + END_OF_PLAN)
 
 
 def faults(plan: Plan) -> list[str]:

@@ -6,15 +6,16 @@ has arguments of the right kinds, so this works with every engine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.inference.engine import Completion, Engine, OnToken, Prompt
-from tinyagent_fast.plans.doubts import Doubt, doubts
+from tinyagent_fast.plans.doubts import doubts
 from tinyagent_fast.plans.gbnf import MAX_CALLS, plan_grammar
-from tinyagent_fast.plans.grammar import PlanError, parse_plan
+from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan
 from tinyagent_fast.plans.tools import Tool, tools_by_name
 from tinyagent_fast.prompts.builder import listed_tools
 
@@ -31,7 +32,8 @@ def generate_plans(
 ) -> Iterator[tuple[int, Completion]]:
     """Complete prompts as `Engine.generate` does, and doubtful plans of those with a grammar twice.
 
-    A second plan replaces the first if it has fewer doubts; the cost is that of both.
+    A second plan replaces the first if it has fewer doubts and leaves no call out but needless
+    look-ups: each tool is called as often. The cost is that of both.
 
     Args:
         engine: Writes the plans.
@@ -44,14 +46,15 @@ def generate_plans(
     """
     known = _own_tools() if tools is None else tools
     ask = partial(engine.generate, stop=stop, max_new_tokens=max_new_tokens, batch=batch)
-    again: list[tuple[int, Completion, Prompt, int]] = []
+    again: list[tuple[int, Completion, Prompt, Plan]] = []
     for index, completion in ask(prompts, on_token=on_token):
         prompt = prompts[index]
         tools = listed_tools(prompt, known) if prompt.grammar is not None else {}
-        found = _doubts(completion, tools)
-        if found and len(found[0].before) < MAX_CALLS:
+        plan = _plan(completion) if tools else None
+        found = doubts(plan, tools) if plan else []
+        if plan and found and len(found[0].before) < MAX_CALLS:
             grammar = plan_grammar(tools, begun=found[0].before, following=found[0].instead)
-            again.append((index, completion, replace(prompt, grammar=grammar), len(found)))
+            again.append((index, completion, replace(prompt, grammar=grammar), plan))
         else:
             yield index, completion
 
@@ -61,9 +64,9 @@ def generate_plans(
 
     if again:
         for at, second in ask([prompt for _, _, prompt, _ in again], on_token=waiting):
-            index, first, prompt, count = again[at]
-            found = _doubts(second, listed_tools(prompt, known))
-            better = found is not None and len(found) < count
+            index, first, prompt, plan = again[at]
+            other = _plan(second)
+            better = other is not None and _is_better(other, plan, listed_tools(prompt, known))
             yield (
                 index,
                 replace(
@@ -74,12 +77,21 @@ def generate_plans(
             )
 
 
-def _doubts(done: Completion, tools: Mapping[str, Tool]) -> list[Doubt] | None:
-    """Find the doubts of what was written; None if it is no whole plan."""
+def _plan(done: Completion) -> Plan | None:
+    """Read what was written; None if it is no whole plan."""
     try:
-        return doubts(parse_plan(done.text), tools)
+        return parse_plan(done.text)
     except PlanError:
         return None
+
+
+def _is_better(second: Plan, first: Plan, tools: Mapping[str, Tool]) -> bool:
+    """Say whether a second plan is less in doubt than the first and does no less."""
+    found = doubts(first, tools)
+    needless = {len(doubt.before) for doubt in found if doubt.needless}
+    wanted = Counter(s.tool for at, s in enumerate(first.steps) if at not in needless)
+    dropped = wanted - Counter(step.tool for step in second.steps)
+    return not dropped and len(doubts(second, tools)) < len(found)
 
 
 @cache

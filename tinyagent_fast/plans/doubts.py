@@ -15,7 +15,7 @@ from tinyagent_fast.plans.tools import Parameter, Tool
 
 _FORMS = {
     "email": re.compile(r"[^\s@]+@[^\s@]+"),
-    "phone": re.compile(r"[+(]?\d[\d ().-]{3,}"),
+    "phone": re.compile(r"(?<![\w.@])[+(]?\d[\d ().-]{2,}(?![\w@])"),
 }
 """Kinds of values that are told from all others by their form."""
 
@@ -29,6 +29,8 @@ class Doubt:
     instead: tuple[str, ...]
     """Tools that may be called in its place, with other arguments if its own is among them; those
     that the plan calls later where there are such, since they come too late then."""
+    needless: bool = False
+    """It looks up what it was given, so a plan without it may be right."""
 
 
 def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
@@ -52,14 +54,18 @@ def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
             if instead := _instead(tool, parameter, value, kinds, tools):
                 later = {other.tool for other in plan.steps[at + 1 :]}
                 meant = tuple(name for name in instead if name in later)
-                found.append(Doubt(plan.steps[:at], meant or instead))
+                needless = takes(parameter, value, kinds)
+                found.append(Doubt(plan.steps[:at], meant or instead, needless))
                 break
-        kinds[step.number] = tool.returns
+        if tool.returns:
+            kinds[step.number] = tool.returns
     return found
 
 
 def takes(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> bool:
     """Say whether a value is of a kind that a parameter takes, as far as kinds are known.
+
+    A literal may hold more than the wanted thing, such as a name beside an address.
 
     Args:
         parameter: The parameter.
@@ -70,7 +76,7 @@ def takes(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> bool
     if parameter.sources and not named <= set(parameter.sources):
         return False
     form = _FORMS.get(parameter.value or "")
-    return form is None or all(map(form.fullmatch, _literals(value)))
+    return form is None or all(map(form.search, _literals(value)))
 
 
 def _literals(value: object) -> list[str]:

@@ -65,7 +65,7 @@ def plan_grammar(
         tools: The tools that may be called.
         begun: Calls that every plan begins with, fewer than `MAX_CALLS`.
         following: Tools of which one is called next, with results of the kinds that its parameters
-            take and no others (and no `$` for anything else); None lets the plan go on freely.
+            take and no others, where those are known; None lets the plan go on freely.
 
     Source: grammars/README.md of github.com/ggml-org/llama.cpp (the notation and its escapes).
     """
@@ -112,34 +112,31 @@ def _call_rules(
             named = tuple(
                 number
                 for number in range(1, line)
-                if kinds is None or kinds[number] in parameter.sources
+                if not (kinds and parameter.sources) or kinds[number] in ("", *parameter.sources)
             )
             key = known.setdefault(named, f"{line}" if not known else f"{line}-{len(known)}")
             arguments.append(_argument(parameter, key, named))
         inside = ' ", " '.join(arguments)
         calls.append(f"{_quoted(tool.name + '(')} {inside} {_quoted(')')}")
     for named, key in known.items():
-        yield from _text_rules(key, named, free=kinds is None)
+        yield from _text_rules(key, named)
     yield f"call-{line} ::= " + " |\n  ".join(calls)
 
 
-def _text_rules(key: str, named: Sequence[int], *, free: bool) -> Iterator[str]:
-    """Write the rules for strings and lists in which `$` names some lines, or if free nothing."""
-    dollar = '"$"' if free else ""
+def _text_rules(key: str, named: Sequence[int]) -> Iterator[str]:
+    """Write the rules for strings and lists in which `$` names some lines, or nothing."""
+    dollar = '"$"'
     if named:
         earlier = " | ".join(f'"{number}"' for number in named)
         yield f"earlier-{key} ::= {earlier}"
         yield f'whole-{key} ::= "\\"$" earlier-{key} "\\""'
-        dollar = f'("$" earlier-{key}{"?" if free else ""})'
+        dollar = f'("$" earlier-{key}?)'
     full, rest = divmod(MAX_TEXT_UNITS, _BLOCK_UNITS)
-    referring = at_end = ""
-    if dollar:
-        yield f"dollar-{key} ::= {dollar}"
-        referring = f" | dollar-{key}{{1,{_DOLLARS_IN_A_ROW}}} after-dollar"
-        at_end = f"dollar-{key}{{0,{_DOLLARS_IN_A_ROW}}} "
-    yield f"unit-{key} ::= plain | escape{referring}"
+    yield f"dollar-{key} ::= {dollar}"
+    yield f"unit-{key} ::= plain | escape | dollar-{key}{{1,{_DOLLARS_IN_A_ROW}}} after-dollar"
     yield f"block-{key} ::= unit-{key}{{{_BLOCK_UNITS}}}"
-    yield (f'str-{key} ::= "\\"" block-{key}{{0,{full}}} unit-{key}{{0,{rest}}} {at_end}"\\""')
+    at_end = f"dollar-{key}{{0,{_DOLLARS_IN_A_ROW}}}"
+    yield f'str-{key} ::= "\\"" block-{key}{{0,{full}}} unit-{key}{{0,{rest}}} {at_end} "\\""'
     yield f'strs-{key} ::= "[" (str-{key} (", " str-{key}){{0,{MAX_LIST_ITEMS - 1}}})? "]"'
 
 
