@@ -608,6 +608,8 @@ def _stock_training(
         import unsloth  # noqa: F401  # patches trl, so it must come first
     from trl import SFTConfig, SFTTrainer
 
+    from tinyagent_fast.training.trainer import optimizer_name
+
     recipe = config.train
     if packing_tokens:
         packing_tokens //= cut
@@ -632,7 +634,7 @@ def _stock_training(
             gradient_accumulation_steps=recipe.accumulation,
             max_steps=bench.scale.warmup_steps + bench.scale.steps + 1,
             learning_rate=recipe.learning_rate,
-            optim=_optimizer(recipe.optimizer, bench.cuda),
+            optim=optimizer_name(recipe, cuda=True) if bench.cuda else "adamw_torch",
             use_cpu=not bench.cuda,
             bf16=bench.cuda and loaded.compute_dtype == "bfloat16",
             fp16=bench.cuda and loaded.compute_dtype == "float16",
@@ -651,12 +653,6 @@ def _stock_training(
     )
     figures = _timed(bench, loaded, trainer, config, recipe)
     return {"micro_batch_tokens": packing_tokens, **figures}
-
-
-def _optimizer(name: str, cuda: bool) -> str:
-    if not cuda:
-        return "adamw_torch"
-    return "adamw_torch_fused" if name == "adamw_torch" else name
 
 
 def _our_training(

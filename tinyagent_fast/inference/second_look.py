@@ -49,11 +49,11 @@ def generate_plans(
     again: list[tuple[int, Completion, Prompt, Plan]] = []
     for index, completion in ask(prompts, on_token=on_token):
         prompt = prompts[index]
-        tools = listed_tools(prompt, known) if prompt.grammar is not None else {}
-        plan = _plan(completion) if tools else None
-        found = doubts(plan, tools) if plan else []
+        listed = listed_tools(prompt, known) if prompt.grammar is not None else {}
+        plan = _plan(completion) if listed else None
+        found = doubts(plan, listed) if plan else []
         if plan and found and len(found[0].before) < MAX_CALLS:
-            grammar = plan_grammar(tools, begun=found[0].before, following=found[0].instead)
+            grammar = plan_grammar(listed, begun=found[0].before, following=found[0].instead)
             again.append((index, completion, replace(prompt, grammar=grammar), plan))
         else:
             yield index, completion

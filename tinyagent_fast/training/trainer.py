@@ -231,11 +231,7 @@ def _arguments(
         warmup_steps=train.warmup,  # below 1 it is a share
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim="adamw_8bit"
-        if train.optimizer == "adamw_8bit"
-        else "adamw_torch_fused"
-        if cuda
-        else "adamw_torch",
+        optim=optimizer_name(train, cuda=cuda),
         seed=train.seed,
         data_seed=train.seed,
         use_cpu=not cuda,
@@ -256,6 +252,12 @@ def _arguments(
         ddp_find_unused_parameters=False,  # every step uses the whole adapter
         **(tracking or {"report_to": "none"}),
     )
+
+
+def optimizer_name(train: TrainConfig, *, cuda: bool) -> str:
+    """Name the optimizer as transformers does; on a GPU torch's own runs in one kernel."""
+    fused = train.optimizer == "adamw_torch" and cuda
+    return "adamw_torch_fused" if fused else train.optimizer
 
 
 def row_tokens(batch: Mapping[str, Any]) -> torch.Tensor:

@@ -82,6 +82,11 @@ class Catalogue:
     words: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
     @cached_property
+    def by_name(self) -> Mapping[str, CatalogueTool]:
+        """Give the tools by their names."""
+        return {tool.name: tool for tool in self.tools}
+
+    @cached_property
     def _mentioned(self) -> Mapping[str, list[CatalogueTool]]:
         found: dict[str, list[CatalogueTool]] = {}
         for tool in self.tools:

@@ -110,11 +110,6 @@ class _Draft:
     together: dict[str, list[Value]] = field(default_factory=dict)
     """Values by kind that the last list named."""
 
-    @property
-    def returns(self) -> Mapping[str, str]:
-        """Give the kind of each tool's result."""
-        return {tool.name: tool.returns for tool in self.catalogue.tools}
-
     def reference(self, call: Call) -> str:
         """Return `$n` of the call, made now unless the plan has it already."""
         if call not in self.calls:
@@ -234,9 +229,8 @@ def _expand(
 
 def _same_thing(draft: _Draft, asked: Mapping[str, object]) -> Mapping[str, object]:
     """Find the arguments of the last call that was about the same, such as a note's folder."""
-    tools = {tool.name: tool for tool in draft.catalogue.tools}
     for call in reversed(draft.calls):
-        names = [parameter.name for parameter in tools[call.tool].parameters]
+        names = [parameter.name for parameter in draft.catalogue.by_name[call.tool].parameters]
         given = dict(zip(names, call.arguments, strict=True))
         if all(given.get(name) == value for name, value in asked.items()):
             return given
@@ -258,7 +252,8 @@ def _left_out(
         return untils.get(parameter.follows) or one_hour_after(start)
     if parameter.value == "all_day" and parameter.follows is not None:
         return is_whole_day(arguments[parameter.follows])
-    kinds = {n: draft.returns[call.tool] for n, call in enumerate(draft.calls, start=1)}
+    known = draft.catalogue.by_name
+    kinds = {n: known[call.tool].returns for n, call in enumerate(draft.calls, start=1)}
     for name in parameter.unsaid or ():
         if asking.get(name) and takes(parameter, asking[name], kinds):
             return asking[name]
