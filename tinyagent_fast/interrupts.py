@@ -6,14 +6,20 @@ A native module that imports another one in the middle of Ctrl-C clears the exce
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a program to end: the keys of a terminal; `kill`, batch systems and containers."""
 NAMES: Mapping[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 _noted: list[int] = []
+_cancel: list[Callable[[], object]] = []
+"""How the event loop under way is stopped, while it has not been yet."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -31,7 +37,9 @@ def noting_interrupts() -> Iterator[None]:
 
     def note(number: int, _: object) -> None:
         _noted.append(number)
-        raise _interrupt(number)
+        if not _cancel:
+            raise _interrupt(number)
+        _cancel.pop()()
 
     previous = {}
     for number, usual in zip(
@@ -48,6 +56,32 @@ def noting_interrupts() -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _noted.clear()
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine from the main thread; a stop signal cancels it and is raised at its end.
+
+    Raised in the midst of an event loop, an exception takes with it what the loop had in hand, and
+    a task that waits for that never ends. `asyncio.run` knows this for its own handler only.
+
+    Raises:
+        KeyboardInterrupt: A stop signal came. A second one is raised at once.
+    """
+    import asyncio
+
+    async def whole() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        _cancel.append(partial(loop.call_soon_threadsafe, task.cancel))
+        try:
+            return await work
+        finally:
+            _cancel.clear()
+
+    try:
+        return asyncio.run(whole())
+    finally:
+        raise_swallowed_interrupt()  # also where the work ended before it could be cancelled
 
 
 def _interrupt(number: int) -> KeyboardInterrupt:

@@ -46,6 +46,7 @@ from tinyagent_fast.evaluation.scoring import score_pair
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.inference.planner import Planner
+from tinyagent_fast.interrupts import run_async
 from tinyagent_fast.plans.grammar import END_OF_RESPONSE, Plan, PlanError, parse_plan, render_plan
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import held_to_tools
@@ -463,7 +464,7 @@ def _evaluate(run: Run, options: AgentEvalOptions, display: Display) -> AgentMet
         batch=options.batch,
     ) as planner:
         joiner_text = text if judge == "model" else None
-        return asyncio.run(_measure(planner, tasks, joins, joiner_text, tools, options, display))
+        return run_async(_measure(planner, tasks, joins, joiner_text, tools, options, display))
 
 
 def _check(options: AgentEvalOptions) -> None:
@@ -481,7 +482,7 @@ def _check(options: AgentEvalOptions) -> None:
 def _find_tasks(
     examples: Sequence[Example], tools: Mapping[str, Tool] | None, grammar: bool, display: Display
 ) -> list[Task]:
-    tasks, left_out = asyncio.run(tasks_of(examples, tools, grammar=grammar))
+    tasks, left_out = run_async(tasks_of(examples, tools, grammar=grammar))
     if left_out:
         display.say(f"{left_out} labels are no plans, and are left out")
     if not tasks:

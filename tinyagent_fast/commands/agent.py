@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import tyro
 
 from tinyagent_fast.commands.planner_flags import AgentFlags
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.interrupts import run_async
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
             else:
                 show_stream(console, planner.stream(flags.request))
             return 0
-        outcome = asyncio.run(_answer(flags, planner, console))
+        outcome = run_async(_answer(flags, planner, console))
     if flags.json:
         print(json.dumps(outcome.to_json(), ensure_ascii=False))
     return int(outcome.failed)

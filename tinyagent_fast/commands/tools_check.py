@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.interrupts import run_async
 
 if TYPE_CHECKING:
     from tinyagent_fast.agent.tools import RunnableTool
@@ -85,7 +85,7 @@ def _runnable(flags: ToolsFlags) -> Mapping[str, RunnableTool]:
         async with mcp_tools(flags.mcp) as tools:
             return tools
 
-    return asyncio.run(listed())
+    return run_async(listed())
 
 
 def _differences(tools: Mapping[str, Tool], known: Mapping[str, Tool]) -> Sequence[str]:
