@@ -190,6 +190,17 @@ def test_references_point_back_only(short: Generated) -> None:
             assert all(1 <= number < step.number for number, _ in reference_uses(step.arguments))
 
 
+def test_a_list_names_nobody_twice_and_both_are_two(short: Generated) -> None:
+    both = 0
+    for entry, plan in zip(short.entries, short.plans(), strict=True):
+        lists = [a for step in plan.steps for a in step.arguments if isinstance(a, tuple | list)]
+        assert all(len(set(named)) == len(named) for named in lists), entry.query
+        if "both of them" in entry.query:
+            both += 1
+            assert 2 in map(len, lists), entry.query
+    assert both
+
+
 def test_no_call_of_a_plan_is_made_twice(short: Generated) -> None:
     for plan in short.plans():
         calls = [(step.tool, repr(step.arguments)) for step in plan.steps]

@@ -331,7 +331,7 @@ def _provide(
             references.append(reference)
     for kind, values in draft.mentioned.items():
         if new := values[before.get(kind, 0) :]:
-            draft.together[kind] = new
+            draft.together[kind] = list(dict.fromkeys(new))
     return texts, references
 
 
@@ -342,7 +342,7 @@ def _said_again(draft: _Draft, provider: CatalogueTool) -> tuple[list[str], list
     values = draft.together.get(kind)
     if kind not in REUSABLE_KINDS or not values or draft.rng.random() >= draft.mix.reuse_share:
         return None
-    words = REUSABLE_KINDS[kind][len(values) > 1]
+    words = REUSABLE_KINDS[kind][min(len(values), 3) - 1]
     if not words:
         return None
     calls = [Call(provider.name, (value.argument,)) for value in values]

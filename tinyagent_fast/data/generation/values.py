@@ -354,15 +354,15 @@ BUILT_IN_VALUES = frozenset(_MADE) | {
 INTEGER_KINDS = frozenset({"minutes", "duration", "priority", "stressed", "number"})
 """Kinds whose argument is a whole number; all others give texts."""
 
-REUSABLE_KINDS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    "person": (("him", "her"), ("them", "them", "both of them")),
-    "document": (("it", "the file", "the document", "that file"), ()),
-    "file": ((), ()),
-    "note": ((), ()),
-    "place": ((), ()),
+REUSABLE_KINDS: Mapping[str, Sequence[Sequence[str]]] = {
+    "person": (("him", "her"), ("them", "them", "both of them"), ("them",)),
+    "document": (("it", "the file", "the document", "that file"), (), ()),
+    "file": ((), (), ()),
+    "note": ((), (), ()),
+    "place": ((), (), ()),
 }
 """Kinds that a query mentions again at times, so that calls share a result, and the words that then
-may stand for one or for several of them."""
+may stand for one, two and more of them."""
 
 
 def one_hour_after(argument: object) -> str:
