@@ -111,8 +111,6 @@ def convert(model: Path, target: Path, quant: str, threads: int) -> dict[str, An
         target,
         quant=quant,
         name="export-speed",
-        chat_template=None,
-        extra={},
         threads=threads,
     )
     return {

@@ -404,7 +404,9 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_merged: Path) -> di
             folder / f"tiny-{file_type}.gguf",
             quant=file_type,
             name="tiny",
-            chat_template=TINY_TEMPLATE,
-            extra={"tinyagent_fast.prompt_format": "alpaca"},
+            texts={
+                "tokenizer.chat_template": TINY_TEMPLATE,
+                "tinyagent_fast.prompt_format": "alpaca",
+            },
         ).path
     return files

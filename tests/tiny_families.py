@@ -152,23 +152,20 @@ def make_model(name: str, folder: Path, texts: Sequence[str]) -> Path:
 
 def make_tokenizer(kind: TinyModel, texts: Sequence[str]) -> Any:
     """Train a tokenizer that cuts text as a kind's own does."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre
     from transformers import PreTrainedTokenizerFast
 
     special = list(dict.fromkeys((*kind.special.values(), *kind.more_special)))
     if kind.pre == "default":
         return _gemma_tokenizer(kind, special, texts)
-    (patterns, ignore_merges), _ = next(
-        item for item in vocabulary._PRE_TOKENIZERS.items() if item[1] == kind.pre
-    )
+    patterns, ignore_merges = vocabulary.PRE_TOKENIZERS[kind.pre]
     core = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     if kind.pre == "smollm":
         cuts = [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+        core.pre_tokenizer = pre.Sequence(cuts)
     else:
-        cuts = [pre.Split(Regex(one), "isolated") for one in patterns]
-        cuts.append(pre.ByteLevel(add_prefix_space=False, use_regex=False))
-    core.pre_tokenizer = pre.Sequence(cuts)
+        core.pre_tokenizer = vocabulary.byte_level_words(patterns)
     core.normalizer = normalizers.NFC() if kind.pre == "qwen2" else None
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -58,8 +58,7 @@ def exported(run: Run, tiny_merged: Path) -> Run:
             folder / f"tiny-{file_type}.gguf",
             quant=file_type,
             name="tiny",
-            chat_template=chat_template("alpaca", None, bos=False),
-            extra={},
+            texts={"tokenizer.chat_template": chat_template("alpaca", None, bos=False)},
         )
     return run
 

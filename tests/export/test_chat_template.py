@@ -177,8 +177,7 @@ def served(
         file,
         quant="f16",
         name="tiny",
-        chat_template=chat_template(request.param, None, bos=False),
-        extra={},
+        texts={"tokenizer.chat_template": chat_template(request.param, None, bos=False)},
     )
     with LlamaServer(
         LlamaCppSettings(model=file, slots=1, context_tokens_per_slot=2048, threads=1)
@@ -226,8 +225,8 @@ def test_llama_cpp_and_transformers_render_a_bases_own_template_as_training_did(
     trained = PromptTokenizer(hf, "chat")
     assert trained.chat is not None
     source, file = trained.chat.source, tmp_path / "tiny.gguf"
-    template = chat_template("chat", source, bos=False)
-    convert_to_gguf(tiny_merged, file, quant="f16", name="tiny", chat_template=template, extra={})
+    texts = {"tokenizer.chat_template": chat_template("chat", source, bos=False)}
+    convert_to_gguf(tiny_merged, file, quant="f16", name="tiny", texts=texts)
     plain = LlamaCppSettings(model=file, slots=1, context_tokens_per_slot=2048, threads=1)
     with LlamaServer(plain) as server:
         for system in (None, "S", " lead\n\ntwo \n", "{{ x }} {% if %}"):

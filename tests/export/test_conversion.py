@@ -55,8 +55,7 @@ def confident(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 
 def convert(source: Path, target: Path, quant: str = "f32", **changes: Any) -> Any:
-    plain: dict[str, Any] = {"name": "tiny", "chat_template": None, "extra": {}}
-    return convert_to_gguf(source, target, quant=quant, **{**plain, **changes})
+    return convert_to_gguf(source, target, quant=quant, **{"name": "tiny", **changes})
 
 
 def keys_of(path: Path) -> dict[str, Any]:
@@ -197,16 +196,15 @@ def test_keys_tell_the_models_sizes_its_template_and_what_is_added(
     llama_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     template = "{% for m in messages %}\n{{ m['content'] }}\u00e9{% endfor %}"
-    extra = {"tinyagent_fast.a": "", "tinyagent_fast.b": "x"}
+    texts = {"tokenizer.chat_template": template, "tinyagent_fast.a": "", "tinyagent_fast.b": "x"}
     report = convert(
         llama_folder(head_dim=32, max_position_embeddings=32768, rope_theta=1e6),
         tmp_path / "m.gguf",
         name="my model",
-        chat_template=template,
-        extra=extra,
+        texts=texts,
     )
     keys = keys_of(report.path)
-    assert extra.items() <= keys.items()
+    assert texts.items() <= keys.items()
     expected = {
         "general.architecture": "llama",
         "general.name": "my model",
@@ -221,7 +219,6 @@ def test_keys_tell_the_models_sizes_its_template_and_what_is_added(
         "llama.attention.value_length": 32,
         "llama.rope.dimension_count": 32,
         "llama.rope.freq_base": 1e6,
-        "tokenizer.chat_template": template,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": True,
@@ -376,7 +373,7 @@ def peak_mib():
 quant, *sources = sys.argv[1:]
 sizes = []
 for source in map(Path, sources):
-    convert_to_gguf(source, source / "m.gguf", quant=quant, name="m", chat_template=None, extra={})
+    convert_to_gguf(source, source / "m.gguf", quant=quant, name="m")
     sizes.append(peak_mib())
 print(*sizes)
 """

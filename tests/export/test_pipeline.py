@@ -223,8 +223,7 @@ def test_a_file_with_another_template_or_tokenizer_fails_its_gate(
         tmp_path / "x.gguf",
         quant="f16",
         name="x",
-        chat_template=template.replace("{{- bos_token -}}\n", ""),
-        extra={},
+        texts={"tokenizer.chat_template": template.replace("{{- bos_token -}}\n", "")},
     ).path
     failed = [g.name for g in proof.file_gates(exported, model, witness) if not g.passed]
     expected = {

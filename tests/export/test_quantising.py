@@ -133,7 +133,7 @@ def llama(llama_folder: Callable[..., Path]) -> Path:
 
 
 def convert(source: Path, target: Path, quant: str, **changes: Any) -> ConversionReport:
-    plain: dict[str, Any] = {"name": "tiny", "chat_template": None, "extra": {}, "threads": 1}
+    plain: dict[str, Any] = {"name": "tiny", "threads": 1}
     return convert_to_gguf(source, target, quant=quant, **{**plain, **changes})
 
 

@@ -75,7 +75,7 @@ def pieces_of(folder: Path) -> list[str]:
 
 
 def to_gguf(folder: Path, target: Path) -> Path:
-    return convert_to_gguf(folder, target, quant="f16", name="v", chat_template=None, extra={}).path
+    return convert_to_gguf(folder, target, quant="f16", name="v").path
 
 
 def texts_of(read: GgufVocabulary) -> list[str]:
@@ -138,8 +138,8 @@ def test_llama_cpp_gives_the_ids_of_the_llama_vocabulary_on_published_prompts(
 def test_the_comparison_finds_a_vocabulary_that_is_cut_by_another_pattern(
     tiny_merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {((vocabulary._LLAMA_3,), False): "gpt-2"}
-    monkeypatch.setattr(vocabulary, "_PRE_TOKENIZERS", names)
+    names = {"gpt-2": ((vocabulary.LLAMA_3_WORDS,), False)}
+    monkeypatch.setattr(vocabulary, "PRE_TOKENIZERS", names)
     assert different(tiny_merged, to_gguf(tiny_merged, tmp_path / "m.gguf"), strings(200))
 
 
@@ -279,8 +279,8 @@ def test_merges_are_read_in_both_spellings(
 @pytest.mark.parametrize(
     ("ignore_merges", "pattern", "name"),
     [
-        (True, vocabulary._LLAMA_3, "llama-bpe"),
-        (False, vocabulary._LLAMA_3, "dbrx"),
+        (True, vocabulary.LLAMA_3_WORDS, "llama-bpe"),
+        (False, vocabulary.LLAMA_3_WORDS, "dbrx"),
         (False, vocabulary._QWEN_2, "qwen2"),
         (False, vocabulary._GPT_2, "gpt-2"),
     ],

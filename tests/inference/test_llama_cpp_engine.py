@@ -53,8 +53,8 @@ def server(tiny_merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from tinyagent_fast.export.conversion import convert_to_gguf
 
     path = tmp_path_factory.mktemp("engine") / "tiny-f32.gguf"
-    template = chat_template("alpaca", None, bos=False)
-    convert_to_gguf(tiny_merged, path, quant="f32", name="tiny", chat_template=template, extra={})
+    texts = {"tokenizer.chat_template": chat_template("alpaca", None, bos=False)}
+    convert_to_gguf(tiny_merged, path, quant="f32", name="tiny", texts=texts)
     settings = LlamaCppSettings(
         model=path, slots=4, context_tokens_per_slot=512, threads=1, cache_type="f32"
     )

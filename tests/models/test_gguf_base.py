@@ -37,7 +37,7 @@ TEXTS = (*HARD_STRINGS, *(f"{text}{n} 2026 costs 17.5" for n, text in enumerate(
 
 
 def to_gguf(folder: Path, target: Path, quant: str = "f32") -> Path:
-    return convert_to_gguf(folder, target, quant=quant, name="m", chat_template=None, extra={}).path
+    return convert_to_gguf(folder, target, quant=quant, name="m").path
 
 
 def same_ids(one: Path, other: Path) -> bool:

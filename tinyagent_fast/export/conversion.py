@@ -88,25 +88,23 @@ class ConversionReport:
 class _Target:
     """One tensor of the file."""
 
-    name: str
-    shape: tuple[int, ...]
+    tensor: Tensor
     kind: str
     """ggml type."""
     source: StoredTensor | Floats
-    tensor: Tensor | None = None
-    """Its row in the family's table; None for what is computed here."""
+    """Floats are those that are computed here."""
     weights: Floats | None = None
     """Importance of its columns, where it weighs the rounding."""
     fallback: str | None = None
 
     @property
     def size_bytes(self) -> int:
-        return stored_bytes(self.kind, math.prod(self.shape))
+        return stored_bytes(self.kind, math.prod(self.tensor.shape))
 
     @property
     def unit_rows(self) -> int:
         """Rows that are reordered together."""
-        return (self.tensor.head_rows if self.tensor else None) or 1
+        return self.tensor.head_rows or 1
 
     def blocks(self) -> Iterator[Floats]:
         """Give all rows in the order of llama.cpp."""
@@ -120,7 +118,7 @@ class _Target:
         """Give one row as the file stores it: a row of a matrix, or a whole vector."""
         if not isinstance(self.source, StoredTensor):
             return self.source
-        if len(self.shape) == 1:
+        if len(self.tensor.shape) == 1:
             return self._as_llama_cpp(read_rows(self.source, 0, self.source.rows))
         start = at // self.unit_rows * self.unit_rows
         block = self._as_llama_cpp(read_rows(self.source, start, start + self.unit_rows))
@@ -128,11 +126,11 @@ class _Target:
 
     def halved(self, block: Floats) -> Floats:
         """Round to f16 before quantising, so that the file is what the f16 file would give."""
-        halves: Floats = encode_values(block, "F16", self.name).astype(np.float32)
+        halves: Floats = encode_values(block, "F16", self.tensor.gguf).astype(np.float32)
         return halves
 
     def _as_llama_cpp(self, block: Floats) -> Floats:
-        if self.tensor is not None and self.tensor.shift:
+        if self.tensor.shift:
             shifted: Floats = block + np.float32(self.tensor.shift)
             return shifted
         if self.unit_rows == 1:
@@ -149,8 +147,7 @@ def convert_to_gguf(
     *,
     quant: str,
     name: str,
-    chat_template: str | None,
-    extra: Mapping[str, str],
+    texts: Mapping[str, str] | None = None,
     importance: Importance | None = None,
     threads: int | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
@@ -162,8 +159,7 @@ def convert_to_gguf(
         target: The file; it gets this name only when it is whole and checked.
         quant: Kind of file, one of `settings.QUANT_NAMES`; norms are always f32.
         name: Written as general.name.
-        chat_template: Jinja text for llama.cpp's chat endpoint; None to write no template.
-        extra: Further keys, such as `tinyagent_fast.prompt_format`.
+        texts: Further keys, such as `tokenizer.chat_template`.
         importance: Weighs the rounding of the types that can be weighed.
         threads: Threads to round with; all usable cores where None.
         on_progress: Called with the bytes of weights written and all of them.
@@ -177,16 +173,9 @@ def convert_to_gguf(
     """
     model = _open_model(source)
     targets, notes = _plan(model, quant, importance)
-    if model.rope.frequency_divisors is not None:
-        values = np.array(model.rope.frequency_divisors, np.float32)
-        targets.append(
-            _Target(name="rope_freqs.weight", shape=values.shape, kind="F32", source=values)
-        )
-    kinds = {one.kind for one in targets} - VALUE_BYTES.keys()
-    if kinds:
-        # llama.cpp's own tool writes tensors layer by layer when it quantises.
-        targets.sort(key=lambda one: (one.tensor.layer if one.tensor else -1, one.name))
     vocabulary = read_vocabulary(source, model.shape.vocab)
+    kinds = {one.kind for one in targets} - VALUE_BYTES.keys()
+    weighed = importance if any(one.weights is not None for one in targets) else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     worst: dict[str, float] = {}
     with (
@@ -196,28 +185,14 @@ def convert_to_gguf(
     ):
         _add_model_keys(writer, model, quant, name)
         _add_vocabulary_keys(writer, vocabulary)
-        if chat_template is not None:
-            writer.add_chat_template(chat_template)
-        for key, value in extra.items():
-            assert key not in writer.kv_data[0], f"{key} is written already"
-            # Not add_string, which leaves an empty text out.
-            writer.add_key_value(key, value, GGUFValueType.STRING)
-        keys = writer.kv_data[0]
-        # llama.cpp's own tool writes these two last when it quantises.
-        for key in ("general.quantization_version", "general.file_type") if kinds else ():
-            keys[key] = keys.pop(key)
-        weighed = [one for one in targets if one.weights is not None]
-        if importance is not None and weighed:
-            writer.add_string("quantize.imatrix.dataset", SOURCE)
-            writer.add_uint32("quantize.imatrix.entries_count", len(importance.mean_squares))
-            writer.add_uint32("quantize.imatrix.chunks_count", importance.chunks)
+        _add_further_keys(writer, texts or {}, weighed, is_quantised=bool(kinds))
         zeros, offsets = _write(writer, targets, ggml, threads or cores or 1, on_progress)
         writer.close()
         if kinds:
             worst = _compare_with_source(part, targets, offsets)
     if zeros:
         notes.append(f"{zeros:,} values are too small for f16 and became 0")
-    parameters = sum(math.prod(one.shape) for one in targets if one.tensor)
+    parameters = sum(t.source.values for t in targets if isinstance(t.source, StoredTensor))
     return ConversionReport(
         path=target,
         types=dict(Counter(one.kind for one in targets)),
@@ -225,10 +200,12 @@ def convert_to_gguf(
         bits_per_weight=8 * sum(one.size_bytes for one in targets) / parameters,
         size_bytes=target.stat().st_size,
         notes=(*notes, *vocabulary.notes),
-        fallbacks=tuple(f"{one.name}: {one.fallback}" for one in targets if one.fallback),
+        fallbacks=tuple(f"{one.tensor.gguf}: {one.fallback}" for one in targets if one.fallback),
         worst_relative_rmse=worst,
         without_importance=tuple(
-            one.name for one in targets if weighed and one.kind in WEIGHTED and one.weights is None
+            one.tensor.gguf
+            for one in targets
+            if weighed and one.kind in WEIGHTED and one.weights is None
         ),
     )
 
@@ -253,27 +230,19 @@ class _Model:
     rope: _Rope
 
 
-def check_exportable(base: Path, tokenizer: PromptTokenizer) -> tuple[str, ...]:
+def check_exportable(base: Path, tokenizer: PromptTokenizer) -> None:
     """Refuse a base model of which no GGUF file could be made, before anything is trained on it.
 
-    Export, the checks before step 1 and `doctor` ask here. No weights are read.
-
-    Args:
-        base: Its folder.
-        tokenizer: As it is trained with; its files are written as the export writes them.
-
-    Returns:
-        What is worth knowing of the file to come.
+    No weights are read. The tokenizer is that of training, which is what an export writes.
 
     Raises:
         ModelError: `convert_to_gguf` would refuse the trained model.
     """
     model = _open_model(base)
-    _, notes = _plan(model, "f16", None)
+    _plan(model, "f16", None)
     with TemporaryDirectory() as folder:
         tokenizer.hf.save_pretrained(folder)
-        vocabulary = read_vocabulary(Path(folder), model.shape.vocab)
-    return (*notes, *vocabulary.notes)
+        read_vocabulary(Path(folder), model.shape.vocab)
 
 
 def export_obstacle(base: str, revision: str | None, tokenizer: PromptTokenizer) -> str | None:
@@ -311,7 +280,7 @@ def _refused(checkpoint: Checkpoint, what: str, why: str) -> ModelError:
 def _plan(
     model: _Model, quant: str, importance: Importance | None
 ) -> tuple[list[_Target], list[str]]:
-    """List the tensors to write; every tensor of the model must be used, and none be missing."""
+    """List the tensors in the file's order; all of the model must be used, and none be missing."""
     checkpoint, family, shape = model.checkpoint, model.family, model.shape
     left = {n: t for n, t in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     notes = []
@@ -332,11 +301,9 @@ def _plan(
         assert weights is None or len(weights) == wanted.shape[-1], f"importance of {wanted.gguf}"
         targets.append(
             _Target(
-                name=wanted.gguf,
-                shape=wanted.shape,
+                tensor=wanted,
                 kind=kind,
                 source=stored,
-                tensor=wanted,
                 weights=weights if kind in WEIGHTED else None,
                 fallback=f"{missed} -> {kind}" if missed else None,
             )
@@ -348,6 +315,13 @@ def _plan(
             "they would be left out, so the file would be another model",
         )
     assert not means, f"importance of {sorted(means)}, which the model has not"
+    if model.rope.frequency_divisors is not None:
+        values = np.array(model.rope.frequency_divisors, np.float32)
+        computed = Tensor(gguf="rope_freqs.weight", source="", shape=values.shape)
+        targets.append(_Target(tensor=computed, kind="F32", source=values))
+    if any(one.kind not in VALUE_BYTES for one in targets):
+        # llama.cpp's own tool writes tensors layer by layer when it quantises.
+        targets.sort(key=lambda one: (one.tensor.layer, one.tensor.gguf))
     return targets, notes
 
 
@@ -401,12 +375,7 @@ def llama3_divisors(base: float, head_dim: int, given: Mapping[str, Any]) -> lis
     return divisors
 
 
-def _add_model_keys(
-    writer: GGUFWriter,
-    model: _Model,
-    quant: str,
-    name: str,
-) -> None:
+def _add_model_keys(writer: GGUFWriter, model: _Model, quant: str, name: str) -> None:
     """Write what llama.cpp builds the model from."""
     config, shape, rope = model.checkpoint.config, model.shape, model.rope
     writer.add_type("model")
@@ -451,6 +420,23 @@ def _add_vocabulary_keys(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
 
 
+def _add_further_keys(
+    writer: GGUFWriter, texts: Mapping[str, str], weighed: Importance | None, *, is_quantised: bool
+) -> None:
+    """Write a caller's texts, and what llama.cpp's own tool says last when it quantises."""
+    keys = writer.kv_data[0]
+    for key, value in texts.items():
+        assert key not in keys, f"{key} is written already"
+        # Not add_string, which leaves an empty text out.
+        writer.add_key_value(key, value, GGUFValueType.STRING)
+    for key in ("general.quantization_version", "general.file_type") if is_quantised else ():
+        keys[key] = keys.pop(key)
+    if weighed is not None:
+        writer.add_string("quantize.imatrix.dataset", SOURCE)
+        writer.add_uint32("quantize.imatrix.entries_count", len(weighed.mean_squares))
+        writer.add_uint32("quantize.imatrix.chunks_count", weighed.chunks)
+
+
 def _write(
     writer: GGUFWriter,
     targets: Sequence[_Target],
@@ -461,8 +447,8 @@ def _write(
     """Write header and weights, rounded in threads; count what became 0, and say where they are."""
     for target in targets:
         writer.add_tensor_info(
-            target.name,
-            target.shape,
+            target.tensor.gguf,
+            target.tensor.shape,
             np.dtype(np.float32),
             target.size_bytes,
             GGMLQuantizationType[target.kind],
@@ -504,14 +490,14 @@ def _encode(target: _Target, block: Floats, ggml: GgmlLibrary | None) -> tuple[N
     """Turn a block into what the file stores, and count what f16 makes 0 in it."""
     if not np.isfinite(block).all():
         raise ModelError(
-            f"tensor {target.name}",
+            f"tensor {target.tensor.gguf}",
             "it has values that are not finite, so the model writes nothing sensible",
             "train again, or take an earlier checkpoint",
         )
     if target.kind not in VALUE_BYTES:
         assert ggml is not None
         return ggml.rows(target.kind, target.halved(block), target.weights), 0
-    stored = encode_values(block, target.kind, target.name)
+    stored = encode_values(block, target.kind, target.tensor.gguf)
     if target.kind != "F16":
         return stored, 0
     # Numpy counts 16-bit numbers one by one unless they are integers; the sign is no part of zero.
@@ -537,7 +523,7 @@ def _compare_with_source(
     worst: dict[str, float] = {}
     with path.open("rb") as file:
         for one, offset in zip(targets, offsets, strict=True):
-            count = math.prod(one.shape[:-1])
+            count, name = math.prod(one.tensor.shape[:-1]), one.tensor.gguf
             picked, row_bytes, stored = _rows_to_check(count), one.size_bytes // count, []
             for row in picked:
                 file.seek(offset + row * row_bytes)
@@ -547,11 +533,11 @@ def _compare_with_source(
             error = _relative_error(rows, quants.dequantize(blocks, number), one.weights)
             if not error <= WORST_RELATIVE_RMSE[one.kind]:
                 raise GateError(
-                    f"{one.name} as {one.kind} is not its source: relative error {error:.3g}, "
+                    f"{name} as {one.kind} is not its source: relative error {error:.3g}, "
                     f"at most {WORST_RELATIVE_RMSE[one.kind]} expected"
                 )
             if one.kind == "Q8_0" and not np.array_equal(blocks, quants.quantize(rows, number)):
-                raise GateError(f"{one.name} as Q8_0 differs from the reference in numpy")
+                raise GateError(f"{name} as Q8_0 differs from the reference in numpy")
             worst[one.kind] = max(worst.get(one.kind, 0.0), error)
     return worst
 

@@ -168,8 +168,8 @@ def convert(export: Export, path: Path, spec: QuantSpec) -> ConversionReport:
             path,
             quant=spec.quant,
             name=export.stem,
-            chat_template=template,
-            extra={
+            texts={
+                "tokenizer.chat_template": template,
                 "tinyagent_fast.version": __version__,
                 "tinyagent_fast.prompt_format": tokenizer.prompt_format,
                 "tinyagent_fast.stop": END_OF_PLAN,

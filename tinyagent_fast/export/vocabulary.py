@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gguf import TokenType
-from tokenizers.pre_tokenizers import ByteLevel
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.checkpoints import read_json
@@ -26,25 +25,24 @@ _METASPACE = (
     "(tokenizer.json has a Metaspace pre-tokenizer)"
 )
 
-_LLAMA_3 = (
+LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN_2 = LLAMA_3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _DIGIT = r"\p{N}"
 
-# By patterns, which cut one after another, and ignore_merges (a word that is a token is not
-# merged): llama.cpp has no switch for the latter, it follows from the name. dbrx has Llama 3's
-# pattern and merges every word.
-_PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
-    ((_LLAMA_3,), True): "llama-bpe",
-    ((_LLAMA_3,), False): "dbrx",
-    ((_QWEN_2,), False): "qwen2",
-    ((_GPT_2,), False): "gpt-2",
-    ((_DIGIT, _GPT_2), False): "smollm",
+PRE_TOKENIZERS: Mapping[str, tuple[tuple[str, ...], bool]] = {
+    "llama-bpe": ((LLAMA_3_WORDS,), True),
+    "dbrx": ((LLAMA_3_WORDS,), False),
+    "qwen2": ((_QWEN_2,), False),
+    "gpt-2": ((_GPT_2,), False),
+    "smollm": ((_DIGIT, _GPT_2), False),
 }
+"""How llama.cpp cuts text under a name: the patterns, one after another, and ignore_merges (whether
+a word that is a token is not merged), for which it has no switch of its own."""
 
 # Control characters, and bytes that begin no character of UTF-8 or none that is assigned.
 _DISPENSABLE_BYTES = bytes(
@@ -97,8 +95,10 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise _other_ids(folder, f"its model is {model.get('type')}, and only BPE is known here")
     added, names = _added_tokens(folder, file), _special_names(folder)
-    read = _llama_vocabulary if model.get("byte_fallback") else _byte_level_vocabulary
-    vocabulary = read(folder, file, added)
+    if model.get("byte_fallback"):
+        vocabulary = _llama_vocabulary(folder, file, added)
+    else:
+        vocabulary = _byte_level_vocabulary(folder, file)
     tokens, notes = {**vocabulary.tokens, **_listed(folder, added)}, vocabulary.notes
     count = max(tokens) + 1
     if count > embedding_rows:
@@ -172,10 +172,10 @@ def _llama_vocabulary(
     return GgufVocabulary(model="llama", tokens=tokens, add_space_prefix=prefix, notes=notes)
 
 
-def _byte_level_vocabulary(
-    folder: Path, file: Mapping[str, Any], _added: Sequence[Mapping[str, Any]]
-) -> GgufVocabulary:
+def _byte_level_vocabulary(folder: Path, file: Mapping[str, Any]) -> GgufVocabulary:
     """Take a tokenizer.json that is a byte-level BPE, as GPT-2's, Llama 3's or our own."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     model = file["model"]
     pre = _pre_tokenizer_name(folder, file)
     normal = [step["type"] for step in _steps(file.get("normalizer"))]
@@ -183,7 +183,8 @@ def _byte_level_vocabulary(
         raise _other_ids(folder, f"its text is normalised ({', '.join(normal)})")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _other_ids(folder, "its tokens are marked at the beginning or end of words")
-    absent = [value for value, char in enumerate(_byte_characters()) if char not in model["vocab"]]
+    shown = bytes_to_unicode()
+    absent = [value for value, char in shown.items() if char not in model["vocab"]]
     if lost := [value for value in absent if value not in _DISPENSABLE_BYTES]:
         raise _other_ids(folder, f"{len(lost)} of the 256 bytes have no token")
     notes = ["text that is not in NFC gets other ids in llama.cpp"] if normal else []
@@ -207,22 +208,23 @@ def _pre_tokenizer_name(folder: Path, file: Mapping[str, Any]) -> str:
     if last.get("use_regex", True):
         patterns += (_GPT_2,)
     ignore_merges = bool(file["model"].get("ignore_merges"))
-    name = _PRE_TOKENIZERS.get((patterns, ignore_merges))
-    if name is None:
-        raise _other_ids(
-            folder,
-            f"it cuts words by a pattern with no known name in llama.cpp ({patterns}, "
-            f"ignore_merges {ignore_merges})",
-        )
-    return name
+    for name, known in PRE_TOKENIZERS.items():
+        if known == (patterns, ignore_merges):
+            return name
+    raise _other_ids(
+        folder,
+        f"it cuts words by a pattern with no known name in llama.cpp ({patterns}, "
+        f"ignore_merges {ignore_merges})",
+    )
 
 
-def word_patterns(name: str) -> tuple[tuple[str, ...], bool] | None:
-    """Give the patterns by which llama.cpp cuts text under a name; None if it is not known here.
+def byte_level_words(patterns: Sequence[str]) -> Any:
+    """Build the pre-tokenizer of a byte-level BPE that cuts text by patterns, one after another."""
+    from tokenizers import Regex, pre_tokenizers
 
-    The second value says whether a word that is a token is not merged.
-    """
-    return next((key for key, known in _PRE_TOKENIZERS.items() if known == name), None)
+    cuts = [pre_tokenizers.Split(Regex(one), "isolated") for one in patterns]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*cuts, to_bytes])
 
 
 def _listed(folder: Path, added: Sequence[Mapping[str, Any]]) -> dict[int, Token]:
@@ -268,15 +270,6 @@ def _space_prefix(file: Mapping[str, Any]) -> bool | None:
     if others not in ([], [{"type": "Prepend", "prepend": _SPACE}]):
         return None
     return bool(others)
-
-
-def _byte_characters() -> list[str]:
-    """List the characters that stand for the bytes 0 to 255 in a byte-level vocabulary."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = iter(range(0x100, 0x200))
-    characters = [chr(value if value in shown else next(hidden)) for value in range(256)]
-    assert set(characters) == set(ByteLevel.alphabet())
-    return characters
 
 
 def _split_pattern(step: Mapping[str, Any]) -> str | None:

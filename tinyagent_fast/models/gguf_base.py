@@ -7,8 +7,8 @@ from the architecture's name, so that ids differ, and cannot save what it read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 from tinyagent_fast.errors import ModelError, reading
 from tinyagent_fast.export.checkpoints import Floats, NewTensor, write_safetensors
 from tinyagent_fast.export.conversion import llama3_divisors
-from tinyagent_fast.export.vocabulary import word_patterns
+from tinyagent_fast.export.vocabulary import PRE_TOKENIZERS, byte_level_words
 from tinyagent_fast.models.families import FAMILIES, Family, ModelShape, Tensor
 from tinyagent_fast.models.older_readers import write_for_older_readers
 from tinyagent_fast.prompts.loading import sentencepiece_bpe
-from tinyagent_fast.runs import whole_folder
+from tinyagent_fast.runs import whole_folder, write_json
 
 _KEYS: Mapping[str, str] = {
     "context_length": "max_position_embeddings",
@@ -67,11 +67,10 @@ def base_from_gguf(
         file = _GgufFile(path)
         config = file.config()
         tokenizer = file.tokenizer()
-        tensors = file.tensors(ModelShape.from_config(config, str(path)))
+        tensors = file.tensors(ModelShape.from_config(config, str(path)), on_progress)
     with whole_folder(folder) as part:
-        text = json.dumps(config, indent=2) + "\n"
-        (part / "config.json").write_text(text, encoding="utf-8")
-        write_safetensors(part / "model.safetensors", _counted(tensors, on_progress))
+        write_json(part / "config.json", config)
+        write_safetensors(part / "model.safetensors", tensors)
         tokenizer.save_pretrained(str(part))
         write_for_older_readers(part)
 
@@ -178,7 +177,9 @@ class _GgufFile:
                 return rope
         raise self._refused("it scales RoPE frequencies", "not as the Llama 3 models do")
 
-    def tensors(self, shape: ModelShape) -> list[NewTensor]:
+    def tensors(
+        self, shape: ModelShape, on_progress: Callable[[int, int], None]
+    ) -> list[NewTensor]:
         """List the weights as transformers names them; all of the file's must be among them."""
         wanted = list(self.family.tensors(shape))
         strange = self.stored.keys() - {one.gguf for one in wanted} - {"rope_freqs.weight"}
@@ -186,7 +187,7 @@ class _GgufFile:
             what = f"it has the tensor {min(strange)}"
             raise self._refused(what, f"a plain {self.family.name} has none of that name")
         found = []
-        for one in wanted:
+        for at, one in enumerate(wanted, start=1):
             stored = self.stored.get(one.gguf)
             if stored is None or tuple(stored.shape[::-1]) != one.shape:
                 has = "none" if stored is None else f"shape {tuple(stored.shape[::-1])}"
@@ -194,10 +195,11 @@ class _GgufFile:
                 raise self._refused(what, f"the file has {has}")
             kind = stored.tensor_type.name
             kind = kind if kind in ("F16", "BF16") else "F32"
-            found.append(NewTensor(one.source, kind, one.shape, self._blocks(one)))
+            blocks = self._blocks(one, partial(on_progress, at, len(wanted)))
+            found.append(NewTensor(one.source, kind, one.shape, blocks))
         return found
 
-    def _blocks(self, wanted: Tensor) -> Iterator[Floats]:
+    def _blocks(self, wanted: Tensor, when_written: Callable[[], None]) -> Iterator[Floats]:
         """Dequantise a tensor, with rows and values as transformers stores them."""
         from gguf.quants import dequantize
 
@@ -207,6 +209,7 @@ class _GgufFile:
             pairs = values.reshape(-1, wanted.head_rows // 2, 2, *wanted.shape[1:])
             values = pairs.swapaxes(1, 2)
         yield values.reshape(wanted.shape) - np.float32(wanted.shift)
+        when_written()
 
     def tokenizer(self) -> Any:
         """Build the tokenizer that gives the ids that llama.cpp gives for this file."""
@@ -249,35 +252,18 @@ class _GgufFile:
     ) -> Any:
         """Build a byte-level BPE that cuts text into words as the file's name for that says."""
         from gguf import TokenType
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import AddedToken, Tokenizer, decoders, models
 
-        found = word_patterns(keys.get("pre", "default"))
-        if found is None:
+        if keys.get("pre") not in PRE_TOKENIZERS:
             what = f"its text is cut into words by {keys.get('pre')!r}"
             raise self._refused(what, "the project does not know this pattern")
-        patterns, ignore_merges = found
+        patterns, ignore_merges = PRE_TOKENIZERS[keys["pre"]]
         vocab = {
             text: index for index, (text, kind) in enumerate(tokens) if kind != TokenType.UNUSED
         }
         merges = [tuple(pair.split(" ", 1)) for pair in keys["merges"]]
         core = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
-        core.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                *(pre_tokenizers.Split(Regex(one), "isolated") for one in patterns),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        core.pre_tokenizer = byte_level_words(patterns)
         core.decoder = decoders.ByteLevel()
         core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
         return core
-
-
-def _counted(tensors: list[NewTensor], on_progress: Callable[[int, int], None]) -> list[NewTensor]:
-    def counted(at: int, blocks: Any) -> Iterator[Floats]:
-        yield from blocks
-        on_progress(at, len(tensors))
-
-    return [
-        NewTensor(one.name, one.dtype, one.shape, counted(at, one.blocks))
-        for at, one in enumerate(tensors, start=1)
-    ]

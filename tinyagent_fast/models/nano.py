@@ -20,18 +20,10 @@ if TYPE_CHECKING:
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 
-# How Llama 3 cuts text into words, which llama.cpp knows by name.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
 # What merges are learned on: no quote or bracket is part of a word, so that a quoted name is made
 # of the same tokens in a request and in a plan, and a small model can copy it. Digits stay single:
 # ten of them are learned sooner than a hundred numbers.
 _MERGED = r"_[A-Za-z]+| ?[A-Za-z]+|\p{N}| ?[^\sA-Za-z\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-
 
 NANO_SHAPE = ModelShape(
     hidden=256, intermediate=256, layers=3, heads=4, kv_heads=2, head_dim=64, vocab=1536, tied=True
@@ -60,18 +52,13 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_pieces: int) -> Any:
     Returns:
         A transformers fast tokenizer of so many tokens, `<unk>`, `<s>` and `</s>` included.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from tinyagent_fast.export.vocabulary import LLAMA_3_WORDS, byte_level_words
+
     core = Tokenizer(models.BPE())
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def cut(pattern: str) -> Any:
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only]
-        )
-
-    core.pre_tokenizer = cut(_MERGED)
+    core.pre_tokenizer = byte_level_words([_MERGED])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_pieces,
@@ -80,7 +67,7 @@ def train_bpe_tokenizer(texts: Sequence[str], vocab_pieces: int) -> Any:
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    core.pre_tokenizer = cut(_WORDS)
+    core.pre_tokenizer = byte_level_words([LLAMA_3_WORDS])  # llama.cpp knows it by name
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=UNK
     )
