@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -520,7 +521,9 @@ def test_rows_of_generated_data_are_shown_with_their_counts(
     last = got.out.splitlines()[-1]
     assert last.startswith(f"2 rows: {total} tokens, {sum(supervised)} supervised (")
     assert "### Instruction:" in got.out
-    assert got.out.count("join()<END_OF_PLAN>") == 2
+    marked = re.findall("\u00ab(.*?)\u00bb", got.out, re.DOTALL)
+    assert "".join(marked).count("join()<END_OF_PLAN>") == 2
+    assert len(marked) == sum(supervised)
 
 
 def test_no_rows_are_nothing_to_show(call: Callable[..., Output]) -> None:

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tinyagent_fast.interrupts import raise_swallowed_interrupt
+from tinyagent_fast.plans.drawing import printable
 
 SILENT_S = 9.0
 """After so long without a line, one says what is going on; with the tick, at least every 10 s."""
@@ -78,7 +80,7 @@ class Display:
         """Print a panel with the name and value of each line."""
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(f"[bold]{name}[/bold]", value)
+            table.add_row(Text(name, style="bold"), Text(printable(value)))
         self.console.print(Panel(table, title=title, title_align="left", expand=False))
 
     def tell_if_silent(self) -> None:

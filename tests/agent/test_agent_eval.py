@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tinyagent_fast.agent.evaluate import (
     run_tasks,
     tasks_of,
 )
-from tinyagent_fast.agent.loop import RuleJoiner, Written, execute, whole_plan
+from tinyagent_fast.agent.loop import Pieces, RuleJoiner, execute, whole_plan
 from tinyagent_fast.agent.models import (
     OWN_JOINER_TEXT,
     BatchedModel,
@@ -48,7 +48,7 @@ from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entr
 from tinyagent_fast.data.generation.outcomes import replan
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.display import Display
-from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.plans.grammar import (
     END_OF_PLAN,
@@ -78,7 +78,7 @@ class Oracle:
         self.labels = {task.example.user: task.label for task in tasks}
         self.spoil = spoil
 
-    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+    async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         user = next(u for u in self.labels if prompt.user.startswith(u))
         label = self.labels[user]
         if prompt.user == user:
@@ -203,7 +203,7 @@ def test_with_the_grammar_every_plan_is_held_to_the_tools_of_its_prompt() -> Non
     asked: list[Prompt] = []
 
     class Noted(Oracle):
-        async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+        async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
             asked.append(prompt)
             async for piece in super().plan(prompt, done):
                 yield piece
@@ -279,8 +279,8 @@ def test_an_error_of_the_model_reaches_every_agent() -> None:
 def test_a_streamed_plan_comes_in_pieces_and_can_be_left() -> None:
     scripted, writer = planner(["1. a()\n", "2. b()\n", "3. join()"])
 
-    async def whole() -> tuple[list[str], list[Written]]:
-        costs: list[Written] = []
+    async def whole() -> tuple[list[str], list[Completion]]:
+        costs: list[Completion] = []
         stream = StreamingModel(scripted).plan(Prompt(system=None, user="q"), costs.append)
         return [piece async for piece in stream], costs
 
@@ -345,7 +345,7 @@ def test_the_loop_works_with_the_published_prompts(real_data: Path) -> None:
     assert {joiner_text_of(join) for join in joins} == {text}
 
     class Published(Oracle):
-        async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+        async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
             assert (prompt.system or "").startswith("Given a user query, create a plan")
             async for piece in super().plan(prompt, done):
                 yield piece
@@ -353,8 +353,6 @@ def test_the_loop_works_with_the_published_prompts(real_data: Path) -> None:
     asked: list[Prompt] = []
 
     async def complete(prompt: Prompt, stop: str) -> Any:
-        from tinyagent_fast.inference.engine import Completion
-
         asked.append(prompt)
         said = _verdict(prompt.user.rpartition("\n\n")[2])
         return Completion(text=said, stop_reason="stop", new_tokens=9, prompt_tokens=9)

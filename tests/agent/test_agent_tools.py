@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from tinyagent_fast.agent.loop import Execution, execute
+from tinyagent_fast.agent.loop import Execution, Pieces, execute
 from tinyagent_fast.agent.tools import (
     RunnableTool,
     ToolError,
@@ -77,7 +76,7 @@ def test_a_module_gives_a_tool_for_each_public_function(home: dict[str, Runnable
 
 
 def run_plan(tools: dict[str, RunnableTool], text: str) -> Execution:
-    async def plan() -> AsyncIterator[str]:
+    async def plan() -> Pieces:
         yield text
 
     return asyncio.run(execute(plan(), tools))
@@ -158,7 +157,7 @@ def test_the_tools_of_a_real_mcp_server_can_be_planned_with() -> None:
                 '3. dim(["$1"], 40, "2.5", True)\n4. dim(["$1"], "much", "1", False)\n5. join()'
             )
 
-            async def pieces() -> AsyncIterator[str]:
+            async def pieces() -> Pieces:
                 yield plan
 
             return tools, await execute(pieces(), tools)

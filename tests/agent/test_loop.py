@@ -6,8 +6,9 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,14 +20,14 @@ from tinyagent_fast.agent.loop import (
     Agent,
     AgentSettings,
     Execution,
+    Pieces,
     RuleJoiner,
     Verdict,
-    Written,
     replan_user_text,
     scratchpad,
 )
 from tinyagent_fast.agent.tools import RunnableTool, ToolError
-from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.plans.grammar import JoinerAnswer, reference_uses, substitute
 from tinyagent_fast.plans.tools import Parameter, Tool
 
@@ -46,13 +47,17 @@ class Script:
         self.piece = piece
         self.asked: list[Prompt] = []
 
-    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+    async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         self.asked.append(prompt)
         text = self.plans.pop(0)
         for at in range(0, len(text), self.piece):
             yield text[at : at + self.piece]
             await asyncio.sleep(0)
-        done(Written(text=text, new_tokens=len(text), seconds=0.5))
+        done(
+            Completion(
+                text=text, stop_reason="stop", new_tokens=len(text), prompt_tokens=9, seconds=0.5
+            )
+        )
 
 
 def agent_with(*tools: RunnableTool, script: Script | None = None, **settings: Any) -> Agent:
@@ -64,12 +69,12 @@ def agent_with(*tools: RunnableTool, script: Script | None = None, **settings: A
     )
 
 
-async def pieces_of(text: str) -> AsyncIterator[str]:
+async def pieces_of(text: str) -> Pieces:
     for at in range(0, len(text), 5):
         yield text[at : at + 5]
 
 
-def running(agent: Agent, pieces: AsyncIterator[str]) -> Coroutine[Any, Any, Execution]:
+def running(agent: Agent, pieces: Pieces) -> Coroutine[Any, Any, Execution]:
     return loop.execute(pieces, agent.tools, agent.settings)
 
 
@@ -177,7 +182,7 @@ def test_a_call_starts_while_the_rest_of_the_plan_is_still_written() -> None:
             started.set()
             return "x"
 
-        async def slow_plan() -> AsyncIterator[str]:
+        async def slow_plan() -> Pieces:
             yield "1. act()\n2. a"
             await asyncio.wait_for(started.wait(), 5)
             yield "ct()\n3. join()"
@@ -197,7 +202,7 @@ def test_a_writer_that_fails_ends_the_calls_and_reaches_the_caller() -> None:
         finally:
             ended.append(True)
 
-    async def broken() -> AsyncIterator[str]:
+    async def broken() -> Pieces:
         yield "1. act()\n2. act()"
         await settled()
         raise ValueError("the model is gone")
@@ -401,13 +406,11 @@ def test_a_joiner_that_wants_yet_another_plan_is_given_up_on() -> None:
             return Verdict(answer=JoinerAnswer("", "Replan", ""))
 
     agent = agent_with(flaky(0), script=Script(*['1. act("x")\n2. join()'] * 2), max_replans=1)
-    agent.joiner = Stubborn()
-    outcome = run(agent)
+    outcome = run(replace(agent, joiner=Stubborn()))
     assert outcome.gave_up and outcome.failed and outcome.replans == 1
     assert outcome.message.startswith("Not done")
     agent = agent_with(flaky(9), script=Script('1. act("x")\n2. join()'), max_replans=0)
-    agent.joiner = Stubborn()
-    assert "busy" in run(agent).message
+    assert "busy" in run(replace(agent, joiner=Stubborn())).message
 
 
 def test_whatever_a_tool_gives_can_be_told_and_passed_on() -> None:
@@ -448,8 +451,7 @@ def test_changes_are_asked_for_and_what_is_refused_is_not_done() -> None:
         asked.append(tool.name)
         return False
 
-    agent.allow = refuse
-    outcome = run(agent)
+    outcome = run(replace(agent, allow=refuse))
     assert (asked, ran) == (["write"], ["look"])
     assert [call.status for call in outcome.rounds[0].execution.calls] == ["refused", "done"]
 
@@ -457,8 +459,7 @@ def test_changes_are_asked_for_and_what_is_refused_is_not_done() -> None:
 def test_events_tell_the_whole_story_in_plain_values() -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     agent = agent_with(flaky(1), script=Script(*['1. act("x")\n2. join()'] * 2))
-    agent.on_event = lambda kind, content: events.append((kind, dict(content)))
-    run(agent)
+    run(replace(agent, on_event=lambda kind, content: events.append((kind, dict(content)))))
     kinds = [kind for kind, _ in events if kind != "text"]
     one = ["plan", "call", "start", "observation", "join"]
     assert kinds == [*one, *one, "end"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinyagent_fast.agent import loop
-from tinyagent_fast.agent.loop import AgentSettings, Execution
+from tinyagent_fast.agent.loop import AgentSettings, Execution, Pieces
 from tinyagent_fast.agent.sandbox import (
     RECOVERABLE,
     Desktop,
@@ -31,7 +31,7 @@ from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool
 
 
 def execute(tools: Any, text: str, **settings: float) -> Execution:
-    async def pieces() -> AsyncIterator[str]:
+    async def pieces() -> Pieces:
         yield text
 
     return asyncio.run(loop.execute(pieces(), tools, AgentSettings(**settings)))

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from stand_ins import ScriptedWriter, planner_with
 
-from tinyagent_fast.chat.terminal import converse, show_header, show_stream
+from tinyagent_fast.chat.terminal import converse, show_stream
+from tinyagent_fast.display import Display
 from tinyagent_fast.plans.drawing import draw_plan
 
 PLAN = """1. get_phone_number("Sid")
@@ -69,9 +70,9 @@ def test_a_failing_console_leaves_the_model_free(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_header_names_every_fact(quiet: Any) -> None:
-    show_header(quiet, "title", {"model": "a\x1b[31m", "engine": "b"})
+    Display(quiet).header("title", {"model": "a\x1b[31m", "engine": "b", "run": "[bold]"})
     said = quiet.file.getvalue()
-    assert "title" in said
+    assert "title" in said and "[bold]" in said
     assert "engine  b" in said
     assert "\x1b" not in said
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,9 @@ from tinyagent_fast.agent.loop import (
     AgentSettings,
     Joiner,
     Outcome,
+    Pieces,
     RuleJoiner,
     Writer,
-    Written,
     execute,
     whole_plan,
 )
@@ -44,7 +44,7 @@ from tinyagent_fast.evaluation.joins import JoinMetrics, score_joins
 from tinyagent_fast.evaluation.report import Cell, FactTable, percent, plain
 from tinyagent_fast.evaluation.scoring import score_pair
 from tinyagent_fast.evaluation.statistics import Proportion, mcnemar_exact_p
-from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.interrupts import run_async
 from tinyagent_fast.plans.grammar import END_OF_RESPONSE, Plan, PlanError, parse_plan, render_plan
@@ -300,7 +300,6 @@ async def run_tasks(
     max_replans: int = 2,
     time_scale: float = 0.0,
     faults_seed: int | None = None,
-    on_done: Callable[[TaskResult], None] = lambda _: None,
 ) -> list[TaskResult]:
     """Answer all queries side by side, each in a sandbox of its own.
 
@@ -312,7 +311,6 @@ async def run_tasks(
         max_replans: How often another plan is made at most.
         time_scale: As for a sandbox.
         faults_seed: Each query meets a fault that is drawn with it; None is no faults.
-        on_done: Told of each result.
 
     Returns:
         Results in the order of the tasks.
@@ -327,26 +325,26 @@ async def run_tasks(
         sandbox = sandbox_for(task.label, tools, faults=faults, time_scale=time_scale)
         spoilt = writer if fault is None or fault.kind != "malformed" else _Spoilt(writer, rng)
         states: list[State] = []
-        agent = Agent(spoilt, joiner, sandbox.tools, settings)
+
+        def on_event(kind: str, _content: Mapping[str, Any]) -> None:
+            if kind == "join":
+                states.append(sandbox.state())
+
+        agent = Agent(spoilt, joiner, sandbox.tools, settings, on_event=on_event)
         try:
-            outcome = await agent.run(
-                task.example.query,
-                task.prompt,
-                after_round=lambda _: states.append(sandbox.state()),
-            )
+            outcome = await agent.run(task.example.query, task.prompt)
         finally:
             sandbox.close()
-        first = outcome.rounds[0].execution.text if fault is None else outcome.rounds[0].plan.text
-        result = TaskResult(
+        first = outcome.rounds[0]
+        text = first.execution.text if first.plan is None else first.plan.text
+        return TaskResult(
             task=task,
             outcome=outcome,
             fault=fault,
             reached=tuple(state.reaches(task.target) for state in states),
             reached_but_wording=states[-1].reaches(task.target, wording=False),
-            plan_right=score_pair(task.example.output, first, tools).success,
+            plan_right=score_pair(task.example.output, text, tools).success,
         )
-        on_done(result)
-        return result
 
     return list(await asyncio.gather(*map(one, tasks)))
 
@@ -358,7 +356,7 @@ class _Spoilt:
         self.writer = writer
         self.rng: random.Random | None = rng
 
-    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+    async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         text = "".join([piece async for piece in self.writer.plan(prompt, done)])
         rng, self.rng = self.rng, None
         yield text if rng is None else malformed(text, rng)

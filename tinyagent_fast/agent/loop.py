@@ -12,14 +12,14 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from tinyagent_fast.agent.tools import RunnableTool, ToolError, as_text
 from tinyagent_fast.errors import count_of
-from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.plans.grammar import (
     JoinerAnswer,
     Step,
@@ -126,6 +126,8 @@ class AgentSettings:
 
 Allow = Callable[[RunnableTool, Sequence[object]], Awaitable[bool]]
 OnEvent = Callable[[str, Mapping[str, Any]], None]
+Pieces = AsyncGenerator[str, None]
+"""A plan's text as it is written; closing it breaks the writer off."""
 
 
 async def allow_all(_tool: RunnableTool, _arguments: Sequence[object]) -> bool:
@@ -134,7 +136,7 @@ async def allow_all(_tool: RunnableTool, _arguments: Sequence[object]) -> bool:
 
 
 async def execute(
-    pieces: AsyncIterator[str],
+    pieces: Pieces,
     tools: Mapping[str, RunnableTool],
     settings: AgentSettings = AgentSettings(),
     *,
@@ -156,7 +158,7 @@ async def execute(
     return await _Plan(tools, settings, allow, on_event).run(pieces)
 
 
-async def whole_plan(text: str) -> AsyncIterator[str]:
+async def whole_plan(text: str) -> Pieces:
     """Give a plan that is there already in one piece, for `execute`."""
     yield text
 
@@ -165,29 +167,23 @@ class _TimedOut(Exception):
     """A call took too long; not one of the errors that a tool may raise itself."""
 
 
+@dataclass(eq=False)
 class _Plan:
     """One plan under way: a task for each call, which waits for the tasks that it needs."""
 
-    def __init__(
-        self,
-        tools: Mapping[str, RunnableTool],
-        settings: AgentSettings,
-        allow: Allow,
-        on_event: OnEvent,
-    ) -> None:
-        self.tools = tools
-        self.settings = settings
-        self.allow = allow
-        self.on_event = on_event
-        self.began = time.perf_counter()
-        self.tasks: dict[int, asyncio.Task[CallRecord]] = {}
-        self.inner: dict[asyncio.Future[Any], str] = {}
-        """What runs inside calls, with the tool's name, until it has really ended."""
+    tools: Mapping[str, RunnableTool]
+    settings: AgentSettings
+    allow: Allow
+    on_event: OnEvent
+    began: float = field(default_factory=time.perf_counter)
+    tasks: dict[int, asyncio.Task[CallRecord]] = field(default_factory=dict)
+    inner: dict[asyncio.Future[Any], str] = field(default_factory=dict)
+    """What runs inside calls, with the tool's name, until it has really ended."""
 
-    async def run(self, pieces: AsyncIterator[str]) -> Execution:
+    async def run(self, pieces: Pieces) -> Execution:
         text, done_chars, problem = "", 0, None
         try:
-            async with aclosing(_as_generator(pieces)) as written:
+            async with aclosing(pieces) as written:
                 async for piece in written:
                     text += piece
                     self.on_event("text", {"piece": piece})
@@ -284,17 +280,13 @@ class _Plan:
         inner.add_done_callback(self.forget)
         try:
             done, _ = await asyncio.wait([inner], timeout=limit)
-        except asyncio.CancelledError:
-            self.break_off(inner, tool)
+            if not done:
+                raise _TimedOut
+        except (asyncio.CancelledError, _TimedOut):
+            if tool.is_async:
+                inner.cancel()
             raise
-        if not done:
-            self.break_off(inner, tool)
-            raise _TimedOut
         return inner.result()
-
-    def break_off(self, inner: asyncio.Future[Any], tool: RunnableTool) -> None:
-        if tool.is_async:
-            inner.cancel()
 
     def forget(self, inner: asyncio.Future[Any]) -> None:
         del self.inner[inner]
@@ -312,16 +304,6 @@ class _Plan:
 
     def now(self) -> float:
         return time.perf_counter() - self.began
-
-
-async def _as_generator(pieces: AsyncIterator[str]) -> Any:
-    """Make any iterator one that can be closed, and close what it reads from."""
-    try:
-        async for piece in pieces:
-            yield piece
-    finally:
-        if hasattr(pieces, "aclose"):
-            await pieces.aclose()
 
 
 def _plain(value: object, depth: int = 0) -> Any:
@@ -410,30 +392,21 @@ def _shortened(text: str) -> str:
 # --- the loop
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A plan or an answer that a model wrote, and what it cost."""
-
-    text: str
-    new_tokens: int = 0
-    prompt_tokens: int = 0
-    seconds: float = 0.0
-
-
 class Writer(Protocol):
     """What writes plans."""
 
-    def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
-        """Write the plan that a prompt asks for, piece by piece; `done` gets the cost."""
+    def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
+        """Write the plan that a prompt asks for, piece by piece; `done` gets the whole."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a joiner decided, and what it cost."""
+    """What a joiner decided."""
 
     answer: JoinerAnswer
-    cost: Written = Written(text="")
+    completion: Completion | None = None
+    """What the model wrote, if one judges."""
 
 
 class Joiner(Protocol):
@@ -478,7 +451,8 @@ class Round:
     """One plan, what it gave, and the verdict on it."""
 
     execution: Execution
-    plan: Written
+    plan: Completion | None
+    """What the model wrote, where it came to an end."""
     verdict: Verdict
 
 
@@ -545,7 +519,8 @@ class Outcome:
 
     def cost(self) -> dict[str, float]:
         """Sum tokens, calls and seconds."""
-        written = [w for r in self.rounds for w in (r.plan, r.verdict.cost)]
+        both = [w for r in self.rounds for w in (r.plan, r.verdict.completion)]
+        written = [completion for completion in both if completion is not None]
         executions = [r.execution for r in self.rounds]
         return {
             "new_tokens": sum(w.new_tokens for w in written),
@@ -557,50 +532,27 @@ class Outcome:
         }
 
 
+@dataclass(frozen=True)
 class Agent:
     """A writer of plans, tools and a joiner, put together."""
 
-    def __init__(
-        self,
-        writer: Writer,
-        joiner: Joiner,
-        tools: Mapping[str, RunnableTool],
-        settings: AgentSettings = AgentSettings(),
-        *,
-        allow: Allow = allow_all,
-        on_event: OnEvent = lambda _kind, _content: None,
-    ) -> None:
-        """Put an agent together.
+    writer: Writer
+    joiner: Joiner
+    tools: Mapping[str, RunnableTool]
+    """By name; plans may call no others."""
+    settings: AgentSettings = AgentSettings()
+    allow: Allow = field(default=allow_all, kw_only=True)
+    """Asked before each call that changes something, with converted arguments."""
+    on_event: OnEvent = field(default=lambda _kind, _content: None, kw_only=True)
+    """Told what happens: `plan`, `text`, `call`, `start`, `observation`, `problem`, `join` (once
+    all calls of a plan have ended) and `end`, with plain values."""
 
-        Args:
-            writer: Writes the plans.
-            joiner: Judges what they gave.
-            tools: By name; plans may call no others.
-            settings: Limits.
-            allow: Asked before each call that changes something, with converted arguments.
-            on_event: Told what happens: `plan`, `text`, `call`, `start`, `observation`, `problem`,
-                `join` and `end`, with plain values.
-        """
-        self.writer = writer
-        self.joiner = joiner
-        self.tools = tools
-        self.settings = settings
-        self.allow = allow
-        self.on_event = on_event
-
-    async def run(
-        self,
-        request: str,
-        prompt: Prompt,
-        *,
-        after_round: Callable[[int], None] = lambda _number: None,
-    ) -> Outcome:
+    async def run(self, request: str, prompt: Prompt) -> Outcome:
         """Answer a request: plan, run and judge, until it is finished or no replan is left.
 
         Args:
             request: What the user asked for, for the joiner.
             prompt: Asks for the first plan.
-            after_round: Told the number of each plan, from 0, once its calls have ended.
         """
         began = time.perf_counter()
         rounds: list[Round] = []
@@ -613,9 +565,9 @@ class Agent:
                 told = [(r.execution, r.verdict.answer.thought) for r in rounds]
                 asked = replace(prompt, user=replan_user_text(prompt.user, told))
             self.on_event("plan", {"number": number, "system": asked.system, "user": asked.user})
-            costs: list[Written] = []
+            done: list[Completion] = []
             execution = await execute(
-                self.writer.plan(asked, costs.append),
+                self.writer.plan(asked, done.append),
                 self.tools,
                 self.settings,
                 allow=self.allow,
@@ -623,12 +575,11 @@ class Agent:
             )
             if execution.problem is not None:
                 self.on_event("problem", {"observation": execution.problem})
-            after_round(number)
             executions = [*(r.execution for r in rounds), execution]
             verdict = await self.joiner.judge(request, executions, last=last)
             answer = verdict.answer
-            written = costs[-1] if costs else Written(text=execution.text)
-            rounds.append(Round(execution=execution, plan=written, verdict=verdict))
+            plan = done[-1] if done else None
+            rounds.append(Round(execution=execution, plan=plan, verdict=verdict))
             self.on_event("join", {"by": self.joiner.name, **vars(answer)})
             if answer.action != "Replan":
                 break

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.agent.loop import Execution, Verdict, Written, scratchpad
+from tinyagent_fast.agent.loop import Execution, Pieces, Verdict, scratchpad
 from tinyagent_fast.data.generation.prompts import joiner_prompt
 from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.inference.planner import Planner, PlanStream
@@ -23,16 +23,6 @@ Complete = Callable[[Prompt, str], Awaitable[Completion]]
 """Completes a prompt up to a stop string."""
 
 
-def cost_of(done: Completion) -> Written:
-    """Take what a completion cost out of it."""
-    return Written(
-        text=done.text,
-        new_tokens=done.new_tokens,
-        prompt_tokens=done.prompt_tokens,
-        seconds=done.seconds,
-    )
-
-
 class StreamingModel:
     """A planner that writes for one agent; its plans can be run while they are written."""
 
@@ -40,7 +30,7 @@ class StreamingModel:
         """Take a planner; it stays the caller's to close."""
         self.planner = planner
 
-    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+    async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         """Write a plan piece by piece; leaving early breaks the model off."""
         # Its calls run while it is written, so nothing that was shown may be taken back.
         built = BuiltPrompt(prompt, "an agent")
@@ -68,7 +58,7 @@ class StreamingModel:
             await asyncio.wait({writing})
         writing.result()
         if stream.result is not None:
-            done(cost_of(stream.result.completion))
+            done(stream.result.completion)
 
     async def complete(self, prompt: Prompt, stop: str) -> Completion:
         """Complete a prompt, such as a joiner's."""
@@ -97,10 +87,10 @@ class BatchedModel:
         self._waiting: list[tuple[Prompt, str]] = []
         self._working: asyncio.Task[None] | None = None
 
-    async def plan(self, prompt: Prompt, done: Callable[[Written], None]) -> AsyncIterator[str]:
+    async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         """Write a plan, and give it in one piece."""
         completion = await self.complete(prompt, END_OF_PLAN)
-        done(cost_of(completion))
+        done(completion)
         yield completion.text
 
     async def complete(self, prompt: Prompt, stop: str) -> Completion:
@@ -179,4 +169,4 @@ class ModelJoiner:
         answer = parse_joiner(done.text)
         if answer.action is None:
             answer = replace(answer, action="Finish")
-        return Verdict(answer=answer, cost=cost_of(done))
+        return Verdict(answer=answer, completion=done)

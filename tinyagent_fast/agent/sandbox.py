@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tinyagent_fast.agent.tools import RunnableTool, ToolError
 from tinyagent_fast.plans.grammar import Plan, Step
@@ -104,51 +104,38 @@ class State:
             return False
         if wording:
             return self.changes == label.changes
-        return _without_wording(self.changes) == _without_wording(label.changes)
+        return self._without_wording() == label._without_wording()
 
-
-def _without_wording(changes: Mapping[str, Counter[tuple[tuple[str, str], ...]]]) -> object:
-    kept: dict[str, Counter[object]] = {}
-    for table, rows in changes.items():
-        kept[table] = Counter()
-        for row, count in rows.items():
-            kept[table][tuple(c for c in row if c[0] not in _FREE_TEXT)] += count
-    return kept
-
-
-class Sandbox(Protocol):
-    """Where a plan can be run without harm."""
-
-    tools: Mapping[str, RunnableTool]
-
-    def state(self) -> State:
-        """Give what the calls so far have led to."""
-        ...
-
-    def close(self) -> None:
-        """Free it."""
-        ...
+    def _without_wording(self) -> object:
+        return {
+            table: Counter(
+                tuple(cell for cell in row if cell[0] not in _FREE_TEXT) for row in rows.elements()
+            )
+            for table, rows in self.changes.items()
+        }
 
 
 def sandbox_for(
-    label: Plan,
+    label: Plan | None,
     tools: Mapping[str, Tool] | None = None,
     *,
+    path: Path | None = None,
     faults: Sequence[Fault] = (),
     time_scale: float = 0.0,
-) -> Sandbox:
+) -> Desktop | Recorder:
     """Make a sandbox that holds what a label needs: its contacts, files and notes.
 
     Args:
-        label: The plan.
+        label: The plan; without one, what is asked for is made up.
         tools: Tools by name; None stands for TinyAgent's own.
+        path: As for `Desktop`.
         faults: What goes wrong.
         time_scale: Calls take this share of the time that such calls take on a desktop.
     """
     if tools is not None and not set(tools) <= set(TINYAGENT):
         return Recorder(tools, faults=faults, time_scale=time_scale)
-    desktop = Desktop(faults=faults, time_scale=time_scale)
-    for step in label.steps:
+    desktop = Desktop(path, faults=faults, time_scale=time_scale, obliging=label is None)
+    for step in label.steps if label else ():
         desktop.furnish(step)
     return desktop
 
@@ -540,7 +527,7 @@ class Recorder:
         if self._time_scale:
             await asyncio.sleep(_DELAY_S * self._time_scale)
         self.calls.append((name, arguments))
-        kind = getattr(self.tools[name].tool, "returns", "") or "done"
+        kind = self.tools[name].tool.returns or "done"
         return f"{kind} {_number(name, *arguments) % 10**6:06d}"
 
     def state(self) -> State:

@@ -26,7 +26,7 @@ from tinyagent_fast.agent.models import (
     StreamingModel,
     joiner_text_of,
 )
-from tinyagent_fast.agent.sandbox import Desktop, Recorder
+from tinyagent_fast.agent.sandbox import sandbox_for
 from tinyagent_fast.agent.tools import RunnableTool, mcp_tools, tools_of_module
 from tinyagent_fast.data.cache import load_examples
 from tinyagent_fast.data.schema import Example
@@ -85,28 +85,18 @@ class AgentSpec:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
 class OpenAgent:
     """A planner with tools that can be run; it answers requests, also several at once."""
 
-    def __init__(
-        self,
-        planner: Planner,
-        tools: Mapping[str, RunnableTool],
-        joiner: Joiner,
-        spec: AgentSpec,
-        trace: Path | None,
-    ) -> None:
-        """Put it together; `open_agent` is the usual way."""
-        self.tools = tools
-        self.real = spec.tools is not None or spec.mcp is not None
-        """Whether calls may change something outside a sandbox."""
-        self.trace = trace
-        """File that gets a line of JSON for each request."""
-        self._planner = planner
-        self._joiner = joiner
-        self._settings = AgentSettings(
-            max_replans=spec.max_replans, call_timeout_s=spec.call_timeout_s
-        )
+    planner: Planner
+    joiner: Joiner
+    tools: Mapping[str, RunnableTool]
+    real: bool
+    """Whether calls may change something outside a sandbox."""
+    settings: AgentSettings
+    trace: Path | None
+    """File that gets a line of JSON for each request."""
 
     @property
     def plain_tools(self) -> dict[str, Tool]:
@@ -118,7 +108,7 @@ class OpenAgent:
         """What a user should know before anything is run."""
         if not self.real:
             return ["in a sandbox: nothing real is touched"]
-        missing = [n for n in self._planner.tools or TINYAGENT if n not in self.tools]
+        missing = [n for n in self.planner.tools or TINYAGENT if n not in self.tools]
         if not missing:
             return []
         return [f"note: the model may call what is not among the tools: {', '.join(missing)}"]
@@ -139,11 +129,9 @@ class OpenAgent:
             allow: As for `Agent`.
             on_event: As for `Agent`.
         """
-        model = StreamingModel(self._planner)
-        agent = Agent(
-            model, self._joiner, self.tools, self._settings, allow=allow, on_event=on_event
-        )
-        outcome = await agent.run(request, self._planner.prompts.build(request, system).prompt)
+        model = StreamingModel(self.planner)
+        agent = Agent(model, self.joiner, self.tools, self.settings, allow=allow, on_event=on_event)
+        outcome = await agent.run(request, self.planner.prompts.build(request, system).prompt)
         if self.trace is not None:
             self.trace.parent.mkdir(parents=True, exist_ok=True)
             with self.trace.open("a", encoding="utf-8") as stream:
@@ -168,7 +156,6 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
     joiner = (
         RuleJoiner() if judge == "rule" else ModelJoiner(StreamingModel(planner).complete, text)
     )
-    trace = spec.trace or (run.path / "agent" / "traces.jsonl" if run else None)
     tools: Mapping[str, RunnableTool]
     async with AsyncExitStack() as stack:
         if spec.tools:
@@ -176,16 +163,20 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
         elif spec.mcp:
             tools = await stack.enter_async_context(mcp_tools(spec.mcp))
         else:
-            known = planner.tools
-            box = (
-                Recorder(known, time_scale=1.0)
-                if known is not None and not set(known) <= set(TINYAGENT)
-                else Desktop(spec.sandbox, time_scale=1.0, obliging=True)
-            )
+            box = sandbox_for(None, planner.tools, path=spec.sandbox, time_scale=1.0)
             stack.callback(box.close)
             tools = box.tools
         _check_callable(planner, tools)
-        yield OpenAgent(planner, tools, joiner, spec, trace)
+        yield OpenAgent(
+            planner=planner,
+            joiner=joiner,
+            tools=tools,
+            real=bool(spec.tools or spec.mcp),
+            settings=AgentSettings(
+                max_replans=spec.max_replans, call_timeout_s=spec.call_timeout_s
+            ),
+            trace=spec.trace or (run.path / "agent" / "traces.jsonl" if run else None),
+        )
 
 
 def _check_callable(planner: Planner, tools: Mapping[str, RunnableTool]) -> None:

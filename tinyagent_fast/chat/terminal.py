@@ -1,26 +1,15 @@
-"""Ask a planner in the terminal: its facts, plans as they are written, their graphs."""
+"""Ask a planner in the terminal: plans as they are written, their graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing, suppress
 
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from tinyagent_fast.errors import UserError
 from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.plans.drawing import printable
-
-
-def show_header(console: Console, title: str, facts: Mapping[str, str]) -> None:
-    """Print what a planner is, by short names and values."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        table.add_row(Text(name, style="bold"), Text(printable(value)))
-    console.print(Panel(table, title=title, title_align="left", expand=False))
 
 
 def show_stream(console: Console, stream: PlanStream) -> None:

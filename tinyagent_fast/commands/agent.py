@@ -45,11 +45,12 @@ def run(arguments: Sequence[str]) -> int:
     flags.check()
     from rich.console import Console
 
-    from tinyagent_fast.chat.terminal import show_header, show_stream
+    from tinyagent_fast.chat.terminal import show_stream
+    from tinyagent_fast.display import Display
 
     console = Console(highlight=False, quiet=flags.json)
     with flags.load() as planner:
-        show_header(console, "tinyagent-fast agent", planner.facts)
+        Display(console).header("tinyagent-fast agent", planner.facts)
         if flags.dry_run:
             if flags.json:
                 print(json.dumps(planner.plan(flags.request).to_json(), ensure_ascii=False))

@@ -43,7 +43,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError("--once", "the request is empty", "write what should be done")
     from rich.console import Console
 
-    from tinyagent_fast.chat.terminal import converse, show_header, show_stream
+    from tinyagent_fast.chat.terminal import converse, show_stream
+    from tinyagent_fast.display import Display
 
     console = Console(highlight=False)
     if flags.requests is not None:
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         if flags.once is not None and flags.json:
             print(json.dumps(planner.plan(flags.once).to_json(), ensure_ascii=False))
             return 0
-        show_header(console, "tinyagent-fast chat", planner.facts)
+        Display(console).header("tinyagent-fast chat", planner.facts)
         if flags.once is not None:
             show_stream(console, planner.stream(flags.once))
         else:

@@ -1,4 +1,4 @@
-"""`preview`: rows as the trainer sees them, supervised tokens in colour."""
+"""`preview`: rows as the trainer sees them, supervised tokens in colour, or between marks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.errors import ConfigError, count_of
 
 _ROWS = 3
+_FIRST, _LAST = "\u00ab", "\u00bb"
+"""Stand around each supervised token where there are no colours."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -67,6 +69,7 @@ def _show(console: Any, tokenizer: Any, row: Any) -> None:
     """Print one row: the prompt dim, each supervised token on green in turn light and dark."""
     from rich.text import Text
 
+    coloured = console.color_system is not None and not console.no_color
     text = Text()
     prompt = row.input_ids[: row.prompt_tokens]
     text.append(tokenizer.decode(prompt), style="dim")
@@ -77,10 +80,11 @@ def _show(console: Any, tokenizer: Any, row: Any) -> None:
         now = tokenizer.decode_continuation(prompt, supervised[:count])
         if now.endswith("\ufffd") and count < len(supervised):
             continue
+        piece = now[len(shown) :]
         style = "black on green" if count % 2 else "black on bright_green"
-        text.append(now[len(shown) :], style=style)
+        text.append(piece if coloured else f"{_FIRST}{piece}{_LAST}", style=style)
         shown = now
     console.rule(
         f"{row.key}: {row.prompt_tokens} prompt + {row.supervised_tokens} supervised tokens"
     )
-    console.print(text)
+    console.print(text, soft_wrap=True)

@@ -28,14 +28,14 @@ def run(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from tinyagent_fast.chat.terminal import show_header
     from tinyagent_fast.chat.web import PlannerServer, is_loopback, listen
+    from tinyagent_fast.display import Display
 
     console = Console(highlight=False)
     with listen(flags.host, flags.port) as listener, flags.load() as planner:
         agent = flags.open_agent(planner)
         server = PlannerServer(planner, listener, flags.host, agent, ask=not flags.yes)
-        show_header(console, "tinyagent-fast serve", planner.facts)
+        Display(console).header("tinyagent-fast serve", planner.facts)
         if not is_loopback(flags.host):
             said = (
                 f"warning: whoever can reach {flags.host} can use model and tools without password"
