@@ -18,53 +18,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-RESULT = ROOT / "benchmarks" / "results" / "export.json"
-SHAPES: Mapping[str, Mapping[str, int]] = {
-    # Source: config.json of Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct.
-    "1.1b": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    "tiny": {
-        "vocab_size": 32000,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
+from tinyagent_fast.models.published import TINYLLAMA_32K
+from tinyagent_fast.runs import environment, write_json
+
+RESULT = Path(__file__).resolve().parent / "results" / "export.json"
+SHAPES = {
+    "1.1b": TINYLLAMA_32K,
+    "tiny": replace(TINYLLAMA_32K, hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2),
 }
 QUANTS = ("q8_0", "q4_k_m")
 
 
 def make_model(folder: Path, shape: str) -> dict[str, Any]:
-    """Write a Llama of random bf16 weights, with a SentencePiece tokenizer of words like `abc`.
-
-    Args:
-        folder: Target folder.
-        shape: A name in `SHAPES`.
-
-    Returns:
-        Size of the weights.
-    """
+    """Write a Llama of random bf16 weights, with a SentencePiece tokenizer of words like `abc`."""
     import torch
     from sentencepiece import sentencepiece_model_pb2 as protobuf
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, LlamaForCausalLM
 
     from tinyagent_fast.prompts.loading import load_tokenizer
 
-    config = LlamaConfig(
-        **SHAPES[shape],
+    config = AutoConfig.for_model(
+        **SHAPES[shape].to_config(),
         max_position_embeddings=32768,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -93,26 +73,10 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
 
 
 def convert(model: Path, target: Path, quant: str, threads: int) -> dict[str, Any]:
-    """Convert a model folder to a GGUF file.
-
-    Args:
-        model: The folder.
-        target: The file.
-        quant: Kind of file.
-        threads: Threads of the quantisation.
-
-    Returns:
-        Size, notes and bits per weight.
-    """
+    """Convert a model folder to a GGUF file."""
     from tinyagent_fast.export.conversion import convert_to_gguf
 
-    report = convert_to_gguf(
-        model,
-        target,
-        quant=quant,
-        name="export-speed",
-        threads=threads,
-    )
+    report = convert_to_gguf(model, target, quant=quant, name="export-speed", threads=threads)
     return {
         "size_mb": round(report.size_bytes / 1e6, 1),
         "notes": list(report.notes),
@@ -122,15 +86,7 @@ def convert(model: Path, target: Path, quant: str, threads: int) -> dict[str, An
 
 
 def compare_tensors(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Count tensors with the same name, type, shape and bytes in two GGUF files.
-
-    Args:
-        ours: The file of `convert`.
-        theirs: The official converter's.
-
-    Returns:
-        Number of tensors in each, and of identical ones.
-    """
+    """Count tensors with the same name, type, shape and bytes in two GGUF files."""
     from gguf import GGUFReader
 
     def digests(path: Path) -> dict[str, str]:
@@ -145,43 +101,27 @@ def compare_tensors(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def run_step(step: str, *arguments: object) -> dict[str, Any]:
-    """Run one step in a process of its own.
-
-    Args:
-        step: Name of the step in `main`.
-        arguments: Its arguments.
-
-    Returns:
-        What it returns, with its seconds and its peak memory.
-    """
-    command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"step {step} failed:\n{done.stderr[-2000:]}")
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """Run one step in a process of its own; give what it returns, with seconds and peak memory."""
+    said = _said_by([__file__, "--step", step, *map(str, arguments)])
+    record: dict[str, Any] = json.loads(said.splitlines()[-1])
     print(f"{step:10} {record['seconds']:7.1f} s {record['peak_rss_mib']:7.0f} MiB", flush=True)
     return record
 
 
+def _said_by(words: list[str]) -> str:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
 def run_official(folder: Path, model: Path, target: Path) -> dict[str, Any]:
-    """Time llama.cpp's own converter.
-
-    Args:
-        folder: Holds convert_hf_to_gguf.py.
-        model: The model folder.
-        target: The file to write.
-
-    Returns:
-        Seconds and peak memory.
-    """
+    """Time llama.cpp's own converter, convert_hf_to_gguf.py within a folder."""
     script = next(iter(folder.rglob("convert_hf_to_gguf.py")), None)
     if script is None:
         raise SystemExit(f"{folder} holds no convert_hf_to_gguf.py")
     started = time.perf_counter()
-    command = [sys.executable, str(script), str(model), "--outtype", "f16", "--outfile"]
-    done = subprocess.run([*command, str(target)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{script.name} failed:\n{done.stderr[-2000:]}")
+    _said_by([str(script), str(model), "--outtype", "f16", "--outfile", str(target)])
     seconds = time.perf_counter() - started
     # The largest child so far: this one, which loads torch, as the other steps do not.
     peak = _mib(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -221,12 +161,8 @@ def main() -> None:
     if given.step:
         _run_child(given.step)
         return
-    from tinyagent_fast.runs import environment, write_json
-
-    machine = environment()
-    machine = {k: v for k, v in machine.items() if k not in ("command", "folder")}
-    record: dict[str, Any] = {"shape": given.shape, "environment": machine, "steps": {}}
-    steps = record["steps"]
+    machine = {k: v for k, v in environment().items() if k not in ("command", "folder")}
+    steps: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         model, f16 = Path(name) / "model", Path(name) / "f16.gguf"
         steps["make"] = run_step("make", model, given.shape)
@@ -240,7 +176,7 @@ def main() -> None:
             target = Path(name) / f"{quant}.gguf"
             steps[quant] = run_step("convert", model, target, quant, given.threads)
             target.unlink()
-    write_json(given.out, record)
+    write_json(given.out, {"shape": given.shape, "environment": machine, "steps": steps})
     print(f"written: {given.out}")
 
 

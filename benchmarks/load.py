@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = (1_000, 10_000, 40_030, 160_000)
 _VOCABULARY_PIECES = 32_000
 _TOKENIZER_ROWS = 300
@@ -35,6 +35,12 @@ _EVERY_S = 0.02
 
 def _file(folder: Path) -> Path:
     return folder / "training_data.json"
+
+
+def _table(folder: Path, name: str = "training_data.json") -> Any:
+    from tinyagent_fast.data.cache import load_examples
+
+    return load_examples(folder / name, on_bad_entry="error")
 
 
 def generate(folder: Path, rows: int) -> None:
@@ -60,34 +66,27 @@ def check(folder: Path, rows: int) -> None:
 
 def read(folder: Path, rows: int) -> None:
     """Read and check all entries into the cache."""
-    from tinyagent_fast.data.cache import load_examples
-
-    assert len(load_examples(_file(folder), on_bad_entry="error")) == rows
+    assert len(_table(folder)) == rows
 
 
 def split(folder: Path, rows: int) -> None:
     """Set validation rows aside, leave out leaks, report them."""
-    from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.data.splits import leak_report, split_validation, without_leaks
 
-    table = load_examples(_file(folder), on_bad_entry="error")
-    test = load_examples(folder / "testing_data.json", on_bad_entry="error").column("query")
-    queries = table.column("query")
-    found = split_validation(
-        table.column("entry_key"), queries, validation_entries=rows // 10, seed=0
-    )
+    table, test = _table(folder), _table(folder, "testing_data.json").column("query")
+    keys, queries = table.column("entry_key"), table.column("query")
+    found = split_validation(keys, queries, validation_entries=rows // 10, seed=0)
     assert without_leaks(found.train, queries, test, "drop") == found.train
     leak_report({"train": [queries[row] for row in found.train], "test": test})
 
 
 def tokenise(folder: Path, rows: int) -> None:
     """Turn examples into proved rows of token ids."""
-    from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.models.nano import train_bpe_tokenizer
     from tinyagent_fast.prompts.rows import encode_examples
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
-    table = load_examples(_file(folder), on_bad_entry="error")
+    table = _table(folder)
     texts = [f"{e.system}{e.user}{e.output}" for e in table[:_TOKENIZER_ROWS]]
     tokenizer = PromptTokenizer(train_bpe_tokenizer(texts, _VOCABULARY_PIECES))
     rows_file = encode_examples(table, tokenizer, folder / "rows", max_length_tokens=100_000)
@@ -148,19 +147,13 @@ def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
         for name in STEPS:
             words = [__file__, "--step", name, "--rows", str(rows), "--folder", str(place)]
             environment = {**os.environ, "TINYAGENT_FAST_CACHE": str(place / "cache")}
-            done = subprocess.run(
-                [sys.executable, *words],
-                capture_output=True,
-                text=True,
-                env=environment,
-                check=True,
-            )
-            one = {"rows": rows, "step": name, **json.loads(done.stdout.splitlines()[-1])}
+            said = subprocess.check_output([sys.executable, *words], text=True, env=environment)
+            one = {"rows": rows, "step": name, **json.loads(said.splitlines()[-1])}
             if name == "generate":
                 one["file_mb"] = round(_file(place).stat().st_size / 1e6, 1)
             found.append(one)
             print(json.dumps(one), flush=True)
-        subprocess.run(["rm", "-rf", str(place)], check=True)
+        shutil.rmtree(place)
     return found
 
 

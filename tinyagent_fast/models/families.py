@@ -67,6 +67,20 @@ class ModelShape:
             model_type=kind,
         )
 
+    def to_config(self) -> dict[str, Any]:
+        """Name the sizes as a model's config.json does."""
+        return {
+            "model_type": self.model_type,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+        }
+
     @property
     def query_width(self) -> int:
         """Features of all query heads of a token."""

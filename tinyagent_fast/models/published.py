@@ -65,6 +65,18 @@ PUBLISHED: Mapping[str, PublishedBase] = {
     ),
 }
 """By the name that `model.base` takes."""
+TINYLLAMA_32K = ModelShape(
+    hidden=2048,
+    intermediate=5632,
+    layers=22,
+    heads=32,
+    kv_heads=4,
+    head_dim=64,
+    vocab=32000,
+    tied=False,
+)
+"""Of the default base. Source: config.json of models derived from
+Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct."""
 
 
 def hub_snapshot(base: PublishedBase) -> Path | None:

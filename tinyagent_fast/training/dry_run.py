@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinyagent_fast.config import Checkpointing
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.models.families import ModelShape, nearest_family
+from tinyagent_fast.models.families import nearest_family
 from tinyagent_fast.prompts.tokens import IGNORED
 from tinyagent_fast.shared_prefix.forward import summed_losses, unsupported
 from tinyagent_fast.shared_prefix.packing import pack_step
@@ -110,7 +110,8 @@ def _model_without_content(estimator: MemoryEstimator, checkpointing: Checkpoint
     dtype = torch.float32 if config.model.weights == "fp32" else torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**_sizes(estimator.shape), dtype=dtype), attn_implementation="sdpa"
+            AutoConfig.for_model(**estimator.shape.to_config(), dtype=dtype),
+            attn_implementation="sdpa",
         ).to(dtype)
         if config.model.weights == "nf4" and estimator.backend == "transformers":
             for name, parameter in model.named_parameters():
@@ -160,21 +161,6 @@ class _Dropout(nn.Dropout):
 
 class _Quantised(nn.Linear):
     """Stands for a 4-bit layer, which is called as the module that it is."""
-
-
-def _sizes(shape: ModelShape) -> dict[str, Any]:
-    """Name the sizes as transformers does."""
-    return {
-        "model_type": shape.model_type,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tied,
-    }
 
 
 def _give_storages(module: Any) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import ModelShape, nearest_family
-from tinyagent_fast.models.published import PUBLISHED
+from tinyagent_fast.models.published import PUBLISHED, TINYLLAMA_32K
 from tinyagent_fast.presets import PRESETS, REAL_TRAIN
 
 if TYPE_CHECKING:
@@ -501,19 +501,6 @@ def usable_gib() -> float:
     return min((free + torch.cuda.memory_reserved()) / GIB, total / GIB - RESERVE_GIB)
 
 
-_TINYLLAMA_32K = ModelShape(
-    hidden=2048,
-    intermediate=5632,
-    layers=22,
-    heads=32,
-    kv_heads=4,
-    head_dim=64,
-    vocab=32000,
-    tied=False,
-)
-"""Source: config.json of models derived from Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct."""
-
-
 def base_shape(base: str) -> ModelShape:
     """Find a base model's sizes without loading it or asking a network.
 
@@ -525,7 +512,7 @@ def base_shape(base: str) -> ModelShape:
         ModelError: It is none of these.
     """
     if base == BASE_MODEL:
-        return _TINYLLAMA_32K
+        return TINYLLAMA_32K
     if base in ("nano", "random"):
         from tinyagent_fast.models.nano import NANO_SHAPE, RANDOM_SHAPE
 
