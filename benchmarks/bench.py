@@ -20,18 +20,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.models.published import PUBLISHED
 
 if TYPE_CHECKING:
     import torch
 
     from tinyagent_fast.inference.engine import Prompt
+    from tinyagent_fast.models.loading import LoadedModel
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 FORMAT = 2
@@ -39,7 +42,7 @@ PARTS = ("training", "evaluation", "data")
 REAL_DATA = "TINYAGENT_FAST_REAL_DATA"
 TRAINING_FILE, TESTING_FILE = "training_data.json", "testing_data.json"
 TOKENIZER_FILE = "llama_tokenizer.model"
-RESULT = ROOT / "benchmarks" / "results" / "bench.json"
+RESULT = Path(__file__).resolve().parent / "results" / "bench.json"
 QUICK_RESULT = Path(tempfile.gettempdir()) / "tinyagent-fast-bench" / "quick.json"
 HEAD_DIM = 64
 LORA_RANK = 16
@@ -118,46 +121,27 @@ QUICK = Sizes(
 
 
 def random_llama(sizes: Sizes, positions: int) -> Any:
-    """Build a Llama of random fp32 weights, always the same ones, with TinyLlama's proportions.
-
-    Args:
-        sizes: Hidden size, layers and vocabulary, or a published shape.
-        positions: Tokens that a row may have.
-
-    Returns:
-        A `LlamaForCausalLM`.
-    """
+    """Build a Llama of random fp32 weights, always the same ones, with TinyLlama's proportions."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tinyagent_fast.models.published import PUBLISHED
+    from transformers import AutoConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     if sizes.shape is not None:
         shape = PUBLISHED[sizes.shape].shape
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=max(shape.vocab, sizes.vocab),
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                tie_word_embeddings=shape.tied,
-                max_position_embeddings=positions,
-            )
+        shape = replace(shape, vocab=max(shape.vocab, sizes.vocab))
+    else:
+        heads = sizes.hidden // HEAD_DIM
+        shape = ModelShape(
+            hidden=sizes.hidden,
+            intermediate=sizes.hidden * 11 // 4,
+            layers=sizes.layers,
+            heads=heads,
+            kv_heads=heads // 4 if heads % 4 == 0 else heads,
+            head_dim=HEAD_DIM,
+            vocab=sizes.vocab,
+            tied=False,
         )
-    heads = sizes.hidden // HEAD_DIM
-    config = LlamaConfig(
-        vocab_size=sizes.vocab,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.hidden * 11 // 4,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 4 if heads % 4 == 0 else heads,
-        max_position_embeddings=positions,
-    )
+    config = AutoConfig.for_model(**shape.to_config(), max_position_embeddings=positions)
     return LlamaForCausalLM(config)
 
 
@@ -177,17 +161,7 @@ def with_adapter(model: Any) -> Any:
 
 
 def generated_rows(lengths: Lengths, count: int, vocab: int, seed: int = 0) -> list[Row]:
-    """Draw rows of random tokens that begin alike: their lengths decide the time, not their words.
-
-    Args:
-        lengths: Mean, spread, shared beginning and supervised end.
-        count: How many.
-        vocab: Ids are below it.
-        seed: Of all that is drawn.
-
-    Returns:
-        Rows with input_ids and labels.
-    """
+    """Draw rows of random tokens that begin alike: lengths decide the time, not words."""
     from tinyagent_fast.prompts.tokens import IGNORED
 
     rng = random.Random(f"bench/{seed}")
@@ -271,9 +245,6 @@ def prompts_by_kind(real: Path | None, sizes: Sizes) -> dict[str, list[Prompt]]:
 def shared_share(sequences: Sequence[Sequence[int]]) -> float:
     """Measure how many of all tokens stand in the beginning of another sequence too.
 
-    Args:
-        sequences: Token ids.
-
     Returns:
         Share of the tokens that a trie of all sequences saves.
     """
@@ -299,15 +270,11 @@ class Timed:
     """Of the first round."""
 
     def ways(self, samples: Mapping[str, int], baseline: str) -> dict[str, Any]:
-        """Turn seconds into rates and ratios.
+        """Give each way's seconds, samples/s, and ratio of these to the baseline's in each round.
 
         Args:
             samples: How many each way did in a round.
-            baseline: The way to compare with.
-
-        Returns:
-            For each way its seconds, its samples/s, and how many times as many samples/s as the
-            baseline it had in each round, by the clock and by CPU time.
+            baseline: The way to compare with, by the clock and by CPU time.
         """
 
         def ratios(seconds: Mapping[str, Sequence[float]], name: str) -> dict[str, Any]:
@@ -330,16 +297,7 @@ class Timed:
 def in_turns(
     ways: Mapping[str, Callable[[], Any]], rounds: int, tell: Callable[[str], None] = lambda _: None
 ) -> Timed:
-    """Run all ways one after the other, and that several times.
-
-    Args:
-        ways: Functions by name, in the order in which they run.
-        rounds: How often.
-        tell: Called with a way's name before it runs.
-
-    Returns:
-        Seconds of each way in each round.
-    """
+    """Run all ways one after the other, and that several times."""
     timed = Timed({name: [] for name in ways}, {name: [] for name in ways}, {})
     gc.collect()
     gc.freeze()  # what is there already need not be looked at again before every timing
@@ -423,9 +381,6 @@ def trl_loss(
         rows: The micro-batch.
         folder: The trainer writes into it.
         way: `PADDED`, `PACKED` (best fit decreasing, into one row) or `PADDING_FREE`.
-
-    Returns:
-        The forward pass.
     """
     import torch
     from datasets import Dataset
@@ -453,12 +408,9 @@ def trl_loss(
     inputs = trainer._prepare_inputs(trainer.data_collator(batch))
     items = torch.tensor(supervised_tokens(rows))
 
-    def loss() -> torch.Tensor:
+    def loss() -> Any:
         with trainer.compute_loss_context_manager():
-            value: torch.Tensor = trainer.compute_loss(
-                model, dict(inputs), num_items_in_batch=items
-            )
-        return value
+            return trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
 
     return loss
 
@@ -492,7 +444,7 @@ def measure_training(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[st
         usual = [way for way, taken_s in cpu_seconds.items() if taken_s <= limit_s]
         ways = {way: trl(way, rows) for way in usual}
         for way, one in packed.items():
-            ways[way] = step_of(model, lambda one=one: shared_prefix_loss(model, one))  # type: ignore[misc]
+            ways[way] = step_of(model, partial(shared_prefix_loss, model, one))
         ways[SHARED]()  # warms up
         timed = in_turns(ways, sizes.rounds, tell)
     best = min(usual, key=lambda way: statistics.median(timed.seconds[way]))
@@ -517,26 +469,17 @@ def measure_training(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[st
 
 
 def stock_texts(
-    model: Any, tokenizer: PromptTokenizer, prompts: Mapping[int, list[int]], sizes: Sizes
+    loaded: LoadedModel, prompts: Mapping[int, list[int]], sizes: Sizes
 ) -> dict[int, str]:
-    """Complete prompts in one left-padded batch of transformers' own `generate`.
-
-    Args:
-        model: A Llama.
-        tokenizer: Pads and decodes.
-        prompts: Token ids by index.
-        sizes: Says how many tokens are written.
-
-    Returns:
-        Texts by index.
-    """
+    """Complete prompts in one left-padded batch of transformers' own `generate`."""
     import torch
 
+    tokenizer = loaded.tokenizer
     longest = max(map(len, prompts.values()))
     ids = [[tokenizer.pad_id] * (longest - len(row)) + row for row in prompts.values()]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts.values()]
     with torch.no_grad():
-        output = model.generate(
+        output = loaded.model.generate(
             input_ids=torch.tensor(ids),
             attention_mask=torch.tensor(mask),
             max_new_tokens=sizes.new_tokens,
@@ -553,13 +496,14 @@ def stock_texts(
 
 def measure_evaluation(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[str], None]) -> Any:
     """Time all ways on one batch of each kind of prompt; one at a time, only some of them."""
-    from tinyagent_fast.inference.torch_engine import TorchEngine
     from tinyagent_fast.models.loading import LoadedModel
     from tinyagent_fast.prompts.builder import encode_prompts
 
     tokenizer = tokenizer_for(flags.real, sizes.vocab)
-    kinds = prompts_by_kind(flags.real, sizes)
-    ids_by_kind = {kind: encode_prompts(tokenizer, prompts) for kind, prompts in kinds.items()}
+    ids_by_kind = {
+        kind: encode_prompts(tokenizer, prompts)
+        for kind, prompts in prompts_by_kind(flags.real, sizes).items()
+    }
     longest = max(len(ids) for found in ids_by_kind.values() for ids in found)
     model = random_llama(sizes, longest + sizes.new_tokens).eval()
     tokenizer.eos_id = NEVER_WRITTEN_ID
@@ -570,55 +514,50 @@ def measure_evaluation(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[
         device="cpu",
         compute_dtype="float32",
     )
-    engines = {SHARED: TorchEngine(loaded), LOOKUP: TorchEngine(loaded, lookup_tokens=4)}
     return {
         kind: _evaluated(
-            engines,
-            dict(enumerate(ids_by_kind[kind])),
+            loaded,
+            dict(enumerate(ids)),
             sizes,
             lambda way, kind=kind: tell(f"{kind} prompts, {way}"),  # type: ignore[misc]
         )
-        for kind in kinds
+        for kind, ids in ids_by_kind.items()
     }
 
 
 def _evaluated(
-    engines: Mapping[str, Any],
+    loaded: LoadedModel,
     ids: Mapping[int, list[int]],
     sizes: Sizes,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    loaded = engines[SHARED].loaded
+    from tinyagent_fast.inference.torch_engine import TorchEngine
+
+    engines = {
+        SHARED: TorchEngine(loaded),
+        LOOKUP: TorchEngine(loaded, lookup_tokens=LOOKUP_TOKENS),
+    }
     order = sorted(ids, key=lambda index: len(ids[index]))
     count = min(sizes.single_prompts, len(order))
     # Spread over the lengths, so that their mean is about that of all.
     some = [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
 
-    def one_at_a_time() -> dict[int, str]:
-        found: dict[int, str] = {}
-        for index in some:
-            found |= stock_texts(loaded.model, loaded.tokenizer, {index: ids[index]}, sizes)
-        return found
+    def stock(*indices: int) -> dict[int, str]:
+        return stock_texts(loaded, {index: ids[index] for index in indices}, sizes)
 
-    def ours(name: str) -> Callable[[], dict[int, str]]:
-        def write() -> dict[int, str]:
-            # From ids, as stock code is timed: text becomes ids before any way starts.
-            found = engines[name].complete_tokens(
-                list(ids.values()),
-                stop="\0",
-                max_new_tokens=sizes.new_tokens,
-                batch=sizes.eval_batch,
-            )
-            return {index: completion.text for index, completion in found}
-
-        return write
+    def ours(engine: TorchEngine) -> dict[int, str]:
+        # From ids, as stock code is timed: text becomes ids before any way starts.
+        found = engine.complete_tokens(
+            list(ids.values()), stop="\0", max_new_tokens=sizes.new_tokens, batch=sizes.eval_batch
+        )
+        return {index: completion.text for index, completion in found}
 
     ways: dict[str, Callable[[], dict[int, str]]] = {
-        SINGLE: one_at_a_time,
-        STATIC: lambda: stock_texts(loaded.model, loaded.tokenizer, ids, sizes),
-        **{name: ours(name) for name in engines},
+        SINGLE: lambda: {index: text for one in some for index, text in stock(one).items()},
+        STATIC: lambda: stock(*ids),
+        **{name: partial(ours, engine) for name, engine in engines.items()},
     }
-    stock_texts(loaded.model, loaded.tokenizer, {0: ids[0][:32]}, sizes)  # warms up
+    stock_texts(loaded, {0: ids[0][:32]}, sizes)  # warms up
     timed = in_turns(ways, sizes.rounds, tell)
     samples = {name: len(timed.results[name]) for name in ways}
     over_static = timed.ways(samples, STATIC)
@@ -727,14 +666,7 @@ MEASURED: Mapping[str, Callable[[argparse.Namespace, Sizes, Callable[[str], None
 
 
 def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write the measured parts as a Markdown table.
-
-    Args:
-        parts: Runs and figures by part.
-
-    Returns:
-        The table, and under it the conditions of every part.
-    """
+    """Write the measured parts as a Markdown table, with the conditions of each below it."""
     rows: list[Sequence[str]] = [("what", "ours", "the usual way", "times as fast", "conditions")]
     rows.append(("---",) * len(rows[0]))
     for name, part in parts.items():
@@ -819,15 +751,7 @@ def _shape(run: Mapping[str, Any]) -> str:
 
 
 def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw samples/s of each way relative to the baseline, with the smallest and largest round.
-
-    Args:
-        parts: Runs and figures by part.
-        path: Target, a PNG.
-
-    Returns:
-        The path, or None if no part has a picture.
-    """
+    """Draw each way's samples/s relative to the baseline; None if no part has such figures."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -867,10 +791,20 @@ def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
 # The command
 
 
+SIZES = {
+    "rounds": "how often each way runs",
+    "layers": "of the model",
+    "hidden": "numbers a token",
+    "batch": "rows of the training step",
+    "eval_batch": "prompts generated together",
+    "new_tokens": "written for a prompt",
+    "single_prompts": "prompts that go one at a time",
+}
+"""What flags change of `Sizes`."""
+
+
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    from tinyagent_fast.models.published import PUBLISHED
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
@@ -883,9 +817,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"folder of real data (or ${REAL_DATA}); without it rows are generated",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    for name in ("rounds", "layers", "hidden", "batch", "eval-batch", "new-tokens"):
-        parser.add_argument(f"--{name}", type=int, help="another size than the default")
-    parser.add_argument("--single-prompts", type=int, help="prompts that go one at a time")
+    for name, told in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=told)
     llamas = [name for name, base in PUBLISHED.items() if base.shape.model_type == "llama"]
     parser.add_argument("--shape", choices=llamas, help="a published base's layers and sizes")
     flags = parser.parse_args(arguments)
@@ -909,11 +842,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 def resolve_sizes(flags: argparse.Namespace) -> Sizes:
     """Give the default sizes, or those of `--quick`, with what flags change."""
     sizes = QUICK if flags.quick else FULL
-    names = ("rounds", "layers", "hidden", "batch", "eval_batch", "new_tokens", "single_prompts")
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    given = {name: size for name in SIZES if (size := getattr(flags, name)) is not None}
     if flags.shape is not None:
-        from tinyagent_fast.models.published import PUBLISHED
-
         shape = PUBLISHED[flags.shape].shape
         given |= {"shape": flags.shape, "hidden": shape.hidden, "layers": shape.layers}
     return replace(sizes, vocab=FULL.vocab if flags.real else sizes.vocab, **given)
@@ -939,15 +869,7 @@ def set_threads(threads: int) -> None:
 
 
 def earlier_parts(out: Path, quick: bool) -> dict[str, Any]:
-    """Read the parts of an earlier result that can stand beside new ones.
-
-    Args:
-        out: The result file.
-        quick: Whether the new parts are of `--quick`; others are not mixed with them.
-
-    Returns:
-        Its parts; empty if there are none.
-    """
+    """Read the parts of an earlier result that can stand beside new ones, `quick` or not."""
     if not out.exists():
         return {}
     try:
@@ -979,14 +901,7 @@ def repeatable_command(given: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write and print.
-
-    Args:
-        arguments: Without the program's name; None takes those of the process.
-
-    Returns:
-        0.
-    """
+    """Measure, write and print."""
     flags = parse_flags(arguments)
     command = repeatable_command(sys.argv[1:] if arguments is None else arguments)
     set_threads(flags.threads)
@@ -995,8 +910,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = resolve_sizes(flags)
     parts = earlier_parts(flags.out, flags.quick)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = environment()
-    machine = {k: v for k, v in machine.items() if k not in ("command", "folder")}
+    machine = {k: v for k, v in environment().items() if k not in ("command", "folder")}
     for name in flags.parts:
 
         def tell(way: str, part: str = name) -> None:

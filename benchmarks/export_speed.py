@@ -25,7 +25,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyagent_fast.models.published import TINYLLAMA_32K
-from tinyagent_fast.runs import environment, write_json
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
 SHAPES = {
@@ -161,6 +160,8 @@ def main() -> None:
     if given.step:
         _run_child(given.step)
         return
+    from tinyagent_fast.runs import environment, write_json
+
     machine = {k: v for k, v in environment().items() if k not in ("command", "folder")}
     steps: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -165,14 +165,7 @@ def on(name: str, kind: str, *settings: Mapping[str, Any], **changes: Any) -> Me
 
 
 def plan(scale: Scale) -> list[Measurement]:
-    """List all measurements, the most important first.
-
-    Args:
-        scale: The sizes.
-
-    Returns:
-        The measurements in the order in which they run.
-    """
+    """List all measurements, the most important first."""
     plain, fused = {**TRANSFORMERS, **checkpointing("false")}, {**UNSLOTH, **checkpointing("false")}
     cut_to_fit = {**UNSLOTH, **checkpointing("auto")}
     recomputed = {**UNSLOTH, **checkpointing("unsloth"), **UNSHARED, **LONG}
@@ -261,9 +254,6 @@ def write_base(folder: Path, scale: Scale, tokenizer_file: Path | None) -> dict[
         folder: The base's folder.
         scale: The shape.
         tokenizer_file: A SentencePiece tokenizer.model for real token counts; None trains a BPE.
-
-    Returns:
-        Parameters and where the tokenizer comes from.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -392,11 +382,7 @@ class Bench:
     """What a tiny run takes instead of settings that need CUDA."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
-        """Keep the job and hold the allocator to the cap.
-
-        Args:
-            job: As written by `Runner`.
-        """
+        """Keep the job and hold the allocator to the cap."""
         import torch
 
         self.scale = TINY if job["tiny"] else FULL
@@ -537,14 +523,7 @@ def inputs(bench: Bench, item: Measurement) -> dict[str, Any]:
 
 
 def fused_layers(model: Any) -> dict[str, int]:
-    """Count the layers whose LoRA runs through Unsloth's fused functions.
-
-    Args:
-        model: A model with its adapter.
-
-    Returns:
-        Layers, and how many of them have fused QKV, O and MLP.
-    """
+    """Count the layers whose LoRA runs through Unsloth's fused functions."""
     counts = {"layers": 0, "qkv": 0, "o": 0, "mlp": 0}
     for module in model.modules():
         if not type(module).__name__.endswith("DecoderLayer"):
@@ -754,17 +733,7 @@ def _timed(bench: Bench, loaded: Any, trainer: Any, config: Any, recipe: Any) ->
 def rates(
     seconds: list[float], tokens: list[int], warmup: int, rows_per_step: int
 ) -> dict[str, Any]:
-    """Turn step times into rates, leaving the warm-up out.
-
-    Args:
-        seconds: Of each step, from the first.
-        tokens: Tokens without padding of each step.
-        warmup: Steps to leave out.
-        rows_per_step: Rows of an optimizer step.
-
-    Returns:
-        Times and rates; None for what no measured step stands behind.
-    """
+    """Turn step times into rates, leaving the warm-up out."""
     measured, counted = seconds[warmup:], tokens[warmup:]
     total = sum(measured)
     return {
@@ -851,11 +820,7 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
 
 
 def fill_adapter(model: Any) -> None:
-    """Give the adapter weights that depend on their names alone, none of them zero.
-
-    Args:
-        model: A model with its adapter.
-    """
+    """Give the adapter weights that depend on their names alone, none of them zero."""
     import torch
 
     generator = torch.Generator().manual_seed(7)
@@ -959,14 +924,7 @@ KINDS: Mapping[str, Callable[[Bench, Measurement], dict[str, Any]]] = {
 
 
 def measure(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run one measurement and turn whatever happens into a result.
-
-    Args:
-        run: Measures.
-
-    Returns:
-        Status, seconds and figures, or the reason and the end of the traceback.
-    """
+    """Run one measurement and turn whatever happens into a result."""
     started = time.perf_counter()
     try:
         result: dict[str, Any] = {"status": "ok", "figures": run()}
@@ -981,14 +939,7 @@ def measure(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that it came from, is a lack of GPU memory.
-
-    Args:
-        error: The error.
-
-    Returns:
-        Whether it is.
-    """
+    """Tell whether an error, or one that it came from, is a lack of GPU memory."""
     while error is not None:
         if type(error).__name__ == "OutOfMemoryError":
             return True
@@ -1000,11 +951,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def work(job_file: Path) -> None:
-    """Measure in this process, one after the other, until one fails: CUDA's state is then unknown.
-
-    Args:
-        job_file: The job that `Runner` wrote; events go into the file that it names.
-    """
+    """Measure one after the other until one fails, as CUDA's state is then unknown."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     job = json.loads(job_file.read_text(encoding="utf-8"))
     with Path(job["events"]).open("a", encoding="utf-8") as events:
@@ -1041,24 +988,14 @@ class Results:
     """The one JSON file; it is replaced as a whole after every change."""
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
-        """Start the file.
-
-        Args:
-            path: Target.
-            head: What is known before the first measurement.
-        """
+        """Start the file."""
         self.path = path
         self.measurements: dict[str, dict[str, Any]] = {}
         self.head = dict(head)
         self.write()
 
     def record(self, item: Measurement, **changes: Any) -> None:
-        """Set fields of a measurement's result and write the file.
-
-        Args:
-            item: The measurement.
-            **changes: status, reason, figures, seconds, log.
-        """
+        """Set fields of a measurement's result and write the file."""
         start = {"status": None, "reason": None, "figures": None, "seconds": None, **asdict(item)}
         entry = self.measurements.setdefault(item.name, start)
         entry.update(changes)
@@ -1089,14 +1026,7 @@ def finite(value: Any) -> Any:
 
 
 def ratios(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Put measured figures in relation; a ratio of something unmeasured is None.
-
-    Args:
-        measurements: All results by name.
-
-    Returns:
-        Ratios by name.
-    """
+    """Put measured figures in relation; a ratio of something unmeasured is None."""
 
     def figure(name: str, key: str) -> float | None:
         entry = measurements.get(name) or {}
@@ -1123,11 +1053,7 @@ class Runner:
     _jobs: int = field(default=0, init=False)
 
     def run(self, measurements: Sequence[Measurement]) -> None:
-        """Measure everything; whatever happens to one, the next ones follow.
-
-        Args:
-            measurements: In order of importance.
-        """
+        """Measure everything; whatever happens to one, the next ones follow."""
         rest = list(measurements)
         while rest:
             models = [None if self.job.get("tiny") else item.model for item in rest]
@@ -1246,11 +1172,7 @@ def holds_oom(item: Measurement, result: Mapping[str, Any]) -> bool:
 
 
 def print_table(results: Results) -> None:
-    """Print what came out.
-
-    Args:
-        results: All results.
-    """
+    """Print what came out."""
     from rich.console import Console
     from rich.table import Table
 

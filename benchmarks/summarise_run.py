@@ -20,7 +20,7 @@ _FIGURES = ("success", "success_dag", "tool_recall", "unparsable", "truncated")
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """Collect a run's config, environment, timings and figures; null for what it did not measure."""
+    """Collect config, environment, timings and figures; null for what the run did not measure."""
     history = run.history()
     steps = [record for record in history if record.get("event") == "step"]
     rates = sorted(record["tokens_per_s"] for record in steps)
