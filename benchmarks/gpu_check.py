@@ -27,13 +27,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.models.published import TINYLLAMA_32K
+from tinyagent_fast.runs import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
 FORMAT = 2
 NO_CUDA_EXIT = 2
 SUMMARY_S = 5.0
@@ -53,16 +57,11 @@ NOTABLE = ("unsloth", "warn", "error", "compil", "fallback", "falling back", "pa
 class Scale:
     """Every size of a run; `FULL` is the real model's shape, `TINY` goes through in seconds."""
 
-    hidden: int = 2048
-    layers: int = 22
-    heads: int = 32
-    kv_heads: int = 4
-    intermediate: int = 5632
-    vocab: int = 32000
+    shape: ModelShape = TINYLLAMA_32K
     positions: int = 32768
     tokenizer_pieces: int = 600
     matmul_sizes: tuple[int, ...] = (4096, 8192)
-    prompt_style: str = "full"
+    prompt_style: Literal["full", "short"] = "full"
     rows: int = 128
     row_mean_tokens: int = 3590
     row_deviation_tokens: int = 420
@@ -80,12 +79,16 @@ class Scale:
 
 FULL = Scale()
 TINY = Scale(
-    hidden=128,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    intermediate=256,
-    vocab=1100,
+    shape=ModelShape(
+        hidden=128,
+        intermediate=256,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        vocab=1100,
+        tied=False,
+    ),
     positions=1024,
     matmul_sizes=(64, 128),
     prompt_style="short",
@@ -256,7 +259,7 @@ def write_base(folder: Path, scale: Scale, tokenizer_file: Path | None) -> dict[
         tokenizer_file: A SentencePiece tokenizer.model for real token counts; None trains a BPE.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, LlamaForCausalLM
 
     from tinyagent_fast.models.nano import train_bpe_tokenizer
     from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
@@ -272,18 +275,12 @@ def write_base(folder: Path, scale: Scale, tokenizer_file: Path | None) -> dict[
         tokenizer = train_bpe_tokenizer(texts, scale.tokenizer_pieces)
     tokenizer.save_pretrained(str(folder))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=scale.hidden,
-        intermediate_size=scale.intermediate,
-        num_hidden_layers=scale.layers,
-        num_attention_heads=scale.heads,
-        num_key_value_heads=scale.kv_heads,
-        vocab_size=scale.vocab,
+    config = AutoConfig.for_model(
+        **scale.shape.to_config(),
         max_position_embeddings=scale.positions,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -300,7 +297,7 @@ def generated_examples(count: int, scale: Scale, part: str) -> list[Any]:
     from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
     from tinyagent_fast.data.schema import Entry, entry_from_json
 
-    spec = GenerationSpec(prompt_style="full" if scale.prompt_style == "full" else "short")
+    spec = GenerationSpec(prompt_style=scale.prompt_style)
     rng = random.Random(f"gpu_check/{part}")
     entries = generate_entries(load_catalogue(), spec, count, rng, set())
     read = (entry_from_json(key, raw) for key, raw in entries)
@@ -335,13 +332,10 @@ def row_examples(tokenizer: Any, scale: Scale) -> list[Any]:
 
 def file_examples(path: Path, scale: Scale) -> list[Any]:
     """Take the first rows of a file in the dataset's schema."""
-    from itertools import islice
+    from tinyagent_fast.data.reading import read_entries
 
-    from tinyagent_fast.data.schema import Entry, entry_from_json
-
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    read = (entry_from_json(key, value) for key, value in raw.items())
-    return list(islice((e.examples[0] for e in read if isinstance(e, Entry)), scale.rows))
+    entries = read_entries(path, on_bad_entry="skip")
+    return [entry.examples[0] for entry in islice(entries, scale.rows)]
 
 
 def exact_rows(rows: Any, batch: int, tokens: int, steps: int) -> Any:
@@ -524,19 +518,17 @@ def inputs(bench: Bench, item: Measurement) -> dict[str, Any]:
 
 def fused_layers(model: Any) -> dict[str, int]:
     """Count the layers whose LoRA runs through Unsloth's fused functions."""
-    counts = {"layers": 0, "qkv": 0, "o": 0, "mlp": 0}
-    for module in model.modules():
-        if not type(module).__name__.endswith("DecoderLayer"):
-            continue
-        counts["layers"] += 1
-        names = {
-            "qkv": getattr(module.self_attn, "apply_qkv", None),
-            "o": getattr(module.self_attn, "apply_o", None),
-            "mlp": module.mlp.forward,
-        }
-        for key, function in names.items():
-            counts[key] += "apply_lora" in getattr(function, "__name__", "")
-    return counts
+    layers = model.get_base_model().model.layers
+    functions = {
+        "qkv": [getattr(layer.self_attn, "apply_qkv", None) for layer in layers],
+        "o": [getattr(layer.self_attn, "apply_o", None) for layer in layers],
+        "mlp": [layer.mlp.forward for layer in layers],
+    }
+    fused = {
+        name: sum("apply_lora" in getattr(one, "__name__", "") for one in found)
+        for name, found in functions.items()
+    }
+    return {"layers": len(layers), **fused}
 
 
 def train(bench: Bench, item: Measurement) -> dict[str, Any]:
@@ -658,28 +650,12 @@ def _our_training(
 
 def _kept_tokens(bench: Bench, loaded: Any, rows: Any, config: Any) -> int:
     """Predict the most tokens of a micro-batch under the cap, as a run does."""
-    from tinyagent_fast.models.families import ModelShape
-    from tinyagent_fast.shared_prefix.packing import mean_shared_tokens
-    from tinyagent_fast.training.memory import (
-        RESERVE_GIB,
-        MemoryEstimator,
-        RowLengths,
-        rows_that_share,
-    )
+    from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, RowLengths
 
-    lengths = rows["length"]
-    sample = [rows[i] for i in range(len(rows))]
-    supervised = [sum(label >= 0 for label in row["labels"]) for row in sample]
     estimator = MemoryEstimator(
         config=config,
         shape=ModelShape.from_config(loaded.model.config.to_dict()),
-        lengths=RowLengths(
-            rows=len(rows),
-            mean_tokens=statistics.fmean(lengths),
-            longest_tokens=max(lengths),
-            supervised_tokens=statistics.fmean(supervised),
-            shared_tokens=mean_shared_tokens(sample, rows_that_share(config)),
-        ),
+        lengths=RowLengths.of(list(rows), config),
         backend=loaded.backend,
         usable_gib=bench.cap_gib - RESERVE_GIB,
     )
@@ -1005,11 +981,9 @@ class Results:
         """Replace the file; a full disk is no reason to measure nothing more."""
         self.head["ratios"] = ratios(self.measurements)
         content = finite({**self.head, "measurements": self.measurements})
-        temporary = self.path.with_name(f".{self.path.name}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.path)
+            write_json(self.path, content)
         except OSError as error:
             print(f"cannot write {self.path}: {error}")
 
@@ -1251,8 +1225,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     set_environment(folder, flags)
     import torch  # here, so that the environment knows the card
-
-    from tinyagent_fast.runs import environment
 
     about = environment()
     settings = {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)}

@@ -188,19 +188,8 @@ def test_the_plan_names_every_row_once_and_says_what_it_recomputes():
 
 def test_what_is_trained_is_predicted_to_fit_under_the_cap():
     """Also the longest rows; else a call on a rented card would end without the figure."""
-    from tinyagent_fast.models.families import ModelShape
     from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, RowLengths
 
-    shape = ModelShape(
-        hidden=FULL.hidden,
-        intermediate=FULL.intermediate,
-        layers=FULL.layers,
-        heads=FULL.heads,
-        kv_heads=FULL.kv_heads,
-        head_dim=FULL.hidden // FULL.heads,
-        vocab=FULL.vocab,
-        tied=False,
-    )
     cap_gib = gpu_check.parse_flags([]).cap_gib
     bench = gpu_check.Bench({"tiny": False, "work": "", "cap_gib": cap_gib, "tokenizer": None})
     for measured in gpu_check.plan(FULL):
@@ -219,7 +208,7 @@ def test_what_is_trained_is_predicted_to_fit_under_the_cap():
         )
         estimator = MemoryEstimator(
             config=config,
-            shape=shape,
+            shape=FULL.shape,
             lengths=lengths,
             backend=config.model.backend,
             usable_gib=cap_gib - RESERVE_GIB,

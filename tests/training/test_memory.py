@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tinyagent_fast.config import Config, LoraConfig, ModelConfig, TrainConfig
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import FAMILIES, LLAMA, ModelShape
+from tinyagent_fast.models.published import TINYLLAMA_32K as TINYLLAMA
 from tinyagent_fast.presets import preset_config
 from tinyagent_fast.training.memory import (
     GIB,
@@ -26,25 +27,8 @@ from tinyagent_fast.training.memory import (
     with_batch,
 )
 
-TINYLLAMA = ModelShape(
-    hidden=2048,
-    intermediate=5632,
-    layers=22,
-    heads=32,
-    kv_heads=4,
-    head_dim=64,
-    vocab=32000,
-    tied=False,
-)
-LLAMA_8B = ModelShape(
-    hidden=4096,
-    intermediate=14336,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    vocab=128256,
-    tied=False,
+LLAMA_8B = replace(
+    TINYLLAMA, hidden=4096, intermediate=14336, layers=32, kv_heads=8, head_dim=128, vocab=128256
 )
 PUBLISHED = RowLengths(
     rows=39_030,
@@ -361,7 +345,7 @@ def test_an_embedding_that_is_the_output_layer_too_counts_once() -> None:
 def test_a_dry_run_counts_the_same_as_real_tensors() -> None:
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, LlamaForCausalLM
 
     from tinyagent_fast.shared_prefix.packing import pack_step
     from tinyagent_fast.shared_prefix.step import step_gradients
@@ -382,17 +366,7 @@ def test_a_dry_run_counts_the_same_as_real_tensors() -> None:
     )
     config = Config(model=ModelConfig(weights="fp32"), lora=LoraConfig(rank=4))
     estimator = replace(estimator_of(config, math.inf, "transformers", lengths), shape=shape)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-    )
+    model = LlamaForCausalLM(AutoConfig.for_model(**shape.to_config()))
     model = get_peft_model(model, PeftLora(r=4, target_modules=LLAMA.target_modules("all-linear")))
     step = pack_step(made_rows(8, 200, 20, 120), 4)
     with LiveBytes() as live:

@@ -18,8 +18,8 @@ from tinyagent_fast.config import Config, ModelConfig, TrainConfig
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models import threads
-from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
+from tinyagent_fast.models.published import TINYLLAMA_32K
 from tinyagent_fast.runs import Run
 from tinyagent_fast.training.callbacks import DivergenceGuard, StepGuard
 from tinyagent_fast.training.memory import (
@@ -500,23 +500,13 @@ def test_memory_that_runs_out_is_found_before_the_first_step_and_the_fix_names_f
 
 def estimator_of(usable_gib: float, **changes: Any) -> MemoryEstimator:
     """Predict for rows of 4,608 tokens of a 1.1B model, 3 x 2 as the trainer here."""
-    shape = ModelShape(
-        hidden=2048,
-        intermediate=5632,
-        layers=22,
-        heads=32,
-        kv_heads=4,
-        head_dim=64,
-        vocab=32000,
-        tied=False,
-    )
     model = {"gradient_checkpointing": "false", "weights": "bf16", **changes}
     return MemoryEstimator(
         config=Config(
             model=ModelConfig(**model),
             train=TrainConfig(batch=3, accumulation=2, shared_prefix="off"),
         ),
-        shape=shape,
+        shape=TINYLLAMA_32K,
         lengths=RowLengths(rows=9, mean_tokens=3490, longest_tokens=4608, supervised_tokens=88),
         backend="unsloth",
         usable_gib=usable_gib,

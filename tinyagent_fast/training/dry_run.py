@@ -72,7 +72,7 @@ def dry_run(
     lengths = estimator.lengths
     shared = round(lengths.shared_tokens) if estimator.shares_prefixes else 0
     # What a second micro-batch adds is there from the first one on, but it needs one to share with.
-    batches = 2 if estimator.computes_prefix_once(checkpointing) else 1
+    batches = 2 if estimator.keeps_one_prefix(checkpointing) else 1
     supervised = round(lengths.supervised_tokens)
     rows = made_rows(batches * batch, estimator.row_tokens, supervised, shared)
     packed = pack_step(rows, batch)

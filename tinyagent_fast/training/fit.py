@@ -610,7 +610,14 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
     display.say(report.sentence())
     if prepared.estimator is not None and processes.is_main_process:
-        write_json(run.path / "memory.json", {**prepared.estimator.to_json(), **asdict(report)})
+        predicted = prepared.estimator.estimate()
+        record = {
+            "predicted": {**asdict(predicted), "total_gib": predicted.total_gib},
+            "usable_gib": prepared.estimator.usable_gib,
+            "batch": config.train.batch,
+            **asdict(report),
+        }
+        write_json(run.path / "memory.json", record)
     if shared.on:
         with display.working("comparing shared prefixes with whole rows"):
             difference = check_same_loss(trainer, loaded, rows)

@@ -16,20 +16,17 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import ModelShape, nearest_family
 from tinyagent_fast.models.published import PUBLISHED, TINYLLAMA_32K
 from tinyagent_fast.presets import PRESETS, REAL_TRAIN
-
-if TYPE_CHECKING:
-    from tinyagent_fast.prompts.tokens import EncodedRow
 
 GIB = 2**30
 ERROR_SHARE = 0.15
@@ -66,6 +63,21 @@ class RowLengths:
     """Mean tokens with loss of a row."""
     shared_tokens: float = 0.0
     """Tokens that stand once in a step instead of once a row, where prefixes are shared."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Sequence[int]]], config: Config) -> RowLengths:
+        """Measure rows with input_ids and labels, which share as in the steps of a config."""
+        from tinyagent_fast.prompts.tokens import IGNORED
+        from tinyagent_fast.shared_prefix.packing import mean_shared_tokens
+
+        tokens = [len(row["input_ids"]) for row in rows]
+        return cls(
+            rows=len(rows),
+            mean_tokens=statistics.fmean(tokens),
+            longest_tokens=max(tokens),
+            supervised_tokens=sum(i != IGNORED for row in rows for i in row["labels"]) / len(rows),
+            shared_tokens=mean_shared_tokens(rows, rows_that_share(config)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +143,11 @@ class MemoryEstimator:
         wanted = train.shared_prefix != "off" and train.batching != "packed"
         return wanted and not family.whole_rows
 
-    def computes_prefix_once(self, checkpointing: Checkpointing) -> bool:
-        """Whether the micro-batches of a step share one prefix, which needs layers kept."""
+    def keeps_one_prefix(self, checkpointing: Checkpointing) -> bool:
+        """Whether the micro-batches of a step share one prefix, as on all but large cards.
+
+        There each has its own, which takes a little less memory.
+        """
         kept = checkpointing in ("false", "auto")
         return self.shares_prefixes and kept and self.config.train.accumulation > 1
 
@@ -169,16 +184,7 @@ class MemoryEstimator:
         checkpointing = checkpointing or model.gradient_checkpointing
         tokens = computed_tokens or self.computed_tokens(batch)
         if checkpointing == "auto":
-            whole = self.estimate(batch, "false", computed_tokens=tokens)
-            if whole.fits(self.usable_gib):
-                return whole
-            # Micro-batches are cut to fill the memory as far as it is safe, but for a row alone.
-            most = self.kept_tokens(batch)
-            filled = self.estimate(batch, "false", computed_tokens=max(1, most))
-            if most >= (one := self.computed_tokens(1)):
-                return filled
-            again = self.estimate(1, self.checkpointings[-1], computed_tokens=one)
-            return max(again, filled, key=lambda estimate: estimate.total_gib)
+            return self._estimate_cut_to_fit(batch, tokens)
         unsloth, shared = self.backend == "unsloth", self.shares_prefixes
         # Unsloth drops the mask, and a packed sequence has none of this size.
         masked = not unsloth and not shared and batch > 1
@@ -197,7 +203,7 @@ class MemoryEstimator:
             token = replace(token, last_layer=min(token.layer, needed))
         kept, backward = token.kept_and_backward(shape.layers, checkpointing)
         prefix_gib = 0.0
-        if self.computes_prefix_once(checkpointing):
+        if self.keeps_one_prefix(checkpointing):
             # Its keys and values again before those of a micro-batch, and their gradients' sums.
             pair = 2 * shape.layers * shape.kv_width * (held + 4)
             prefix_gib = min(self.lengths.shared_tokens, tokens) * pair / GIB
@@ -230,6 +236,19 @@ class MemoryEstimator:
             shrinkable_gib=logits_gib if unsloth and not shared else 0.0,
         )
 
+    def _estimate_cut_to_fit(self, batch: int, tokens: int) -> MemoryEstimate:
+        """Estimate a micro-batch that is cut to fill the memory as far as it is safe."""
+        whole = self.estimate(batch, "false", computed_tokens=tokens)
+        if whole.fits(self.usable_gib):
+            return whole
+        most, one = self.kept_tokens(batch), self.computed_tokens(1)
+        filled = self.estimate(batch, "false", computed_tokens=max(1, most))
+        if most >= one:
+            return filled
+        # A longer row alone computes its layers again.
+        again = self.estimate(1, self.checkpointings[-1], computed_tokens=one)
+        return max(again, filled, key=lambda estimate: estimate.total_gib)
+
     def computed_tokens(self, batch: int, row_tokens: float | None = None) -> int:
         """Count the tokens that a micro-batch computes, by default one of the longest rows."""
         row_tokens = self.row_tokens if row_tokens is None else row_tokens
@@ -242,12 +261,12 @@ class MemoryEstimator:
         Returns:
             Their number, at most those of the longest rows; 0 if there are none.
         """
-        low, high = 0, self.computed_tokens(batch)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.estimate(batch, "false", computed_tokens=middle).fits(self.usable_gib)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+
+        def are_too_many(tokens: int) -> bool:
+            estimate = self.estimate(batch, "false", computed_tokens=tokens)
+            return not estimate.fits(self.usable_gib)
+
+        return bisect_left(range(1, self.computed_tokens(batch) + 1), True, key=are_too_many)
 
     def largest_batch(self, checkpointing: Checkpointing, most: int | None = None) -> BatchChoice:
         """Find the largest batch, of `most` rows, that fits and divides those of an optimizer step.
@@ -310,7 +329,7 @@ class MemoryEstimator:
         shares, step_rows = self.shares_prefixes, batch * accumulation
         shared = min(rows.shared_tokens, rows.mean_tokens) if shares else 0.0
         own = rows.mean_tokens - shared
-        prefixes = 1 if self.computes_prefix_once(checkpointing) else accumulation
+        prefixes = 1 if self.keeps_one_prefix(checkpointing) else accumulation
         tokens = prefixes * shared + step_rows * own
         supervised = step_rows * rows.supervised_tokens
 
@@ -341,19 +360,6 @@ class MemoryEstimator:
         logits = supervised if shares or self.backend != "unsloth" else tokens
         in_all += 2 * logits * shape.vocab * shape.hidden
         return rows.rows / step_rows * 2 * in_all
-
-    def to_json(self) -> dict[str, Any]:
-        """Give what was estimated and from what, as plain values."""
-        estimate = self.estimate()
-        return {
-            "predicted": {**asdict(estimate), "total_gib": estimate.total_gib},
-            "usable_gib": self.usable_gib,
-            "backend": self.backend,
-            "row_tokens": self.row_tokens,
-            "batch": self.config.train.rows_per_batch,
-            "checkpointing": self.config.model.gradient_checkpointing,
-            "shape": asdict(self.shape),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -599,31 +605,26 @@ def _counted(config: Config, train: Path) -> RowLengths:
     from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokens import PromptTokenizer
-    from tinyagent_fast.shared_prefix.packing import mean_shared_tokens
 
     data, form = config.data, config.model.prompt_format
     table = load_examples(train, on_bad_entry=data.on_bad_entry, points=data.points)
     tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), form)
 
-    def encode(indices: Iterable[int]) -> Sequence[EncodedRow]:
+    def encode(indices: Iterable[int]) -> list[dict[str, list[int]]]:
         examples = (table[index] for index in indices)
-        return tokenizer.encode_rows([(e.key, render(e, form, tokenizer.chat)) for e in examples])
+        rows = tokenizer.encode_rows([(e.key, render(e, form, tokenizer.chat)) for e in examples])
+        return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
 
     sizes = [len(e.system or "") + len(e.user) + len(e.output) for e in table]
     longest = encode(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_LONGEST_ROWS])
     picked = random.Random(data.seed).sample(range(len(sizes)), min(len(sizes), _SAMPLE_ROWS))
-    sample = encode(picked)
-    tokens = max(len(row.input_ids) for row in (*longest, *sample))
+    sample = RowLengths.of(encode(picked), config)
+    tokens = max(sample.longest_tokens, *(len(row["input_ids"]) for row in longest))
     entries = len(set(table.column("entry_key")))
     kept = max(0, entries - data.validation_entries)
     kept = min(kept, data.limit_entries or kept)
-    return RowLengths(
+    return replace(
+        sample,
         rows=max(1, round(len(table) * kept / entries)),
-        mean_tokens=statistics.fmean(len(row.input_ids) for row in sample),
         longest_tokens=min(tokens, config.model.max_length_tokens),
-        supervised_tokens=statistics.fmean(row.supervised_tokens for row in sample),
-        shared_tokens=mean_shared_tokens(
-            [{"input_ids": row.input_ids, "labels": row.labels} for row in sample],
-            rows_that_share(config),
-        ),
     )
