@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.errors import ConfigError, count_of
+from tinyagent_fast.training.memory import (
+    LIBRARIES_GIB,
+    RESERVE_GIB,
+    MemoryEstimator,
+    base_shape,
+    preset_batch,
+    row_lengths,
+)
 
 if TYPE_CHECKING:
     from tinyagent_fast.config import Config, Weights
-    from tinyagent_fast.training.memory import BatchChoice, MemoryEstimator
+    from tinyagent_fast.training.memory import BatchChoice
 
 _BATCHES = (1, 2, 4, 8, 16)
 _WEIGHTS: tuple[Weights, ...] = ("nf4", "bf16")
@@ -40,8 +48,6 @@ def run(arguments: Sequence[str]) -> int:
     """Estimate memory and hours; gives 0, also where nothing fits: the table says so."""
     flags, rest = _flags(arguments)
     config = resolve_config("memory", rest, lambda: _preset_for(flags), more_flags=_FLAGS_HELP)
-    from tinyagent_fast.training.memory import MemoryEstimator, base_shape, row_lengths
-
     memory_gib, usable_gib, tflops = _machine(flags, config)
     # `auto` is what it is on a machine with a GPU that was set up by the Makefile.
     backend = "unsloth" if config.model.backend == "auto" else config.model.backend
@@ -124,8 +130,6 @@ def _machine(flags: argparse.Namespace, config: Config) -> tuple[float, float, f
     That of a GPU, unless no card is named and the weights are in fp32, as only the presets without
     a GPU have them: then this machine's, whose speed nobody knows beforehand.
     """
-    from tinyagent_fast.training.memory import LIBRARIES_GIB, RESERVE_GIB
-
     named = flags.card or flags.gpu_gib or flags.tflops or config.preset in _CARDS
     if not named and config.model.weights == "fp32":
         from tinyagent_fast.doctor import read_machine
@@ -147,12 +151,9 @@ def _hours(flops: float, tflops: float | None) -> list[float] | None:
 
 def _as_asked(estimator: MemoryEstimator, tflops: float | None) -> dict[str, Any]:
     """Estimate the config as it was asked for, for all of its epochs."""
-    from tinyagent_fast.training.memory import preset_batch
-
     config, batch = estimator.config, preset_batch(estimator.config)
     how = config.model.gradient_checkpointing
-    estimate = estimator.estimate(batch)
-    epoch = estimator.flops_per_epoch(how)
+    estimate, flops = estimator.estimate(batch), estimator.flops_per_epoch(how)
     return {
         "batch": batch,
         "checkpointing": _NAMES[how],
@@ -163,7 +164,7 @@ def _as_asked(estimator: MemoryEstimator, tflops: float | None) -> dict[str, Any
         "total_gib": round(estimate.total_gib, 3),
         "fits": estimate.fits(estimator.usable_gib),
         "epochs": config.train.epochs,
-        "hours": _hours(config.train.epochs * epoch, tflops),
+        "hours": _hours(config.train.epochs * flops, tflops),
     }
 
 
@@ -174,7 +175,6 @@ def _dry_run(estimator: MemoryEstimator) -> dict[str, Any]:
     counted on the transformers path.
     """
     from tinyagent_fast.training.dry_run import dry_run
-    from tinyagent_fast.training.memory import preset_batch
     from tinyagent_fast.training.unsloth_dry_run import can_count, dry_runs_by_unsloth
 
     batch, how = preset_batch(estimator.config), estimator.config.model.gradient_checkpointing
@@ -240,16 +240,9 @@ def _every_estimate(
                 parts = {name: round(gib, 3) for name, gib in asdict(got).items()}
                 perhaps = got.fits(estimator.usable_gib, error_share=0.0)
                 unless = "perhaps" if perhaps else "no"
-                rows.append(
-                    {
-                        "batch": batch,
-                        "weights": weights,
-                        "checkpointing": _NAMES[how],
-                        **parts,
-                        "total_gib": round(got.total_gib, 3),
-                        "fits": "fits" if got.fits(estimator.usable_gib) else unless,
-                    }
-                )
+                fits = "fits" if got.fits(estimator.usable_gib) else unless
+                row = {"batch": batch, "weights": weights, "checkpointing": _NAMES[how], **parts}
+                rows.append({**row, "total_gib": round(got.total_gib, 3), "fits": fits})
     return rows
 
 

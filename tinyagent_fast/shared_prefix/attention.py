@@ -55,12 +55,7 @@ class Spans:
 
 @lru_cache(maxsize=8)  # all layers of a micro-batch but the last have the same
 def spans_of(blocks: tuple[Block, ...], device: torch.device) -> Spans:
-    """Write blocks as spans, in which the last query sees all keys and each before one less.
-
-    Args:
-        blocks: As `packed_attention` takes them.
-        device: Of the tensors.
-    """
+    """Write blocks as spans, in which the last query sees all keys and each before one less."""
     causal = sorted((b for b in blocks if b.causal), key=lambda b: b.query_start)
     whole = sorted((b for b in blocks if not b.causal), key=lambda b: b.key_start)
     seen: list[Tensor] = []
@@ -317,14 +312,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def kernel_for(query: Tensor) -> Kernel:
-    """Choose the fastest kernel that takes these tensors.
-
-    Args:
-        query: One with the device, type and head_dim that the others have too.
-
-    Returns:
-        The kernel; `TILED` where no fused one fits.
-    """
+    """Choose the fastest kernel for such queries and their keys; `TILED` where no fused one fits."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if is_fake(query):  # a dry run counts what a GPU keeps
         return CUDA_FLASH if half else CPU_FLASH

@@ -98,11 +98,7 @@ class PrefixGroupedOrder:
         self.pools, _ = _Beginnings(checksums, lengths, batch).pools(everything, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next.
-
-        Args:
-            epoch: Counted from 0.
-        """
+        """Choose the epoch, counted from 0, whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:

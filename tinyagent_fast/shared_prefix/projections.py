@@ -22,9 +22,6 @@ def project(x: Tensor, modules: Sequence[Any]) -> list[Tensor]:
     Args:
         x: 1 x tokens x features.
         modules: Linear layers, with or without an adapter.
-
-    Returns:
-        What each of them makes of the input.
     """
     dtype = _computed_in(x)
     weights = []

@@ -46,11 +46,7 @@ class SharedPrefixDecision:
     """Tokens computed, as a share of what padded batches would compute; measured on a sample."""
 
     def sentence(self) -> str:
-        """Say it for the header.
-
-        Returns:
-            One line.
-        """
+        """Say it for the header."""
         if not self.on:
             return f"off: {self.reason}"
         return (
@@ -70,9 +66,6 @@ def decide_shared_prefix(
         rows: Dataset with input_ids, labels and length.
         remembered: The decision's file of the run that is resumed, so that it goes on in the same
             order.
-
-    Returns:
-        The decision.
 
     Raises:
         TrainingError: It was asked for and cannot be had.
@@ -176,10 +169,6 @@ def _computed_share(rows: Any, train: TrainConfig, *, prefix_once: bool) -> floa
 def prefix_order(rows: Any, train: TrainConfig) -> PrefixGroupedOrder | None:
     """Make the order in which rows meet where prefixes are shared.
 
-    Args:
-        rows: Dataset with input_ids.
-        train: Batching, batch and seed.
-
     Returns:
         A sampler, whose `set_epoch` chooses the epoch; None if another batching was asked for.
     """
@@ -204,14 +193,7 @@ class PackingCollator:
     """Whether the micro-batches of a step share one prefix."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate rows both ways.
-
-        Args:
-            rows: With input_ids and labels.
-
-        Returns:
-            The batch with its packed step.
-        """
+        """Collate rows both ways."""
         import numpy as np
 
         from tinyagent_fast.shared_prefix.packing import pack_step
@@ -228,11 +210,6 @@ def check_same_loss(trainer: Any, loaded: LoadedModel, rows: Any) -> float:
     """Compare loss and gradients with those of the trainer's own way, on the three shortest rows.
 
     They are cut into two micro-batches, so that they share within one and between both.
-
-    Args:
-        trainer: With shared prefixes.
-        loaded: Its model.
-        rows: The dataset that went into it.
 
     Returns:
         The larger one of the relative differences of loss and gradient norm, of small ones relative

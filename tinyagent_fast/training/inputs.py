@@ -46,6 +46,7 @@ GENERATED = Path("data/generated")
 _SOME_MOMENT = datetime(2000, 1, 1)
 """Stands in prompts only where a row tells no other."""
 OnProgress = Callable[[int, int], None]
+"""Called while an encoder is trained for a retriever, with its steps and their number."""
 
 
 def _in_silence(_done: int, _total: int) -> None:
@@ -91,12 +92,6 @@ class RunRows:
 def data_files(config: Config) -> DataFiles:
     """Find the run's files; generate them when the config names no file.
 
-    Args:
-        config: The run's config.
-
-    Returns:
-        The files.
-
     Raises:
         DataError: A named file is missing, or only the test file is named.
     """
@@ -141,10 +136,6 @@ def _generation_key(spec: GenerationSpec) -> str:
 
 def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> RunExamples:
     """Read, split and sample the examples of a run.
-
-    Args:
-        config: The run's config.
-        on_progress: Called while a retriever's encoder is trained, with its steps and their number.
 
     Returns:
         The examples; validation entries and test queries are kept out of training.
@@ -253,10 +244,6 @@ def _train_retriever(
 def retriever_of_run(run: Run, on_progress: OnProgress = _in_silence) -> ToolRetriever | None:
     """Read the tool retriever of a run, or train and save it from the run's training queries.
 
-    Args:
-        run: The run.
-        on_progress: Called while an encoder is trained for it, with its steps and their number.
-
     Returns:
         The retriever; None if there is none and the training file is not here or has one plan.
 
@@ -285,9 +272,6 @@ def retriever_of_run(run: Run, on_progress: OnProgress = _in_silence) -> ToolRet
 
 def load_test_examples(config: Config) -> tuple[Sequence[Example], str]:
     """Read the plans of a config's test file alone.
-
-    Args:
-        config: The run's config.
 
     Returns:
         The plans and the file's sha256.
@@ -365,15 +349,6 @@ def encode_run_rows(
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> RunRows:
     """Encode the rows of a run, or open those that an equal run has left.
-
-    Args:
-        config: The run's config.
-        examples: Its examples.
-        tokenizer: Its tokenizer.
-        on_progress: Called with the number of training rows done.
-
-    Returns:
-        Training and validation rows.
 
     Raises:
         DataError: Rows are over-long or cannot be proved.

@@ -557,11 +557,7 @@ _LONGEST_ROWS = 64
 
 
 def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengths, str]:
-    """Find the lengths of a config's rows: as given, counted in its data, or as published.
-
-    Args:
-        config: The config.
-        given: Tokens of the mean and of the longest row, or None.
+    """Find the lengths of a config's rows: as given (mean, longest), counted, or as published.
 
     Returns:
         The lengths, and where they come from.

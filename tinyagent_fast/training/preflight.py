@@ -56,14 +56,6 @@ def preflight(
 ) -> PreflightReport:
     """Compare a real batch with ours, then run the longest batch and one evaluation batch.
 
-    Args:
-        trainer: The trainer, not yet started.
-        loaded: Its model.
-        rows: The dataset that went into the trainer.
-        evaluation_prompts: Prompts of the validation sample.
-        evaluation_batch: Prompts generated together.
-        estimator: What the memory is predicted from; None predicts nothing.
-
     Raises:
         TrainingError: The trainer's batch is not ours, the loss is not finite, or memory runs out.
     """

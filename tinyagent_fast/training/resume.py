@@ -143,12 +143,6 @@ def remember_or_compare(
 ) -> None:
     """Write what a later resume must find unchanged, or compare with what was written.
 
-    Args:
-        run: The run.
-        data: Hashes and counts of data and rows.
-        parameters: Names and shapes of trainable parameters.
-        resumed: Whether this run goes on from a checkpoint.
-
     Raises:
         TrainingError: Data or parameters differ; every difference is listed.
     """

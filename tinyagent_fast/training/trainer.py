@@ -279,12 +279,6 @@ def refuse_non_finite(
 ) -> None:
     """Stop before an optimizer step that would spoil the adapter, all processes together.
 
-    Args:
-        name: `loss` or `gradient norm`.
-        value: A scalar tensor, of which each process has one of its own.
-        step: The optimizer step that was about to be made.
-        processes: All of them.
-
     Raises:
         TrainingError: The value is not finite.
     """
