@@ -312,7 +312,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def kernel_for(query: Tensor) -> Kernel:
-    """Choose the fastest kernel for such queries and their keys; `TILED` where no fused one fits."""
+    """Choose the fastest kernel for such queries; `TILED` where no fused one fits."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if is_fake(query):  # a dry run counts what a GPU keeps
         return CUDA_FLASH if half else CPU_FLASH
