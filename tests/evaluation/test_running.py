@@ -14,7 +14,11 @@ from torch_runs import load_plainly
 from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
+from tinyagent_fast.evaluation.running import (
+    EvaluationResult,
+    EvaluationTask,
+    evaluate_examples,
+)
 from tinyagent_fast.evaluation.scoring import score_all, summarise
 from tinyagent_fast.inference.engine import Completion
 from tinyagent_fast.inference.torch_engine import TorchEngine
@@ -63,8 +67,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def evaluate(loaded: LoadedModel, count: int, folder: Path, **changes: Any) -> EvaluationResult:
-    arguments: dict[str, Any] = {"settings": SETTINGS, "made_with": MADE_WITH, **changes}
-    return evaluate_examples(TorchEngine(loaded), make_examples(count), folder=folder, **arguments)
+    watching = {name: changes.pop(name) for name in ("say", "on_progress") if name in changes}
+    task = EvaluationTask(examples=make_examples(count), settings=SETTINGS, made_with=MADE_WITH)
+    return evaluate_examples(TorchEngine(loaded), replace(task, **changes), folder, **watching)
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:

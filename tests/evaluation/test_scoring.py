@@ -175,6 +175,15 @@ def test_a_label_that_calls_an_unknown_tool_is_bad_and_its_copy_no_success(
     refuse_unknown_tools("labels", [LABEL], None, "name them")
 
 
+def test_a_call_in_a_thought_of_a_label_is_told_from_an_unknown_tool() -> None:
+    label = "Thought: as step 1. find_lamp(x) says\nThought: so\n" + LABEL
+    assert score_pair(label, label).failure == "bad_label"  # the published metric reads a step
+    with pytest.raises(DataError, match="find_lamp") as caught:
+        refuse_unknown_tools("labels", [LABEL, label], None, "name the catalogue")
+    assert "thought" in str(caught.value)
+    assert "catalogue" not in caught.value.fix
+
+
 def row(prediction: str, stop_reason: str = "stop", label: str = LABEL) -> Prediction:
     return Prediction.from_json(
         {

@@ -241,7 +241,7 @@ def test_a_small_model_learns_eight_plans_by_heart(
     tiny_config: MakeConfig, quiet: Any, tmp_path: Path
 ) -> None:
     """All parts together: rows, masks, loss, optimizer, adapter on disk, generation, scoring."""
-    from tinyagent_fast.evaluation.running import evaluate_examples
+    from tinyagent_fast.evaluation.running import EvaluationTask, evaluate_examples
     from tinyagent_fast.inference.torch_engine import TorchEngine
     from tinyagent_fast.models.loading import load_for_generation
     from tinyagent_fast.training.inputs import load_run_examples
@@ -266,7 +266,8 @@ def test_a_small_model_learns_eight_plans_by_heart(
     def success(adapter: Path | None) -> float:
         loaded = load_for_generation(config, config.model.base, adapter)
         folder = tmp_path / f"eval-{adapter is not None}"
-        result = evaluate_examples(TorchEngine(loaded), examples, settings, folder, made_with={})
+        task = EvaluationTask(examples=examples, settings=settings, made_with={})
+        result = evaluate_examples(TorchEngine(loaded), task, folder)
         if adapter is not None:
             assert {p.stop_reason for p in result.predictions} == {"stop"}
         return result.metrics.success.share

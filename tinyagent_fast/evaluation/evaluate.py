@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tinyagent_fast.config import Backend, Config, EvalConfig, GrammarUse, check_config
+from tinyagent_fast.config import Backend, Config, GrammarUse, check_config
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import Cell, FactTable, headline
-from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
+from tinyagent_fast.evaluation.running import (
+    EvaluationResult,
+    EvaluationTask,
+    evaluate_examples,
+)
 from tinyagent_fast.evaluation.scoring import ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import ExportRecord, sha256_of
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
     from tinyagent_fast.display import Display
     from tinyagent_fast.inference.engine import Engine
-    from tinyagent_fast.plans.tools import Tool
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 EngineName = Literal["torch", "gguf", "vllm"]
@@ -117,16 +120,14 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
+class _Job:
     """What every model is given to do."""
 
     run: Run
     config: Config
     options: EvalOptions
-    examples: Sequence[Example]
-    about_test: Mapping[str, object]
-    """Its test file and how its prompts were made, as predictions record it."""
-    tools: Mapping[str, Tool] | None
+    task: EvaluationTask
+    """With the test file and how its prompts were made as what it was made with."""
     display: Display
 
     @property
@@ -223,19 +224,18 @@ def _evaluate(
     examples, about_test = test_queries(run, config, display)
     if options.grammar == "on":
         about_test["grammar"] = "on"
-    task = _Task(
-        run=run,
-        config=config,
-        options=options,
+    task = EvaluationTask(
         examples=examples,
-        about_test=about_test,
+        settings=config.eval,
+        made_with=about_test,
         tools=plan_tools(config.data.catalogue),
-        display=display,
+        grammar=options.grammar == "on",
     )
+    job = _Job(run=run, config=config, options=options, task=task, display=display)
     display.say(f"run {run.path.name}: {len(examples)} test queries")
     if (unfinished := run.unfinished()) is not None:
         display.say(f"note: the training of run {run.path.name} is {unfinished}")
-    return {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](task)
+    return {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](job)
 
 
 def test_queries(
@@ -299,34 +299,16 @@ def eval_config(run: Run, options: EvalOptions) -> Config:
 
 
 def _measure(
-    task: _Task,
-    name: str,
-    engine: Engine,
-    *,
-    title: str,
-    folder: Path,
-    made_with: Mapping[str, object],
-    settings: EvalConfig,
+    job: _Job, name: str, engine: Engine, folder: Path, task: EvaluationTask
 ) -> EvaluationResult:
     """Evaluate one model, and close it."""
-    processes, display = init_processes(), task.display
-    if task.options.fresh and processes.is_main_process:
+    processes, display = init_processes(), job.display
+    if job.options.fresh and processes.is_main_process:
         PredictionFile(folder).forget()
-    grammar = task.options.grammar == "on"
+    title = f"{task.title}, with the grammar" if task.grammar else task.title
+    task = replace(task, title=title, made_with={**task.made_with, **job.task.made_with})
     with closing(engine), display.bar(name, "plans") as update:
-        result = evaluate_examples(
-            engine,
-            task.examples,
-            settings,
-            folder,
-            made_with={**made_with, **task.about_test},
-            tools=task.tools,
-            grammar=grammar,
-            title=f"{title}, with the grammar" if grammar else title,
-            on_progress=update,
-            say=display.say,
-            processes=processes,
-        )
+        result = evaluate_examples(engine, task, folder, on_progress=update, say=display.say)
     if processes.is_main_process:
         report = (folder / "report.md").read_text(encoding="utf-8")
         display.say(report.split("\n## The first")[0])
@@ -335,47 +317,42 @@ def _measure(
     return result
 
 
-def _adapter(task: _Task) -> dict[str, EvaluationResult]:
+def _adapter(job: _Job) -> dict[str, EvaluationResult]:
     """Evaluate the run's adapter, another one, or the bare base, in torch."""
     from tinyagent_fast.inference.torch_engine import TorchEngine
     from tinyagent_fast.models.loading import load_for_generation
 
-    run, config, options = task.run, task.config, task.options
+    run, config, options = job.run, job.config, job.options
     wanted = options.adapter or "best"
     adapter = None if wanted == "none" else run.find_adapter(wanted)
     base = run.base_of(config)
-    with task.display.working("loading the model"):
+    with job.display.working("loading the model"):
         loaded = load_for_generation(config, base, adapter)
     for note in loaded.notes:
-        task.display.say(f"note: {note}")
+        job.display.say(f"note: {note}")
     if loaded.fused:
-        task.display.say(f"kernels: {loaded.fused}")
+        job.display.say(f"kernels: {loaded.fused}")
     name = _ADAPTER if adapter else "base"
-    result = _measure(
-        task,
-        name,
-        TorchEngine(loaded, lookup_tokens=config.eval.lookup_tokens, threads=options.threads),
-        title=f"Run {run.path.name}",
-        folder=options.out or run.path / (("eval" if adapter else "eval-base") + task.suffix),
-        made_with={
-            "base": base,
-            "adapter_sha256": sha256_of(adapter / _WEIGHTS) if adapter else None,
-            "prompt_format": config.model.prompt_format,
-            "weights": config.model.weights,
-        },
-        settings=config.eval,
-    )
-    return {name: result}
+    made_with = {
+        "base": base,
+        "adapter_sha256": sha256_of(adapter / _WEIGHTS) if adapter else None,
+        "prompt_format": config.model.prompt_format,
+        "weights": config.model.weights,
+    }
+    engine = TorchEngine(loaded, lookup_tokens=config.eval.lookup_tokens, threads=options.threads)
+    folder = options.out or run.path / (("eval" if adapter else "eval-base") + job.suffix)
+    task = replace(job.task, title=f"Run {run.path.name}", made_with=made_with)
+    return {name: _measure(job, name, engine, folder, task)}
 
 
-def _merged_folder(task: _Task) -> dict[str, EvaluationResult]:
+def _merged_folder(job: _Job) -> dict[str, EvaluationResult]:
     """Evaluate the folder that was named, or that of the run's export, in vLLM."""
     from tinyagent_fast.inference.vllm import VllmEngine
 
-    run, config = task.run, task.config
+    run, config = job.run, job.config
     export = run.path / "export"
     recorded = [a.path for a in ExportRecord(export).artefacts if a.kind == "merged"]
-    folder = task.options.model or export / (recorded[0] if recorded else "merged")
+    folder = job.options.model or export / (recorded[0] if recorded else "merged")
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"merged folder {folder}",
@@ -383,27 +360,26 @@ def _merged_folder(task: _Task) -> dict[str, EvaluationResult]:
             f"tinyagent-fast export --run {run.named} --to merged, or name one with --model",
         )
     room_tokens = config.model.max_length_tokens + config.eval.max_new_tokens
-    result = _measure(
-        task,
-        "merged",
-        VllmEngine(folder, _tokenizer(task), context_tokens=room_tokens),
+    task = replace(
+        job.task,
         title=f"Run {run.path.name}, vLLM",
-        folder=task.options.out or run.path / f"eval-vllm{task.suffix}",
         made_with={"merged_sha256": sha256_of(folder)},
         settings=replace(config.eval, parity_prompts=0),
     )
-    return {"merged": result}
+    engine = VllmEngine(folder, _tokenizer(job), context_tokens=room_tokens)
+    out = job.options.out or run.path / f"eval-vllm{job.suffix}"
+    return {"merged": _measure(job, "merged", engine, out, task)}
 
 
-def _gguf_files(task: _Task) -> dict[str, EvaluationResult]:
+def _gguf_files(job: _Job) -> dict[str, EvaluationResult]:
     """Evaluate the file that was named, or all that the run has exported, in llama.cpp."""
     from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
     from tinyagent_fast.prompts.builder import encode_prompts
 
-    config, options = task.config, task.options
-    paths = [options.model] if options.model else _exported_files(task)
-    tokenizer = _tokenizer(task)
-    longest_tokens = max(map(len, encode_prompts(tokenizer, task.examples)), default=0)
+    config, options = job.config, job.options
+    paths = [options.model] if options.model else _exported_files(job)
+    tokenizer = _tokenizer(job)
+    longest_tokens = max(map(len, encode_prompts(tokenizer, job.task.examples)), default=0)
     slots = options.eval.batch or min(_SLOTS, config.eval.batch)
     results = {}
     for path in paths:
@@ -413,32 +389,29 @@ def _gguf_files(task: _Task) -> dict[str, EvaluationResult]:
             context_tokens_per_slot=longest_tokens + config.eval.max_new_tokens + _SPARE_TOKENS,
             threads=options.threads,
         )
-        results[path.name] = _measure(
-            task,
-            path.name,
-            LlamaCppEngine(LlamaServer(settings), tokenizer),
-            title=path.name,
-            folder=(options.out or task.run.path) / f"eval-gguf-{path.stem}{task.suffix}",
-            made_with={},
-            settings=replace(config.eval, batch=slots),
+        engine = LlamaCppEngine(LlamaServer(settings), tokenizer)
+        folder = (options.out or job.run.path) / f"eval-gguf-{path.stem}{job.suffix}"
+        task = replace(
+            job.task, title=path.name, made_with={}, settings=replace(config.eval, batch=slots)
         )
-    _compare_files(task, {path.name: path for path in paths}, results)
+        results[path.name] = _measure(job, path.name, engine, folder, task)
+    _compare_files(job, {path.name: path for path in paths}, results)
     return results
 
 
-def _tokenizer(task: _Task) -> PromptTokenizer:
+def _tokenizer(job: _Job) -> PromptTokenizer:
     from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
-    model = task.config.model
-    folder = resolve_tokenizer_folder(task.run.base_of(task.config), model.revision)
+    model = job.config.model
+    folder = resolve_tokenizer_folder(job.run.base_of(job.config), model.revision)
     return PromptTokenizer(load_tokenizer(folder), model.prompt_format)
 
 
-def _exported_files(task: _Task) -> list[Path]:
+def _exported_files(job: _Job) -> list[Path]:
     """List the GGUF files of the run's export, and say what speaks against them."""
-    name, say = task.run.path.name, task.display.say
-    record = ExportRecord(task.run.path / "export")
+    name, say = job.run.path.name, job.display.say
+    record = ExportRecord(job.run.path / "export")
     listed = [artefact for artefact in record.artefacts if artefact.kind == "gguf"]
     if not listed:
         there = sorted((record.folder / "gguf").glob("*.gguf"))
@@ -446,7 +419,7 @@ def _exported_files(task: _Task) -> list[Path]:
             raise ConfigError(
                 f"run {name}",
                 f"it has no GGUF file in {record.folder}",
-                f"make export RUN={task.run.named}, or name a file with --model",
+                f"make export RUN={job.run.named}, or name a file with --model",
             )
         return there
     if record.content["passed"] is False:
@@ -459,11 +432,11 @@ def _exported_files(task: _Task) -> list[Path]:
 
 
 def _compare_files(
-    task: _Task, paths: Mapping[str, Path], results: Mapping[str, EvaluationResult]
+    job: _Job, paths: Mapping[str, Path], results: Mapping[str, EvaluationResult]
 ) -> None:
     """Write the table that compares GGUF files with the adapter, or with the f16 file."""
     measured = {name: result.plans for name, result in results.items()}
-    adapter = _adapter_plans(task)
+    adapter = _adapter_plans(job)
     reference = next((name for name in measured if Path(name).stem.endswith("f16")), None)
     if adapter is not None:
         reference, measured = _ADAPTER, {_ADAPTER: adapter, **measured}
@@ -485,42 +458,42 @@ def _compare_files(
         records.append({**record, "seconds": seconds, "comparison": compared_json})
     against = f"points against {reference or '(none)'}"
     table = FactTable(
-        title=f"GGUF files of {task.run.path.name}",
+        title=f"GGUF files of {job.run.path.name}",
         head=("engine", "size", "success", against, "McNemar p", "same plans", "generation"),
         rows=tuple(rows),
     ).to_markdown()
-    folder = task.options.out or task.run.path
-    name = f"eval-gguf{task.suffix}"
+    folder = job.options.out or job.run.path
+    name = f"eval-gguf{job.suffix}"
     write_text(folder / f"{name}.md", table)
-    facts = {**task.about_test, "queries": len(task.examples), "reference": reference}
+    facts = {**job.task.made_with, "queries": len(job.task.examples), "reference": reference}
     write_json(folder / f"{name}.json", {**facts, "rows": records})
-    task.display.say(table)
-    task.display.say(f"written: {folder}/{name}.md, {name}.json")
+    job.display.say(table)
+    job.display.say(f"written: {folder}/{name}.md, {name}.json")
 
 
-def _adapter_plans(task: _Task) -> Sequence[ScoredPlan] | None:
+def _adapter_plans(job: _Job) -> Sequence[ScoredPlan] | None:
     """Take the adapter's predictions as the reference if they are there for the same task."""
-    folder = task.run.evaluation
-    file, say = PredictionFile(folder.with_name(folder.name + task.suffix)), task.display.say
-    more = " ARGS='--grammar on'" if task.suffix else ""
-    remedy = f"`make eval RUN={task.run.named}{more}` adds the adapter to the table"
+    folder = job.run.evaluation
+    file, say = PredictionFile(folder.with_name(folder.name + job.suffix)), job.display.say
+    more = " ARGS='--grammar on'" if job.suffix else ""
+    remedy = f"`make eval RUN={job.run.named}{more}` adds the adapter to the table"
     if not file.path.exists() or not file.made_with_path.exists():
         say(f"note: {remedy}")
         return None
     made_with = read_json(file.made_with_path)
-    weights = task.run.adapter / _WEIGHTS
+    weights = job.run.adapter / _WEIGHTS
     wanted = {
         "retriever": None,
         "grammar": None,
-        **task.about_test,
-        "max_new_tokens": task.config.eval.max_new_tokens,
+        **job.task.made_with,
+        "max_new_tokens": job.config.eval.max_new_tokens,
         "adapter_sha256": sha256_of(weights) if weights.exists() else None,
     }
     by_key = {row.key: row for row in file.read()}
     other = [name for name, value in wanted.items() if made_with.get(name) != value]
-    if missing := [e.key for e in task.examples if e.key not in by_key]:
+    if missing := [e.key for e in job.task.examples if e.key not in by_key]:
         other.append(f"{len(missing)} queries missing")
     if other:
         say(f"note: {file.path} is for something else ({', '.join(other)}); {remedy}")
         return None
-    return score_all((by_key[example.key] for example in task.examples), task.tools)
+    return score_all((by_key[example.key] for example in job.task.examples), job.task.tools)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.distributed import Processes
+from tinyagent_fast.distributed import init_processes
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import markdown_report
 from tinyagent_fast.evaluation.scoring import (
@@ -67,42 +67,58 @@ class EvaluationResult:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """Plans to predict, and what predictions of them depend on besides the engine."""
+
+    examples: Sequence[Example]
+    """Their outputs are the labels."""
+    settings: EvalConfig
+    made_with: Mapping[str, Any]
+    """What tells predictions apart besides engine and settings, such as the adapter's hash."""
+    tools: Mapping[str, Tool] | None = None
+    """By name, for scoring; None stands for TinyAgent's own."""
+    grammar: bool = False
+    """Whether plans are held to the tools that their prompt lists."""
+    title: str = "evaluation"
+    """Heading of the report."""
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Where generation ends."""
+        return {"stop": END_OF_PLAN, "max_new_tokens": self.settings.max_new_tokens}
+
+    def identity(self) -> dict[str, Any]:
+        """Give what predictions may not be mixed across."""
+        held = {"grammar": "on", "second_look": True} if self.grammar else {}
+        return {**self.made_with, "max_new_tokens": self.settings.max_new_tokens, **held}
+
+    def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
+        """Write the prompts of some of the examples."""
+        prompts = [Prompt(system=example.system, user=example.user) for example in examples]
+        return [held_to_tools(p, self.tools) for p in prompts] if self.grammar else prompts
+
+
 def evaluate_examples(
     engine: Engine,
-    examples: Sequence[Example],
-    settings: EvalConfig,
+    task: EvaluationTask,
     folder: Path,
     *,
-    made_with: Mapping[str, Any],
-    tools: Mapping[str, Tool] | None = None,
-    grammar: bool = False,
-    title: str = "evaluation",
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     say: Callable[[str], None] = lambda _: None,
-    processes: Processes = Processes(),  # noqa: B008 - frozen, and the ordinary case
 ) -> EvaluationResult:
     """Generate the plans that are missing, then score all of them.
 
     Args:
-        engine: Writes the plans.
-        examples: Plans to predict; their outputs are the labels.
-        settings: Batch, limits and the comparison of batches.
+        engine: Writes the plans; with several processes each its share.
+        task: What to predict.
         folder: Gets predictions.jsonl, metrics.json and report.md.
-        made_with: What the predictions depend on besides engine and settings, such as the
-            adapter's hash.
-        tools: Tools by name for scoring; None stands for TinyAgent's own.
-        grammar: Whether plans are held to the tools that their prompt lists.
-        title: Heading of the report.
         on_progress: Called with predictions done and in all.
         say: Prints one line for the user.
-        processes: Each generates its share; the first one writes what came of all.
     """
     started = time.perf_counter()
-    limits: dict[str, Any] = {"stop": END_OF_PLAN, "max_new_tokens": settings.max_new_tokens}
-    identity = {**engine.identity(), **made_with, "max_new_tokens": settings.max_new_tokens}
-    if grammar:
-        identity |= {"grammar": "on", "second_look": True}
-    file = PredictionFile(folder)
+    processes, examples, file = init_processes(), task.examples, PredictionFile(folder)
+    identity = {**engine.identity(), **task.identity()}
     there = processes.on_main_process(lambda: file.start(identity))
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
@@ -113,29 +129,19 @@ def evaluate_examples(
     parity: ParityReport | None = None
     notes: Sequence[str] = ()
     if missing:
-        prompts = _prompts(missing, tools, grammar)
-        notes = [*engine.notes(prompts), *([_HELD] if grammar else [])]
+        prompts = task.prompts(missing)
+        notes = [*engine.notes(prompts), *([_HELD] if task.grammar else [])]
         for note in notes:
             say(note)
-        batch, sample = settings.batch, settings.parity_prompts
+        batch, sample = task.settings.batch, task.settings.parity_prompts
         parity = processes.on_main_process(
-            lambda: compare_batches(engine, prompts, batch=batch, sample=sample, **limits)
+            lambda: compare_batches(engine, prompts, batch=batch, sample=sample, **task.limits)
         )
         say(parity.sentence())
-        mine = processes.shard(missing)
-        part = file.part(processes.rank) if processes.count > 1 else file
-        completions = generate_plans(
-            engine, _prompts(mine, tools, grammar), tools=tools, batch=parity.safe_batch, **limits
-        )
-        for here, (index, completion) in enumerate(completions, start=1):
-            part.append([_prediction(mine[index], completion)])  # as soon as it is there
-            # The other processes are about as far.
-            done = min(len(examples), kept + here * processes.count)
-            on_progress(done, len(examples))
-        processes.wait()
-        processes.on_main_process(file.gather_parts)
+        for done in _generate(engine, task, missing, parity.safe_batch, file):
+            on_progress(min(len(examples), kept + done), len(examples))
     by_key = {prediction.key: prediction for prediction in file.read()}
-    plans = score_all((by_key[example.key] for example in examples), tools)
+    plans = score_all((by_key[example.key] for example in examples), task.tools)
     result = EvaluationResult(
         metrics=summarise([plan.score for plan in plans]),
         plans=plans,
@@ -149,15 +155,34 @@ def evaluate_examples(
         say(f"{strange} labels call unknown tools; --data.catalogue names tools of your own")
     if processes.is_main_process:
         write_json(folder / "metrics.json", result.to_json())
-        write_text(folder / "report.md", markdown_report(title, result.metrics, plans, tools))
+        report = markdown_report(task.title, result.metrics, plans, task.tools)
+        write_text(folder / "report.md", report)
     return result
 
 
-def _prompts(
-    examples: Sequence[Example], tools: Mapping[str, Tool] | None, grammar: bool
-) -> list[Prompt]:
-    prompts = [Prompt(system=example.system, user=example.user) for example in examples]
-    return [held_to_tools(prompt, tools) for prompt in prompts] if grammar else prompts
+def _generate(
+    engine: Engine,
+    task: EvaluationTask,
+    missing: Sequence[Example],
+    batch: int,
+    file: PredictionFile,
+) -> Iterator[int]:
+    """Write this process's share of plans, each as soon as it is there.
+
+    Yields:
+        How many are done in all processes, which are about as far as this one.
+    """
+    processes = init_processes()
+    mine = processes.shard(missing)
+    part = file.part(processes.rank) if processes.count > 1 else file
+    completions = generate_plans(
+        engine, task.prompts(mine), tools=task.tools, batch=batch, **task.limits
+    )
+    for here, (index, completion) in enumerate(completions, start=1):
+        part.append([_prediction(mine[index], completion)])
+        yield here * processes.count
+    processes.wait()
+    processes.on_main_process(file.gather_parts)
 
 
 def _prediction(example: Example, completion: Completion) -> Prediction:

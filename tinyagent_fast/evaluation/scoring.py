@@ -237,9 +237,18 @@ def refuse_unknown_tools(
     found = Counter(chain.from_iterable(unknown))
     if not found or (some_are_fine and len(unknown) < len(labels)):
         return
+    share = f"{len(unknown):,} of {len(labels):,} {what}"
+    readings = [read_plan(label) for label in labels if unknown_tools(label, known)]
+    if not any(r.problems or found.keys() & {step.tool for step in r.steps} for r in readings):
+        raise DataError(
+            f"{share} have a thought with {_listed(found)} in it, written as a step is",
+            "the published metric reads that as a step of an unknown tool, so that the label "
+            "cannot be scored",
+            "write these thoughts without a number, a full stop and a call in a row",
+        )
     whose = "TinyAgent's own tools do" if tools is None else "the catalogue that is named does"
     raise DataError(
-        f"{len(unknown):,} of {len(labels):,} {what} call {_listed(found)}",
+        f"{share} call {_listed(found)}",
         f"{whose} not include {'it' if len(found) == 1 else 'them'}, and a label that calls an "
         "unknown tool cannot be scored",
         fix,

@@ -21,7 +21,11 @@ from tinyagent_fast.config import Config, Weights
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import percent
-from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
+from tinyagent_fast.evaluation.running import (
+    EvaluationResult,
+    EvaluationTask,
+    evaluate_examples,
+)
 from tinyagent_fast.export import gates
 from tinyagent_fast.export.checkpoints import read_json
 from tinyagent_fast.export.gates import DistributionDifference, Gate
@@ -355,16 +359,16 @@ def _measured(
     with _server(export, model) as server:
         found = _distributions(export, server, witness, f"distributions of {name}")
         with export.display.bar(f"plans of {name}", "plans") as update:
-            result = evaluate_examples(
-                LlamaCppEngine(server, tokenizer=export.tokenizer),
-                examples,
-                replace(export.config.eval, batch=_SLOTS, parity_prompts=0),
-                export.folder / "proof" / name,
+            task = EvaluationTask(
+                examples=examples,
+                settings=replace(export.config.eval, batch=_SLOTS, parity_prompts=0),
                 made_with={"examples": key_of([[e.key, e.system, e.user] for e in examples])},
                 tools=export.tools,
                 title=f"{name} on validation prompts",
-                on_progress=update,
             )
+            engine = LlamaCppEngine(server, tokenizer=export.tokenizer)
+            folder = export.folder / "proof" / name
+            result = evaluate_examples(engine, task, folder, on_progress=update)
         yield result, found, server
 
 

@@ -25,7 +25,11 @@ from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.errors import DataError, ModelError, Stopped, TrainingError, is_full_disk
 from tinyagent_fast.evaluation.report import headline
-from tinyagent_fast.evaluation.running import EvaluationResult, evaluate_examples
+from tinyagent_fast.evaluation.running import (
+    EvaluationResult,
+    EvaluationTask,
+    evaluate_examples,
+)
 from tinyagent_fast.export.companions import ADAPTER_CARD, adapter_card
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
@@ -216,18 +220,15 @@ class _Prepared:
         longest = max((len(encode(example.output)) for example in examples), default=0)
         most = min(settings.max_new_tokens, longest + longest // 4 + _MARGIN_TOKENS)
         settings = replace(settings, max_new_tokens=most)
-        return evaluate_examples(
-            TorchEngine(self.loaded, lookup_tokens=self.config.eval.lookup_tokens),
-            examples,
-            settings,
-            folder,
+        task = EvaluationTask(
+            examples=examples,
+            settings=settings,
             made_with={**made_with, "started": time.time()},
             tools=plan_tools(self.config.data.catalogue),
             title=title,
-            on_progress=on_progress,
-            say=say,
-            processes=self.processes,
         )
+        engine = TorchEngine(self.loaded, lookup_tokens=self.config.eval.lookup_tokens)
+        return evaluate_examples(engine, task, folder, on_progress=on_progress, say=say)
 
     def measure_test_queries(self, when: str) -> None:
         """Measure the test queries `before` or `after` training, if wanted, and say what came out.
