@@ -506,11 +506,12 @@ def test_generating_replaces_no_file_unasked(call: Callable[..., Output], tmp_pa
     assert len(json.loads(published.read_text())) == 3
 
 
-def test_rows_of_generated_data_are_shown_with_their_counts(
-    call: Callable[..., Output], tiny_data: Path
+def test_rows_are_shown_with_their_counts_as_the_preset_of_this_machine_has_them(
+    call: Callable[..., Output], tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tinyagent_fast.commands.preview.choose_preset", lambda: ("smoke", "why"))
     files = ["--data.train", tiny_data / "training_data.json"]
-    got = call("preview", "--preset", "smoke", "--rows", "2", *files)
+    got = call("preview", "--preset", "auto", "--rows", "2", *files)
     assert got.code == 0, got.err
     rows = [line.split() for line in got.out.splitlines() if "supervised tokens" in line]
     assert len(rows) == 2

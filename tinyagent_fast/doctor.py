@@ -1,7 +1,7 @@
 """What this machine has and lacks for a config: `doctor` shows it all, `train` looks at it first.
 
-Every check gives one line, how bad it is, and the command that repairs it. The quick checks take a
-second and import neither torch nor transformers.
+Every check gives one line, how bad it is, and the command that repairs it. Neither torch nor
+transformers is imported; where an NVIDIA driver runs, torch is asked in a process of its own.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ _GIB = 2**30
 _ROOT = Path(__file__).resolve().parents[1]
 _DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of them is there where an NVIDIA driver runs; the last is that of Linux under Windows."""
-_OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
-"""Oldest Linux driver by major version of CUDA.
-
-Source: docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html.
-"""
 _EXPORT_PACKAGES = ("xllamacpp", "gguf")
 _UNSLOTH_PACKAGES = ("unsloth", "unsloth-zoo", "xformers")
 _SMALL_WEIGHTS = 400_000_000
@@ -113,18 +108,17 @@ def find_out(
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that a run would take; None stands for what the driver does not say."""
+    """The GPU that a run would take, as torch sees it."""
 
     name: str
-    driver: str | None
-    total_gib: float | None
-    free_gib: float | None
-    capability: tuple[int, int] | None
+    total_gib: float
+    free_gib: float
+    capability: tuple[int, int]
 
     @property
-    def bf16(self) -> bool | None:
+    def bf16(self) -> bool:
         """Whether it computes in bf16, which Ampere was the first to do."""
-        return None if self.capability is None else self.capability >= (8, 0)
+        return self.capability >= (8, 0)
 
 
 @dataclass(frozen=True)
@@ -132,62 +126,32 @@ class Machine:
     """Everything that the checks need to know of this machine."""
 
     gpu: Gpu | None
+    """None where torch can use none."""
     gpu_problem: str | None
-    """Why the installed torch cannot use the GPU, or sees no GPU where there may be one."""
-    torch: str | None
-    """Version of torch; None where it is not installed."""
-    cuda: str | None
-    """Version of CUDA that torch was built for; None for a build that knows no NVIDIA GPU."""
+    """Why it cannot, where something speaks of a GPU."""
+    is_listed: bool
+    """Whether nvidia-smi lists a GPU; the packages are then those for CUDA."""
     memory_gib: float | None
     available_gib: float | None
 
-    @property
-    def usable_gpu(self) -> Gpu | None:
-        """The GPU, where this torch can use it."""
-        return self.gpu if self.cuda and not self.gpu_problem else None
 
-
-def read_machine(*, ask_torch: bool = False) -> Machine:
-    """Look at this machine, in a second and without importing torch.
-
-    Args:
-        ask_torch: Also let torch compute on the GPU, in a process of its own; takes seconds. It is
-            asked in any case where a driver runs and nvidia-smi is not installed.
-    """
-    gpu, problem = _ask_nvidia_smi()
-    torch, cuda = _torch_build()
-    if gpu is not None and torch is not None:
-        problem = _why_unusable(gpu, torch, cuda)
-    hidden = gpu is None and any(path.exists() for path in _DRIVER_FILES)
-    if cuda and problem is None and (hidden or (ask_torch and gpu is not None)):
-        gpu, problem = _ask_torch(gpu)
-    return Machine(gpu, problem, torch, cuda, *_memory_gib())
-
-
-def _ask_nvidia_smi() -> tuple[Gpu | None, str | None]:
-    """Give torch's first GPU, or why there is none; (None, None) where nothing speaks of one."""
+def read_machine() -> Machine:
+    """Look at this machine; torch computes on its GPU, if there may be one, which takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
-        return None, f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None, None
-    asked = "driver_version,memory.total,memory.free,compute_cap,name"
-    words = [program, f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
-    first = (visible or "").split(",")[0].strip()
-    if first and not first.startswith("MIG"):  # the whole GPU is the best that is known of a part
-        words.append(f"--id={first}")
-    said, problem = _run(words, timeout_s=20)
-    # The name comes last, because it alone may hold a comma.
-    cells = said.partition("\n")[0].split(", ", 4)
-    if problem or len(cells) < 5:
-        return None, f"nvidia-smi says: {problem or said or 'nothing'}"
-    driver, total, free, capability, name = cells
-    # Cards that share the host's memory have [N/A] for it.
-    total_gib, free_gib = (float(mib) / 1024 if mib.isdigit() else None for mib in (total, free))
-    numbers = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    version = (int(numbers[1]), int(numbers[2])) if numbers else None
-    return Gpu(name, driver, total_gib, free_gib, version), None
+        hidden = f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
+        return Machine(None, hidden, False, *main_memory_gib())
+    gpu, problem, said = None, None, ""
+    if program := shutil.which("nvidia-smi"):
+        said, problem = _run([program, "-L"], timeout_s=20)
+    is_listed = "GPU" in said
+    if is_listed or any(path.exists() for path in _DRIVER_FILES):
+        gpu, problem = _ask_torch()
+        if not is_listed and problem and "not compiled with CUDA" in problem:
+            problem = None  # the driver is that of the machine around a container
+    elif program:
+        problem = f"nvidia-smi says: {problem or said or 'nothing'}"
+    return Machine(gpu, problem, is_listed, *main_memory_gib())
 
 
 def _run(words: Sequence[str], *, timeout_s: float) -> tuple[str, str | None]:
@@ -211,58 +175,32 @@ def _run(words: Sequence[str], *, timeout_s: float) -> tuple[str, str | None]:
     return done.stdout.strip(), None
 
 
-def _torch_build() -> tuple[str | None, str | None]:
-    """Read torch's version and that of its CUDA from its version.py, which takes no time."""
-    spec = find_spec("torch")
-    for folder in (spec.submodule_search_locations if spec else None) or []:
-        try:
-            text = (Path(folder) / "version.py").read_text(encoding="utf-8")
-        except OSError:
-            continue
-        values = dict(re.findall(r"^(__version__|cuda)\b.*=\s*['\"](.+)['\"]", text, re.MULTILINE))
-        return values.get("__version__", "of unknown version"), values.get("cuda")
-    return None, None
-
-
-def _why_unusable(gpu: Gpu, torch: str, cuda: str | None) -> str | None:
-    """Say why this torch cannot use the GPU, as far as that is known without asking it."""
-    if cuda is None:
-        return f"{gpu.name} is here, but torch {torch} was built without CUDA"
-    oldest = _OLDEST_DRIVER.get(cuda.partition(".")[0], 0)
-    driver = (gpu.driver or "").partition(".")[0]
-    if driver.isdigit() and int(driver) < oldest:
-        return (
-            f"torch {torch} is built for CUDA {cuda} and needs driver {oldest} or newer, "
-            f"{gpu.name} has {gpu.driver}"
-        )
-    return None
-
-
 _COMPUTE = """
 import json, torch
-if not torch.cuda.is_available():
-    raise SystemExit("torch.cuda.is_available() is False")
-card = torch.cuda.get_device_properties(0)
-ones = torch.ones((16, 16), device="cuda", dtype=torch.float16)
-if not bool(((ones @ ones) == 16).all()):
+try:
+    card = torch.cuda.get_device_properties(0)
+    ones = torch.ones((16, 16), device="cuda", dtype=torch.float16)
+    right = bool(((ones @ ones) == 16).all())
+    free, total = torch.cuda.mem_get_info()
+except Exception as error:
+    raise SystemExit((str(error).splitlines() or [repr(error)])[0])
+if not right:
     raise SystemExit("it multiplies wrongly")
-free, total = torch.cuda.mem_get_info()
-print(json.dumps([card.name, total / 2**30, free / 2**30, card.major, card.minor]))
+print(json.dumps([card.name, total / 2**30, free / 2**30, [card.major, card.minor]]))
 """
 
 
-def _ask_torch(gpu: Gpu | None) -> tuple[Gpu | None, str | None]:
+def _ask_torch() -> tuple[Gpu | None, str | None]:
     """Let torch compute in a process of its own, because a broken driver can end that process."""
     said, problem = _run([sys.executable, "-c", _COMPUTE], timeout_s=120)
     if problem is not None:
-        return gpu, f"{gpu.name if gpu else 'a driver'} is here, but torch says: {problem}"
-    name, total_gib, free_gib, *capability = json.loads(said.splitlines()[-1])
-    driver = gpu.driver if gpu else None
-    return Gpu(name, driver, total_gib, free_gib, tuple(capability)), None
+        return None, f"torch says: {problem}"
+    name, total_gib, free_gib, capability = json.loads(said.splitlines()[-1])
+    return Gpu(name, total_gib, free_gib, tuple(capability)), None
 
 
-def _memory_gib(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[float | None, float | None]:
-    """Give all and available memory, within the limit of a container where there is one."""
+def main_memory_gib(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[float | None, float | None]:
+    """Give all and available main memory, within the limit of a container where there is one."""
     try:
         import psutil
     except ImportError:
@@ -302,7 +240,7 @@ def check_packages(machine: Machine) -> Finding:
         return Finding("packages", "failure", text, install)
     missing, other, count = [], [], 0
     for package in asked:
-        extras = ("train", "gpu") if machine.gpu else ("train",)
+        extras = ("train", "gpu") if machine.is_listed else ("train",)
         if package.marker and not any(package.marker.evaluate({"extra": e}) for e in extras):
             continue
         try:
@@ -316,10 +254,6 @@ def check_packages(machine: Machine) -> Finding:
             other.append(f"{package.name} {version} (tested: {package.specifier})")
     if missing:
         return Finding("packages", "failure", f"missing: {', '.join(sorted(missing))}", install)
-    if any(text.startswith("trl 1.15.") for text in other) and find_spec("triton") is None:
-        # Source: run on a machine without triton; its requirements file has the message.
-        text = "trl 1.15 cannot train without triton"
-        return Finding("packages", "failure", text, f"{install} (or: pip install trl==1.14.2)")
     if other:
         text = f"not as tested: {', '.join(other)}"
         return Finding("packages", "warning", text, install)
@@ -329,9 +263,9 @@ def check_packages(machine: Machine) -> Finding:
 
 def install_command(machine: Machine) -> str:
     """Give the command that installs what the project is tested with on such a machine."""
-    lock = _ROOT / ("requirements.txt" if machine.gpu else "requirements-cpu.txt")
+    lock = _ROOT / ("requirements.txt" if machine.is_listed else "requirements-cpu.txt")
     if not lock.exists():  # the project was installed without its sources
-        return f'python -m pip install "tinyagent-fast[{"gpu" if machine.gpu else "train"}]"'
+        return f'python -m pip install "tinyagent-fast[{"gpu" if machine.is_listed else "train"}]"'
     here = Path.cwd()
     return f"python -m pip install -r {lock.relative_to(here) if here in lock.parents else lock}"
 
@@ -343,38 +277,35 @@ def check_gpu(config: Config, machine: Machine, *, automatic: bool) -> Finding:
     for by name, and a warning if bf16 is asked for and the GPU has none.
     """
     gpu, problem, small = machine.gpu, machine.gpu_problem, _is_small(config)
-    if gpu is None:
-        text = f"no NVIDIA GPU ({problem})" if problem else "no NVIDIA GPU"
-        if not small:
-            text = f"{text}: {config.model.base} takes minutes a step on a CPU"
-            fix = "train on a machine with a GPU, or take --preset cpu"
-            return Finding("gpu", "warning", text, fix)
-        if problem and "hides" not in problem:
-            fix = "repair the driver, if there is a GPU in this machine"
-            return Finding("gpu", "warning", text, fix)
-        return Finding("gpu", "ok", f"{text}: training runs on the CPU")
-    if problem is not None:
-        # The lock file is made for CUDA 12.
-        fix = f"{install_command(machine)}, with driver {_OLDEST_DRIVER['12']} or newer"
-        fix += "; to train the small model without it: --preset cpu"
-        return Finding("gpu", "warning" if small and not automatic else "failure", problem, fix)
-    text = gpu.name
-    text += f", {gpu.total_gib:.1f} GiB" if gpu.total_gib is not None else ""
-    text += f", compute capability {'.'.join(map(str, gpu.capability))}" if gpu.capability else ""
-    text += f", driver {gpu.driver}" if gpu.driver else ""
-    text += f", torch {machine.torch} for CUDA {machine.cuda}" if machine.torch else ""
-    text += ", no bf16: it computes in fp16" if gpu.bf16 is False else ""
-    if gpu.bf16 is False and config.model.weights == "bf16":
-        return Finding("gpu", "warning", text, "--model.weights nf4 or fp16")
-    return Finding("gpu", "ok", text)
+    if gpu is not None:
+        text = f"{gpu.name}, {gpu.total_gib:.1f} GiB, compute capability "
+        text += ".".join(map(str, gpu.capability))
+        text += "" if gpu.bf16 else ", no bf16: it computes in fp16"
+        if config.model.weights == "bf16" and not gpu.bf16:
+            return Finding("gpu", "warning", text, "--model.weights nf4 or fp16")
+        return Finding("gpu", "ok", text)
+    if machine.is_listed:
+        fix = f"{install_command(machine)}, and a driver that is new enough for it"
+        fix += "; to train the small model without the GPU: --preset cpu"
+        status: Status = "warning" if small and not automatic else "failure"
+        return Finding("gpu", status, f"a GPU is here, but {problem}", fix)
+    text = f"no NVIDIA GPU ({problem})" if problem else "no NVIDIA GPU"
+    if not small:
+        text = f"{text}: {config.model.base} takes minutes a step on a CPU"
+        fix = "train on a machine with a GPU, or take --preset cpu"
+        return Finding("gpu", "warning", text, fix)
+    if problem and "hides" not in problem:
+        fix = "repair the driver, if there is a GPU in this machine"
+        return Finding("gpu", "warning", text, fix)
+    return Finding("gpu", "ok", f"{text}: training runs on the CPU")
 
 
 def takes_unsloth(config: Config, machine: Machine) -> bool:
     """Say whether a run of this config on this machine uses Unsloth."""
     from tinyagent_fast.models.loading import choose_backend
 
-    cuda = machine.usable_gpu is not None
-    return config.train.qat == "off" and choose_backend(config.model, cuda=cuda) == "unsloth"
+    backend = choose_backend(config.model, cuda=machine.gpu is not None)
+    return config.train.qat == "off" and backend == "unsloth"
 
 
 def check_backend(config: Config, machine: Machine) -> Finding:
@@ -384,7 +315,7 @@ def check_backend(config: Config, machine: Machine) -> Finding:
 
     Source: select_attention_backend in unsloth/utils/attention_dispatch.py (2026.10).
     """
-    install, gpu = install_command(machine), machine.usable_gpu
+    install, gpu = install_command(machine), machine.gpu
     if config.model.backend == "unsloth" and find_spec("unsloth") is None:
         text = "unsloth is asked for and not installed"
         return Finding("backend", "failure", text, f"{install}, or --model.backend transformers")
@@ -396,7 +327,7 @@ def check_backend(config: Config, machine: Machine) -> Finding:
     if wanted and find_spec("unsloth") is None:
         text = "transformers, because unsloth is not installed: slower"
         return Finding("backend", "warning", text, install)
-    packed, old = config.train.batching == "packed", gpu.bf16 is False
+    packed, old = config.train.batching == "packed", not gpu.bf16
     kernels = ["xformers"] if old else ["flash_attn", "xformers"]
     if unsloth and (packed or old) and not any(map(find_spec, kernels)):
         why = "with packed rows" if packed else "on a GPU without bf16"
@@ -440,7 +371,7 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     """
     from tinyagent_fast.training.memory import ERROR_SHARE, LIBRARIES_GIB, RESERVE_GIB, with_batch
 
-    gpu, model = machine.usable_gpu, config.model
+    gpu, model = machine.gpu, config.model
     name = "gpu memory" if gpu else "memory"
     total = gpu.total_gib if gpu else machine.memory_gib
     free = gpu.free_gib if gpu else machine.available_gib
@@ -459,10 +390,7 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     if config.train.batch == "auto":
         estimator = replace(estimator, config=with_batch(config, largest.batch))
     predicted = estimator.estimate()
-    text += (
-        f"; {predicted.total_gib:.1f} GiB predicted (+-{100 * ERROR_SHARE:.0f} %) for "
-        f"{_micro_batch(estimator)}"
-    )
+    text += f"; {predicted.total_gib:.1f} GiB predicted (+-{100 * ERROR_SHARE:.0f} %)"
     if predicted.fits(usable):
         return Finding(name, "ok", text)
     fixes = []
@@ -475,18 +403,6 @@ def check_memory(config: Config, machine: Machine) -> Finding:
     too_small = gpu is None and predicted.total_gib * (1 - ERROR_SHARE) > total - LIBRARIES_GIB
     status: Status = "failure" if too_small else "warning"
     return Finding(name, status, f"{text} may not fit", ", or ".join(fixes))
-
-
-def _micro_batch(estimator: MemoryEstimator) -> str:
-    """Say what is computed at one time: the config's rows, or as many tokens as `auto` leaves."""
-    batch = estimator.config.train.rows_per_batch
-    kept = estimator.kept_tokens(batch)
-    how = estimator.config.model.gradient_checkpointing
-    if how != "auto" or kept >= estimator.computed_tokens(batch):
-        return f"{batch} x {estimator.row_tokens:,} tokens"
-    if kept >= estimator.computed_tokens(1):
-        return f"micro-batches that are cut to {kept:,} tokens"
-    return f"1 x {estimator.row_tokens:,} tokens, whose layers are computed again"
 
 
 # --- disk, base model and data
@@ -519,8 +435,7 @@ def disk_uses(config: Config) -> list[tuple[str, Path, float]]:
         elif not Path(config.model.base).is_dir() and _made_here(config.model.base):
             uses.append(("base", runs, 4 * weights))
         # Three checkpoints with AdamW's moments, and two copies of the adapter.
-        moments = 2 if config.train.optimizer == "adamw_8bit" else 8
-        uses.append(("checkpoints", runs, adapter * (3 * (4 + moments) + 2 * 4)))
+        uses.append(("checkpoints", runs, adapter * (3 * (4 + 8) + 2 * 4)))
         uses.append(("export", runs, _EXPORT_BYTES_PER_WEIGHT * weights))
     return [(what, folder, size / _GIB) for what, folder, size in uses]
 

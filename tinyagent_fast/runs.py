@@ -188,7 +188,7 @@ class Run:
         if (self.adapter / _WEIGHTS).exists():
             return None
         steps: list[dict[str, Any]] = []
-        best: object = "unknown"
+        best: object = None
         with suppress(ConfigError):  # what is damaged is named by whoever needs its figures
             steps = [r for r in self.history() if type(r.get("step")) is int]
         with suppress(ConfigError):
@@ -196,7 +196,8 @@ class Run:
         saved = [path.name.rpartition("-")[2] for path in self.checkpoints.glob("checkpoint-*")]
         at = max([0, *(int(s) for s in saved if s.isdecimal()), *(r["step"] for r in steps)])
         of = next((f" of {r['of']:,}" for r in steps if type(r.get("of")) is int), "")
-        adapter = f"the adapter is that of step {best}"
+        known = type(best) is int  # what was edited into something else is not printed
+        adapter = f"the adapter is that of {f'step {best:,}' if known else 'an unknown step'}"
         if not (self.best / _WEIGHTS).exists():
             adapter = "there is no adapter yet"
         elif best == 0:

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
 
     if "-h" in rest or "--help" in rest:
         resolve_config("doctor", rest, lambda: "cpu", more_flags=_FLAGS_HELP)  # leaves here
-    machine = read_machine(ask_torch=True)
+    machine = read_machine()
     automatic = False
 
     def preset_of_this_machine() -> str:
@@ -50,10 +50,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _preset(machine: Machine) -> str:
     """Choose the preset that training would choose."""
-    gpu = machine.usable_gpu
-    if gpu is None:
-        return "cpu"
-    return preset_of_card(gpu.total_gib or 0.0, (gpu.capability or (0, 0))[0])
+    gpu = machine.gpu
+    return "cpu" if gpu is None else preset_of_card(gpu.total_gib, gpu.capability[0])
 
 
 def _show(found: Sequence[Finding], config: Config, *, online: bool) -> None:

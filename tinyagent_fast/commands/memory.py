@@ -132,11 +132,11 @@ def _machine(flags: argparse.Namespace, config: Config) -> tuple[float, float, f
     """
     named = flags.card or flags.gpu_gib or flags.tflops or config.preset in _CARDS
     if not named and config.model.weights == "fp32":
-        from tinyagent_fast.doctor import read_machine
+        from tinyagent_fast.doctor import main_memory_gib
 
-        machine = read_machine()
-        if machine.memory_gib is not None and machine.available_gib is not None:
-            return machine.memory_gib, machine.available_gib - LIBRARIES_GIB, None
+        memory_gib, available_gib = main_memory_gib()
+        if memory_gib is not None and available_gib is not None:
+            return memory_gib, available_gib - LIBRARIES_GIB, None
     gpu_gib, tflops = _CARDS[flags.card or (config.preset if config.preset in _CARDS else "l4")]
     gpu_gib = flags.gpu_gib or gpu_gib
     return gpu_gib, gpu_gib - RESERVE_GIB, flags.tflops or tflops

@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyagent_fast.commands.config_flags import resolve_config
 from tinyagent_fast.errors import ConfigError, count_of
+from tinyagent_fast.presets import choose_preset
 
 _ROWS = 3
 _FIRST, _LAST = "\u00ab", "\u00bb"
@@ -22,9 +23,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--rows", type=int, default=_ROWS)
     known, rest = parser.parse_known_args(list(arguments))
-    config = resolve_config(
-        "preview", rest, lambda: "cpu", more_flags="--rows N shows that many rows."
-    )
+    more = "--rows N shows that many rows."
+    config = resolve_config("preview", rest, lambda: choose_preset()[0], more_flags=more)
     if known.rows < 1:
         raise ConfigError(f"--rows {known.rows}", "there is nothing to show", "ask for 1 or more")
     from rich.console import Console

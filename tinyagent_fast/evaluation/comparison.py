@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import ScoredPlan
@@ -111,25 +110,14 @@ def bootstrap_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
 
     Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    draw = [only_a / n, (n - only_a - only_b) / n, only_b / n]
-    total = [1.0]
+    import numpy as np
+
+    draw = np.array([only_a, n - only_a - only_b, only_b]) / n
+    total = np.ones(1)
     for bit in bin(n)[2:]:  # the distribution of n draws, by repeated doubling
-        total = _convolved(total, total)
+        total = np.convolve(total, total)
         if bit == "1":
-            total = _convolved(total, draw)
-    cumulative = list(accumulate(total))
-    low, high = (
-        next(i for i, p in enumerate(cumulative) if p >= quantile * cumulative[-1])
-        for quantile in (0.025, 0.975)
-    )
-    return (low - n) / n, (high - n) / n
-
-
-def _convolved(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    result = [0.0] * (len(a) + len(b) - 1)
-    others = [(j, y) for j, y in enumerate(b) if y > 1e-30]  # far tails move no quantile
-    for i, x in enumerate(a):
-        if x > 1e-30:
-            for j, y in others:
-                result[i + j] += x * y
-    return result
+            total = np.convolve(total, draw)
+    cumulative = np.cumsum(total)
+    low, high = np.searchsorted(cumulative, np.array([0.025, 0.975]) * cumulative[-1])
+    return (int(low) - n) / n, (int(high) - n) / n
