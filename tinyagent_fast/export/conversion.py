@@ -8,7 +8,6 @@ wrongly. A quantised file is checked against the folder before it gets its name.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +53,7 @@ from tinyagent_fast.export.quantising import (
 )
 from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
 from tinyagent_fast.models.families import OUTPUT, Family, ModelShape, Tensor, family_of
+from tinyagent_fast.models.threads import usable_cores
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 _CHECKED_EVERY_ROWS = 256
@@ -176,7 +176,6 @@ def convert_to_gguf(
     vocabulary = read_vocabulary(source, model.shape.vocab)
     kinds = {one.kind for one in targets} - VALUE_BYTES.keys()
     weighed = importance if any(one.weights is not None for one in targets) else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     worst: dict[str, float] = {}
     with (
         open_ggml(kinds) if kinds else nullcontext(None) as ggml,
@@ -186,7 +185,7 @@ def convert_to_gguf(
         _add_model_keys(writer, model, quant, name)
         _add_vocabulary_keys(writer, vocabulary)
         _add_further_keys(writer, texts or {}, weighed, is_quantised=bool(kinds))
-        zeros, offsets = _write(writer, targets, ggml, threads or cores or 1, on_progress)
+        zeros, offsets = _write(writer, targets, ggml, threads or usable_cores(), on_progress)
         writer.close()
         if kinds:
             worst = _compare_with_source(part, targets, offsets)

@@ -16,12 +16,10 @@ from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.export.checkpoints import whole_file
 from tinyagent_fast.models.families import family_of
 
 _CHUNK_TOKENS = 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-
 
 SOURCE = "training prompts"
 """What is measured on, as the files name it."""
@@ -70,10 +68,10 @@ def collect_importance(
         columns_F = inputs.detach().reshape(-1, inputs.shape[-1]).double().square().sum(0).cpu()
         sums[name] = sums[name] + columns_F if name in sums else columns_F
 
-    has_output = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings().weight
+    has_output = model.get_output_embeddings().weight is not embeddings
     hooks = []
     tokens = 0
-    device = model.get_input_embeddings().weight.device
     try:
         for at, layer in enumerate(model.model.layers):
             for one in family.linears:
@@ -85,7 +83,7 @@ def collect_importance(
         with torch.inference_mode():
             for done, row in enumerate(rows, start=1):
                 if row:
-                    ids_1T = torch.tensor([list(row)], device=device)
+                    ids_1T = torch.tensor([list(row)], device=embeddings.device)
                     hidden_1TH = model.model(input_ids=ids_1T, use_cache=False).last_hidden_state
                     if has_output:
                         add("output.weight", hidden_1TH)
@@ -107,21 +105,20 @@ def collect_importance(
 
 def save_importance(importance: Importance, path: Path) -> None:
     """Write an importance matrix as llama.cpp's tools do."""
-    with whole_file(path) as part:
-        writer = GGUFWriter(part, "")  # as by llama.cpp's tool, there is no key for an architecture
-        writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", [SOURCE])
-        writer.add_uint32("imatrix.chunk_count", importance.chunks)
-        writer.add_uint32("imatrix.chunk_size", _CHUNK_TOKENS)
-        count = np.array([importance.tokens], dtype="<f4")
-        for name in sorted(importance.mean_squares):
-            sums = importance.mean_squares[name].astype(np.float64) * float(count[0])
-            writer.add_tensor(name + _SUMS, sums.astype("<f4"))
-            writer.add_tensor(name + _COUNTS, count)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    writer = GGUFWriter(path, "")  # as by llama.cpp's tool, there is no key for an architecture
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [SOURCE])
+    writer.add_uint32("imatrix.chunk_count", importance.chunks)
+    writer.add_uint32("imatrix.chunk_size", _CHUNK_TOKENS)
+    count = np.array([importance.tokens], dtype="<f4")
+    for name in sorted(importance.mean_squares):
+        sums = importance.mean_squares[name].astype(np.float64) * float(count[0])
+        writer.add_tensor(name + _SUMS, sums.astype("<f4"))
+        writer.add_tensor(name + _COUNTS, count)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def load_importance(path: Path) -> Importance:

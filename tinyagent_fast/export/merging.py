@@ -144,7 +144,7 @@ def merge_adapter(
     Args:
         base: Folder of the base model in 16 or 32 bits.
         adapter_folder: Folder of the adapter.
-        target: Folder that gets config.json and the shards; its tokenizer comes separately.
+        target: Gets config.json and the shards; `write_tokenizer` adds the rest.
         dtype: Type of the merged weights: f32, f16, bf16, or `base` for each weight's own.
         on_progress: Called with bytes of the base done and in all; the proof counts as much again.
 

@@ -39,14 +39,10 @@ def publish(
     dry_run: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Create a private repository and put the export there in one commit.
+    """Create a private repository, `owner/name`, and put the export there in one commit.
 
-    Args:
-        folder: The export's folder.
-        content: What export.json holds.
-        repository: `owner/name` on the hub.
-        dry_run: Say what would go, and send nothing; needs no token.
-        say: Prints one line for the user.
+    A dry run says what would go, and sends nothing; it needs no token. `content` is what
+    export.json holds.
 
     Raises:
         GateError: The export is not proved.
@@ -64,8 +60,7 @@ def publish(
     if content["passed"] is not True:
         raise GateError(f"{folder} is not proved (passed: {content['passed']}); nothing was sent")
     say(f"sending {line}")
-    address = _send(files, repository)
-    say(f"published: {address}")
+    say(f"published: {_send(files, repository)}")
 
 
 def _send(files: Mapping[str, Path], repository: str) -> str:

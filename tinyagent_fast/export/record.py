@@ -61,13 +61,7 @@ class ExportRecord:
         write_json(self.path, self.content)
 
     def make(self, path: str, kind: Kind, made_from: str, work: Work) -> tuple[Artefact, bool]:
-        """Keep an artefact, or make it under a temporary name.
-
-        Args:
-            path: Of the file or folder, relative to the export's folder.
-            kind: Of artefact.
-            made_from: Hash of what it depends on.
-            work: Makes it.
+        """Keep a file or folder, or make it under a temporary name.
 
         Returns:
             The artefact, and whether it was there, whole and made from the same things.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +134,6 @@ def check_settings(settings: ExportSettings) -> None:
 
 
 def _unknown(flag: str, words: list[str], known: tuple[str, ...]) -> ConfigError:
-    import difflib
-
     near = difflib.get_close_matches(words[0], known, n=1)
     return ConfigError(
         f"{flag} {', '.join(words)}",

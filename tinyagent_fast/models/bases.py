@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError, ModelError
+from tinyagent_fast.export.record import key_of
 from tinyagent_fast.models.gguf_base import base_from_gguf
 from tinyagent_fast.models.loading import save_model
 from tinyagent_fast.models.nano import (
@@ -31,13 +31,8 @@ from tinyagent_fast.models.nano import (
     random_llama,
     train_bpe_tokenizer,
 )
-from tinyagent_fast.models.published import (
-    PUBLISHED,
-    PublishedBase,
-    hub_snapshot,
-    use_packaged,
-)
-from tinyagent_fast.models.threads import fastest_threads
+from tinyagent_fast.models.published import PUBLISHED, PublishedBase, hub_snapshot, packaged
+from tinyagent_fast.models.threads import take_faster_threads
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import RenderedExample, render, render_prompt
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -84,11 +79,7 @@ def resolve_base(
 def base_tokenizer(
     config: Config, examples: Sequence[Example], held_out: Sequence[str] = ()
 ) -> Any:
-    """Make the tokenizer of a base that is built on the spot, without building the model.
-
-    Returns:
-        A transformers tokenizer, or None for every other base.
-    """
+    """Make the tokenizer of a base that is built on the spot, without the model; else None."""
     if config.model.base == "nano":
         texts = _nano_texts(PretrainSpec(), held_out, config.data.catalogue)
         return _nano_tokenizer([text for _, text in texts])
@@ -110,15 +101,12 @@ def _published(
         if found is not None:
             say(f"{base.title} ({base.licence}) from the hub, {base.hub}")
             return found
-
-        def unpack(path: Path, origin: str) -> None:
+        with packaged(base) as (path, origin):
             base_from_gguf(path, folder, on_progress)
-            say(
-                f"{base.title} ({base.licence}): the hub does not give it here, so it is from "
-                f"{origin}; its 4-bit weights are dequantised into {folder}"
-            )
-
-        use_packaged(base, unpack)
+        say(
+            f"{base.title} ({base.licence}): the hub does not give it here, so it is from "
+            f"{origin}; its 4-bit weights are dequantised into {folder}"
+        )
     return folder
 
 
@@ -170,8 +158,8 @@ def _nano(config: Config, held_out: Sequence[str], on_progress: Callable[[int, i
     spec = PretrainSpec()
     texts = _nano_texts(spec, held_out, config.data.catalogue)
     text_hash = hashlib.sha256("".join(t.prompt + t.completion for _, t in texts).encode())
-    key = _key([asdict(NANO_SHAPE), asdict(spec), text_hash.hexdigest()])
-    folder = config.runs / "bases" / f"nano-{key}"
+    key = key_of([asdict(NANO_SHAPE), asdict(spec), text_hash.hexdigest()])
+    folder = config.runs / "bases" / f"nano-{key[:10]}"
     if (folder / "config.json").exists():
         return folder
     import torch
@@ -184,7 +172,7 @@ def _nano(config: Config, held_out: Sequence[str], on_progress: Callable[[int, i
     if config.train.threads is None:
         few = PretrainSpec(steps=1, batch=spec.batch, learning_rate=1e-9)
         state = copy.deepcopy(model.state_dict())
-        fastest_threads(lambda: pretrain(model, rows, tokenizer.pad_id, few))
+        take_faster_threads(lambda: pretrain(model, rows, tokenizer.pad_id, few))
         model.load_state_dict(state)
     else:
         torch.set_num_threads(config.train.threads)
@@ -201,14 +189,10 @@ def _random_texts(examples: Sequence[Example]) -> list[str]:
 def _random(config: Config, examples: Sequence[Example]) -> Path:
     texts = _random_texts(examples)
     text_hash = hashlib.sha256("".join(texts).encode()).hexdigest()
-    key = _key([asdict(RANDOM_SHAPE), text_hash, config.train.seed])
-    folder = config.runs / "bases" / f"random-{key}"
+    key = key_of([asdict(RANDOM_SHAPE), text_hash, config.train.seed])
+    folder = config.runs / "bases" / f"random-{key[:10]}"
     if (folder / "config.json").exists():
         return folder
     hf = train_bpe_tokenizer(texts, RANDOM_SHAPE.vocab)
     save_model(random_llama(RANDOM_SHAPE, hf, config.train.seed), hf, folder)
     return folder
-
-
-def _key(parts: list[object]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]

@@ -126,7 +126,7 @@ class Encoder:
 
 
 def encoder_folder(name: str) -> Path:
-    """Find a base encoder's files, as `hub_folder` finds files."""
+    """Find a base encoder's files, as `hub_folder` does."""
     return hub_folder("encoder", name, None, _FILES)
 
 

@@ -17,11 +17,7 @@ end, and by which the heap grows; and how many heaps there are, as others give e
 
 
 def prepare_libraries(config: ModelConfig) -> None:
-    """Hold back other libraries' chatter, and import Unsloth first where it will be used.
-
-    Args:
-        config: Says which backend is asked for.
-    """
+    """Hold back other libraries' chatter, and import Unsloth first where it will be used."""
     quieten()
     _keep_freed_memory()
     if config.backend == "transformers" or find_spec("unsloth") is None:

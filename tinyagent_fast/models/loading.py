@@ -18,6 +18,7 @@ from tinyagent_fast.models.older_readers import write_for_older_readers
 from tinyagent_fast.models.quantisation_aware import train_quantised
 from tinyagent_fast.prompts.loading import (
     load_tokenizer,
+    refuse_pickles,
     refuse_pointers,
     resolve_tokenizer_folder,
     switched_off,
@@ -103,11 +104,7 @@ class _Choice:
 
 
 def load_for_training(config: Config, base: str) -> LoadedModel:
-    """Load the base and put a fresh adapter on it, which alone is trainable.
-
-    Args:
-        config: The run's config.
-        base: Folder or hub name; `nano` and `random` have become folders by now.
+    """Load the base, a folder or a hub name, with a fresh adapter, which alone is trainable.
 
     Raises:
         ModelError: The base, the backend or the tokenizer cannot be had.
@@ -128,12 +125,7 @@ def load_for_training(config: Config, base: str) -> LoadedModel:
 
 
 def load_for_generation(config: Config, base: str, adapter: Path | None) -> LoadedModel:
-    """Load the base and, if given, a trained adapter, in evaluation mode.
-
-    Args:
-        config: The config of the run that trained the adapter.
-        base: Folder or hub name of the base.
-        adapter: Folder with adapter weights; None for the bare base.
+    """Load the base, a folder or a hub name, and an adapter if there is one, in evaluation mode.
 
     Raises:
         ModelError: The base, the adapter or the backend cannot be had.
@@ -169,13 +161,9 @@ def load_for_generation(config: Config, base: str, adapter: Path | None) -> Load
 
 
 def check_adapter(model: Any, folder: Path) -> None:
-    """Check that an adapter's file has just the tensors of a model's adapter, in their shapes.
+    """Check that an adapter's file has just the tensors of a peft model's adapter, in their shapes.
 
     peft passes over what is missing or left over, and plans with half an adapter.
-
-    Args:
-        model: A peft model.
-        folder: Holds adapter_model.safetensors.
 
     Raises:
         ModelError: A tensor is missing, left over, or of another shape.
@@ -309,23 +297,6 @@ def _refuse_non_finite(model: Any, base: str) -> None:
                 )
 
 
-def _refuse_files(base: str) -> None:
-    """Refuse a folder with pointers for files, or whose only weights can run code when read."""
-    if not Path(base).is_dir():
-        return
-    refuse_pointers(Path(base))
-    if any(Path(base).glob("*.safetensors*")):
-        return
-    pickles = sorted(p.name for p in Path(base).iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    if pickles:
-        raise ModelError(
-            f"base model {base!r}",
-            f"its weights are {pickles[0]}, a format that can run code when it is read",
-            "load it with transformers, where you trust it, and save it again: that writes "
-            "model.safetensors",
-        )
-
-
 def _refuse_incomplete(base: str, found: Mapping[str, Any]) -> list[str]:
     """Refuse weights that leave a part of the model as chance made it; note what is left over."""
     missing, left_over = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -369,11 +340,17 @@ def _fused_layers(model: Any) -> tuple[str, int]:
 
 
 def _place(base: str) -> str:
-    """Give the whole path of a local folder: an adapter names its base so, wherever it is read.
+    """Give a hub name, or the whole path of a local folder whose files can be read.
 
-    A relative name with one slash would be looked up in the network.
+    An adapter names its base so, wherever it is read, and a relative name with one slash would be
+    looked up in the network.
     """
-    return str(Path(base).resolve()) if Path(base).is_dir() else base
+    folder = Path(base)
+    if not folder.is_dir():
+        return base
+    refuse_pointers(folder)
+    refuse_pickles(folder)
+    return str(folder.resolve())
 
 
 def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
@@ -392,7 +369,6 @@ def _transformers_base(config: ModelConfig, base: str, how: _Choice) -> Any:
         )
     fix = "check the name and the network, or name a local folder with config.json and weights"
     with reading(f"base model {base!r}", fix):
-        _refuse_files(base)
         model, found = AutoModelForCausalLM.from_pretrained(
             _place(base),
             use_safetensors=True,
@@ -467,7 +443,6 @@ def _unsloth_base(config: Config, base: str, how: _Choice) -> Any:
     from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    _refuse_files(base)
     name = _place(base)
     revision = {} if config.model.revision is None else {"revision": config.model.revision}
     fix = "check the name and the network, or try --model.backend transformers"
@@ -505,13 +480,9 @@ def _unsloth_adapter(model: Any, config: Config, how: _Choice) -> Any:
 def save_model(
     model: Any, tokenizer: Any, folder: Path, notes: Mapping[str, object] | None = None
 ) -> None:
-    """Save a model or an adapter with its tokenizer, under the final name only when whole.
+    """Save a model or an adapter with its tokenizer; a folder of that name is replaced when whole.
 
-    Args:
-        model: Of transformers or peft.
-        tokenizer: Its transformers tokenizer.
-        folder: Target; replaced if it exists.
-        notes: Written as files, by name: a text as it is, anything else as JSON.
+    Notes are written as files, by name: a text as it is, anything else as JSON.
     """
     from transformers.utils.logging import disable_progress_bar
 

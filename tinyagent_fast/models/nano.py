@@ -151,13 +151,6 @@ def pretrain(
 ) -> float:
     """Train all weights in place, with loss on completions.
 
-    Args:
-        model: A causal language model.
-        rows: Encoded single-call rows.
-        pad_id: Token that fills rows up; its labels are ignored.
-        spec: Steps, batch and learning rate.
-        on_progress: Called every few steps with the step and their number.
-
     Returns:
         The loss of the last batch before its step, in nats per supervised token.
     """

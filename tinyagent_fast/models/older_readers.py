@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinyagent_fast.runs import write_json
+
 _ROPE_OF_4 = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 
 
 def write_for_older_readers(folder: Path, chat_template: str | None = None) -> None:
-    """Rewrite the JSON files of a folder that transformers has just saved; others are not needed.
+    """Rewrite the JSON files of a model, an adapter or a tokenizer as transformers has saved it.
 
-    Args:
-        folder: Holds what was saved of a model, an adapter or a tokenizer.
-        chat_template: Written instead of the tokenizer's own; None leaves that.
+    A chat template is written instead of the tokenizer's own; None leaves that.
     """
     _rewrite(folder / "config.json", config_for_both)
     _rewrite(folder / "tokenizer.json", _with_text_merges)
@@ -81,6 +81,4 @@ def _with_text_merges(file: dict[str, Any]) -> dict[str, Any]:
 
 def _rewrite(path: Path, change: Any) -> None:
     if path.exists():
-        content = change(json.loads(path.read_text(encoding="utf-8")))
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8", newline="")
+        write_json(path, change(json.loads(path.read_text(encoding="utf-8"))))

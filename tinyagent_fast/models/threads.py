@@ -12,20 +12,19 @@ _LONG_STEP_S = 2.0
 """A step that takes longer with all threads is work enough for them, and timing would take long."""
 
 
-def fastest_threads(step: Callable[[], object]) -> int:
-    """Time a step with all threads and with one, set the faster number, and return it.
+def usable_cores() -> int:
+    """Count the cores that this process may run on, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    Args:
-        step: A forward and backward pass like those to come.
 
-    Returns:
-        The number of threads that torch uses from now on.
-    """
+def take_faster_threads(step: Callable[[], object]) -> None:
+    """Time a step like those to come with all threads and with one; torch keeps the faster."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    best = (float("inf"), 1)
-    for threads in sorted({1, cores or 1}, reverse=True):
+    cores, medians_s = usable_cores(), []
+    for threads in dict.fromkeys((cores, 1)):
         torch.set_num_threads(threads)
         times = []
         for _ in range(1 + _REPEATS):
@@ -33,10 +32,8 @@ def fastest_threads(step: Callable[[], object]) -> int:
             step()
             times.append(time.perf_counter() - started)
             if threads > 1 and times[0] > _LONG_STEP_S:
-                return threads
-        # The median without the first, and a clear win only: more threads suffer most when another
-        # program runs.
-        median = statistics.median(times[1:])
-        best = min(best, (median * (1.0 if threads == 1 else 1.15), threads))
-    torch.set_num_threads(best[1])
-    return best[1]
+                return
+        medians_s.append(statistics.median(times[1:]))  # the first one is a warm-up
+    # A clear win only: more threads suffer most when another program runs.
+    if medians_s[0] * 1.15 < medians_s[-1]:
+        torch.set_num_threads(cores)

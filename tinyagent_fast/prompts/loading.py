@@ -122,6 +122,20 @@ def refuse_pointers(folder: Path) -> None:
         )
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose only weights can run code when they are read."""
+    if any(folder.glob("*.safetensors*")):
+        return
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise ModelError(
+            f"model in {folder}",
+            f"its weights are {pickles[0]}, a format that can run code when it is read",
+            "load it with transformers, where you trust it, and save it again: that writes "
+            "model.safetensors",
+        )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a fast tokenizer without letting its class change the ids.
 

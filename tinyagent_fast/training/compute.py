@@ -6,7 +6,6 @@ longer where it has none; one thread is often faster than all on a shared machin
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import count_of
 from tinyagent_fast.models.loading import LoadedModel, in_bf16, may_take_bf16
+from tinyagent_fast.models.threads import usable_cores
 from tinyagent_fast.prompts.tokens import IGNORED
 
 if TYPE_CHECKING:
@@ -52,12 +52,9 @@ def choose_compute(
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads, frozen = (
-        config.train.threads,
-        [parameter for parameter in loaded.model.parameters() if not parameter.requires_grad],
-    )
-    torch.set_num_threads(threads or cores or 1)
+    cores, threads = usable_cores(), config.train.threads
+    frozen = [parameter for parameter in loaded.model.parameters() if not parameter.requires_grad]
+    torch.set_num_threads(threads or cores)
     half_possible = may_take_bf16(loaded, config)
     if half_possible and config.model.cpu_compute == "bf16":
         loaded, half_possible = in_bf16(loaded), False
@@ -66,7 +63,7 @@ def choose_compute(
     batch = [_cut(rows[at]) for at in range(min(len(rows), config.train.rows_per_batch))]
     one_row_s, _ = _timed(loaded, batch[:1], step)
     # Each thread may have rows of its own.
-    batch = batch[: max(threads or cores or 1, int(_STEP_S / one_row_s))]
+    batch = batch[: max(threads or cores, int(_STEP_S / one_row_s))]
     best_s, plain_loss = _timed(loaded, batch, step)
     said = [f"{best_s:.2f} s in {loaded.compute_dtype}"]
     if threads is None and cores != 1:
@@ -74,7 +71,7 @@ def choose_compute(
         alone_s, _ = _timed(loaded, batch, step)
         said.append(f"{alone_s:.2f} s with one thread")
         if best_s * _CLEARLY_FASTER < alone_s:
-            torch.set_num_threads(cores or 1)
+            torch.set_num_threads(cores)
         else:
             best_s = alone_s
     if half_possible:
