@@ -26,8 +26,10 @@ from tinyagent_fast.config import (
     to_mapping,
     with_types,
 )
-from tinyagent_fast.errors import ConfigError
-from tinyagent_fast.presets import PRESETS, preset_config
+from tinyagent_fast.data.generation.catalogue import load_catalogue
+from tinyagent_fast.errors import ConfigError, UserError
+from tinyagent_fast.presets import PRESETS, load_config, preset_config
+from tinyagent_fast.runs import Run
 from tinyagent_fast.strict_yaml import load_yaml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
@@ -261,6 +263,15 @@ def test_a_file_that_would_take_long_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="characters"):
         parse_config("- a\n" * 300_000)
     assert time.process_time() - started < 1
+
+
+def test_of_a_gigantic_file_only_the_beginning_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # more than any memory; it takes no room on the disk
+    for read in (load_config, lambda path: Run(path.parent).config(), load_catalogue):
+        with pytest.raises(UserError, match="more than 250,000 characters"):
+            read(path)
 
 
 def test_a_message_does_not_repeat_a_gigantic_value() -> None:

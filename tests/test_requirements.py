@@ -50,7 +50,6 @@ MUST_AGREE = {
     "accelerate",
     "bitsandbytes",
     "tyro",
-    "ijson",
 }
 BOTH_LOCKS_NAME = MUST_AGREE | {"torch", "rich", "pyyaml", "pyarrow", "matplotlib", "numpy"}
 BOTH_LOCKS_NAME |= {"sentencepiece", "protobuf", "huggingface-hub", "gguf", "tokenizers"}

@@ -17,6 +17,7 @@ from tinyagent_fast.config import (
     parse_config,
 )
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.strict_yaml import read_yaml_text
 
 REAL_TRAIN = Path("data/training_data.json")
 REAL_TEST = Path("data/testing_data.json")
@@ -223,7 +224,7 @@ def load_config(
         ConfigError: The file cannot be read; an unknown preset, key or wrong value is in it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_yaml_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}", f"it cannot be read: {error}", "check it") from error
     # A file that names no preset has the name that a plain config has.

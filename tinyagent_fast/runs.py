@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 from tinyagent_fast.config import Config, dump_config, parse_config
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.strict_yaml import read_yaml_text
 
 # fmt: off
 _PACKAGES = (
@@ -96,7 +97,7 @@ class Run:
                 "name a folder under runs/, or train one",
             )
         try:
-            text = self.config_path.read_text(encoding="utf-8")
+            text = read_yaml_text(self.config_path)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 str(self.config_path),

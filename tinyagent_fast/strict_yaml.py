@@ -10,6 +10,7 @@ the process with it, so long texts are refused instead.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ _SPARE_CHARACTERS = 100_000
 """What aliases may add to a document, beside three times its own size."""
 
 
+def read_yaml_text(path: Path) -> str:
+    """Read a file for `load_yaml`, and of one that is too long only as much as shows that."""
+    with path.open(encoding="utf-8") as file:
+        return file.read(_MOST_CHARACTERS + 1)
+
+
 def load_yaml(text: str) -> Any:
     """Read one YAML document.
 
@@ -47,9 +54,7 @@ def load_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > _MOST_CHARACTERS:
-        raise ValueError(
-            f"it has {len(text):,} characters; files of up to {_MOST_CHARACTERS:,} are read"
-        )
+        raise ValueError(f"it has more than {_MOST_CHARACTERS:,} characters")
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

@@ -3,22 +3,24 @@
 The file is one JSON object as published, or JSON Lines: a line is an entry with its `key`, or an
 object of one or more entries.
 
-`schema` checks single entries; `cache` and `report` are the callers. The file is decoded with
-ijson and not with `datasets`, whose JSON reader loads a file that is one object as a whole.
+`schema` checks single entries; `cache` and `report` are the callers. Python's own decoder reads an
+entry at a time; `datasets` loads a file that is one object as a whole, and ijson turns half a
+surrogate pair into a question mark.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, printable, short_text
 from tinyagent_fast.errors import DataError
@@ -27,7 +29,7 @@ OnBadEntry = Literal["error", "skip"]
 
 _PROBLEMS_SHOWN = 20
 PROBLEMS_KEPT = 1000
-_CHUNK_BYTES = 64 * 1024
+_CHUNK_BYTES = 256 * 1024
 _LFS = b"version https://git-lfs"
 _HEAD_PROBLEMS = (
     (_LFS, "it is a git-lfs pointer, not the data", "run `git lfs pull`"),
@@ -38,23 +40,10 @@ _HEAD_PROBLEMS = (
 _OTHER_FORMATS = ("messages", "conversations", "instruction")
 """Keys of a row in other formats, which here are read as keys of entries."""
 _CONVERTED = 'data/README.md, "Other formats", turns lists of chats into it'
-_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
-# ijson's memory grows with the square of the depth; the schema needs a depth of about ten.
-_DEEPEST = 1000
 _LINE_BYTES = 16 << 20
 """A first line that is longer is a whole file on one line, and no line of JSON Lines."""
-_ANY_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# Escapes one after the other, so that a backslash that is escaped itself begins none.
-_ESCAPE = re.compile(
-    rb"\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    rb"|u([dD][89a-fA-F][0-9a-fA-F]{2})|u)"
-)
-_BETWEEN_ESCAPES = (b" ", b",", b"}", b")")
-_HALF = "\ufdd0"
-"""Stands before the four digits of half a surrogate pair on the way through ijson, whose C library
-turns it into a question mark; no text has this character, which Unicode keeps for such uses."""
-_HALF_DIGITS = re.compile(_HALF + "([0-9a-fA-F]{4})")
+_SPACE = (" ", "\t", "\n", "\r")
+_LONGEST_WORD = len("-Infinity")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,112 +74,118 @@ class ReadReport:
         self.problems.extend(problems[: max(0, PROBLEMS_KEPT - len(self.problems))])
 
 
-class _Object(dict[str, Any]):
-    """An object of the file as ijson builds it, which remembers a key that came again."""
+class _File:
+    """The file, hashed and counted while it is read."""
 
-    again_seen = False
-    """Whether any object of the file has such a key: each file has a class of its own."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key in self:
-            self.again = key
-            type(self).again_seen = True
-        super().__setitem__(key, value)
-
-
-class _Nesting:
-    """Counts how deep a JSON text is nested; brackets within its texts do not count."""
-
-    def __init__(self) -> None:
-        self.deepest = self._depth = 0
-        self._in_text = False
-        self._backslash = b""
-
-    def add(self, chunk: bytes) -> None:
-        text = (b'"' if self._in_text else b"") + self._backslash + chunk
-        odd = (len(text) - len(text.rstrip(b"\\"))) % 2
-        text, self._backslash = text[: len(text) - odd], text[len(text) - odd :]
-        self._in_text = False
-        outside = _TEXT.sub(self._left_out, text)
-        for bracket in outside.translate(None, _ALL_BUT_BRACKETS):
-            self._depth += 1 if bracket in b"[{" else -1
-            self.deepest = max(self.deepest, self._depth)
-
-    def _left_out(self, text: re.Match[bytes]) -> bytes:
-        self._in_text = not text[1]  # only the last one of a chunk may be open
-        return b""
-
-
-class _Source:
-    """The file as ijson reads it: hashed, counted and guarded against deep nesting."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.sha256 = hashlib.sha256()
         self.read_bytes = 0
-        self.has_halves = False
-        """Whether half a surrogate pair has come by."""
-        self.objects: type[_Object] = type("_ObjectOfFile", (_Object,), {})
-        self._file, self._path = file, path
-        self._held_back = b""
-        self._nesting: _Nesting | None = None
-        # No more levels can be open than brackets have come since the last entry's end.
-        self._openings: list[int] = []
 
-    def read(self, size: int = -1) -> bytes:
-        """Give the next bytes, halves of surrogate pairs marked; an escape is never cut."""
-        while chunk := self._file.read(size):
-            self._look_at(chunk)
-            text = self._held_back + chunk
-            # None of these bytes is part of an escape, so none is cut behind them.
-            end = 1 + max(map(text.rfind, _BETWEEN_ESCAPES))
-            text, self._held_back = text[:end], text[end:]
-            if text:
-                return self._marked(text)
-        text, self._held_back = self._held_back, b""
-        return self._marked(text)
+    def read(self, size: int) -> bytes:
+        return self._counted(self._file.read(size))
 
-    def lines(self) -> Iterator[bytes]:
-        """Yield lines, halves of surrogate pairs marked."""
-        for line in self._file:
-            self._openings.clear()
-            self._nesting = None
-            self._look_at(line, first=True)
-            yield self._marked(line)
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self._counted, self._file)
 
-    def entry_came(self) -> None:
-        """Take note that ijson is at the top level within the last two chunks."""
-        del self._openings[:-2]
+    def _counted(self, part: bytes) -> bytes:
+        self.sha256.update(part)
+        self.read_bytes += len(part)
+        return part
 
-    def _look_at(self, chunk: bytes, *, first: bool = False) -> None:
-        """Refuse deep nesting; exact counting takes long, so it begins where it can matter."""
-        before = 0 if first else self.read_bytes
-        self.sha256.update(chunk)
-        self.read_bytes += len(chunk)
-        self._openings.append(chunk.count(b"[") + chunk.count(b"{"))
-        if self._nesting is None and sum(self._openings) > _DEEPEST:
-            self._nesting = _Nesting()
-            with self._path.open("rb") as file:
-                while before and (earlier := file.read(min(before, _CHUNK_BYTES))):
-                    self._nesting.add(earlier)
-                    before -= len(earlier)
-        if self._nesting is not None:
-            self._nesting.add(chunk)
-            if self._nesting.deepest > _DEEPEST:
-                raise DataError(
-                    f"{self._path}: nested more than {_DEEPEST:,} levels deep near byte "
-                    f"{self.read_bytes:,}",
-                    "no entry of this schema nests more than about ten levels",
-                    "remove the damaged entry, or export the file again",
-                )
 
-    def _marked(self, text: bytes) -> bytes:
-        return _ESCAPE.sub(self._mark, text) if _ANY_SURROGATE.search(text) else text
+class _Member(NamedTuple):
+    """A name and its value in an object, and a name that an object within the value has twice."""
 
-    def _mark(self, escape: re.Match[bytes]) -> bytes:
-        if escape[1] is None:
-            return escape[0]
-        self.has_halves = True
-        return _HALF.encode() + escape[1]
+    name: str
+    value: object
+    twice: str | None
+
+
+class _Object:
+    """The text of one JSON object, of which no more is held than its next member takes."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at = "", 0
+        self._twice: str | None = None
+        self._decode = json.JSONDecoder(
+            object_pairs_hook=self._once, parse_constant=self._no_constant
+        ).raw_decode
+
+    def members(self) -> Iterator[_Member]:
+        """Yield the members in their order; what is wrong is a ValueError or a RecursionError."""
+        self._take("{")
+        more = self._next() != "}"
+        while more:
+            if self._next() != '"':
+                raise self._error("Expecting a name in double quotes")
+            name = str(self._value())
+            self._take(":")
+            self._twice = None
+            yield _Member(name, self._value(), self._twice)
+            more = self._next() == ","
+            self._at += more
+        self._take("}")
+        if self._next():
+            raise self._error("Extra data")
+
+    def _next(self) -> str:
+        """Skip white space and give the next character; an empty text at the end."""
+        while (mark := self._text[self._at : self._at + 1]) in _SPACE or (
+            not mark and self._more()
+        ):
+            self._at += len(mark)
+        return mark
+
+    def _take(self, mark: str) -> None:
+        if self._next() != mark:
+            raise self._error(f"Expecting {mark!r}")
+        self._at += 1
+
+    def _value(self) -> object:
+        self._next()
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self._text) - _LONGEST_WORD or _is_open(error)
+                if not cut or not self._more():
+                    raise
+            else:
+                # A number may go on behind what has been read, as `1` and `1e+` do.
+                if end < len(self._text) - 2 or not self._more():
+                    self._at = end
+                    return value
+
+    def _more(self) -> bool:
+        """Read on, and twice as much where that was not enough; False at the end."""
+        part = self._read(max(_CHUNK_BYTES, len(self._text) - self._at))
+        more = self._utf8.decode(part, final=not part)
+        if part:
+            self._text, self._at = self._text[self._at :] + more, 0
+        return bool(part)
+
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self._twice = _repeated(name for name, _ in pairs)
+        return found
+
+    def _no_constant(self, name: str) -> None:
+        raise self._error(f"{name} is no JSON")
+
+    def _error(self, message: str) -> json.JSONDecodeError:
+        return json.JSONDecodeError(message, self._text, self._at)
+
+
+def _is_open(error: json.JSONDecodeError) -> bool:
+    return error.msg.startswith("Unterminated string")
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def read_entries(
@@ -217,16 +212,18 @@ def read_entries(
     """
     path = Path(path)
     started = time.perf_counter()
-    report = ReadReport()
     check_head(path)
     try:
-        with path.open("rb") as file:
-            source = _Source(file, path)
+        report = ReadReport(json_lines=is_json_lines(path))
+        with path.open("rb") as opened:
+            file = _File(opened)
             keys: set[str] = set()
-            for key, value, oddity in _decoded(source, path, report):
+            for key, value, twice in _decoded(file, path, report):
                 if key in keys:
-                    oddity = "has a key that an earlier entry has"  # noqa: PLW2901
-                if oddity is not None:
+                    oddity = "has a key that an earlier entry has"
+                else:
+                    oddity = f"gives {short_text(twice)} twice" if twice is not None else ""
+                if oddity:
                     report.skip([EntryProblem(printable(key), "", oddity)])
                 elif isinstance(entry := entry_from_json(key, value), Entry):
                     report.entries += 1
@@ -236,9 +233,9 @@ def read_entries(
                 keys.add(key)
     except OSError as error:
         raise _unreadable(path, error) from error
-    report.size_bytes = source.read_bytes
+    report.size_bytes = file.read_bytes
     report.seconds = time.perf_counter() - started
-    report.file_sha256 = source.sha256.hexdigest()
+    report.file_sha256 = file.sha256.hexdigest()
     if on_report is not None:
         on_report(report)
     if not report.entries and not report.skipped:
@@ -313,91 +310,57 @@ def _is_entry(value: Mapping[str, object]) -> bool:
     return isinstance(value.get("input"), str) and isinstance(value.get("output"), list)
 
 
-def _decoded(
-    source: _Source, path: Path, report: ReadReport
-) -> Iterator[tuple[str, object, str | None]]:
-    """Yield key and value of each entry and what is odd in it, with decoding errors made clear."""
-    import ijson
-
-    report.json_lines = is_json_lines(path)
-    pairs = _pairs_of_lines if report.json_lines else _pairs
+def _decoded(file: _File, path: Path, report: ReadReport) -> Iterator[_Member]:
+    """Yield the entries by their keys, with decoding errors made clear."""
     try:
-        for key, value in pairs(source):
-            source.entry_came()
-            oddity = _given_twice(value) if source.objects.again_seen else None
-            if not source.has_halves:
-                yield key, value, oddity
-                continue
-            try:
-                yield _restored(key), _restored(value), oddity
-            except RecursionError:
-                yield _restored(key), None, "is nested too deeply"
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        done = f"after {report.entries + report.skipped:,} entries, near byte {source.read_bytes:,}"
-        text = str(error)
-        if "premature EOF" in text:
+        yield from _members_of_lines(file) if report.json_lines else _Object(file.read).members()
+    except (ValueError, RecursionError) as error:
+        after = f"after {report.entries + report.skipped:,} entries"
+        if isinstance(error, RecursionError):
             raise DataError(
-                f"{path}: ends too early ({done})",
-                "the JSON object is not closed, so the file was cut off",
-                "fetch or copy it again and compare the sizes",
+                f"{path}: is nested too deeply ({after}, near byte {file.read_bytes:,})",
+                "no entry of this schema nests more than about ten levels",
+                "remove the damaged entry, or export the file again",
             ) from error
-        reason = text.removeprefix("b'").removeprefix('b"').split("\n")[0].split("\\n")[0]
+        near, reason = file.read_bytes, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            near -= len(error.doc[error.pos :].encode())
+            reason = error.msg
+            text = error.doc.rstrip()
+            cut = error.pos >= len(text) or not text.endswith("}") or _is_open(error)
+            if cut and reason != "Extra data" and not file.read(1):
+                raise DataError(
+                    f"{path}: ends too early ({after}, near byte {near:,})",
+                    "the JSON object is not closed, so the file was cut off",
+                    "fetch or copy it again and compare the sizes",
+                ) from error
         raise DataError(
-            f"{path}: is not valid JSON ({done})",
+            f"{path}: is not valid JSON ({after}, near byte {near:,})",
             short_text(reason, 200),
             "repair that place, or fetch the file again",
         ) from error
 
 
-def _pairs(source: _Source) -> Iterator[tuple[str, object]]:
-    return _pairs_of(source, source.objects)
-
-
-def _pairs_of(file: Any, objects: type[_Object]) -> Iterator[tuple[str, object]]:
-    import ijson
-
-    yield from ijson.kvitems(file, "", map_type=objects, use_float=True, buf_size=_CHUNK_BYTES)
-
-
-def _pairs_of_lines(source: _Source) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(source.lines(), start=1):
+def _members_of_lines(file: _File) -> Iterator[_Member]:
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         if not line.lstrip().startswith(b"{"):
-            yield f"line {number}", short_text(line.decode("utf-8", "replace"))
+            text = short_text(line.decode("utf-8", "replace"))
+            yield _Member(f"line {number}", text, None)
             continue
-        pairs = list(_pairs_of(io.BytesIO(line), source.objects))
-        value = source.objects()
-        for name, part in pairs:
-            value[name] = part
-        if _is_entry(value) or "key" in value:
-            key = value.get("key")
-            yield (key if isinstance(key, str) else f"line {number}"), value
-        else:
-            yield from pairs
-
-
-def _given_twice(value: object) -> str | None:
-    """Find a key that an object within an entry has twice."""
-    pending = [value]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, _Object) and hasattr(part, "again"):
-            return f"gives {short_text(part.again)} twice"
-        if isinstance(part, dict | list):
-            pending.extend(part.values() if isinstance(part, dict) else part)
-    return None
-
-
-def _restored(value: Any) -> Any:
-    """Turn marks of halves of surrogate pairs into these, so that `schema` finds them."""
-    if isinstance(value, str):
-        return _HALF_DIGITS.sub(lambda digits: chr(int(digits[1], 16)), value)
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    if isinstance(value, dict):
-        return {_restored(name): _restored(item) for name, item in value.items()}
-    return value
+        members = list(_Object(io.BytesIO(line).read).members())
+        value = {member.name: member.value for member in members}
+        if not _is_entry(value) and "key" not in value:
+            yield from members
+            continue
+        key = value.get("key")
+        twice = (member.twice for member in members if member.twice is not None)
+        yield _Member(
+            key if isinstance(key, str) else f"line {number}",
+            value,
+            _repeated(member.name for member in members) or next(twice, None),
+        )
 
 
 def _bad_entries_error(path: Path, report: ReadReport) -> DataError:

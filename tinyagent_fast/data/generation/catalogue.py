@@ -23,7 +23,7 @@ from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.grammar import references
 from tinyagent_fast.plans.tools import JOIN, PARAMETER_TYPES, Parameter, Tool, accepts
-from tinyagent_fast.strict_yaml import load_yaml
+from tinyagent_fast.strict_yaml import load_yaml, read_yaml_text
 
 BUILT_IN_CATALOGUE = Path(__file__).with_name("tinyagent.yaml")
 REQUIRED = object()
@@ -140,7 +140,7 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
     """
     path = path or BUILT_IN_CATALOGUE
     try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
+        document = load_yaml(read_yaml_text(path))
     except OSError as error:
         raise DataError(
             f"tool catalogue {path}", f"it cannot be read: {error.strerror}", "check the path"
