@@ -249,9 +249,7 @@ Settings = TypeVar("Settings")
 def with_types(settings: Settings, name: str = "") -> Settings:
     """Give settings that Python code has made their types: a path may be given as text.
 
-    Args:
-        settings: A dataclass of settings, such as `Config`.
-        name: Put before the names of its fields in messages.
+    `settings` is a dataclass such as `Config`; `name` stands before its fields in messages.
 
     Raises:
         ConfigError: Lists every value of a wrong type, and every unknown choice.
@@ -367,10 +365,7 @@ def dump_config(config: Config) -> str:
 def parse_config(text: str, base: Config | None = None, source: str = "config") -> Config:
     """Read YAML over a base config; every unknown key and wrong type is an error.
 
-    Args:
-        text: YAML, a mapping of the sections of `Config`; sections and keys may be left out.
-        base: What holds for the keys left out; None takes the defaults.
-        source: Named in messages.
+    Sections and keys may be left out: then `base` holds, or the defaults.
 
     Raises:
         ConfigError: Lists all problems, with the nearest known name for each unknown key.

@@ -95,12 +95,8 @@ class Display:
 
         Works may stand in one another: the innermost is what is told of.
 
-        Args:
-            label: What is being done.
-            unit: What is counted.
-
         Yields:
-            A function to call with what is done and the total.
+            A function to call with how many of the unit are done, and the total.
         """
         raise_swallowed_interrupt()
         work = _Work(label, unit, self._clock())
@@ -128,15 +124,7 @@ class Display:
 
     @contextmanager
     def bar(self, label: str, unit: str = "") -> Iterator[Update]:
-        """Show a bar for long work on a terminal, lines elsewhere, and at its end how long it took.
-
-        Args:
-            label: What is being done.
-            unit: What is counted.
-
-        Yields:
-            A function to call with what is done and the total.
-        """
+        """Do as `working`, show a bar on a terminal, and at the end say how long it took."""
         started = time.perf_counter()
         count = ""
         progress = Progress(

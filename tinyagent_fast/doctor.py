@@ -85,12 +85,8 @@ def find_out(
 ) -> list[Finding]:
     """Make every check that takes about a second.
 
-    Args:
-        config: The run's config.
-        machine: This machine.
-        automatic: Whether the config's preset was chosen by what torch can use.
-        quick: False makes the check of llama.cpp too.
-        online: Asks the hub, too.
+    `automatic` says that the preset was chosen by what torch can use. Without `quick` llama.cpp is
+    loaded too, and with `online` the hub is asked.
     """
     packages = check_packages(machine)
     found = [packages, check_gpu(config, machine, automatic=automatic)]

@@ -28,13 +28,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, why: str, fix: str) -> None:
-        """Keep the three parts apart so that every message has all of them.
-
-        Args:
-            what: What was given or found.
-            why: Why that does not work.
-            fix: What to do about it, as a command or setting where possible.
-        """
+        """Keep apart what was found, why that does not work, and the command that mends it."""
         self.what = what
         self.why = why
         self.fix = fix
@@ -78,10 +72,6 @@ def reading(what: str, fix: str) -> Iterator[None]:
 
     Damaged files bring out errors of every kind, plain `Exception` among them, so all are taken; a
     missing package is none of the files' faults.
-
-    Args:
-        what: What is read.
-        fix: What to do if it cannot be read.
 
     Raises:
         ModelError: Anything went wrong within.

@@ -215,10 +215,7 @@ def load_config(
 ) -> Config:
     """Read a YAML file over a preset; a run's config.yaml is such a file.
 
-    Args:
-        path: The file.
-        preset: Name of the preset; None takes the one that the file names.
-        default: Chooses a preset where neither names one; None takes the plain defaults.
+    Without `preset` it is the one that the file names, else what `default` chooses, else none.
 
     Raises:
         ConfigError: The file cannot be read; an unknown preset, key or wrong value is in it.

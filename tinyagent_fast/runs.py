@@ -118,14 +118,11 @@ class Run:
         It may be relative to the folder that holds `runs/`, or to where the run was started.
         """
         if not Path(recorded).exists():
-            for folder in (self.path.resolve().parents[1], self._started_in()):
+            started_in = str(self._record("environment.json").get("folder", ""))
+            for folder in (self.path.resolve().parents[1], Path(started_in)):
                 if (folder / recorded).exists():
                     return folder / recorded
         return Path(recorded)
-
-    def _started_in(self) -> Path:
-        record = self.path / "environment.json"
-        return Path(str(read_json(record).get("folder", "")) if record.exists() else "")
 
     def located(self, config: Config) -> Config:
         """Name the run's data files, base and folder where they lie now.
@@ -142,7 +139,7 @@ class Run:
 
     def base_of(self, config: Config) -> str:
         """Find the base model: its whole path, or its hub name; what `nano` became, too."""
-        base = self.locate(self._data_record().get("base", config.model.base))
+        base = self.locate(self._record("data.json").get("base", config.model.base))
         return str(base.resolve() if base.exists() else base)
 
     def test_file(self) -> Path | None:
@@ -154,13 +151,13 @@ class Run:
         return self._data_file("train_file", self.config().data.train)
 
     def _data_file(self, name: str, configured: Path | None) -> Path | None:
-        recorded = self._data_record().get(name)
+        recorded = self._record("data.json").get(name)
         named = recorded["path"] if recorded else configured
         return None if named is None else self.locate(named)
 
-    def _data_record(self) -> dict[str, Any]:
-        """Read data.json; empty if the run ended before it was written."""
-        path = self.path / "data.json"
+    def _record(self, name: str) -> dict[str, Any]:
+        """Read a JSON file of the run; empty if the run ended before it was written."""
+        path = self.path / name
         return read_json(path) if path.exists() else {}
 
     def find_adapter(self, wanted: str = "best") -> Path:
@@ -310,11 +307,7 @@ def _taken(config: Config) -> ConfigError:
 
 
 def refuse_unwritable(folder: Path, fix: str) -> None:
-    """Find out before the work that its results cannot be written.
-
-    Args:
-        folder: Where they go; made if it is not there.
-        fix: What the user can do.
+    """Find out before the work that its results cannot be written into a folder; it is made.
 
     Raises:
         ConfigError: The folder cannot be made or written.
@@ -336,10 +329,7 @@ def refuse_unwritable(folder: Path, fix: str) -> None:
 def holding(folder: Path, work: str, fix: str) -> Iterator[None]:
     """Let no other process write into a folder meanwhile; a killed one holds nothing.
 
-    Args:
-        folder: A run's folder, or another one for results; made if it is not there.
-        work: What this process does there, as the other one is told.
-        fix: What the other can do instead of waiting, where the folder cannot be had.
+    The other is told the `work` of this one, and with `fix` what it can do instead of waiting.
 
     Raises:
         ConfigError: Another process holds it, or it cannot be written.
@@ -468,12 +458,8 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
     """Read what `write_json` wrote into a run or an export.
 
-    Args:
-        path: The file.
-        needed: Keys that must be there.
-
     Raises:
-        ConfigError: It is damaged, or was edited into something else.
+        ConfigError: It is damaged, lacks a key that is needed, or was edited into something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -494,11 +480,7 @@ def unfinished_folder(parent: Path, work: str) -> Iterator[Path]:
     """Make a hidden folder for what is not ready yet; what is ready is moved out of it.
 
     It is removed in the end, and so is what killed processes of this machine have left of the same
-    work; several processes can be at the same work at once.
-
-    Args:
-        parent: Where it is made; made too if it is not there.
-        work: One word.
+    work, which is one word; several processes can be at the same work at once.
     """
     here = f".{work}-{socket.gethostname()}-"
     parent.mkdir(parents=True, exist_ok=True)

@@ -34,11 +34,7 @@ class RequestFlags(AgentFlags):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Answer a request.
-
-    Returns:
-        0 when it is done, 1 when something of it is not.
-    """
+    """Answer a request; gives 0 when it is done, 1 when something of it is not."""
     flags = tyro.cli(RequestFlags, args=list(arguments), prog="tinyagent-fast agent")
     if not flags.request.strip():
         raise ConfigError("the request", "it is empty", "write what should be done")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +14,7 @@ import tyro
 if TYPE_CHECKING:
     from tinyagent_fast.reports.flips import FlippedPlans
 
-_SHOWN_QUERIES = 10
-_SHOWN_TOOLS = 12
+_SHOWN_ROWS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +40,7 @@ class CompareFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compare.
-
-    Returns:
-        0 whatever the outcome is.
-    """
+    """Compare; gives 0 whatever the outcome is."""
     flags = tyro.cli(CompareFlags, args=list(arguments), prog="tinyagent-fast compare")
     from tinyagent_fast.reports.flips import find_planners, flipped_plans, tools_of_both
 
@@ -71,27 +66,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _text(compared: FlippedPlans) -> Iterator[str]:
     yield from compared.lines()
-    for title, counts in (
-        ("flips by number of calls", compared.by_calls),
-        ("flips by tool", compared.by_tool),
-    ):
-        if counts:
-            width = max(len(title) - 2, *(len(count.group) for count in counts))
-            yield from ("", f"{title:<{width + 2}}  queries  A only  B only")
-            for count in counts[:_SHOWN_TOOLS]:
-                figures = f"{count.queries:>7}  {count.only_a:>6}  {count.only_b:>6}"
-                yield f"  {count.group:<{width}}  {figures}"
-            yield from _more(len(counts) - _SHOWN_TOOLS)
-    for side in ("A", "B"):
-        flips = [flip for flip in compared.flips if flip.winner == side]
-        if flips:
-            yield from ("", f"right in {side} only:")
-            for flip in flips[:_SHOWN_QUERIES]:
-                query = " ".join(flip.loser.prediction.query.split())
-                yield f"  {query}  [{flip.loser.score.failure}]"
-            yield from _more(len(flips) - _SHOWN_QUERIES)
-
-
-def _more(count: int) -> Iterator[str]:
-    if count > 0:
-        yield f"  and {count} more; --html lists all"
+    for table in compared.tables():
+        if table.rows:
+            yield "\n" + replace(table, rows=table.rows[:_SHOWN_ROWS]).to_markdown().rstrip()
+        if (more := len(table.rows) - _SHOWN_ROWS) > 0:
+            yield f"and {more} more; --html lists all"

@@ -21,15 +21,9 @@ def resolve_config(
 ) -> Config:
     """Resolve a config: defaults < preset < `--config` file < flags.
 
-    Args:
-        command: Name of the command, for its help.
-        arguments: The command's flags.
-        default_preset: Chooses the preset when neither a flag nor the file names one.
-        start: Takes the preset's place, for a run that is resumed.
-        more_flags: Flags that the command itself has taken out of `arguments`, for its help.
-
-    Returns:
-        The checked config.
+    `default_preset` is asked where neither a flag nor the file names one; `start` takes the
+    preset's place, for a run that is resumed; `more_flags` tells in the help of flags that the
+    command has taken out of `arguments`.
 
     Raises:
         ConfigError: A preset, key or value is wrong.

@@ -41,14 +41,7 @@ class RetrievalFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train a retriever and measure it.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0 when it has been measured.
-    """
+    """Train a retriever and measure it; gives 0 when that is done."""
     flags = tyro.cli(RetrievalFlags, args=list(arguments), prog="tinyagent-fast data retrieval")
     from rich.console import Console
 

@@ -21,14 +21,7 @@ class RoundtripFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Take the system prompt of every plan apart and put it together.
-
-    Args:
-        arguments: Flags of the command.
-
-    Returns:
-        0 when all come back as they were, 1 when one differs.
-    """
+    """Take every plan's system prompt apart and together; 1 if one does not come back as it was."""
     flags = tyro.cli(RoundtripFlags, args=list(arguments), prog="tinyagent-fast data roundtrip")
     from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.data.reading import read_entries

@@ -24,11 +24,7 @@ class ReportFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the report; a run may come first without a flag.
-
-    Returns:
-        0 when both files are written.
-    """
+    """Write both files; a run may come first without a flag."""
     import tyro
 
     words = list(arguments)

@@ -30,11 +30,7 @@ class ScoreFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Score; a predictions file may come first without a flag.
-
-    Returns:
-        0 when everything was scored.
-    """
+    """Score; a predictions file may come first without a flag."""
     import tyro
 
     words = list(arguments)

@@ -103,11 +103,6 @@ def bootstrap_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
     An example adds -1, 0 or 1 to the difference, so what endless resampling tends to can be
     computed outright: the sum of n independent draws. That leaves no seed to choose.
 
-    Args:
-        only_a: Examples that only the first planner gets right.
-        only_b: Examples that only the second planner gets right.
-        n: All examples, at least one.
-
     Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     import numpy as np

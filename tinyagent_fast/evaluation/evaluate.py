@@ -136,24 +136,29 @@ class _Job:
         return "-grammar" if self.options.grammar == "on" else ""
 
 
-def _chosen_engine(options: EvalOptions) -> EngineName:
-    """Say which engine is meant, for `auto` by the model."""
-    if options.engine != "auto" and options.engine != "transformers":
-        return options.engine
-    if options.model is None or options.engine == "transformers":
-        return "torch"
-    if options.model.suffix == ".gguf":
-        return "gguf"
-    raise ConfigError(
-        f"--model {options.model}",
-        "it is no .gguf file, so the engine is not known",
-        "name a .gguf file, or add --engine vllm for a merged folder",
-    )
-
-
-def _check_options(options: EvalOptions) -> EngineName:
+def _check_options(options: EvalOptions) -> tuple[EngineName, EvalOptions]:
     """Give the engine that is meant; refuse what it would have to ignore. Needs no torch."""
-    engine = _chosen_engine(options)
+    engine: EngineName
+    if options.engine == "transformers":
+        if options.backend not in (None, "transformers"):
+            raise ConfigError(
+                f"--engine transformers with --backend {options.backend}",
+                "they name two backends",
+                "leave one of them out",
+            )
+        engine, options = "torch", replace(options, backend="transformers")
+    elif options.engine != "auto":
+        engine = options.engine
+    elif options.model is None:
+        engine = "torch"
+    elif options.model.suffix == ".gguf":
+        engine = "gguf"
+    else:
+        raise ConfigError(
+            f"--model {options.model}",
+            "it is no .gguf file, so the engine is not known",
+            "name a .gguf file, or add --engine vllm for a merged folder",
+        )
     given = {
         "model": options.model,
         "adapter": options.adapter,
@@ -177,7 +182,7 @@ def _check_options(options: EvalOptions) -> EngineName:
             "it answers several queries at once in a single process",
             "start it without torchrun",
         )
-    return engine
+    return engine, options
 
 
 def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResult]:
@@ -191,15 +196,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         ModelError: A model cannot be loaded, or a prompt does not fit.
         DataError: The test file is faulty.
     """
-    if options.engine == "transformers":
-        if options.backend not in (None, "transformers"):
-            raise ConfigError(
-                f"--engine transformers with --backend {options.backend}",
-                "they name two backends",
-                "leave one of them out",
-            )
-        options = replace(options, engine="torch", backend="transformers")
-    engine = _check_options(options)
+    engine, options = _check_options(options)
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = eval_config(run, options)

@@ -57,9 +57,6 @@ class PredictionFile:
     def start(self, made_with: Mapping[str, Any]) -> dict[str, Prediction]:
         """Open for appending: keep predictions made with the same things, put others aside.
 
-        Args:
-            made_with: Adapter, data and settings.
-
         Returns:
             The predictions that are kept, by key.
         """
@@ -88,10 +85,7 @@ class PredictionFile:
                 stream.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
 
     def read(self, *, repair: bool = False) -> list[Prediction]:
-        """Read all predictions in file order.
-
-        Args:
-            repair: Cut off a last line that a stop has left half-written.
+        """Read all predictions in file order; `repair` cuts off a last line that is half-written.
 
         Raises:
             DataError: The file is missing, or a line is no prediction.

@@ -174,11 +174,8 @@ def score_pair(
 ) -> PairScore:
     """Score one prediction; no text makes this raise.
 
-    Args:
-        label: The plan that was wanted, as text.
-        prediction: The planner's output.
-        tools: All tools of the dataset by name; None stands for TinyAgent's own.
-        truncated: Whether the length limit ended the generation.
+    `tools` are all of the dataset by name, None stands for TinyAgent's own; `truncated` says that
+    the length limit ended the generation.
     """
     tools = TINYAGENT if tools is None else tools
     published = reference_scores(label, prediction, tools)
@@ -222,12 +219,8 @@ def refuse_unknown_tools(
 ) -> None:
     """Refuse labels that call tools which the catalogue does not know.
 
-    Args:
-        what: Names the labels, such as `test labels`.
-        labels: Plans.
-        tools: Tools by name; None stands for TinyAgent's own.
-        fix: Where the right catalogue is named.
-        some_are_fine: Whether they only must not be all: single ones count as bad labels.
+    `what` names the labels, such as `test labels`, and `fix` says where the right catalogue is
+    named; `some_are_fine` if they only must not be all: single ones count as bad labels.
 
     Raises:
         DataError: There are such labels.

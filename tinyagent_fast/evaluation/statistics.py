@@ -41,10 +41,6 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
 def mcnemar_exact_p(only_a: int, only_b: int) -> float:
     """Test whether two planners differ on the same examples, by those where just one is right.
 
-    Args:
-        only_a: Examples that only the first planner gets right.
-        only_b: Examples that only the second planner gets right.
-
     Returns:
         The two-sided p-value of the exact (binomial) McNemar test; 1.0 if they never disagree.
 

@@ -136,12 +136,7 @@ class Chart:
 def run_charts(
     steps: Mapping[int, Mapping[str, Any]], validations: Sequence[ValidationRecord]
 ) -> Iterator[Chart]:
-    """Choose the curves of a run; what was not recorded has none.
-
-    Args:
-        steps: Records of logged steps by number.
-        validations: The checks on validation queries.
-    """
+    """Choose the curves of a run; what was not recorded has none."""
 
     def logged(key: str) -> Points:
         return [(at, v) for at, record in steps.items() if (v := number(record, key)) is not None]

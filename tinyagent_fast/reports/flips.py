@@ -7,7 +7,7 @@ in runs and folders, and says where the two disagree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, DataError, count_of
 from tinyagent_fast.evaluation.comparison import PairedComparison, compare_plans
 from tinyagent_fast.evaluation.predictions import find_predictions
-from tinyagent_fast.evaluation.report import percent
+from tinyagent_fast.evaluation.report import FactTable, percent
 from tinyagent_fast.evaluation.scoring import Prediction, ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.plans.tools import Tool
@@ -118,6 +118,30 @@ class FlippedPlans:
         better, other = ("B", "A") if paired.difference > 0 else ("A", "B")
         return f"{better} is better than {other}; chance alone rarely gives such a difference."
 
+    def tables(self) -> Iterator[FactTable]:
+        """Lay out the flips by number of calls, by tool, and one by one."""
+        for group, counts in (("number of calls", self.by_calls), ("tool", self.by_tool)):
+            yield FactTable(
+                title=f"Flips by {group}",
+                note="Queries in the groups that have a flip; a query counts under each of its "
+                "tools.",
+                head=(group, "queries", "right in A only", "right in B only"),
+                rows=counts,
+            )
+        yield FactTable(
+            title="All flipped queries",
+            head=("right in", "query", "calls", "why the other fails"),
+            rows=tuple(
+                (
+                    f"{flip.winner} only",
+                    flip.loser.prediction.query,
+                    flip.loser.score.label_steps,
+                    flip.loser.score.failure or "",
+                )
+                for flip in self.flips
+            ),
+        )
+
     def to_json(self) -> dict[str, object]:
         """Give all figures as plain values."""
         return {
@@ -173,12 +197,7 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[ComparedPlanner, Compared
 def tools_of_both(
     a: ComparedPlanner, b: ComparedPlanner, catalogue: Path | None
 ) -> Mapping[str, Tool] | None:
-    """Find the tools that both planners' plans may call.
-
-    Args:
-        a: One side.
-        b: The other side.
-        catalogue: YAML catalogue; None takes that of the runs the predictions lie in.
+    """Find the tools that both planners' plans may call: of the catalogue, else of their runs.
 
     Raises:
         UserError: The runs have different tools, or a catalogue cannot be read.

@@ -118,38 +118,14 @@ def run_headline(contents: RunContents) -> str:
 
 def compare_page(compared: FlippedPlans) -> str:
     """Write the comparison of two planners as an HTML page."""
-    a, b, paired = compared.a.name, compared.b.name, compared.paired
-    note = "Queries in the groups that have a flip; a query counts under each of its tools."
-    tables = [
-        FactTable(
-            title="Plan success",
-            head=("", "planner", "success"),
-            rows=(("A", a, paired.success_a), ("B", b, paired.success_b)),
-        ),
-        *(
-            FactTable(
-                title=f"Flips by {group}",
-                note=note,
-                head=(group, "queries", "right in A only", "right in B only"),
-                rows=counts,
-            )
-            for group, counts in (
-                ("number of calls", compared.by_calls),
-                ("tool", compared.by_tool),
-            )
-        ),
-    ]
-    every = FactTable(
-        title="All flipped queries",
-        head=("right in", "query", "calls", "why the other fails"),
-        rows=tuple(
-            (
-                f"{flip.winner} only",
-                flip.loser.prediction.query,
-                flip.loser.score.label_steps,
-                flip.loser.score.failure or "",
-            )
-            for flip in compared.flips
+    *groups, every = compared.tables()
+    paired = compared.paired
+    success = FactTable(
+        title="Plan success",
+        head=("", "planner", "success"),
+        rows=(
+            ("A", compared.a.name, paired.success_a),
+            ("B", compared.b.name, paired.success_b),
         ),
     )
     cases = [
@@ -162,6 +138,7 @@ def compare_page(compared: FlippedPlans) -> str:
         for flip in chosen_flips(compared.flips, GALLERY_CASES)
     ]
     template = _templates().get_template("compare.html.j2")
+    tables = [success, *groups]
     return template.render(compared=compared, tables=tables, every=every, cases=cases)
 
 

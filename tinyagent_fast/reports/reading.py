@@ -96,11 +96,9 @@ class RunContents:
 
 
 def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
-    """Read a run's folder.
+    """Read a run's folder, of which only config.yaml must be there.
 
-    Args:
-        run: The run; only its config.yaml must be there.
-        catalogue: YAML catalogue of the tools that plans may call, instead of the run's.
+    `catalogue` is a YAML file of the tools that plans may call, instead of the run's.
 
     Raises:
         UserError: The config cannot be read, or the catalogue that its plans are scored with.
@@ -201,12 +199,9 @@ def read_history(
 ) -> tuple[Mapping[int, Mapping[str, Any]], tuple[ValidationRecord, ...]]:
     """Read history.jsonl; where a resumed run measured a step again, the later record counts.
 
-    Args:
-        run: The run.
-        notes: Gets what is missing or cannot be read.
-
     Returns:
-        The records of logged steps by number, and the validations, both in the order of steps.
+        The records of logged steps by number, and the validations, both in the order of steps;
+        `notes` gets what is missing or cannot be read.
     """
     if not run.history_path.exists():
         notes.append("history.jsonl is missing: there are no curves")

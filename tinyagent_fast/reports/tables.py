@@ -80,11 +80,7 @@ def result_tables(contents: RunContents) -> Iterator[FactTable]:
 
 
 def comparability(contents: RunContents, evaluation: Evaluation) -> str:
-    """Say whether an evaluation may be held against the published results.
-
-    Returns:
-        A sentence that begins with the verdict.
-    """
+    """Say whether an evaluation may be held against the published results, the verdict first."""
     own = child(contents.data, "test_file")
     tested = evaluation.made_with.get("test_sha256")
     generated = contents.config.data.test is None
@@ -141,11 +137,7 @@ def tool_rows(plans: Iterable[ScoredPlan]) -> list[tuple[str, int, Proportion, i
 def cause_rows(
     plans: Sequence[ScoredPlan], before: Sequence[ScoredPlan] | None
 ) -> list[tuple[str | int, ...]]:
-    """Count failures by cause.
-
-    Args:
-        plans: Of the main evaluation.
-        before: The same queries before training, if they were measured.
+    """Count failures by cause, beside those of the same queries before training if there are any.
 
     Returns:
         Code, count, count before (if measured) and meaning; the most frequent cause first.
