@@ -276,10 +276,10 @@ def test_a_run_whose_training_has_not_ended_says_where_it_is_and_whose_adapter_i
         )
     for path in (run.history_path, run.best / "best.json"):
         path.write_text("{", encoding="utf-8")
-    assert "at step 246; the adapter is that of an unknown step" in (run.unfinished() or "")
+    assert "at step 246; the adapter is that of step unknown" in (run.unfinished() or "")
     for odd in ([1], {"a": 1}, "12", True, 1.5, None):
         write_json(run.best / "best.json", {"step": odd})
-        assert "that of an unknown step" in (run.unfinished() or "")
+        assert "that of step unknown" in (run.unfinished() or "")
     run.adapter.mkdir()
     (run.adapter / "adapter_model.safetensors").write_bytes(b"weights")
     assert run.unfinished() is None

@@ -194,8 +194,8 @@ class Run:
         saved = [path.name.rpartition("-")[2] for path in self.checkpoints.glob("checkpoint-*")]
         at = max([0, *(int(s) for s in saved if s.isdecimal()), *(r["step"] for r in steps)])
         of = next((f" of {r['of']:,}" for r in steps if type(r.get("of")) is int), "")
-        known = type(best) is int  # what was edited into something else is not printed
-        adapter = f"the adapter is that of {f'step {best:,}' if known else 'an unknown step'}"
+        # What was edited into something else is not printed.
+        adapter = f"the adapter is that of step {best if type(best) is int else 'unknown'}"
         if not (self.best / _WEIGHTS).exists():
             adapter = "there is no adapter yet"
         elif best == 0:
