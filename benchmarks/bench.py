@@ -27,6 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from inputs import (
+    TEST_PROMPTS,
+    TRAINING_ROWS,
+    Lengths,
+    Row,
+    generated_rows,
+    machine,
+    random_llama,
+)
+
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.published import PUBLISHED
 
@@ -56,23 +66,9 @@ SINGLE, STATIC, LOOKUP = "one at a time", "static left-padded", f"ours, lookup {
 WORTH_A_ROUND = 1.15
 """TRL's ways that take longer than this on two rows are not timed on all of them."""
 
-Row = Mapping[str, Sequence[int]]
-
 
 # --------------------------------------------------------------------------------------------------
 # Sizes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Lengths of rows in tokens."""
-
-    shared: int
-    """Tokens with which all rows begin."""
-    mean: int
-    deviation: int
-    """Lengths are drawn within three of it."""
-    supervised: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +80,8 @@ class Sizes:
     hidden: int = 1024
     layers: int = 6
     vocab: int = 32000
-    # Source: prefix, mean and supervised tokens as counted by the public re-training
-    # (github.com/SamvelMinasyan/TinyAgent); the deviation is that of prompts built as published.
-    training_rows: Lengths = Lengths(shared=1865, mean=3490, deviation=240, supervised=88)
-    test_prompts: Lengths = Lengths(shared=40, mean=1757, deviation=300, supervised=0)
+    training_rows: Lengths = TRAINING_ROWS
+    test_prompts: Lengths = TEST_PROMPTS
     batch: int = 8
     eval_batch: int = 16
     new_tokens: int = 88
@@ -120,29 +114,23 @@ QUICK = Sizes(
 # Inputs: random Llamas; rows and prompts of the published lengths, or real ones
 
 
-def random_llama(sizes: Sizes, positions: int) -> Any:
-    """Build a Llama of random fp32 weights, always the same ones, with TinyLlama's proportions."""
-    import torch
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
+def sized_llama(sizes: Sizes, positions: int) -> Any:
+    """Build a Llama of these sizes, with TinyLlama's proportions, or of a published shape."""
     if sizes.shape is not None:
         shape = PUBLISHED[sizes.shape].shape
-        shape = replace(shape, vocab=max(shape.vocab, sizes.vocab))
-    else:
-        heads = sizes.hidden // HEAD_DIM
-        shape = ModelShape(
-            hidden=sizes.hidden,
-            intermediate=sizes.hidden * 11 // 4,
-            layers=sizes.layers,
-            heads=heads,
-            kv_heads=heads // 4 if heads % 4 == 0 else heads,
-            head_dim=HEAD_DIM,
-            vocab=sizes.vocab,
-            tied=False,
-        )
-    config = AutoConfig.for_model(**shape.to_config(), max_position_embeddings=positions)
-    return LlamaForCausalLM(config)
+        return random_llama(replace(shape, vocab=max(shape.vocab, sizes.vocab)), positions)
+    heads = sizes.hidden // HEAD_DIM
+    shape = ModelShape(
+        hidden=sizes.hidden,
+        intermediate=sizes.hidden * 11 // 4,
+        layers=sizes.layers,
+        heads=heads,
+        kv_heads=heads // 4 if heads % 4 == 0 else heads,
+        head_dim=HEAD_DIM,
+        vocab=sizes.vocab,
+        tied=False,
+    )
+    return random_llama(shape, positions)
 
 
 def with_adapter(model: Any) -> Any:
@@ -158,22 +146,6 @@ def with_adapter(model: Any) -> Any:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     return adapted.train()
-
-
-def generated_rows(lengths: Lengths, count: int, vocab: int, seed: int = 0) -> list[Row]:
-    """Draw rows of random tokens that begin alike: lengths decide the time, not words."""
-    from tinyagent_fast.prompts.tokens import IGNORED
-
-    rng = random.Random(f"bench/{seed}")
-    beginning = [rng.randrange(3, vocab) for _ in range(lengths.shared)]
-    rows: list[Row] = []
-    for _ in range(count):
-        off = max(-3.0, min(3.0, rng.gauss(0, 1))) * lengths.deviation
-        own = max(2, lengths.mean + round(off) - lengths.shared)
-        ids = beginning + [rng.randrange(3, vocab) for _ in range(own)]
-        prompt = len(ids) - lengths.supervised
-        rows.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
-    return rows
 
 
 def word_tokenizer(vocab: int) -> PromptTokenizer:
@@ -422,7 +394,7 @@ def measure_training(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[st
 
     tokenizer = tokenizer_for(flags.real, sizes.vocab)
     rows = training_rows(flags.real, tokenizer, sizes)
-    model = with_adapter(random_llama(sizes, max(len(row["input_ids"]) for row in rows)))
+    model = with_adapter(sized_llama(sizes, max(len(row["input_ids"]) for row in rows)))
     packed = {UNSHARED: pack(rows, smallest_shared_tokens=None), SHARED: pack(rows)}
     with tempfile.TemporaryDirectory() as name:
 
@@ -505,7 +477,7 @@ def measure_evaluation(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[
         for kind, prompts in prompts_by_kind(flags.real, sizes).items()
     }
     longest = max(len(ids) for found in ids_by_kind.values() for ids in found)
-    model = random_llama(sizes, longest + sizes.new_tokens).eval()
+    model = sized_llama(sizes, longest + sizes.new_tokens).eval()
     tokenizer.eos_id = NEVER_WRITTEN_ID
     loaded = LoadedModel(
         model=model,
@@ -905,12 +877,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     command = repeatable_command(sys.argv[1:] if arguments is None else arguments)
     set_threads(flags.threads)
-    from tinyagent_fast.runs import environment, write_json
+    from tinyagent_fast.runs import write_json
 
     sizes = resolve_sizes(flags)
     parts = earlier_parts(flags.out, flags.quick)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {k: v for k, v in environment().items() if k not in ("command", "folder")}
+    about = machine()
     for name in flags.parts:
 
         def tell(way: str, part: str = name) -> None:
@@ -932,7 +904,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             },
             "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
             "seconds": round(time.time() - started, 1),
-            "environment": machine,
+            "environment": about,
         }
         parts[name] = {"run": run, "figures": figures}
         # After every part, so that what was measured stays whatever comes.

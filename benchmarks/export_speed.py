@@ -24,6 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from inputs import machine, random_llama
+
 from tinyagent_fast.models.published import TINYLLAMA_32K
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
@@ -38,18 +40,12 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
     """Write a Llama of random bf16 weights, with a SentencePiece tokenizer of words like `abc`."""
     import torch
     from sentencepiece import sentencepiece_model_pb2 as protobuf
-    from transformers import AutoConfig, LlamaForCausalLM
 
     from tinyagent_fast.prompts.loading import load_tokenizer
 
-    config = AutoConfig.for_model(
-        **SHAPES[shape].to_config(),
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(str(folder))
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    llama = random_llama(SHAPES[shape], 32768, rms_norm_eps=1e-5, rope_parameters=rope)
+    llama.to(torch.bfloat16).save_pretrained(str(folder))
     proto = protobuf.ModelProto()
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = True
@@ -63,7 +59,9 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
         proto.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=kinds.BYTE)
     letters = [*"abcdefghijklmnopqrstuvwxyz\u2581"]
     words = (word for n in (1, 2, 3, 4) for word in itertools.product(letters, repeat=n))
-    for rank, word in enumerate(itertools.islice(words, config.vocab_size - len(proto.pieces))):
+    for rank, word in enumerate(
+        itertools.islice(words, llama.config.vocab_size - len(proto.pieces))
+    ):
         proto.pieces.add(piece="".join(word), score=-float(rank), type=kinds.NORMAL)
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
     load_tokenizer(folder).save_pretrained(str(folder))
@@ -160,9 +158,8 @@ def main() -> None:
     if given.step:
         _run_child(given.step)
         return
-    from tinyagent_fast.runs import environment, write_json
+    from tinyagent_fast.runs import write_json
 
-    machine = {k: v for k, v in environment().items() if k not in ("command", "folder")}
     steps: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         model, f16 = Path(name) / "model", Path(name) / "f16.gguf"
@@ -177,7 +174,7 @@ def main() -> None:
             target = Path(name) / f"{quant}.gguf"
             steps[quant] = run_step("convert", model, target, quant, given.threads)
             target.unlink()
-    write_json(given.out, {"shape": given.shape, "environment": machine, "steps": steps})
+    write_json(given.out, {"shape": given.shape, "environment": machine(), "steps": steps})
     print(f"written: {given.out}")
 
 

@@ -33,6 +33,8 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from inputs import Lengths, generated_rows, random_llama
+
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.published import TINYLLAMA_32K
 from tinyagent_fast.runs import environment, write_json
@@ -259,7 +261,6 @@ def write_base(folder: Path, scale: Scale, tokenizer_file: Path | None) -> dict[
         tokenizer_file: A SentencePiece tokenizer.model for real token counts; None trains a BPE.
     """
     import torch
-    from transformers import AutoConfig, LlamaForCausalLM
 
     from tinyagent_fast.models.nano import train_bpe_tokenizer
     from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
@@ -274,16 +275,14 @@ def write_base(folder: Path, scale: Scale, tokenizer_file: Path | None) -> dict[
         ]
         tokenizer = train_bpe_tokenizer(texts, scale.tokenizer_pieces)
     tokenizer.save_pretrained(str(folder))
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        **scale.shape.to_config(),
-        max_position_embeddings=scale.positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = random_llama(
+            scale.shape,
+            scale.positions,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ).to(torch.bfloat16)
     model.save_pretrained(str(folder))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -338,24 +337,15 @@ def file_examples(path: Path, scale: Scale) -> list[Any]:
     return [entry.examples[0] for entry in islice(entries, scale.rows)]
 
 
-def exact_rows(rows: Any, batch: int, tokens: int, steps: int) -> Any:
-    """Make rows of exactly so many tokens out of encoded ones; their last 88 are supervised."""
+def exact_rows(tokens: int, count: int, vocab: int) -> Any:
+    """Make rows of exactly so many tokens, of which the last 88 are supervised."""
     from datasets import Dataset
 
-    from tinyagent_fast.prompts.tokens import IGNORED
-
-    source = [i for k in range(min(len(rows), 64)) for i in rows[k]["input_ids"][1:]]
-    source *= tokens // len(source) + 2
-    supervised = min(88, tokens // 2)
-    found: dict[str, list[Any]] = {"key": [], "input_ids": [], "labels": [], "length": []}
-    for index in range(batch * steps):
-        start = 997 * index % (len(source) - tokens)
-        ids = [rows[0]["input_ids"][0], *source[start : start + tokens - 1]]
-        found["key"].append(str(index))
-        found["input_ids"].append(ids)
-        found["labels"].append([IGNORED] * (tokens - supervised) + ids[-supervised:])
-        found["length"].append(tokens)
-    return Dataset.from_dict(found)
+    lengths = Lengths(shared=1, mean=tokens, deviation=0, supervised=min(88, tokens // 2))
+    rows = generated_rows(lengths, count, vocab)
+    return Dataset.from_list(
+        [{"key": str(at), **row, "length": tokens} for at, row in enumerate(rows)]
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -538,7 +528,7 @@ def train(bench: Bench, item: Measurement) -> dict[str, Any]:
     if "tokens" in item.arguments:
         recipe = replace(recipe, batch=item.arguments["batch"], accumulation=1)
         steps = scale.warmup_steps + scale.steps + 1
-        rows = exact_rows(rows, recipe.batch, item.arguments["tokens"], steps)
+        rows = exact_rows(item.arguments["tokens"], recipe.batch * steps, scale.shape.vocab)
     if bench.tiny:
         recipe = replace(recipe, accumulation=min(2, recipe.accumulation))
     # One step more than will be made: the trainer saves a checkpoint at its last step.

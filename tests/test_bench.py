@@ -203,5 +203,5 @@ def test_a_published_shape_is_measured_with_its_own_sizes_and_as_many_rounds_as_
     sizes = bench.resolve_sizes(flags)
     assert (sizes.rounds, sizes.batch, sizes.hidden, sizes.layers) == (5, 2, 576, 30)
     with torch.device("meta"):
-        model = bench.random_llama(sizes, 4096)
+        model = bench.sized_llama(sizes, 4096)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

@@ -27,6 +27,11 @@ from tinyagent_fast.training.resume import keep_checkpoint
 
 if TYPE_CHECKING:
     import torch
+    from trl import SFTTrainer as _Trainer
+
+    from tinyagent_fast.shared_prefix.packing import PackedStep
+else:
+    _Trainer = object  # `build_trainer` joins it in
 
 _UNFINISHED = ".unfinished"
 """Folder in which a checkpoint is written before it gets its name."""
@@ -74,133 +79,159 @@ def build_trainer(
         tracking: Arguments that say where figures go besides the run's folder; None for nowhere.
 
     Returns:
-        A `trl.SFTTrainer`. It counts tokens: `tokens_seen` are those of rows, padding apart,
-        `tokens_padded` those of the same rows in padded batches, and `tokens_computed` those that
-        went through the model, where shared prefixes count once; `token_counts()` gives all three.
-        `steps` are its optimizer steps.
+        A `trl.SFTTrainer` with the ways of `PlanTraining`.
     """
     if loaded.backend == "unsloth":
         import unsloth  # noqa: F401  # patches trl, so it must come first
-    # Imported and subclassed here, because Unsloth replaces it.
-    import torch
-    from torch.utils.data import RandomSampler
-    from transformers import PrinterCallback, ProgressCallback
-    from transformers.trainer_utils import rotate_checkpoints
-    from trl import SFTTrainer
+    from trl import SFTTrainer  # here, because Unsloth replaces it
 
-    from tinyagent_fast.shared_prefix.step import step_gradients
+    class PlanTrainer(PlanTraining, SFTTrainer):  # type: ignore[misc]
+        pass
 
-    train, workers = config.train, workers_of_a_step(loaded, config)
-    kept_of_each = kept_tokens / workers
+    return PlanTrainer(
+        loaded, rows, config, output_dir, shared_prefix, kept_tokens, processes, tracking
+    )
 
-    class PlanTrainer(SFTTrainer):  # type: ignore[misc]
-        def __init__(self) -> None:
-            adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
-            super().__init__(
-                model=loaded.model,
-                args=_arguments(loaded, config, output_dir, tracking, shared_prefix),
-                train_dataset=rows,
-                processing_class=loaded.tokenizer.hf,
+
+class PlanTraining(_Trainer):  # type: ignore[misc]
+    """What our trainer does in its own way: counted tokens, packed steps, whole checkpoints.
+
+    `tokens_seen` are those of rows, padding apart, `tokens_padded` those of the same rows in padded
+    batches, and `tokens_computed` those that went through the model, where shared prefixes count
+    once. `steps` are its optimizer steps.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        rows: Any,
+        config: Config,
+        output_dir: Path,
+        shared_prefix: bool,
+        kept_tokens: float,
+        processes: Processes,
+        tracking: Mapping[str, Any] | None,
+    ) -> None:
+        """Build TRL's part, then what only it could tell."""
+        from transformers import PrinterCallback, ProgressCallback
+
+        self.loaded, self.rows, self.recipe = loaded, rows, config.train
+        self.checkpoints, self.shared_prefix, self.processes = output_dir, shared_prefix, processes
+        self.workers = workers_of_a_step(loaded, config)
+        self.kept_of_each = kept_tokens / self.workers
+        self.tokens_seen = self.tokens_padded = self.tokens_computed = 0
+        self.micro_batch_rows = self.recipe.rows_per_batch
+        adapter = [(p, p.data) for p in loaded.model.parameters() if p.requires_grad]
+        super().__init__(
+            model=loaded.model,
+            args=_arguments(loaded, config, output_dir, tracking, shared_prefix),
+            train_dataset=rows,
+            processing_class=loaded.tokenizer.hf,
+        )
+        # trl rounds an adapter on a quantised base to bf16, which loses small steps of AdamW.
+        for parameter, data in adapter:
+            parameter.data = data
+        # Only now is the number of packed rows known.
+        self.steps = optimizer_steps(len(self.train_dataset), self.recipe, processes.count)
+        self.args.logging_steps = max(1, min(10, self.steps // 20))
+        every = steps_between(self.steps, self.recipe.evaluations or 6)
+        self.args.save_steps = self.recipe.save_every_steps or every
+        if shared_prefix:
+            self.data_collator = PackingCollator(
+                partial(collate, pad_id=loaded.tokenizer.pad_id),
+                math.ceil(self.recipe.rows_per_batch / self.workers),
+                self.kept_of_each,
+                computes_prefix_once(loaded),
             )
-            # trl rounds an adapter on a quantised base to bf16, which loses small steps of AdamW.
-            for parameter, data in adapter:
-                parameter.data = data
-            self.tokens_seen = self.tokens_padded = self.tokens_computed = 0
-            self.processes = processes
-            self.micro_batch_rows = train.rows_per_batch
-            # Only now is the number of packed rows known.
-            self.steps = optimizer_steps(len(self.train_dataset), train, processes.count)
-            self.args.logging_steps = max(1, min(10, self.steps // 20))
-            every = steps_between(self.steps, train.evaluations or 6)
-            self.args.save_steps = train.save_every_steps or every
-            if shared_prefix:
-                self.data_collator = PackingCollator(
-                    partial(collate, pad_id=loaded.tokenizer.pad_id),
-                    math.ceil(train.rows_per_batch / workers),
-                    kept_of_each,
-                    computes_prefix_once(loaded),
-                )
-            for display in (PrinterCallback, ProgressCallback):
-                self.remove_callback(display)
+        for display in (PrinterCallback, ProgressCallback):
+            self.remove_callback(display)
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            order = prefix_order(rows, train) if shared_prefix else None
-            if order is not None:
-                return order
-            if train.batching in ("shuffled", "packed"):
-                return RandomSampler(
-                    self.train_dataset, generator=torch.Generator().manual_seed(train.seed)
-                )
-            # The trainer deals batches to the processes in turn, so a step's rows are neighbours.
-            group = train.rows_per_batch * processes.count * train.accumulation
-            return LengthGroupedOrder(list(self.train_dataset["length"]), group, train.seed)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        import torch
+        from torch.utils.data import RandomSampler
 
-        def _get_output_dir(self, trial: Any = None) -> str:
-            return str(output_dir / _UNFINISHED)
+        recipe = self.recipe
+        order = prefix_order(self.rows, recipe) if self.shared_prefix else None
+        if order is not None:
+            return order
+        if recipe.batching in ("shuffled", "packed"):
+            generator = torch.Generator().manual_seed(recipe.seed)
+            return RandomSampler(self.train_dataset, generator=generator)
+        # The trainer deals batches to the processes in turn, so a step's rows are neighbours.
+        group = recipe.rows_per_batch * self.processes.count * recipe.accumulation
+        return LengthGroupedOrder(list(self.train_dataset["length"]), group, recipe.seed)
 
-        def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-            unfinished, name = output_dir / _UNFINISHED, f"checkpoint-{self.state.global_step}"
-            if processes.is_main_process:
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            processes.wait()
-            super()._save_checkpoint(model, trial)
-            processes.wait()
-            if processes.is_main_process:
-                write_for_older_readers(unfinished / name)
-                (unfinished / name / "README.md").unlink(missing_ok=True)  # peft's empty template
-                keep_checkpoint(unfinished / name, output_dir / name)
-                rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self.checkpoints / _UNFINISHED)
 
-        def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-            with reading(f"checkpoint {checkpoint}", _OLDER):
-                super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        from transformers.trainer_utils import rotate_checkpoints
 
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            # torch refuses files that would run code.
-            with reading(f"checkpoint {checkpoint}", _OLDER):
-                super()._load_optimizer_and_scheduler(checkpoint)
+        unfinished = self.checkpoints / _UNFINISHED
+        name = f"checkpoint-{self.state.global_step}"
+        if self.processes.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        self.processes.wait()
+        super()._save_checkpoint(model, trial)
+        self.processes.wait()
+        if self.processes.is_main_process:
+            write_for_older_readers(unfinished / name)
+            (unfinished / name / "README.md").unlink(missing_ok=True)  # peft's empty template
+            keep_checkpoint(unfinished / name, self.checkpoints / name)
+            rotate_checkpoints(str(self.checkpoints), self.args.save_total_limit)
 
-        def _load_rng_state(self, checkpoint: str | None) -> None:
-            with reading(f"checkpoint {checkpoint}", _OLDER):
-                super()._load_rng_state(checkpoint)
+    def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with reading(f"checkpoint {checkpoint}", _OLDER):
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
 
-        def token_counts(self) -> dict[str, int]:
-            names = ("tokens_seen", "tokens_padded", "tokens_computed")
-            return {name: getattr(self, name) for name in names}
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # torch refuses files that would run code.
+        with reading(f"checkpoint {checkpoint}", _OLDER):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
-        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            self.tokens_seen += int(row_tokens(inputs).sum())
-            self.tokens_padded += padded_tokens(inputs, train.rows_per_batch)
-            packed = inputs.get("packed")
-            if packed is None:
-                self.tokens_computed += inputs["input_ids"].numel()
-                loss = super().training_step(model, inputs, *args, **kwargs)
-            else:
-                self.tokens_computed += packed.computed_tokens
-                loaded.model.train()
-                loss = self.packed_gradients(packed, *args, **kwargs)
-                parameters = (p for p in loaded.model.parameters() if p.requires_grad)
-                processes.sum_tensors([p.grad for p in parameters if p.grad is not None])
-                # The trainer reports the mean of the processes' losses.
-                loss = loss * processes.count
-            refuse_non_finite("loss", loss, self.state.global_step + 1, processes)
-            return loss
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"checkpoint {checkpoint}", _OLDER):
+            super()._load_rng_state(checkpoint)
 
-        def packed_gradients(
-            self, packed: Any, num_items_in_batch: Any = None, *, backward: Any = None
-        ) -> torch.Tensor:
-            """Compute the loss of a step's rows, add its gradients, and give it."""
-            return step_gradients(
-                loaded.model,
-                packed.each(lambda tensor: tensor.to(self.args.device, non_blocking=True)),
-                num_items_in_batch,
-                kept_tokens=kept_of_each,
-                backward=backward or self.accelerator.backward,
-                autocast=self.accelerator.autocast,
-                workers=workers,
-            )
+    def token_counts(self) -> dict[str, int]:
+        """Give all three counts by name."""
+        names = ("tokens_seen", "tokens_padded", "tokens_computed")
+        return {name: getattr(self, name) for name in names}
 
-    return PlanTrainer()
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count tokens, add the gradients of a batch, and refuse a loss that is not finite."""
+        self.tokens_seen += int(row_tokens(inputs).sum())
+        self.tokens_padded += padded_tokens(inputs, self.recipe.rows_per_batch)
+        packed, trained = inputs.get("packed"), self.loaded.model
+        if packed is None:
+            self.tokens_computed += inputs["input_ids"].numel()
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            self.tokens_computed += packed.computed_tokens
+            trained.train()
+            loss = self.packed_gradients(packed, *args, **kwargs)
+            parameters = (p for p in trained.parameters() if p.requires_grad)
+            self.processes.sum_tensors([p.grad for p in parameters if p.grad is not None])
+            # The trainer reports the mean of the processes' losses.
+            loss = loss * self.processes.count
+        refuse_non_finite("loss", loss, self.state.global_step + 1, self.processes)
+        return loss
+
+    def packed_gradients(
+        self, packed: PackedStep, num_items_in_batch: Any = None, *, backward: Any = None
+    ) -> torch.Tensor:
+        """Compute the loss of a step's rows, add its gradients, and give it."""
+        from tinyagent_fast.shared_prefix.step import step_gradients
+
+        return step_gradients(
+            self.loaded.model,
+            packed.each(lambda tensor: tensor.to(self.args.device, non_blocking=True)),
+            num_items_in_batch,
+            kept_tokens=self.kept_of_each,
+            backward=backward or self.accelerator.backward,
+            autocast=self.accelerator.autocast,
+            workers=self.workers,
+        )
 
 
 def _arguments(
