@@ -59,9 +59,8 @@ def make_model(folder: Path, shape: str) -> dict[str, Any]:
         proto.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=kinds.BYTE)
     letters = [*"abcdefghijklmnopqrstuvwxyz\u2581"]
     words = (word for n in (1, 2, 3, 4) for word in itertools.product(letters, repeat=n))
-    for rank, word in enumerate(
-        itertools.islice(words, llama.config.vocab_size - len(proto.pieces))
-    ):
+    left = llama.config.vocab_size - len(proto.pieces)
+    for rank, word in enumerate(itertools.islice(words, left)):
         proto.pieces.add(piece="".join(word), score=-float(rank), type=kinds.NORMAL)
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
     load_tokenizer(folder).save_pretrained(str(folder))

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inputs import Lengths, generated_rows, random_llama
 
+from tinyagent_fast.errors import is_out_of_memory
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.published import TINYLLAMA_32K
 from tinyagent_fast.runs import environment, write_json
@@ -552,7 +553,7 @@ def stock(bench: Bench, item: Measurement) -> dict[str, Any]:
         try:
             figures = _stock_training(bench, loaded, config, item.arguments.get("packing"), cut)
         except Exception as error:
-            if cut == 4 or not out_of_memory(error):
+            if cut == 4 or not is_out_of_memory(error):
                 raise
             cut *= 2
     if figures["tokens_per_s"] is not None:  # of packed rows nobody knows how many came
@@ -896,24 +897,12 @@ def measure(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {"status": "ok", "figures": run()}
     except Exception as error:
         result = {
-            "status": "oom" if out_of_memory(error) else "failed",
+            "status": "oom" if is_out_of_memory(error) else "failed",
             "reason": " ".join(f"{type(error).__name__}: {error}".split())[:500],
             "log": traceback.format_exc().splitlines()[-LOG_LINES:],
             "model_broken": isinstance(error, ModelNotLoaded),
         }
     return {**result, "seconds": round(time.perf_counter() - started, 3)}
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that it came from, is a lack of GPU memory."""
-    while error is not None:
-        if type(error).__name__ == "OutOfMemoryError":
-            return True
-        said = ("CUDA out of memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
-        if any(words in str(error) for words in said):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def work(job_file: Path) -> None:

@@ -98,14 +98,14 @@ def batch(folder: Path, rows: int) -> None:
     from datasets import Dataset
 
     from tinyagent_fast.config import TrainConfig
+    from tinyagent_fast.shared_prefix.order import length_grouped
     from tinyagent_fast.shared_prefix.packing import pack
     from tinyagent_fast.shared_prefix.training import prefix_order
-    from tinyagent_fast.training.trainer import LengthGroupedOrder
 
     dataset = Dataset.from_file(str(folder / "rows" / "rows.arrow"))
     order = list(prefix_order(dataset, TrainConfig(batch=8)) or ())
     assert sorted(order) == list(range(rows))
-    assert len(list(LengthGroupedOrder(list(dataset["length"]), 16, 0))) == rows
+    assert len(list(length_grouped(list(dataset["length"]), 16, 0))) == rows
     for start in range(0, rows, 8 * max(1, rows // 800)):
         pack([dataset[at] for at in order[start : start + 8]])
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 _SHOWN_CHARACTERS = 600
 
+_FULL_GPU = ("out of memory", "alloc_failed", "memoryallocation")
 _FULL_DISK = (
     "No space left on device",  # of safetensors, tokenizers, llama.cpp
     "Disk quota exceeded",
@@ -101,6 +102,15 @@ def is_full_disk(error: BaseException) -> bool:
     return any(
         (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT))
         or any(words in str(one) for words in _FULL_DISK)
+        for one in _chain(error)
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error comes of a full GPU; cuBLAS tells that in an ordinary RuntimeError."""
+    return any(
+        type(one).__name__ == "OutOfMemoryError"
+        or any(words in str(one).lower() for words in _FULL_GPU)
         for one in _chain(error)
     )
 

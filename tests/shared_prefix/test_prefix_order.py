@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
+from tinyagent_fast.shared_prefix.order import EpochOrder, prefix_grouped, prefix_pools
 from tinyagent_fast.shared_prefix.packing import pack
 
 
@@ -16,9 +16,9 @@ def family(rng: random.Random, stem_tokens: int, rows: int) -> list[list[int]]:
     return [stem + [rng.randrange(50) for _ in range(20 + rng.randrange(20))] for _ in range(rows)]
 
 
-def micro_batches(order: PrefixGroupedOrder) -> list[list[int]]:
+def micro_batches(order: EpochOrder) -> list[list[int]]:
     indices = list(order)
-    return [indices[at : at + order.batch] for at in range(0, len(indices), order.batch)]
+    return [indices[at : at + 8] for at in range(0, len(indices), 8)]
 
 
 def computed(rows: list[list[int]], batches: list[list[int]]) -> int:
@@ -39,7 +39,7 @@ def test_every_row_comes_once_whatever_the_families(
 ) -> None:
     rng = random.Random(len(sizes))
     rows = [ids for stem, count in sizes for ids in family(rng, stem, count)]
-    order = PrefixGroupedOrder(rows, batch, seed=1)
+    order = prefix_grouped(rows, batch, seed=1)
     order.set_epoch(epoch)
     assert sorted(order) == list(range(len(rows)))
     assert len(order) == len(rows)
@@ -49,7 +49,7 @@ def test_seed_and_epoch_decide_the_order() -> None:
     rows = family(random.Random(0), 100, 64)
 
     def order(seed: int, epoch: int) -> list[int]:
-        made = PrefixGroupedOrder(rows, 8, seed)
+        made = prefix_grouped(rows, 8, seed)
         made.set_epoch(epoch)
         return list(made)
 
@@ -59,7 +59,7 @@ def test_seed_and_epoch_decide_the_order() -> None:
 
 
 def test_rows_of_a_family_meet_different_rows_in_every_epoch() -> None:
-    order = PrefixGroupedOrder(family(random.Random(0), 100, 64), 8, seed=0)
+    order = prefix_grouped(family(random.Random(0), 100, 64), 8, seed=0)
     first = {frozenset(batch) for batch in micro_batches(order)}
     order.set_epoch(1)
     assert not first & {frozenset(batch) for batch in micro_batches(order)}
@@ -69,7 +69,7 @@ def test_families_do_not_share_a_micro_batch_but_are_mixed_over_an_epoch() -> No
     rng = random.Random(0)
     rows = family(rng, 300, 64) + family(rng, 150, 64)
     rng.shuffle(indices := list(range(len(rows))))
-    order = PrefixGroupedOrder([rows[n] for n in indices], 8, seed=0)
+    order = prefix_grouped([rows[n] for n in indices], 8, seed=0)
     of_first = [[indices[n] < 64 for n in batch] for batch in micro_batches(order)]
     assert all(all(batch) or not any(batch) for batch in of_first)
     firsts = [batch[0] for batch in of_first]
@@ -80,7 +80,7 @@ def test_families_do_not_share_a_micro_batch_but_are_mixed_over_an_epoch() -> No
 def test_what_is_left_of_the_families_comes_together_and_the_incomplete_batch_last() -> None:
     rng = random.Random(0)
     rows = family(rng, 300, 20) + family(rng, 300, 21)
-    batches = micro_batches(PrefixGroupedOrder(rows, 8, seed=0))
+    batches = micro_batches(prefix_grouped(rows, 8, seed=0))
     assert [len(batch) for batch in batches] == [8, 8, 8, 8, 8, 1]
     mixed = [batch for batch in batches if len({n < 20 for n in batch}) == 2]
     assert len(mixed) == 1
@@ -90,9 +90,9 @@ def test_branches_of_a_family_are_kept_apart_only_where_that_saves_enough() -> N
     rng = random.Random(0)
     stem = [rng.randrange(50) for _ in range(640)]
     long_branches = [stem + ids for _ in range(3) for ids in family(rng, 320, 24)]
-    assert sorted(map(len, PrefixGroupedOrder(long_branches, 8, 0).pools)) == [24, 24, 24]
+    assert sorted(map(len, prefix_pools(long_branches, 8))) == [24, 24, 24]
     no_branches = [stem + ids for ids in family(rng, 0, 72)]
-    assert [len(pool) for pool in PrefixGroupedOrder(no_branches, 8, 0).pools] == [72]
+    assert [len(pool) for pool in prefix_pools(no_branches, 8)] == [72]
 
 
 def test_long_branches_far_down_are_found_behind_short_ones() -> None:
@@ -103,18 +103,17 @@ def test_long_branches_far_down_are_found_behind_short_ones() -> None:
         for _ in range(2)
         for ids in family(rng, 640, 24)
     ]
-    order = PrefixGroupedOrder(rows, 8, 0)
-    assert sorted(map(len, order.pools)) == [24, 24, 24, 24]
+    assert sorted(map(len, prefix_pools(rows, 8))) == [24, 24, 24, 24]
 
 
 def test_the_order_saves_tokens_against_a_random_one() -> None:
     rng = random.Random(0)
     rows = [ids for _ in range(4) for ids in family(rng, 200, 32)]
     rng.shuffle(rows)
-    order = PrefixGroupedOrder(rows, 8, seed=0)
+    order = prefix_grouped(rows, 8, seed=0)
     plain = [list(range(at, at + 8)) for at in range(0, len(rows), 8)]
     assert computed(rows, micro_batches(order)) < 0.7 * computed(rows, plain)
 
 
 def test_no_rows_give_an_empty_order() -> None:
-    assert list(PrefixGroupedOrder([], 8, seed=0)) == []
+    assert list(prefix_grouped([], 8, seed=0)) == []

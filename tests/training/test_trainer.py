@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.config import Config, ModelConfig, TrainConfig
-from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.errors import TrainingError, is_out_of_memory
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models import threads
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.models.published import TINYLLAMA_32K
 from tinyagent_fast.runs import Run
+from tinyagent_fast.shared_prefix.order import length_grouped
 from tinyagent_fast.training.callbacks import DivergenceGuard, StepGuard
 from tinyagent_fast.training.memory import (
     GIB,
@@ -31,7 +32,6 @@ from tinyagent_fast.training.memory import (
 )
 from tinyagent_fast.training.preflight import PreflightReport, check_collator, preflight
 from tinyagent_fast.training.trainer import (
-    LengthGroupedOrder,
     build_trainer,
     collate,
     optimizer_steps,
@@ -498,6 +498,24 @@ def test_memory_that_runs_out_is_found_before_the_first_step_and_the_fix_names_f
     assert "--model.gradient-checkpointing unsloth" in text
 
 
+def test_a_lack_of_memory_is_recognised_through_other_errors() -> None:
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def wrapped(inner: RuntimeError) -> BaseException:
+        try:
+            try:
+                raise inner
+            except RuntimeError as error:
+                raise ValueError("cannot train") from error
+        except ValueError as error:
+            return error
+
+    assert is_out_of_memory(wrapped(OutOfMemoryError("no")))
+    assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried"))
+    assert not is_out_of_memory(wrapped(RuntimeError("other")))
+
+
 def estimator_of(usable_gib: float, **changes: Any) -> MemoryEstimator:
     """Predict for rows of 4,608 tokens of a 1.1B model, 3 x 2 as the trainer here."""
     model = {"gradient_checkpointing": "false", "weights": "bf16", **changes}
@@ -714,7 +732,7 @@ LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 def test_length_grouping_yields_every_index_once(
     lengths: list[int], group: int, seed: int, epoch: int
 ) -> None:
-    order = LengthGroupedOrder(lengths, group, seed)
+    order = length_grouped(lengths, group, seed)
     order.set_epoch(epoch)
     assert sorted(order) == list(range(len(lengths)))
     assert len(order) == len(lengths)
@@ -725,7 +743,7 @@ def test_length_grouping_yields_every_index_once(
 def test_the_order_depends_on_seed_and_epoch_alone(
     lengths: list[int], group: int, seed: int, epoch: int
 ) -> None:
-    one, other = (LengthGroupedOrder(lengths, group, seed) for _ in range(2))
+    one, other = (length_grouped(lengths, group, seed) for _ in range(2))
     list(one)
     one.set_epoch(epoch)
     other.set_epoch(epoch)
@@ -737,7 +755,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(
 def test_epochs_and_seeds_differ_in_their_order(lengths: list[int], seed: int) -> None:
     orders = set()
     for chosen_seed, epoch in ((seed, 0), (seed, 1), (seed + 1, 0)):
-        order = LengthGroupedOrder(lengths, 2, chosen_seed)
+        order = length_grouped(lengths, 2, chosen_seed)
         order.set_epoch(epoch)
         orders.add(tuple(order))
     assert len(orders) == 3
@@ -748,7 +766,7 @@ def test_epochs_and_seeds_differ_in_their_order(lengths: list[int], seed: int) -
 def test_rows_of_a_group_are_neighbours_in_length(lengths: list[int], group: int) -> None:
     """No row outside a group has a length strictly between those inside, but for 8 tokens."""
     whole = lengths[: len(lengths) // group * group]
-    order = list(LengthGroupedOrder(whole, group, 3))
+    order = list(length_grouped(whole, group, 3))
     groups = [
         sorted(whole[i] // 8 for i in order[s : s + group]) for s in range(0, len(order), group)
     ]

@@ -1,17 +1,21 @@
-"""Which rows share a micro-batch: those whose beginnings agree, in a new order every epoch.
+"""Which rows meet: those whose beginnings or lengths agree, in a new order every epoch.
 
-Rows are put into pools along their token trie. A pool is split into those of its branches only
-where that saves a noticeable share of its tokens, so that within a pool, rows meet at random.
+By beginnings, rows are put into pools along their token trie. A pool is split into those of its
+branches only where that saves a noticeable share of its tokens, so that within a pool, rows meet at
+random.
 """
 
 from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyagent_fast.shared_prefix.packing import SMALLEST_SHARED_TOKENS
+
+Shuffled = Callable[[int], list[int]]
+"""Gives so many numbers from 0 in an order by chance."""
 
 _SMALLEST_SAVING = 0.02
 """Of a pool's tokens: less is not worth that the same rows meet more often."""
@@ -70,32 +74,13 @@ class _Beginnings:
         return len(members) * chunks * SMALLEST_SHARED_TOKENS * (1 - 1 / self.batch)
 
 
-class PrefixGroupedOrder:
-    """Every row once, in micro-batches that share long prefixes, shuffled by seed and epoch.
+class EpochOrder:
+    """Every row once, in an order that depends on seed and epoch alone, also in a resumed run."""
 
-    Micro-batches of all pools are mixed, so an optimizer step that accumulates several of them
-    sees several kinds of rows. What is left of the pools comes together; an incomplete micro-batch
-    comes last.
-    """
-
-    def __init__(self, rows: Iterable[Sequence[int]], batch: int, seed: int) -> None:
-        """Sort rows into pools, which reads each of them once.
-
-        Args:
-            rows: Token ids of each row.
-            batch: Rows of a micro-batch.
-            seed: With the epoch it decides the order, also when training is resumed.
-        """
-        checksums, lengths = [], []
-        for ids in rows:
-            checksums.append(_checksums(ids))
-            lengths.append(len(ids))
-        self.rows = len(lengths)
-        self.batch = batch
-        self.seed = seed
+    def __init__(self, rows: int, seed: int, arrange: Callable[[Shuffled], Iterator[int]]) -> None:
+        """Keep what makes an order of so many rows, with an epoch's shuffling."""
+        self.rows, self.seed, self.arrange = rows, seed, arrange
         self.epoch = 0
-        everything = list(range(self.rows))
-        self.pools, _ = _Beginnings(checksums, lengths, batch).pools(everything, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, whose order comes next."""
@@ -106,7 +91,7 @@ class PrefixGroupedOrder:
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        """Yield every row's index once, one micro-batch after another."""
+        """Yield every row's index once."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
@@ -115,18 +100,65 @@ class PrefixGroupedOrder:
             order: list[int] = torch.randperm(count, generator=generator).tolist()
             return order
 
+        return self.arrange(shuffled)
+
+
+def length_grouped(lengths: Sequence[int], group_rows: int, seed: int) -> EpochOrder:
+    """Put rows of similar length together, as many as an optimizer step takes."""
+
+    def arrange(shuffled: Shuffled) -> Iterator[int]:
+        # Stable, so that rows of equal length come in another order in every epoch.
+        order = sorted(shuffled(len(lengths)), key=lambda row: lengths[row] // 8)
+        groups = _cut(order, group_rows)
+        for at in shuffled(len(groups)):
+            yield from groups[at]
+
+    return EpochOrder(len(lengths), seed, arrange)
+
+
+def prefix_grouped(rows: Iterable[Sequence[int]], batch: int, seed: int) -> EpochOrder:
+    """Put rows that share long prefixes into micro-batches of `batch` rows.
+
+    Micro-batches of all pools are mixed, so an optimizer step that accumulates several of them
+    sees several kinds of rows. What is left of the pools comes together; an incomplete micro-batch
+    comes last.
+
+    Args:
+        rows: Token ids of each row, which are read once.
+        batch: Rows of a micro-batch.
+        seed: With the epoch it decides the order.
+    """
+    pools = prefix_pools(rows, batch)
+
+    def arrange(shuffled: Shuffled) -> Iterator[int]:
         batches: list[list[int]] = []
         left: list[int] = []
-        for pool in self.pools:
+        for pool in pools:
             members = [pool[at] for at in shuffled(len(pool))]
-            full = len(members) - len(members) % self.batch
-            batches += [members[at : at + self.batch] for at in range(0, full, self.batch)]
+            full = len(members) - len(members) % batch
+            batches += _cut(members[:full], batch)
             left += members[full:]
-        full = len(left) - len(left) % self.batch
-        batches += [left[at : at + self.batch] for at in range(0, full, self.batch)]
+        full = len(left) - len(left) % batch
+        batches += _cut(left[:full], batch)
         for at in shuffled(len(batches)):
             yield from batches[at]
         yield from left[full:]
+
+    return EpochOrder(sum(map(len, pools)), seed, arrange)
+
+
+def prefix_pools(rows: Iterable[Sequence[int]], batch: int) -> list[list[int]]:
+    """Group rows, as token ids, that shall meet in micro-batches of `batch` rows."""
+    checksums, lengths = [], []
+    for ids in rows:
+        checksums.append(_checksums(ids))
+        lengths.append(len(ids))
+    pools, _ = _Beginnings(checksums, lengths, batch).pools(list(range(len(lengths))), 0)
+    return pools
+
+
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 def _checksums(ids: Sequence[int]) -> array[int]:

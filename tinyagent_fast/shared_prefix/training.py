@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from tinyagent_fast.config import Config, TrainConfig
 from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.runs import read_json
+from tinyagent_fast.shared_prefix.order import EpochOrder, prefix_grouped
 
 if TYPE_CHECKING:
     from tinyagent_fast.models.loading import LoadedModel
-    from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
 
 _SAMPLED_BATCHES = 32
 _SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
@@ -166,17 +166,15 @@ def _computed_share(rows: Any, train: TrainConfig, *, prefix_once: bool) -> floa
     return round(computed / plain, 4)
 
 
-def prefix_order(rows: Any, train: TrainConfig) -> PrefixGroupedOrder | None:
+def prefix_order(rows: Any, train: TrainConfig) -> EpochOrder | None:
     """Make the order in which rows meet where prefixes are shared.
 
     Returns:
         A sampler, whose `set_epoch` chooses the epoch; None if another batching was asked for.
     """
-    from tinyagent_fast.shared_prefix.order import PrefixGroupedOrder
-
     if train.batching != "prefix-grouped":
         return None
-    return PrefixGroupedOrder((row["input_ids"] for row in rows), train.rows_per_batch, train.seed)
+    return prefix_grouped((row["input_ids"] for row in rows), train.rows_per_batch, train.seed)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
         keys, queries, validation_entries=data.validation_entries, seed=data.seed
     )
     test = _load(files.test, config, "plan") if files.test else None
-    test_examples = _limited(test, config.eval.limit) if test else ()
+    test_examples = test[: config.eval.limit] if test else ()
     held_out = test.column("query") if test else []
     train_indices = without_leaks(split.train, queries, held_out, data.leaks)
     leaked = len(split.train) - len(train_indices)
@@ -283,7 +283,7 @@ def load_test_examples(config: Config) -> tuple[Sequence[Example], str]:
     if test_file is None:
         raise DataError("no test file", "the run's config names none", "name one with --test FILE")
     test = _load(test_file, config, "plan")
-    return _limited(test, config.eval.limit), test.sha256
+    return test[: config.eval.limit], test.sha256
 
 
 def refuse_unscorable(
@@ -310,10 +310,6 @@ def refuse_unscorable(
             "`catalogue: FILE` under `data` in its config.yaml)",
             some_are_fine=some_are_fine,
         )
-
-
-def _limited(table: ExampleTable, limit: int | None) -> ExampleTable:
-    return table if limit is None else table[:limit]
 
 
 def _load(path: Path, config: Config, points: Points) -> ExampleTable:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.errors import TrainingError, is_out_of_memory
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -15,7 +15,6 @@ from tinyagent_fast.training.memory import GIB, MemoryEstimator
 from tinyagent_fast.training.trainer import collate, rehearse
 
 _EVALUATION_TOKENS = 4
-_NO_MEMORY = ("out of memory", "alloc_failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +81,7 @@ def preflight(
             )
         )
     except RuntimeError as error:
-        # cuBLAS and the driver report a lack of memory as an ordinary RuntimeError.
-        said = str(error).lower()
-        if not (isinstance(error, torch.OutOfMemoryError) or any(w in said for w in _NO_MEMORY)):
+        if not is_out_of_memory(error):
             raise
         raise _out_of_memory(trainer, evaluation_batch, error, estimator) from error
     packed = inputs.get("packed")

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from tinyagent_fast.distributed import ALONE, Processes
 from tinyagent_fast.errors import TrainingError, reading
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.models.older_readers import write_for_older_readers
+from tinyagent_fast.shared_prefix.order import length_grouped
 from tinyagent_fast.shared_prefix.training import (
     PackingCollator,
     computes_prefix_once,
@@ -159,7 +159,7 @@ class PlanTraining(_Trainer):  # type: ignore[misc]
             return RandomSampler(self.train_dataset, generator=generator)
         # The trainer deals batches to the processes in turn, so a step's rows are neighbours.
         group = recipe.rows_per_batch * self.processes.count * recipe.accumulation
-        return LengthGroupedOrder(list(self.train_dataset["length"]), group, recipe.seed)
+        return length_grouped(list(self.train_dataset["length"]), group, recipe.seed)
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.checkpoints / _UNFINISHED)
@@ -324,39 +324,6 @@ def refuse_non_finite(
             "look at the rows with `tinyagent-fast preview`, and start a new run with a lower "
             "--train.learning-rate; --resume goes on from the last checkpoint as the run is set",
         )
-
-
-@dataclass(eq=False)
-class LengthGroupedOrder:
-    """Rows of similar length together, in an order that depends on seed and epoch alone."""
-
-    lengths: Sequence[int]
-    """Tokens of each row."""
-    group_rows: int
-    """Rows of one optimizer step, which are taken together."""
-    seed: int
-    epoch: int = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from 0, whose order comes next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield every row's index once, in groups of similar length, the groups shuffled."""
-        import torch
-
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        shuffled: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        # Stable, so that rows of equal length come in another order in every epoch.
-        shuffled.sort(key=lambda index: self.lengths[index] // 8)
-        starts = range(0, len(shuffled), self.group_rows)
-        groups = [shuffled[start : start + self.group_rows] for start in starts]
-        for index in torch.randperm(len(groups), generator=generator).tolist():
-            yield from groups[index]
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
