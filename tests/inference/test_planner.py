@@ -216,15 +216,17 @@ def test_a_planned_request_has_steps_a_graph_and_every_problem() -> None:
     assert any("fly" in problem for problem in bad.problems)
 
 
-def test_a_plan_ends_at_the_stop_string_that_the_planner_was_given() -> None:
+def test_plans_and_other_texts_end_at_their_own_stop_strings_and_the_limit() -> None:
     class Asked(ScriptedWriter):
         def generate(self, prompts: Any, **how: Any) -> Any:
             self.how = how
             return super().generate(prompts, **how)
 
     writer = Asked(PLAN)
-    prompts = PromptBuilder(system=ChosenText(None, "a test"))
-    Planner(writer, prompts, stop="<END_OF_RESPONSE>", max_new_tokens=7).plan("go")
+    planner = Planner(writer, PromptBuilder(system=ChosenText(None, "a test")), max_new_tokens=7)
+    planner.plan("go")
+    assert (writer.how["stop"], writer.how["max_new_tokens"]) == ("<END_OF_PLAN>", 7)
+    planner.complete([Prompt(system=None, user="u")], "<END_OF_RESPONSE>")
     assert (writer.how["stop"], writer.how["max_new_tokens"]) == ("<END_OF_RESPONSE>", 7)
 
 

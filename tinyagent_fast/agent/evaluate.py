@@ -301,19 +301,10 @@ async def run_tasks(
     time_scale: float = 0.0,
     faults_seed: int | None = None,
 ) -> list[TaskResult]:
-    """Answer all queries side by side, each in a sandbox of its own.
+    """Answer all queries side by side, each in a sandbox of its own, and keep their order.
 
-    Args:
-        tasks: The queries.
-        writer: Writes the plans.
-        joiner: Judges the observations.
-        tools: Tools by name; None stands for TinyAgent's own.
-        max_replans: How often another plan is made at most.
-        time_scale: As for a sandbox.
-        faults_seed: Each query meets a fault that is drawn with it; None is no faults.
-
-    Returns:
-        Results in the order of the tasks.
+    With a seed each query meets a fault that is drawn with it. Tools are by name; None stands for
+    TinyAgent's own.
     """
     limit_s = max(_SHORTEST_TIMEOUT_S, _CALL_TIMEOUT_S * time_scale)
     settings = AgentSettings(max_replans=max_replans, call_timeout_s=limit_s)
@@ -349,12 +340,12 @@ async def run_tasks(
     return list(await asyncio.gather(*map(one, tasks)))
 
 
+@dataclass(eq=False)
 class _Spoilt:
     """Breaks the first plan that a writer writes."""
 
-    def __init__(self, writer: Writer, rng: random.Random) -> None:
-        self.writer = writer
-        self.rng: random.Random | None = rng
+    writer: Writer
+    rng: random.Random | None
 
     async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         text = "".join([piece async for piece in self.writer.plan(prompt, done)])
@@ -370,10 +361,7 @@ async def tasks_of(
 ) -> tuple[list[Task], int]:
     """Run the labels, to know what right plans lead to.
 
-    Args:
-        examples: Plans.
-        tools: Tools by name; None stands for TinyAgent's own.
-        grammar: Hold the plans that will be asked for to the tools that their prompts list.
+    With `grammar` the plans that will be asked for are held to the tools that their prompts list.
 
     Returns:
         Tasks, and how many labels are no plan and were left out.
@@ -403,9 +391,6 @@ async def tasks_of(
 
 def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     """Measure task success of a run, with and without faults, and write figures and traces.
-
-    Returns:
-        The figures.
 
     Raises:
         ConfigError: There is no such run or model, or an option is out of range.

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from tinyagent_fast.agent.tools import RunnableTool, ToolError, as_text
 from tinyagent_fast.errors import count_of
@@ -146,14 +146,8 @@ async def execute(
     """Run a plan while it is being written.
 
     Cancelling it, and leaving it in any other way, leaves no call running; plain functions, which
-    cannot be broken off, are waited for up to `grace_s` and then named.
-
-    Args:
-        pieces: The plan's text.
-        tools: By name; the plan may call no others.
-        settings: Limits.
-        allow: Asked before each call that changes something, with converted arguments.
-        on_event: As for `Agent`.
+    cannot be broken off, are waited for up to `grace_s` and then named. What is beside the plan's
+    text is as for `Agent`.
     """
     return await _Plan(tools, settings, allow, on_event).run(pieces)
 
@@ -412,7 +406,7 @@ class Verdict:
 class Joiner(Protocol):
     """What judges the observations of plans."""
 
-    name: str
+    name: ClassVar[str]
     """`model`, or `rule` where a fixed rule decides."""
 
     async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
@@ -423,7 +417,7 @@ class Joiner(Protocol):
 class RuleJoiner:
     """Finish if every call is done; Replan if an observation says to try again."""
 
-    name = "rule"
+    name: ClassVar = "rule"
 
     async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
         """Decide by the last plan alone; of a failure that cannot be mended, say which it is."""

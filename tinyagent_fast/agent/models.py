@@ -6,8 +6,8 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from tinyagent_fast.agent.loop import Execution, Pieces, Verdict, scratchpad
 from tinyagent_fast.data.generation.prompts import joiner_prompt
@@ -23,12 +23,12 @@ Complete = Callable[[Prompt, str], Awaitable[Completion]]
 """Completes a prompt up to a stop string."""
 
 
+@dataclass(frozen=True)
 class StreamingModel:
     """A planner that writes for one agent; its plans can be run while they are written."""
 
-    def __init__(self, planner: Planner) -> None:
-        """Take a planner; it stays the caller's to close."""
-        self.planner = planner
+    planner: Planner
+    """It stays the caller's to close."""
 
     async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         """Write a plan piece by piece; leaving early breaks the model off."""
@@ -66,26 +66,20 @@ class StreamingModel:
         return done
 
 
+@dataclass(eq=False)
 class BatchedModel:
     """A planner that writes for many agents: what they ask while it is busy is its next batch.
 
     A prompt that comes again is answered from memory, as greedy decoding would answer it the same.
     """
 
-    def __init__(
-        self, planner: Planner, on_progress: Callable[[int, int], None] = lambda _done, _asked: None
-    ) -> None:
-        """Take a planner; it stays the caller's to close.
-
-        Args:
-            planner: Its `batch` is the size of batches.
-            on_progress: Told how many prompts are answered and how many were asked.
-        """
-        self.planner = planner
-        self.on_progress = on_progress
-        self._asked: dict[tuple[Prompt, str], asyncio.Future[Completion]] = {}
-        self._waiting: list[tuple[Prompt, str]] = []
-        self._working: asyncio.Task[None] | None = None
+    planner: Planner
+    """Its `batch` is the size of batches; it stays the caller's to close."""
+    on_progress: Callable[[int, int], None] = lambda _done, _asked: None
+    """Told how many prompts are answered and how many were asked."""
+    _asked: dict[tuple[Prompt, str], asyncio.Future[Completion]] = field(default_factory=dict)
+    _waiting: list[tuple[Prompt, str]] = field(default_factory=list)
+    _working: asyncio.Task[None] | None = None
 
     async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
         """Write a plan, and give it in one piece."""
@@ -148,20 +142,15 @@ def joiner_text_of(example: Example) -> JoinerText:
     return JoinerText(system=example.system, before=before) if found else OWN_JOINER_TEXT
 
 
+@dataclass(frozen=True)
 class ModelJoiner:
     """Asks the model for a verdict on the observations."""
 
-    name = "model"
-
-    def __init__(self, complete: Complete, text: JoinerText = OWN_JOINER_TEXT) -> None:
-        """Take what completes prompts, and the prompt's text.
-
-        Args:
-            complete: That of one of the models here.
-            text: As in the data that the model was trained on.
-        """
-        self.complete = complete
-        self.text = text
+    complete: Complete
+    """That of one of the models here."""
+    text: JoinerText = OWN_JOINER_TEXT
+    """As in the data that the model was trained on."""
+    name: ClassVar = "model"
 
     async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
         """Ask; an answer without an action is a Finish, as it is for the app."""

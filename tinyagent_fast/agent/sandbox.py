@@ -96,9 +96,7 @@ class State:
     def reaches(self, label: State, *, wording: bool = True) -> bool:
         """Say whether it is what a label leads to; having looked at more does no harm.
 
-        Args:
-            label: The state after the label's calls.
-            wording: Compare free texts too, such as a mail's subject.
+        Without `wording`, free texts are not compared, such as a mail's subject.
         """
         if not label.seen <= self.seen:
             return False
@@ -128,9 +126,9 @@ def sandbox_for(
     Args:
         label: The plan; without one, what is asked for is made up.
         tools: Tools by name; None stands for TinyAgent's own.
-        path: As for `Desktop`.
+        path: As for `Desktop`, and so is the rest.
         faults: What goes wrong.
-        time_scale: Calls take this share of the time that such calls take on a desktop.
+        time_scale: How fast time goes.
     """
     if tools is not None and not set(tools) <= set(TINYAGENT):
         return Recorder(tools, faults=faults, time_scale=time_scale)

@@ -121,14 +121,7 @@ class OpenAgent:
         allow: Allow = allow_all,
         on_event: OnEvent = lambda _kind, _content: None,
     ) -> Outcome:
-        """Plan, carry out, judge, and write the trace.
-
-        Args:
-            request: What should be done.
-            system: A system text for this request alone.
-            allow: As for `Agent`.
-            on_event: As for `Agent`.
-        """
+        """Plan, carry out, judge, and write the trace; a system text for it alone may be given."""
         model = StreamingModel(self.planner)
         agent = Agent(model, self.joiner, self.tools, self.settings, allow=allow, on_event=on_event)
         outcome = await agent.run(request, self.planner.prompts.build(request, system).prompt)
@@ -143,9 +136,7 @@ class OpenAgent:
 async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAgent]:
     """Open the tools that are meant, and give an agent that plans with them.
 
-    Args:
-        planner: Writes the plans; it stays the caller's to close.
-        spec: What else it is made of.
+    The planner stays the caller's to close.
 
     Raises:
         ConfigError: An MCP server does not answer, or the planner can call none of the tools.
@@ -195,10 +186,7 @@ def joiner_of_run(
 ) -> tuple[Literal["model", "rule"], JoinerText]:
     """Choose who judges, and find the text of the joiner's prompt in the run's data.
 
-    Args:
-        run: The run; None for a model outside any.
-        wanted: As in `AgentSpec`.
-        test: A file in the published schema; None takes the run's test file.
+    It is in the join points of `test`, a file in the published schema, or of the run's test file.
 
     Raises:
         DataError: The file is faulty.

@@ -24,16 +24,8 @@ from tinyagent_fast.plans.tools import Tool
 class AgentView:
     """Shows what an agent tells; `on_event` and `allow` are for the agent."""
 
-    def __init__(
-        self, console: Console, tools: Mapping[str, Tool] | None, *, ask: bool = True
-    ) -> None:
-        """Prepare.
-
-        Args:
-            console: Where to print.
-            tools: Tools that plans may call; None stands for TinyAgent's own.
-            ask: Ask before each call that changes something; else all are allowed.
-        """
+    def __init__(self, console: Console, tools: Mapping[str, Tool], *, ask: bool = True) -> None:
+        """Print there plans of these tools; ask before each call that changes something, or not."""
         self.console = console
         self.ask = ask
         self._plan = PlanUnderWay(tools)

@@ -77,11 +77,7 @@ class RunnableTool:
 
 
 def converted(parameter: Parameter, value: object) -> object:
-    """Make of a plan's argument, or of an earlier result, what the parameter's type asks for.
-
-    Args:
-        parameter: Says the type.
-        value: A literal of a plan, or whatever a tool gave.
+    """Make of a plan's argument, or of whatever a tool gave, what the parameter's type asks for.
 
     Raises:
         ToolError: It cannot be read as that type.
@@ -129,9 +125,7 @@ def tool(
 ) -> Callable[[Callable[..., Any]], RunnableTool]:
     """Decorate a typed function as a tool, where a plain function would not say enough.
 
-    Args:
-        changes: False for one that only looks something up, which needs no permission.
-        timeout_s: Longest time for one call.
+    One that only looks something up, and so needs no permission, says `changes=False`.
     """
     return lambda function: replace(
         tool_of_function(function), changes=changes, timeout_s=timeout_s
@@ -242,9 +236,6 @@ async def mcp_tools(command: str | Sequence[str]) -> AsyncIterator[dict[str, Run
 
     Parameters that are neither texts, whole numbers, truth values nor lists of texts are written
     as texts in plans, and read as JSON for the server.
-
-    Args:
-        command: The server's command line.
 
     Raises:
         ConfigError: The `mcp` package is not installed, or the server does not answer.

@@ -7,6 +7,7 @@ the whole vocabulary is only looked through at the few places where the grammar 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,11 +51,7 @@ class Constraints:
         self._begun: dict[str, LLMatcher] = {}
 
     def begin(self, grammar: str) -> Constraint:
-        """Begin a text.
-
-        Args:
-            grammar: GBNF that `plans.gbnf` wrote.
-        """
+        """Begin a text under a grammar as `plans.gbnf` writes it."""
         begun = self._begun.get(grammar)
         if begun is None:
             from llguidance import LLMatcher
@@ -69,13 +66,13 @@ class Constraints:
         return Constraint(begun.deep_copy(), self._tokens.vocab_size)
 
 
+@dataclass(frozen=True)
 class Constraint:
     """One text that is being written under a grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        """Take a matcher at its beginning; a model may have more logits than there are tokens."""
-        self._matcher = matcher
-        self._vocab_size = vocab_size
+    _matcher: LLMatcher
+    _vocab_size: int
+    """Tokens there are; a model may have more logits."""
 
     @property
     def ended(self) -> bool:

@@ -93,11 +93,7 @@ class Engine(Protocol):
 
 
 def check_limits(stop: str, max_new_tokens: int, batch: int) -> None:
-    """Refuse what no engine can do; each asks this first.
-
-    Raises:
-        ValueError: `stop` is empty, or a number is below 1.
-    """
+    """Raise ValueError if `stop` is empty or a number is below 1; each engine asks this first."""
     if not stop or max_new_tokens < 1 or batch < 1:
         raise ValueError(
             "a stop text, and at least 1 new token and a batch of 1, are needed; got "
@@ -106,15 +102,7 @@ def check_limits(stop: str, max_new_tokens: int, batch: int) -> None:
 
 
 def check_room(longest_tokens: int, room_tokens: int) -> None:
-    """Refuse prompts that leave no room for a completion.
-
-    Args:
-        longest_tokens: Of the longest prompt.
-        room_tokens: Of the model, for prompt and completion.
-
-    Raises:
-        ModelError: The longest prompt does not fit.
-    """
+    """Raise ModelError if the longest prompt leaves no room for a completion."""
     if longest_tokens >= room_tokens:
         raise ModelError(
             f"a prompt of {longest_tokens} tokens",

@@ -182,8 +182,8 @@ class LlamaServer:
 
         Args:
             text: What to encode.
-            special: Whether special tokens are read from it, as the server does in prompts.
-            bos: Whether BOS is put in front, where the file asks for one.
+            special: Read special tokens from it, as the server does in prompts.
+            bos: Put BOS in front, where the file asks for one.
         """
         body = {"content": text, "parse_special": special, "add_special": bos}
         ids: list[int] = self.request("POST", "/tokenize", body)["tokens"]
@@ -228,13 +228,8 @@ class LlamaServer:
     ) -> Completion:
         """Complete token ids greedily; no template, no BOS, no special tokens from text.
 
-        Args:
-            ids: The prompt, with BOS if it needs one.
-            max_new_tokens: Where the completion is broken off.
-            stop: Text that ends it.
-            grammar: GBNF that it has to follow.
-            on_text: Called with each piece of text as it is written, and with empty text while the
-                prompt is read. Whatever it raises ends the completion and is raised here.
+        `on_text` gets each piece of text as it is written, and empty text while the prompt is read.
+        Whatever it raises ends the completion and is raised here.
 
         Raises:
             ModelError: The prompt does not fit, or the completion ran out of room.
@@ -343,13 +338,14 @@ class LlamaServer:
         return ModelError(f"{name}: llama.cpp refuses a request to {path}", message, fix)
 
 
+@dataclass(frozen=True)
 class LlamaCppEngine:
     """A GGUF file, asked with its own chat template, as when it is served."""
 
-    def __init__(self, server: LlamaServer, tokenizer: PromptTokenizer | None = None) -> None:
-        """Use a running server; with the run's tokenizer, prompts are compared with training's."""
-        self.server = server
-        self.tokenizer = tokenizer
+    server: LlamaServer
+    """A running one; it ends with the engine."""
+    tokenizer: PromptTokenizer | None = None
+    """That of the run, to compare prompts with training's."""
 
     @property
     def compute_dtype(self) -> str:
@@ -371,11 +367,8 @@ class LlamaCppEngine:
         if self.tokenizer is None:
             return []
         trained = encode_prompts(self.tokenizer, prompts)
-        different = [
-            prompt
-            for prompt, ids in zip(prompts, trained, strict=True)
-            if self._prompt_ids(prompt) != ids
-        ]
+        pairs = zip(prompts, trained, strict=True)
+        different = [prompt for prompt, ids in pairs if self._prompt_ids(prompt) != ids]
         if not different:
             return [f"all {len(prompts)} prompts have the token ids of training"]
         return [

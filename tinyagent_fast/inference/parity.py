@@ -60,15 +60,8 @@ def compare_batches(
 ) -> ParityReport:
     """Generate a few prompts singly and together, and halve the batch until the plans agree.
 
-    An engine that computes in 16 bits may differ in few plans; see `ParityReport.near_ties`.
-
-    Args:
-        engine: What will complete the prompts.
-        prompts: All prompts; a sample spread over their lengths is compared.
-        batch: The batch asked for.
-        max_new_tokens: As in the sweep.
-        stop: As in the sweep.
-        sample: How many prompts to compare; 0 skips.
+    An engine that computes in 16 bits may differ in few plans; see `ParityReport.near_ties`. Of
+    the prompts a sample is compared, spread over their lengths; 0 skips.
     """
     dtype = engine.compute_dtype
     if not sample or batch == 1 or not prompts:

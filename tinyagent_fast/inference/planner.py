@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError
-from tinyagent_fast.inference.engine import Completion, Engine, Prompt
+from tinyagent_fast.inference.engine import Completion, Engine, OnToken, Prompt
 from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_plan
@@ -106,39 +106,30 @@ class _BrokenOff(Exception):
     """Raised inside an engine to end a plan whose reader has gone."""
 
 
+@dataclass(eq=False)
 class PlanStream:
     """One plan being written: iterate over its pieces once, then ask for the result."""
 
-    def __init__(
-        self, planner: Planner, request: str, built: BuiltPrompt, *, second_look: bool = True
-    ) -> None:
-        """Prepare; the model starts when the first piece is asked for.
-
-        Args:
-            planner: Writes the plan.
-            request: What should be done.
-            built: The prompt.
-            second_look: Whether a doubtful plan is asked for once more, so that the result may not
-                be what the pieces make.
-        """
-        self.request = request
-        self.built = built
-        self.text = ""
-        """What has been written so far."""
-        self.result: PlannedRequest | None = None
-        """None until the last piece has been taken."""
-        self._planner = planner
-        self._second_look = second_look
+    planner: Planner
+    request: str
+    built: BuiltPrompt
+    second_look: bool = True
+    """Whether a doubtful plan is asked for once more, so that the result may not be what the pieces
+    make."""
+    text: str = field(default="", init=False)
+    """What has been written so far."""
+    result: PlannedRequest | None = field(default=None, init=False)
+    """None until the last piece has been taken."""
 
     def __iter__(self) -> Generator[str, None, None]:
         """Write: pieces of text in order, and empty ones while the prompt is being read.
 
-        Close the generator when stopping early: other plans wait for that.
+        The model starts with the first. Close the generator when stopping early: other plans wait
+        for that.
         """
-        planner = self._planner
+        planner = self.planner
         arrived: SimpleQueue[str | Completion | BaseException] = SimpleQueue()
         left = threading.Event()
-        generate = planner.generate_plans if self._second_look else planner.engine.generate
 
         def on_token(_: int, piece: str) -> None:
             if left.is_set():
@@ -147,11 +138,8 @@ class PlanStream:
 
         def write() -> None:
             try:
-                for _, completion in generate(
-                    [self.built.prompt],
-                    stop=planner.stop,
-                    max_new_tokens=planner.max_new_tokens,
-                    on_token=on_token,
+                for _, completion in planner.generate(
+                    [self.built.prompt], second_look=self.second_look, on_token=on_token
                 ):
                     arrived.put(completion)
             except _BrokenOff:
@@ -181,46 +169,32 @@ class PlanStream:
         """The graph of what has been written so far."""
         if self.result is not None:
             return self.result.drawing
-        return draw_plan(self.text, self._planner.tools, finished=False)
+        return draw_plan(self.text, self.planner.tools, finished=False)
 
 
+@dataclass(eq=False)
 class Planner:
     """A model with all it needs to answer requests with plans; `load` opens one."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompts: PromptBuilder,
-        *,
-        stop: str = END_OF_PLAN,
-        max_new_tokens: int = _MAX_NEW_TOKENS,
-        batch: int = 1,
-        facts: Mapping[str, str] | None = None,
-        run: Run | None = None,
-    ) -> None:
-        """Put it together.
-
-        Args:
-            engine: Writes the plans; it is closed with the planner.
-            prompts: Makes prompts of requests, and knows the tools.
-            stop: Text that ends a plan.
-            max_new_tokens: Where a plan is broken off.
-            batch: Requests that `plan_batch` answers together.
-            facts: What a user should know, by short names.
-            run: The run that the model belongs to.
-        """
-        self.engine = engine
-        self.prompts = prompts
-        self.stop = stop
-        self.max_new_tokens = max_new_tokens
-        self.batch = batch
-        self.facts = dict(facts or {})
-        self.run = run
-        self._lock = threading.Lock()
-        self._writes_for: int | None = None
-        self.worker = ThreadPoolExecutor(1, "planner")
-        """Writes what is streamed."""
-        self.closed = False
+    engine: Engine
+    """Writes the plans; it is closed with the planner."""
+    prompts: PromptBuilder
+    """Makes prompts of requests, and knows the tools."""
+    max_new_tokens: int = _MAX_NEW_TOKENS
+    """Where a plan is broken off."""
+    batch: int = 1
+    """Requests that `plan_batch` answers together."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What a user should know, by short names."""
+    run: Run | None = None
+    """The run that the model belongs to."""
+    worker: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "planner"), init=False
+    )
+    """Writes what is streamed."""
+    closed: bool = field(default=False, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _writes_for: int | None = field(default=None, init=False)
 
     @property
     def tools(self) -> Mapping[str, Tool] | None:
@@ -228,11 +202,7 @@ class Planner:
         return self.prompts.tools
 
     def plan(self, request: str, system: str | None = None) -> PlannedRequest:
-        """Answer one request.
-
-        Args:
-            request: What should be done.
-            system: A system text for this request alone; None leaves the choice to `prompts`.
+        """Answer one request; a system text for it alone may be given.
 
         Raises:
             ModelError: The prompt does not fit into the model's context.
@@ -242,11 +212,7 @@ class Planner:
     def plan_batch(
         self, requests: Sequence[str], system: str | None = None
     ) -> list[PlannedRequest]:
-        """Answer many requests, several of them together, and give them in their order.
-
-        Args:
-            requests: What should be done.
-            system: A system text for all of them; None leaves the choice to `prompts`.
+        """Answer many requests as `plan` does, several of them together, and keep their order.
 
         Raises:
             ModelError: A prompt does not fit into the model's context.
@@ -267,34 +233,32 @@ class Planner:
         """
         asked = [self.prompts.build(request, system) for request in requests]
         with self.turn():
-            for index, completion in self.generate_plans(
-                [built.prompt for built in asked],
-                stop=self.stop,
-                max_new_tokens=self.max_new_tokens,
-                batch=self.batch,
-            ):
+            for index, completion in self.generate([built.prompt for built in asked]):
                 yield index, self.planned(requests[index], asked[index], completion)
 
-    @property
-    def generate_plans(self) -> Callable[..., Iterator[tuple[int, Completion]]]:
-        """The engine's `generate`, with a second look at plans that are held to a grammar."""
-        return partial(generate_plans, self.engine, tools=self.tools)
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        stop: str = END_OF_PLAN,
+        *,
+        second_look: bool = True,
+        on_token: OnToken | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Let the engine write within a `turn`; doubtful plans are asked for twice if wanted."""
+        write = self.engine.generate
+        if second_look:
+            write = partial(generate_plans, self.engine, tools=self.tools)
+        limit = self.max_new_tokens
+        return write(prompts, stop=stop, max_new_tokens=limit, batch=self.batch, on_token=on_token)
 
     def complete(self, prompts: Sequence[Prompt], stop: str) -> list[Completion]:
         """Complete prompts that were made elsewhere, such as a joiner's, and give them in order.
-
-        Args:
-            prompts: What to answer, several of them together.
-            stop: Text that ends a completion.
 
         Raises:
             ModelError: A prompt does not fit into the model's context.
         """
         with self.turn():
-            limit = self.max_new_tokens
-            done = dict(
-                self.engine.generate(prompts, stop=stop, max_new_tokens=limit, batch=self.batch)
-            )
+            done = dict(self.generate(prompts, stop, second_look=False))
         return [done[index] for index in range(len(prompts))]
 
     def planned(self, request: str, built: BuiltPrompt, done: Completion) -> PlannedRequest:
@@ -302,15 +266,7 @@ class Planner:
         return PlannedRequest(request=request, built=built, completion=done, tools=self.tools)
 
     def stream(self, request: str, system: str | None = None) -> PlanStream:
-        """Begin a plan whose text is taken piece by piece.
-
-        Args:
-            request: What should be done.
-            system: A system text for this request alone; None leaves the choice to `prompts`.
-
-        Returns:
-            The plan; nothing is computed before it is iterated over.
-        """
+        """Begin a plan whose text is taken piece by piece, otherwise as `plan` does."""
         return PlanStream(self, request, self.prompts.build(request, system))
 
     def close(self) -> None:

@@ -84,12 +84,9 @@ class RowBatch:
         return ids
 
     def best_of(self, row: int, at: int, allowed_V: np.ndarray) -> int:
-        """Give the most likely of some tokens behind one of those that were run last.
+        """Give the most likely token of a mask behind a row's token `at` of those run last.
 
-        Args:
-            row: Of a batch from which no row was dropped since then.
-            at: Which of the row's tokens it follows.
-            allowed_V: The tokens, as a mask.
+        No row may have been dropped since then.
         """
         width = len(self._logits_WV) // len(self.lengths)
         return best_of(self._logits_WV[row * width + at], allowed_V)

@@ -33,16 +33,8 @@ def generate_plans(
     """Complete prompts as `Engine.generate` does, and doubtful plans of those with a grammar twice.
 
     A second plan replaces the first if it has fewer doubts and leaves no call out but needless
-    look-ups: each tool is called as often. The cost is that of both.
-
-    Args:
-        engine: Writes the plans.
-        prompts: What to answer.
-        tools: All tools by name; None stands for TinyAgent's own.
-        stop: Text that ends a plan.
-        max_new_tokens: Where a plan is broken off.
-        batch: Prompts completed together.
-        on_token: Called while text is being written; of a second plan only with empty texts.
+    look-ups: each tool is called as often. The cost is that of both. `on_token` gets only empty
+    texts of a second plan; `tools` are all by name, and None stands for TinyAgent's own.
     """
     known = _own_tools() if tools is None else tools
     ask = partial(engine.generate, stop=stop, max_new_tokens=max_new_tokens, batch=batch)

@@ -38,11 +38,7 @@ def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
 
     That is a reference to a result of another kind, a literal such as a name where addresses are
     wanted, or the wanted thing itself where a tool would look it up. Nothing is said where kinds
-    are not known, or where no listed tool could be called instead.
-
-    Args:
-        plan: A plan.
-        tools: By name those that its prompt lists.
+    are not known, or where no tool of the prompt, given by name, could be called instead.
     """
     found = []
     kinds: dict[int, str] = {}
@@ -65,12 +61,8 @@ def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
 def takes(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> bool:
     """Say whether a value is of a kind that a parameter takes, as far as kinds are known.
 
-    A literal may hold more than the wanted thing, such as a name beside an address.
-
-    Args:
-        parameter: The parameter.
-        value: Its argument.
-        kinds: The kind of each earlier result.
+    A literal may hold more than the wanted thing, such as a name beside an address. `kinds` are
+    those of earlier results, by number.
     """
     named = {kinds[number] for number, _ in reference_uses([value]) if number in kinds}
     if parameter.sources and not named <= set(parameter.sources):

@@ -106,11 +106,7 @@ class PlanDrawing:
         return [layers[layer] for layer in sorted(layers)]
 
     def with_outcomes(self, outcomes: Mapping[int, tuple[str, str]]) -> PlanDrawing:
-        """Fill in what became of calls.
-
-        Args:
-            outcomes: Status and observation by the number of the call.
-        """
+        """Fill in what became of calls: status and observation by number."""
         steps = (
             replace(s, status=o[0], outcome=o[1]) if (o := outcomes.get(s.number)) else s
             for s in self.steps
@@ -161,12 +157,8 @@ class PlanDrawing:
         number; `edge` and `head` with mark and colour; texts `tool`, `argument`, `reference`,
         `problem`, `outcome`. A step that was run has its status as `data-status`.
 
-        Args:
-            name: What the drawing shows, read out to those who cannot see it.
-
-        Returns:
-            The element, safe to put into HTML: every text of the plan is escaped. Without any
-            call it says so.
+        It is safe to put into HTML, as every text of the plan is escaped; `name` is read out to
+        those who cannot see it. Without any call it says so.
         """
         boxes, routes, width, height = _geometry(self)
         note = self._left_out_note() if self.left_out else ""
@@ -294,12 +286,7 @@ def _layers(numbers: Sequence[int], edges: set[Edge]) -> list[int]:
 
 
 def _columns(layers: Sequence[int], edges: set[Edge]) -> list[list[_Slot]]:
-    """Order every layer by the mean place of its neighbours, to and fro, so that few edges cross.
-
-    Args:
-        layers: Layer of each step.
-        edges: The references.
-    """
+    """Order every layer by the mean place of its neighbours, to and fro: few edges cross then."""
     columns: list[list[_Slot]] = [[] for _ in range(max(layers, default=-1) + 1)]
     for step, layer in enumerate(layers):
         columns[layer].append(step)

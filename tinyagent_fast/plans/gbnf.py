@@ -99,10 +99,7 @@ def _call_rules(
 ) -> Iterator[str]:
     """Write the rules for the calls of one line, which differ in what `$` may name.
 
-    Args:
-        tools: Those that may be called.
-        line: Its number.
-        kinds: The kind of each earlier result, to hold references to what a parameter takes.
+    With the kinds of earlier results, references are held to what a parameter takes.
     """
     known: dict[tuple[int, ...], str] = {}
     calls = []

@@ -99,11 +99,7 @@ def parse_plan(text: str) -> Plan:
     Blank lines, white space round a line, `Thought:` lines, comments after a step and anything
     after `join()` are allowed. Nothing else is repaired.
 
-    Args:
-        text: The output of a planner, or a label.
-
-    Returns:
-        The plan; several thoughts before one step are joined with a space.
+    Several thoughts before one step are joined with a space.
 
     Raises:
         PlanError: With the first problem in the order of the text; no text raises anything else.
@@ -307,10 +303,6 @@ def substitute(value: object, results: Mapping[int, object]) -> object:
     A string that is nothing but a reference becomes the result itself; within a longer string its
     text is put in. One pass over the whole number, so that `$12` is never `$1` with a 2 behind it
     and a result that looks like a reference stays as it is. References to other steps stay too.
-
-    Args:
-        value: An argument, or a list, tuple or dict of them.
-        results: Results by the numbers of the steps that may be referred to.
     """
     if isinstance(value, str):
         if "$" not in value:

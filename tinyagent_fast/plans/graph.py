@@ -79,10 +79,7 @@ def followed_references(
 ) -> Iterator[tuple[int, DagError | None]]:
     """Follow every reference of a step by the rules of `plan_dag`.
 
-    Args:
-        step: The step.
-        numbers: Numbers of all steps of the plan.
-        last: The largest of them.
+    `numbers` are those of all steps of the plan, `last` the largest of them.
 
     Yields:
         The number of each reference, and what is wrong with it or None.
