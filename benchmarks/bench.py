@@ -503,6 +503,7 @@ def _evaluated(
     sizes: Sizes,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
+    from tinyagent_fast.inference.engine import Limits
     from tinyagent_fast.inference.torch_engine import TorchEngine
 
     engines = {
@@ -519,9 +520,8 @@ def _evaluated(
 
     def ours(engine: TorchEngine) -> dict[int, str]:
         # From ids, as stock code is timed: text becomes ids before any way starts.
-        found = engine.complete_tokens(
-            list(ids.values()), stop="\0", max_new_tokens=sizes.new_tokens, batch=sizes.eval_batch
-        )
+        limits = Limits(stop="\0", max_new_tokens=sizes.new_tokens, batch=sizes.eval_batch)
+        found = engine.complete_tokens(list(ids.values()), limits)
         return {index: completion.text for index, completion in found}
 
     ways: dict[str, Callable[[], dict[int, str]]] = {

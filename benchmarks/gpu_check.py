@@ -810,6 +810,7 @@ def _prompts(bench: Bench) -> list[Any]:
 
 def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
     """Time plans one at a time, in batches and with lookup, and compare what was written."""
+    from tinyagent_fast.inference.engine import Limits
     from tinyagent_fast.inference.torch_engine import TorchEngine
     from tinyagent_fast.plans.grammar import END_OF_PLAN
 
@@ -822,7 +823,8 @@ def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
         writer: Any, chosen: Sequence[Any], batch: int, tokens: int
     ) -> tuple[dict[int, str], float]:
         started = bench.clock()
-        found = writer.generate(chosen, stop=END_OF_PLAN, max_new_tokens=tokens, batch=batch)
+        limits = Limits(stop=END_OF_PLAN, max_new_tokens=tokens, batch=batch)
+        found = writer.generate(chosen, limits)
         texts = {index: completion.text for index, completion in found}
         return texts, round(len(chosen) / (bench.clock() - started), 4)
 

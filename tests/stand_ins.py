@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyagent_fast.agent.session import AgentSpec, open_agent
 from tinyagent_fast.chat.web import PlannerServer, listen
-from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
+from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt
 from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.prompts.builder import ChosenText, PromptBuilder
 from tinyagent_fast.runs import Run
@@ -46,10 +46,7 @@ class ScriptedWriter:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         for index, prompt in enumerate(prompts):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinyagent_fast.inference.engine import Limits
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.prompts.loading import load_tokenizer
@@ -55,7 +56,7 @@ def complete(
         loaded_with(model, tokenizer), shared_prefix=shared_prefix, lookup_tokens=lookup_tokens
     )
     found: dict[int, Written] = {}
-    for index, one in engine.complete_tokens(prompts, **options):
+    for index, one in engine.complete_tokens(prompts, Limits(**options)):
         assert index not in found
         assert one.prompt_tokens == len(prompts[index]) > one.cached_tokens
         found[index] = Written(one.text, one.stop_reason, one.new_tokens)

@@ -169,10 +169,10 @@ def test_tools_that_no_plan_can_call_are_refused_before_anything_is_planned(
 class InTurn(ScriptedWriter):
     """Writes one plan after another."""
 
-    def generate(self, prompts: Any, **how: Any) -> Any:
+    def generate(self, prompts: Any, *how: Any) -> Any:
         first, *rest = self.answers
         self.answers = [first]
-        yield from super().generate(prompts, **how)
+        yield from super().generate(prompts, *how)
         self.answers = rest
 
 

@@ -48,7 +48,7 @@ from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entr
 from tinyagent_fast.data.generation.outcomes import replan
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.display import Display
-from tinyagent_fast.inference.engine import Completion, Prompt
+from tinyagent_fast.inference.engine import Completion, Limits, Prompt
 from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.plans.grammar import (
     END_OF_PLAN,
@@ -243,9 +243,9 @@ def test_what_many_agents_ask_is_answered_in_batches_and_never_twice() -> None:
     calls: list[int] = []
     generate = writer.generate
 
-    def counted(prompts: Sequence[Prompt], **more: Any) -> Any:
+    def counted(prompts: Sequence[Prompt], *more: Any) -> Any:
         calls.append(len(prompts))
-        return generate(prompts, **more)
+        return generate(prompts, *more)
 
     writer.generate = counted  # type: ignore[method-assign]
     asked = [Prompt(system=None, user=str(n)) for n in range(10)]
@@ -396,13 +396,13 @@ def test_agent_eval_writes_figures_report_and_traces(
     examples = load_examples(test, on_bad_entry="error")
 
     class Labels(ScriptedWriter):
-        def generate(self, prompts: Sequence[Prompt], **more: Any) -> Any:
-            if more["stop"] == END_OF_RESPONSE:
+        def generate(self, prompts: Sequence[Prompt], limits: Limits, *more: Any) -> Any:
+            if limits.stop == END_OF_RESPONSE:
                 self.answers = {p.user: [_verdict(p.user)] for p in prompts}
             else:
                 found = (next(e for e in examples if p.user.startswith(e.user)) for p in prompts)
                 self.answers = {p.user: [e.output] for p, e in zip(prompts, found, strict=True)}
-            return super().generate(prompts, **more)
+            return super().generate(prompts, limits, *more)
 
     monkeypatch.setattr(planners, "load", lambda *_, **__: planner_with(Labels([])))
     said = Console(quiet=True)

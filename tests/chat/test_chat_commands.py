@@ -32,7 +32,7 @@ from tinyagent_fast.cli import main
 from tinyagent_fast.inference import planner
 
 class Endless(ScriptedWriter):
-    def generate(self, *_, on_token, **__):
+    def generate(self, prompts, limits, on_token=None):
         while True:
             time.sleep(0.01)
             on_token(0, "1. ")
@@ -100,8 +100,8 @@ def test_a_file_of_requests_is_answered_in_order_and_can_be_scored(
     class LastFirst(ScriptedWriter):
         """Done in another order than asked, as engines are."""
 
-        def generate(self, prompts: Any, **how: Any) -> Any:
-            return reversed(list(super().generate(prompts, **how)))
+        def generate(self, prompts: Any, *how: Any) -> Any:
+            return reversed(list(super().generate(prompts, *how)))
 
     writer = LastFirst({"Q: one": PLAN, "Q: two \u2028": ["1. join()"], "Q: three": PLAN})
     monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer))

@@ -17,7 +17,7 @@ import pytest
 from tinyagent_fast.cli import main
 from tinyagent_fast.evaluation.evaluate import NOT_HONOURED
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
+from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt
 from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.runs import Run, create_run
 
@@ -277,14 +277,11 @@ class Observed:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        self.seen |= {"eval.max-new-tokens": max_new_tokens, "eval.batch": batch}
-        if batch == 1:  # one by one, to compare with
+        self.seen |= {"eval.max-new-tokens": limits.max_new_tokens, "eval.batch": limits.batch}
+        if limits.batch == 1:  # one by one, to compare with
             self.seen["eval.parity-prompts"] = len(prompts)
         for index in range(len(prompts)):
             yield (

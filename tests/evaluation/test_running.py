@@ -279,7 +279,7 @@ def test_a_batch_that_gives_other_plans_is_said_and_not_used(
 def test_a_right_plan_counts_as_success_and_a_wrong_one_does_not(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(_: Any, prompts: Any, **how: Any) -> Iterator[tuple[int, Completion]]:
+    def generate(_: Any, prompts: Any, *how: Any) -> Iterator[tuple[int, Completion]]:
         for at in range(len(prompts)):
             text = LABEL if at % 2 else "1. join()"
             yield at, Completion(text=text, stop_reason="stop", new_tokens=9, prompt_tokens=9)

@@ -14,7 +14,7 @@ from torch_runs import load_plainly
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.inference.constraint import Constraints
-from tinyagent_fast.inference.engine import Completion, Prompt
+from tinyagent_fast.inference.engine import Completion, Limits, Prompt
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.drawing import draw_plan
@@ -40,6 +40,7 @@ WAYS = {
     "lookup": {"lookup_tokens": 4},
 }
 LIMIT = 300
+LIMITS = Limits(stop=END_OF_PLAN, max_new_tokens=LIMIT)
 
 
 @pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
@@ -92,7 +93,7 @@ def prompts() -> list[tuple[Prompt, Mapping[str, Tool]]]:
 
 def answers(loaded: LoadedModel, asked: list[Prompt], batch: int, **way: Any) -> list[Completion]:
     engine = TorchEngine(loaded, **way)
-    found = dict(engine.generate(asked, stop=END_OF_PLAN, max_new_tokens=LIMIT, batch=batch))
+    found = dict(engine.generate(asked, replace(LIMITS, batch=batch)))
     return [found[index] for index in range(len(asked))]
 
 
@@ -117,7 +118,7 @@ def test_every_plan_of_an_untrained_model_is_right_on_every_way_and_the_same(
         assert [one.text for one in answers(untrained, only, 3, **way)] == texts
     one_by_one = TorchEngine(untrained, lookup_tokens=3)
     for prompt, text in zip(only[:8], texts, strict=False):
-        ((_, alone),) = one_by_one.generate([prompt], stop=END_OF_PLAN, max_new_tokens=LIMIT)
+        ((_, alone),) = one_by_one.generate([prompt], LIMITS)
         assert alone.text == text
 
 
@@ -195,7 +196,7 @@ def test_so_they_do_in_llama_cpp(tiny_gguf: dict[str, Path]) -> None:
         model=tiny_gguf["f16"], slots=1, context_tokens_per_slot=4096, threads=1
     )
     with closing(LlamaCppEngine(LlamaServer(settings))) as engine:
-        ((_, done),) = engine.generate([begun_prompt()], stop=END_OF_PLAN, max_new_tokens=LIMIT)
+        ((_, done),) = engine.generate([begun_prompt()], LIMITS)
     assert done.text.startswith(f"{BEGUN}3. open_note(")
 
 
@@ -209,11 +210,8 @@ def test_llama_cpp_writes_plans_of_each_prompts_own_tools(tiny_gguf: dict[str, P
     asked = prompts()
     with LlamaServer(settings) as server:
         engine = LlamaCppEngine(server)
-        found = dict(
-            engine.generate(
-                [prompt for prompt, _ in asked], stop=END_OF_PLAN, max_new_tokens=900, batch=2
-            )
-        )
+        limits = replace(LIMITS, max_new_tokens=900, batch=2)
+        found = dict(engine.generate([prompt for prompt, _ in asked], limits))
     whole = 0
     for index, (_, tools) in enumerate(asked):
         text = found[index].text

@@ -13,6 +13,7 @@ import pytest
 from torch_runs import Written, complete, loaded_with
 
 from tinyagent_fast.inference import torch_engine
+from tinyagent_fast.inference.engine import Limits
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating, left_padded
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import load_tokenizer
@@ -184,7 +185,8 @@ def test_the_longest_prompts_come_first_so_that_a_full_memory_shows_at_once(
 ) -> None:
     prompts = ragged_prompts(tokenizer, 7)
     engine = TorchEngine(loaded_with(model, tokenizer), shared_prefix=shared_prefix)
-    found = list(engine.complete_tokens(prompts, batch=3, max_new_tokens=1, stop=END_OF_PLAN))
+    limits = Limits(stop=END_OF_PLAN, max_new_tokens=1, batch=3)
+    found = list(engine.complete_tokens(prompts, limits))
     lengths = [len(prompts[index]) for index, _ in found]
     assert lengths == sorted(lengths, reverse=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tinyagent_fast.inference.engine import Completion, Prompt
+from tinyagent_fast.inference.engine import Completion, Limits, Prompt
 from tinyagent_fast.inference.parity import ParityReport, compare_batches
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 
@@ -32,13 +32,11 @@ class Writer:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: Any = None,
     ) -> Iterator[tuple[int, Completion]]:
-        assert (stop, max_new_tokens) == (END_OF_PLAN, 6)
+        assert (limits.stop, limits.max_new_tokens) == (END_OF_PLAN, 6)
+        batch = limits.batch
         self.asked.append((batch, prompts))
         for index, prompt in reversed(list(enumerate(prompts))):
             yield (
@@ -58,7 +56,10 @@ def make_prompts(count: int) -> list[Prompt]:
 
 def compare(engine: Any, count: int, batch: int, sample: int = 8) -> ParityReport:
     return compare_batches(
-        engine, make_prompts(count), batch=batch, max_new_tokens=6, stop=END_OF_PLAN, sample=sample
+        engine,
+        make_prompts(count),
+        Limits(stop=END_OF_PLAN, max_new_tokens=6, batch=batch),
+        sample=sample,
     )
 
 

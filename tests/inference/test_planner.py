@@ -14,7 +14,7 @@ from stand_ins import ScriptedWriter, planner_with, wait_until
 
 from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.errors import ConfigError, ModelError
-from tinyagent_fast.inference.engine import Prompt
+from tinyagent_fast.inference.engine import Limits, Prompt
 from tinyagent_fast.inference.planner import Planner, find_source, load, model_in_torch
 from tinyagent_fast.prompts.builder import ChosenText, PromptBuilder
 from tinyagent_fast.runs import Run
@@ -218,16 +218,16 @@ def test_a_planned_request_has_steps_a_graph_and_every_problem() -> None:
 
 def test_plans_and_other_texts_end_at_their_own_stop_strings_and_the_limit() -> None:
     class Asked(ScriptedWriter):
-        def generate(self, prompts: Any, **how: Any) -> Any:
-            self.how = how
-            return super().generate(prompts, **how)
+        def generate(self, prompts: Any, limits: Limits, *how: Any) -> Any:
+            self.limits = limits
+            return super().generate(prompts, limits, *how)
 
     writer = Asked(PLAN)
     planner = Planner(writer, PromptBuilder(system=ChosenText(None, "a test")), max_new_tokens=7)
     planner.plan("go")
-    assert (writer.how["stop"], writer.how["max_new_tokens"]) == ("<END_OF_PLAN>", 7)
+    assert writer.limits == Limits(stop="<END_OF_PLAN>", max_new_tokens=7)
     planner.complete([Prompt(system=None, user="u")], "<END_OF_RESPONSE>")
-    assert (writer.how["stop"], writer.how["max_new_tokens"]) == ("<END_OF_RESPONSE>", 7)
+    assert writer.limits == Limits(stop="<END_OF_RESPONSE>", max_new_tokens=7)
 
 
 def test_a_stream_tells_its_plan_at_every_moment() -> None:

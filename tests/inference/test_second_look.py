@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tinyagent_fast.chat.terminal import show_stream
-from tinyagent_fast.inference.engine import Completion, OnToken, Prompt
+from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt
 from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.gbnf import plan_grammar
@@ -48,10 +48,7 @@ class Twice:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         self.asked.append(list(prompts))
@@ -60,7 +57,7 @@ class Twice:
             if on_token is not None:
                 for line in text.splitlines(keepends=True):
                     on_token(index, line)
-            done = len(text) < max_new_tokens
+            done = len(text) < limits.max_new_tokens
             yield (
                 index,
                 Completion(
@@ -76,8 +73,8 @@ class Twice:
 def written(
     engine: Twice, prompts: Sequence[Prompt], on_token: OnToken | None = None, limit: int = 300
 ) -> dict[int, Completion]:
-    how: dict[str, Any] = {"stop": "<END>", "max_new_tokens": limit, "on_token": on_token}
-    return dict(generate_plans(engine, prompts, tools=None, **how))
+    limits = Limits(stop="<END>", max_new_tokens=limit)
+    return dict(generate_plans(engine, prompts, limits, on_token, tools=None))
 
 
 def test_only_doubtful_plans_are_asked_for_again_with_what_may_come_instead() -> None:
@@ -129,8 +126,8 @@ def test_free_texts_plans_that_were_broken_off_and_what_is_no_plan_are_left_alon
     plain = {"note": Tool("note", ()), "send": Tool("send", (Parameter("to", "list[str]"),))}
     prompt = Prompt(system="note, send", user="go", grammar=plan_grammar(plain))
     text = '1. note()\n2. send(["$1"])\n3. join()'
-    how: dict[str, Any] = {"stop": "<END>", "max_new_tokens": 300}
-    ((_, done),) = generate_plans(Twice(text), [prompt], tools=plain, **how)
+    limits = Limits(stop="<END>", max_new_tokens=300)
+    ((_, done),) = generate_plans(Twice(text), [prompt], limits, tools=plain)
     assert done.text == text, "nothing is known of kinds"
 
 

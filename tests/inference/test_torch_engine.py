@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch_runs import load_plainly
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.engine import Completion, Prompt
+from tinyagent_fast.inference.engine import Completion, Limits, Prompt
 from tinyagent_fast.inference.torch_engine import TorchEngine, certain_length
 from tinyagent_fast.models.loading import LoadedModel
 
@@ -32,7 +32,7 @@ def ask(
     pieces: list[str] = []
     prompts = [Prompt(system=system, user=user)]
     ((index, completion),) = engine.generate(
-        prompts, stop=stop, max_new_tokens=TOKENS, on_token=lambda _, text: pieces.append(text)
+        prompts, Limits(stop=stop, max_new_tokens=TOKENS), lambda _, text: pieces.append(text)
     )
     assert index == 0
     assert "".join(pieces) == completion.text
@@ -72,11 +72,8 @@ def test_prompts_that_are_written_together_are_shown_apart(loaded: LoadedModel) 
     def show(index: int, text: str) -> None:
         shown[index] += text
 
-    found = dict(
-        TorchEngine(loaded).generate(
-            prompts, stop=STOP, max_new_tokens=TOKENS, batch=3, on_token=show
-        )
-    )
+    limits = Limits(stop=STOP, max_new_tokens=TOKENS, batch=3)
+    found = dict(TorchEngine(loaded).generate(prompts, limits, show))
     assert shown == [found[index].text for index in range(len(prompts))]
     assert [written(found[i]) for i in range(4)] == [written(plain(loaded, u)) for u in USERS]
 
@@ -111,7 +108,7 @@ def test_an_answer_that_was_broken_off_spoils_no_later_one(
 
     prompts = [Prompt(system=SYSTEM, user=USERS[0])]
     with pytest.raises(error):
-        list(engine.generate(prompts, stop=STOP, max_new_tokens=TOKENS, on_token=show))
+        list(engine.generate(prompts, Limits(stop=STOP, max_new_tokens=TOKENS), show))
     assert len(pieces) == taken
     _, completion = ask(engine, USERS[1])
     assert completion.cached_tokens > 100
@@ -191,7 +188,7 @@ def test_the_model_is_in_its_own_mode_whenever_the_caller_has_control(loaded: Lo
     prompts = [Prompt(system=SYSTEM, user=user) for user in USERS]
     loaded.model.train()
     try:
-        for _ in TorchEngine(loaded).generate(prompts, stop=STOP, max_new_tokens=2):
+        for _ in TorchEngine(loaded).generate(prompts, Limits(stop=STOP, max_new_tokens=2)):
             assert loaded.model.training
             assert torch.is_grad_enabled()
     finally:

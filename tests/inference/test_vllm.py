@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.inference.engine import Engine, Prompt
-from tinyagent_fast.inference.llama_cpp import LlamaCppEngine
-from tinyagent_fast.inference.torch_engine import TorchEngine
+from tinyagent_fast.inference.engine import Engine, Limits, Prompt
 from tinyagent_fast.inference.vllm import VllmEngine
 from tinyagent_fast.plans.gbnf import plan_grammar, without_surrogates
 from tinyagent_fast.plans.tools import TINYAGENT
@@ -23,6 +21,7 @@ from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 STOP = "<END_OF_PLAN>"
+LIMITS = Limits(stop=STOP, max_new_tokens=7)
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -98,9 +97,7 @@ def test_prompts_go_in_as_the_ids_of_training_and_plans_come_out_greedy(
     engine: Engine = VllmEngine(tmp_path, tokenizer, context_tokens=900)
     given = make_prompts(260)
     pieces: dict[int, str] = {}
-    done = list(
-        engine.generate(given, batch=1, max_new_tokens=7, stop=STOP, on_token=pieces.__setitem__)
-    )
+    done = list(engine.generate(given, LIMITS, pieces.__setitem__))
     assert [index for index, _ in done] == list(range(260))
     ids = encode_prompts(tokenizer, given)
     assert [completion.text for _, completion in done] == [str(len(row)) for row in ids]
@@ -121,7 +118,7 @@ def test_each_prompt_is_held_to_its_own_grammar(
     engine = VllmEngine(tmp_path, tokenizer, context_tokens=900)
     free, held = make_prompts(2)
     held = replace(held, grammar=plan_grammar(TINYAGENT))
-    assert len(list(engine.generate([free, held], max_new_tokens=7, stop=STOP))) == 2
+    assert len(list(engine.generate([free, held], LIMITS))) == 2
     assert vllm.grammars[0] is None
     # vLLM's library knows characters only.
     assert vllm.grammars[1] == {"grammar": without_surrogates(plan_grammar(TINYAGENT))}
@@ -153,20 +150,11 @@ def test_the_context_is_the_models_and_a_prompt_that_fills_it_is_refused(
     assert vllm.settings["max_model_len"] == 60
     long = [Prompt(system="tools", user="open " * 60)]
     with pytest.raises(ModelError, match="a context of 60 tokens"):
-        list(engine.generate(long, stop=STOP, max_new_tokens=7))
+        list(engine.generate(long, LIMITS))
     assert vllm.calls == []
 
 
 @pytest.mark.parametrize("wrong", [{"stop": ""}, {"max_new_tokens": 0}, {"batch": 0}])
-def test_every_engine_refuses_the_same_limits(
-    wrong: dict[str, Any], vllm: StandIn, tokenizer: PromptTokenizer, tmp_path: Path
-) -> None:
-    engines = [
-        VllmEngine(tmp_path, tokenizer, context_tokens=900),
-        TorchEngine(SimpleNamespace(tokenizer=tokenizer)),  # type: ignore[arg-type]
-        LlamaCppEngine(SimpleNamespace()),  # type: ignore[arg-type]
-    ]
-    for engine in engines:
-        asked = {"stop": STOP, "max_new_tokens": 7, "batch": 1, **wrong}
-        with pytest.raises(ValueError, match="at least 1"):
-            next(engine.generate(make_prompts(1), **asked))  # type: ignore[attr-defined]
+def test_limits_that_no_engine_can_keep_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        replace(LIMITS, **wrong)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config
+from tinyagent_fast.inference.engine import Limits
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.loading import LoadedModel, load_for_training
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -123,9 +124,8 @@ def evaluate_once(trainer: Any, loaded: LoadedModel, rows: Any) -> None:
     prompts = [list(row["input_ids"][:20]) for row in rows]
     with generating(loaded):
         validation_loss(trainer, list(rows), loaded.tokenizer.pad_id)
-    for _ in TorchEngine(loaded).complete_tokens(
-        prompts, batch=4, max_new_tokens=4, stop=END_OF_PLAN
-    ):
+    limits = Limits(stop=END_OF_PLAN, max_new_tokens=4, batch=4)
+    for _ in TorchEngine(loaded).complete_tokens(prompts, limits):
         pass
 
 

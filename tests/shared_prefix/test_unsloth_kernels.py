@@ -200,11 +200,12 @@ def look_at(name: str, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def texts(loaded: Any, **options: Any) -> list[str]:
     """Complete the rows without their ends, two at a time."""
+    from tinyagent_fast.inference.engine import Limits
     from tinyagent_fast.inference.torch_engine import TorchEngine
 
     prompts = [row["input_ids"][:-4] for row in rows()]
-    limits = {"stop": "<END_OF_PLAN>", "max_new_tokens": 5, "batch": 2}
-    found = dict(TorchEngine(loaded, **options).complete_tokens(prompts, **limits))
+    limits = Limits(stop="<END_OF_PLAN>", max_new_tokens=5, batch=2)
+    found = dict(TorchEngine(loaded, **options).complete_tokens(prompts, limits))
     return [found[at].text for at in range(len(prompts))]
 
 

@@ -193,7 +193,7 @@ def test_batches_are_compared_with_single_prompts_and_near_ties_are_reported(
 def test_in_32_bits_every_batch_gives_the_plans_of_single_prompts(
     config_in: MakeConfig, cuda_base: Path, tmp_path: Path
 ) -> None:
-    from tinyagent_fast.inference.engine import Prompt
+    from tinyagent_fast.inference.engine import Limits, Prompt
     from tinyagent_fast.inference.parity import compare_batches
     from tinyagent_fast.inference.torch_engine import TorchEngine
     from tinyagent_fast.models.loading import load_for_generation
@@ -206,9 +206,7 @@ def test_in_32_bits_every_batch_gives_the_plans_of_single_prompts(
     report = compare_batches(
         TorchEngine(loaded),
         [Prompt(system=None, user=text) for text in texts],
-        batch=16,
-        max_new_tokens=16,
-        stop=END_OF_PLAN,
+        Limits(stop=END_OF_PLAN, max_new_tokens=16, batch=16),
         sample=16,
     )
     assert report.tried == ((16, 0),)

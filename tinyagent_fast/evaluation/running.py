@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tinyagent_fast.evaluation.scoring import (
     score_all,
     summarise,
 )
-from tinyagent_fast.inference.engine import Completion, Engine, Prompt
+from tinyagent_fast.inference.engine import Completion, Engine, Limits, Prompt
 from tinyagent_fast.inference.parity import ParityReport, compare_batches
 from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -84,9 +84,10 @@ class EvaluationTask:
     """Heading of the report."""
 
     @property
-    def limits(self) -> dict[str, Any]:
-        """Where generation ends."""
-        return {"stop": END_OF_PLAN, "max_new_tokens": self.settings.max_new_tokens}
+    def limits(self) -> Limits:
+        """Where generation ends, and the batch that is asked for."""
+        most, batch = self.settings.max_new_tokens, self.settings.batch
+        return Limits(stop=END_OF_PLAN, max_new_tokens=most, batch=batch)
 
     def identity(self) -> dict[str, Any]:
         """Give what predictions may not be mixed across."""
@@ -133,9 +134,9 @@ def evaluate_examples(
         notes = [*engine.notes(prompts), *([_HELD] if task.grammar else [])]
         for note in notes:
             say(note)
-        batch, sample = task.settings.batch, task.settings.parity_prompts
+        sample = task.settings.parity_prompts
         parity = processes.on_main_process(
-            lambda: compare_batches(engine, prompts, batch=batch, sample=sample, **task.limits)
+            lambda: compare_batches(engine, prompts, task.limits, sample=sample)
         )
         say(parity.sentence())
         for done in _generate(engine, task, missing, parity.safe_batch, file):
@@ -175,9 +176,8 @@ def _generate(
     processes = init_processes()
     mine = processes.shard(missing)
     part = file.part(processes.rank) if processes.count > 1 else file
-    completions = generate_plans(
-        engine, task.prompts(mine), tools=task.tools, batch=batch, **task.limits
-    )
+    limits = replace(task.limits, batch=batch)
+    completions = generate_plans(engine, task.prompts(mine), limits, tools=task.tools)
     for here, (index, completion) in enumerate(completions, start=1):
         part.append([_prediction(mine[index], completion)])
         yield here * processes.count

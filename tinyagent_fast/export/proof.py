@@ -30,6 +30,7 @@ from tinyagent_fast.export import gates
 from tinyagent_fast.export.checkpoints import read_json
 from tinyagent_fast.export.gates import DistributionDifference, Gate
 from tinyagent_fast.export.record import key_of
+from tinyagent_fast.inference.engine import Limits
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.families import family_of
@@ -161,12 +162,13 @@ def _ask(
         _next_logprobs(loaded, row.input_ids, at) for row, at in zip(compared, spots, strict=True)
     ]
     plans = [""] * len(rows)
-    completions = TorchEngine(loaded).complete_tokens(
-        [row.input_ids[: row.prompt_tokens] for row in rows],
+    limits = Limits(
         stop=END_OF_PLAN,
         max_new_tokens=settings.max_new_tokens,
         batch=min(settings.batch, len(rows)),
     )
+    prompts = [row.input_ids[: row.prompt_tokens] for row in rows]
+    completions = TorchEngine(loaded).complete_tokens(prompts, limits)
     with export.display.bar(label, "plans") as update:
         for done, (index, completion) in enumerate(completions, start=1):
             plans[index] = completion.text

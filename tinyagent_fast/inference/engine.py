@@ -43,6 +43,25 @@ class Completion:
     """Time of its batch, divided by the prompts in it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far completions go, and how many are written together."""
+
+    stop: str
+    """Text that ends a completion and is no part of it."""
+    max_new_tokens: int
+    """Where a completion is broken off."""
+    batch: int = 1
+    """Prompts completed together."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if `stop` is empty or a number is below 1."""
+        if not self.stop or self.max_new_tokens < 1 or self.batch < 1:
+            raise ValueError(
+                f"a stop text, and at least 1 new token and a batch of 1, are needed; got {self}"
+            )
+
+
 class Engine(Protocol):
     """A model that completes prompts greedily."""
 
@@ -62,20 +81,10 @@ class Engine(Protocol):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts greedily.
-
-        Args:
-            prompts: What to answer.
-            stop: Text that ends a completion and is no part of it; not empty.
-            max_new_tokens: Where a completion is broken off; at least 1.
-            batch: Prompts completed together; at least 1.
-            on_token: Called while text is being written.
 
         Yields:
             Each prompt's index and completion, in any order, as soon as it is there. Closing the
@@ -83,22 +92,12 @@ class Engine(Protocol):
 
         Raises:
             ModelError: A prompt does not fit into the model's context.
-            ValueError: `stop`, `max_new_tokens` or `batch` is none that can be meant.
         """
         ...
 
     def close(self) -> None:
         """Free what the engine holds; a second call does nothing."""
         ...
-
-
-def check_limits(stop: str, max_new_tokens: int, batch: int) -> None:
-    """Raise ValueError if `stop` is empty or a number is below 1; each engine asks this first."""
-    if not stop or max_new_tokens < 1 or batch < 1:
-        raise ValueError(
-            "a stop text, and at least 1 new token and a batch of 1, are needed; got "
-            f"stop={stop!r}, max_new_tokens={max_new_tokens}, batch={batch}"
-        )
 
 
 def check_room(longest_tokens: int, room_tokens: int) -> None:

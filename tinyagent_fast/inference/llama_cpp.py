@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.record import sha256_of
-from tinyagent_fast.inference.engine import Completion, OnToken, Prompt, StopReason, check_limits
+from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt, StopReason
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.templates import prompt_messages
 
@@ -385,39 +385,32 @@ class LlamaCppEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts on the server's slots, those with the same beginning after one another.
 
-        `batch` is at most the number of slots, and `on_token` is called from each slot's thread.
+        A batch is at most the number of slots, and `on_token` is called from each slot's thread.
         """
-        check_limits(stop, max_new_tokens, batch)
 
         def answer(index: int) -> Completion:
-            prompt = prompts[index]
+            prompt, stop, most = prompts[index], limits.stop, limits.max_new_tokens
+            how: dict[str, Any] = {"max_new_tokens": most, "stop": stop, "grammar": prompt.grammar}
             if on_token is None:
                 messages = prompt_messages(prompt.system, prompt.user)
-                return self.server.chat(
-                    messages, max_new_tokens=max_new_tokens, stop=stop, grammar=prompt.grammar
-                )
+                return self.server.chat(messages, **how)
             # The chat endpoint streams text that it has trimmed, so ids are completed here.
             return self.server.complete_ids(
                 self._prompt_ids(prompt),
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                grammar=prompt.grammar,
                 on_text=lambda text: on_token(index, text),
+                **how,
             )
 
         # A slot evaluates only what differs from its last prompt: equal beginnings are neighbours.
         order = sorted(
             range(len(prompts)), key=lambda i: (prompts[i].system or "", prompts[i].user)
         )
-        pool = ThreadPoolExecutor(min(batch, self.server.settings.slots))
+        pool = ThreadPoolExecutor(min(limits.batch, self.server.settings.slots))
         last = time.perf_counter()
         try:
             indices = {pool.submit(answer, index): index for index in order}

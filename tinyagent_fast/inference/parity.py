@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tinyagent_fast.inference.engine import Engine, Prompt
+from tinyagent_fast.inference.engine import Engine, Limits, Prompt
 from tinyagent_fast.plans.grammar import canonical_plan
 
 _SIXTEEN_BITS = ("bfloat16", "float16")
@@ -52,10 +52,8 @@ class ParityReport:
 def compare_batches(
     engine: Engine,
     prompts: Sequence[Prompt],
+    limits: Limits,
     *,
-    batch: int,
-    max_new_tokens: int,
-    stop: str,
     sample: int = 8,
 ) -> ParityReport:
     """Generate a few prompts singly and together, and halve the batch until the plans agree.
@@ -63,7 +61,7 @@ def compare_batches(
     An engine that computes in 16 bits may differ in few plans; see `ParityReport.near_ties`. Of
     the prompts a sample is compared, spread over their lengths; 0 skips.
     """
-    dtype = engine.compute_dtype
+    dtype, batch = engine.compute_dtype, limits.batch
     if not sample or batch == 1 or not prompts:
         return ParityReport(
             prompts=0, asked_batch=batch, safe_batch=batch, tried=(), compute_dtype=dtype
@@ -77,9 +75,7 @@ def compare_batches(
         """Give each prompt's plans; prompts are repeated until they fill a batch."""
         rows = [chosen[i % count] for i in range(max(size, count))]
         found: list[set[str]] = [set() for _ in range(count)]
-        for index, completion in engine.generate(
-            rows, batch=size, max_new_tokens=max_new_tokens, stop=stop
-        ):
+        for index, completion in engine.generate(rows, replace(limits, batch=size)):
             found[index % count].add(canonical_plan(completion.text))
         return found
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError
-from tinyagent_fast.inference.engine import Completion, Engine, OnToken, Prompt
+from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
 from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_plan
@@ -248,8 +248,8 @@ class Planner:
         write = self.engine.generate
         if second_look:
             write = partial(generate_plans, self.engine, tools=self.tools)
-        limit = self.max_new_tokens
-        return write(prompts, stop=stop, max_new_tokens=limit, batch=self.batch, on_token=on_token)
+        limits = Limits(stop=stop, max_new_tokens=self.max_new_tokens, batch=self.batch)
+        return write(prompts, limits, on_token)
 
     def complete(self, prompts: Sequence[Prompt], stop: str) -> list[Completion]:
         """Complete prompts that were made elsewhere, such as a joiner's, and give them in order.

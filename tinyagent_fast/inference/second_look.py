@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 from tinyagent_fast.data.generation.catalogue import load_catalogue
-from tinyagent_fast.inference.engine import Completion, Engine, OnToken, Prompt
+from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
 from tinyagent_fast.plans.doubts import doubts
 from tinyagent_fast.plans.gbnf import MAX_CALLS, plan_grammar
 from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan
@@ -23,12 +23,10 @@ from tinyagent_fast.prompts.builder import listed_tools
 def generate_plans(
     engine: Engine,
     prompts: Sequence[Prompt],
+    limits: Limits,
+    on_token: OnToken | None = None,
     *,
     tools: Mapping[str, Tool] | None,
-    stop: str,
-    max_new_tokens: int,
-    batch: int = 1,
-    on_token: OnToken | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Complete prompts as `Engine.generate` does, and doubtful plans of those with a grammar twice.
 
@@ -37,9 +35,8 @@ def generate_plans(
     texts of a second plan; `tools` are all by name, and None stands for TinyAgent's own.
     """
     known = _own_tools() if tools is None else tools
-    ask = partial(engine.generate, stop=stop, max_new_tokens=max_new_tokens, batch=batch)
     again: list[tuple[int, Completion, Prompt, Plan]] = []
-    for index, completion in ask(prompts, on_token=on_token):
+    for index, completion in engine.generate(prompts, limits, on_token):
         prompt = prompts[index]
         listed = listed_tools(prompt, known) if prompt.grammar is not None else {}
         plan = _plan(completion) if listed else None
@@ -55,7 +52,8 @@ def generate_plans(
             on_token(again[at][0], "")
 
     if again:
-        for at, second in ask([prompt for _, _, prompt, _ in again], on_token=waiting):
+        prompts = [prompt for _, _, prompt, _ in again]
+        for at, second in engine.generate(prompts, limits, waiting):
             index, first, prompt, plan = again[at]
             other = _plan(second)
             better = other is not None and _is_better(other, plan, listed_tools(prompt, known))

@@ -20,10 +20,10 @@ import torch
 from tinyagent_fast.inference.constraint import Constraint, Constraints
 from tinyagent_fast.inference.engine import (
     Completion,
+    Limits,
     OnToken,
     Prompt,
     StopReason,
-    check_limits,
     check_room,
 )
 from tinyagent_fast.inference.grouping import common_tokens, group_prompts
@@ -134,10 +134,7 @@ class TorchEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts greedily, as `Engine.generate` says.
@@ -145,24 +142,19 @@ class TorchEngine:
         Keys and values of a single prompt are kept for the next one, and `on_token` gets an empty
         text after each chunk of it.
         """
-        check_limits(stop, max_new_tokens, batch)
         yield from self.complete_tokens(
             encode_prompts(self.loaded.tokenizer, prompts),
+            limits,
+            on_token,
             grammars=[prompt.grammar for prompt in prompts],
-            stop=stop,
-            max_new_tokens=max_new_tokens,
-            batch=batch,
-            on_token=on_token,
         )
 
     def complete_tokens(
         self,
         prompts: Sequence[list[int]],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
+        *,
         grammars: Sequence[str | None] = (),
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts that are token ids already; otherwise as `generate`.
@@ -175,8 +167,8 @@ class TorchEngine:
                 tokenizer=self.loaded.tokenizer,
                 index=index,
                 prompt=prompt,
-                stop=stop,
-                most_tokens=min(max_new_tokens, room - len(prompt)),
+                stop=limits.stop,
+                most_tokens=min(limits.max_new_tokens, room - len(prompt)),
                 on_token=on_token,
                 constraint=self._constraint(grammar),
             )
@@ -185,11 +177,11 @@ class TorchEngine:
             )
         ]
         if self._why_padded() is not None:
-            batches = self._padded(all_answers, batch)
+            batches = self._padded(all_answers, limits.batch)
         elif len(prompts) == 1:
             batches = self._single(all_answers[0])
         else:
-            batches = self._grouped(all_answers, batch)
+            batches = self._grouped(all_answers, limits.batch)
         started = time.perf_counter()
         for answers in batches:
             seconds = (time.perf_counter() - started) / len(answers)

@@ -15,10 +15,10 @@ from typing import Any
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.inference.engine import (
     Completion,
+    Limits,
     OnToken,
     Prompt,
     StopReason,
-    check_limits,
     check_room,
 )
 from tinyagent_fast.plans.gbnf import without_surrogates
@@ -88,18 +88,14 @@ class VllmEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        stop: str,
-        max_new_tokens: int,
-        batch: int = 1,
+        limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts greedily, as `Engine` says.
 
-        `batch` is not used, since vLLM decides how many prompts it decodes together; `on_token` is
-        called once a prompt, with its whole text.
+        vLLM decides itself how many prompts it decodes together; `on_token` is called once a
+        prompt, with its whole text.
         """
-        check_limits(stop, max_new_tokens, batch)
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
@@ -109,8 +105,8 @@ class VllmEngine:
                 held = StructuredOutputsParams(grammar=without_surrogates(prompt.grammar))
             return SamplingParams(
                 temperature=0.0,
-                max_tokens=max_new_tokens,
-                stop=[stop],
+                max_tokens=limits.max_new_tokens,
+                stop=[limits.stop],
                 stop_token_ids=sorted(self.tokenizer.end_ids),
                 skip_special_tokens=False,
                 structured_outputs=held,
@@ -126,7 +122,7 @@ class VllmEngine:
             answers = self._model.generate(requests, held, use_tqdm=False)
             seconds = (time.perf_counter() - started) / len(part)
             for at, (ids, answer) in enumerate(zip(part, answers, strict=True), start):
-                completion = _completion(answer, stop, len(ids), seconds)
+                completion = _completion(answer, limits.stop, len(ids), seconds)
                 if on_token is not None:
                     on_token(at, completion.text)
                 yield at, completion

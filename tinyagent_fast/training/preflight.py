@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyagent_fast.errors import TrainingError, is_out_of_memory
+from tinyagent_fast.inference.engine import Limits
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -72,14 +73,8 @@ def preflight(
         train_s = time.perf_counter() - started
         train_gib = _reserved_gib() if cuda else None
         longest = sorted(evaluation_prompts, key=len)[-evaluation_batch:]
-        list(
-            TorchEngine(loaded).complete_tokens(
-                longest,
-                batch=evaluation_batch,
-                max_new_tokens=_EVALUATION_TOKENS,
-                stop=END_OF_PLAN,
-            )
-        )
+        limits = Limits(stop=END_OF_PLAN, max_new_tokens=_EVALUATION_TOKENS, batch=evaluation_batch)
+        list(TorchEngine(loaded).complete_tokens(longest, limits))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
