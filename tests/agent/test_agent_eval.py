@@ -18,9 +18,9 @@ from stand_ins import ScriptedWriter, planner_with
 
 from tinyagent_fast.agent.evaluate import (
     AgentEvalOptions,
-    AgentMetrics,
     Task,
     TaskResult,
+    agent_figures,
     evaluate_agent,
     run_tasks,
     tasks_of,
@@ -145,9 +145,7 @@ def test_mended_plans_get_the_task_done_and_spoilt_ones_alone_do_not() -> None:
     assert not any(result.reached[0] for result in faulty)
     assert all(result.done for result in faulty)
     assert all(len(result.reached) == 2 for result in faulty)
-    metrics = AgentMetrics(
-        plain=clean, faulty=faulty, joiner="rule", max_replans=2, time_scale=0.0
-    ).to_json()
+    metrics = agent_figures(clean, faulty, RuleJoiner(), None, AgentEvalOptions(time_scale=0.0))
     assert metrics["plan_success"]["share"] == metrics["task_success"]["share"] == 1.0
     faults = metrics["with_faults"]
     assert (faults["without_replan"]["share"], faults["with_replan"]["share"]) == (0.0, 1.0)
@@ -406,10 +404,10 @@ def test_agent_eval_writes_figures_report_and_traces(
 
     monkeypatch.setattr(planners, "load", lambda *_, **__: planner_with(Labels([])))
     said = Console(quiet=True)
-    metrics = evaluate_agent(AgentEvalOptions(run="r", time_scale=0.0), Display(said))
-    assert metrics.joiner == "model"
+    figures = evaluate_agent(AgentEvalOptions(run="r", time_scale=0.0), Display(said))
+    assert figures["joiner"] == "model"
     written = json.loads((run.path / "agent" / "metrics.json").read_text())
-    assert written == metrics.to_json()
+    assert written == figures
     assert written["task_success"] == {
         "share": 1.0,
         "interval": written["task_success"]["interval"],

@@ -20,7 +20,7 @@ from tinyagent_fast.evaluation.running import (
     evaluate_examples,
 )
 from tinyagent_fast.evaluation.scoring import score_all, summarise
-from tinyagent_fast.inference.engine import Completion
+from tinyagent_fast.inference.engine import Completion, Limits
 from tinyagent_fast.inference.torch_engine import TorchEngine
 from tinyagent_fast.models.loading import LoadedModel
 
@@ -55,10 +55,10 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     calls: list[list[int]] = []
     original = TorchEngine.generate
 
-    def recording(self: TorchEngine, prompts: Any, *, batch: int = 1, **how: Any) -> Any:
-        call = [batch, 0]
+    def recording(self: TorchEngine, prompts: Any, limits: Limits, *how: Any) -> Any:
+        call = [limits.batch, 0]
         calls.append(call)
-        for pair in original(self, prompts, batch=batch, **how):
+        for pair in original(self, prompts, limits, *how):
             call[1] += 1
             yield pair
 
@@ -262,9 +262,9 @@ def test_a_batch_that_gives_other_plans_is_said_and_not_used(
     generated.clear()
     original = TorchEngine.generate
 
-    def spoiled(self: TorchEngine, prompts: Any, *, batch: int, **how: Any) -> Any:
-        for index, completion in original(self, prompts, batch=batch, **how):
-            yield index, completion if batch == 1 else replace(completion, text="other")
+    def spoiled(self: TorchEngine, prompts: Any, limits: Limits, *how: Any) -> Any:
+        for index, completion in original(self, prompts, limits, *how):
+            yield index, completion if limits.batch == 1 else replace(completion, text="other")
 
     monkeypatch.setattr(TorchEngine, "generate", spoiled)
     lines: list[str] = []

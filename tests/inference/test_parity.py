@@ -23,12 +23,6 @@ class Writer:
         self.compute_dtype = compute_dtype
         self.asked: list[tuple[int, Sequence[Prompt]]] = []
 
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-    def notes(self, prompts: Sequence[Prompt]) -> list[str]:
-        return []
-
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -45,9 +39,6 @@ class Writer:
                     text=self.text(prompt, batch), stop_reason="stop", new_tokens=3, prompt_tokens=9
                 ),
             )
-
-    def close(self) -> None:
-        pass
 
 
 def make_prompts(count: int) -> list[Prompt]:

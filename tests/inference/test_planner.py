@@ -204,7 +204,7 @@ def test_a_gguf_answers_too(tiny_gguf: dict[str, Path]) -> None:
 
 def test_a_planned_request_has_steps_a_graph_and_every_problem() -> None:
     planned = planner_with(ScriptedWriter(PLAN)).plan("go")
-    assert planned.prompt == Prompt(system="tools", user="Q: go")
+    assert planned.built.prompt == Prompt(system="tools", user="Q: go")
     assert planned.plan is not None
     assert [step.tool for step in planned.plan.steps] == ["open_note", "open_note", "join"]
     assert planned.problems == ()

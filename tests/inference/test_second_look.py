@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from rich.console import Console
+from stand_ins import ScriptedWriter
 
 from tinyagent_fast.chat.terminal import show_stream
 from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt
@@ -27,23 +27,13 @@ FREE = Prompt(system=f"Tools:\n{LISTED}", user="text Ada")
 HELD = held_to_tools(FREE)
 
 
-class Twice:
+class Twice(ScriptedWriter):
     """Writes one text for each prompt, and the next one for what it is asked again."""
 
-    compute_dtype = "float32"
-
     def __init__(self, *answers: str) -> None:
-        self.answers = list(answers)
-        self.asked: list[list[Prompt]] = []
-
-    def identity(self) -> Mapping[str, Any]:
-        return {}
-
-    def notes(self, prompts: Sequence[Prompt]) -> list[str]:
-        return []
-
-    def close(self) -> None:
-        pass
+        super().__init__([])
+        self.texts = list(answers)
+        self.rounds: list[list[Prompt]] = []
 
     def generate(
         self,
@@ -51,9 +41,9 @@ class Twice:
         limits: Limits,
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        self.asked.append(list(prompts))
+        self.rounds.append(list(prompts))
         for index in range(len(prompts)):
-            text = self.answers.pop(0)
+            text = self.texts.pop(0)
             if on_token is not None:
                 for line in text.splitlines(keepends=True):
                     on_token(index, line)
@@ -83,7 +73,7 @@ def test_only_doubtful_plans_are_asked_for_again_with_what_may_come_instead() ->
     assert [done[index].text for index in range(3)] == [SURE, MENDED, SURE]
     assert [done[index].new_tokens for index in range(3)] == [10, 20, 10]
     assert [done[index].seconds for index in range(3)] == [1.0, 2.0, 1.0]
-    first, (second,) = engine.asked
+    first, (second,) = engine.rounds
     assert first == [HELD, HELD, HELD]
     assert replace(second, grammar=HELD.grammar) == HELD
     assert second.grammar is not None
@@ -122,7 +112,7 @@ def test_free_texts_plans_that_were_broken_off_and_what_is_no_plan_are_left_alon
     for prompt, text in ((FREE, FORGOTTEN), (HELD, FORGOTTEN[:40]), (HELD, "no plan")):
         engine = Twice(text)
         assert written(engine, [prompt])[0].text == text
-        assert len(engine.asked) == 1
+        assert len(engine.rounds) == 1
     plain = {"note": Tool("note", ()), "send": Tool("send", (Parameter("to", "list[str]"),))}
     prompt = Prompt(system="note, send", user="go", grammar=plan_grammar(plain))
     text = '1. note()\n2. send(["$1"])\n3. join()'

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,55 +151,54 @@ class TaskResult:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class AgentMetrics:
-    """Figures of an evaluation."""
+def agent_figures(
+    plain: Sequence[TaskResult],
+    faulty: Sequence[TaskResult],
+    joiner: Joiner,
+    joins: JoinMetrics | None,
+    options: AgentEvalOptions,
+) -> dict[str, Any]:
+    """Count what became of the queries without and with faults, as metrics.json has it.
 
-    plain: Sequence[TaskResult]
-    faulty: Sequence[TaskResult]
-    joiner: str
-    """`model` or `rule`."""
-    joins: JoinMetrics | None = None
-    """The model's verdicts on the test file's own join points, where it judges."""
-    grammar: GrammarUse = "off"
-    max_replans: int
-    time_scale: float
+    `joins` are the model's verdicts on the test file's own join points, where it judges.
+    """
 
-    def to_json(self) -> dict[str, Any]:
-        """Give plain values for metrics.json."""
-        every = range(self.max_replans + 1)
-        within = {str(k): _share(r.done_within(k) for r in self.plain) for k in every}
-        faulty_within = {str(k): _share(r.done_within(k) for r in self.faulty) for k in every}
-        kinds = Counter(r.fault.kind for r in self.faulty if r.fault)
-        only_with = sum(r.done and not r.reached[0] for r in self.faulty)
-        only_without = sum(r.reached[0] and not r.done for r in self.faulty)
-        return {
-            "n": len(self.plain),
-            "joiner": self.joiner,
-            "grammar": self.grammar,
-            "joins": self.joins.to_json() if self.joins else None,
-            "plan_success": _share(r.plan_right for r in self.plain),
-            "task_success": _share(r.done for r in self.plain),
-            "task_success_but_wording": _share(r.reached_but_wording for r in self.plain),
-            "task_success_by_replans": within,
-            "labels_that_fail_themselves": sum(not r.task.label_runs for r in self.plain),
-            "with_faults": {
-                "without_replan": _share(r.reached[0] for r in self.faulty),
-                "with_replan": _share(r.done for r in self.faulty),
-                "mcnemar_p": mcnemar_exact_p(only_with, only_without),
-                "by_replans": faulty_within,
-                "by_kind": {
-                    kind: {
-                        "without_replan": _share(r.reached[0] for r in chosen),
-                        "with_replan": _share(r.done for r in chosen),
-                    }
-                    for kind in sorted(kinds)
-                    if (chosen := [r for r in self.faulty if r.fault and r.fault.kind == kind])
-                },
-            },
-            "cost": _mean_cost(self.plain, self.time_scale),
-            "cost_with_faults": _mean_cost(self.faulty, self.time_scale),
-        }
+    def within(results: Sequence[TaskResult]) -> dict[str, Any]:
+        every = range(options.max_replans + 1)
+        return {str(k): _share(r.done_within(k) for r in results) for k in every}
+
+    of_kind: defaultdict[str, list[TaskResult]] = defaultdict(list)
+    for result in faulty:
+        if result.fault is not None:
+            of_kind[result.fault.kind].append(result)
+    only_with = sum(r.done and not r.reached[0] for r in faulty)
+    only_without = sum(r.reached[0] and not r.done for r in faulty)
+    return {
+        "n": len(plain),
+        "joiner": joiner.name,
+        "grammar": options.grammar,
+        "joins": joins.to_json() if joins else None,
+        "plan_success": _share(r.plan_right for r in plain),
+        "task_success": _share(r.done for r in plain),
+        "task_success_but_wording": _share(r.reached_but_wording for r in plain),
+        "task_success_by_replans": within(plain),
+        "labels_that_fail_themselves": sum(not r.task.label_runs for r in plain),
+        "with_faults": {
+            **_without_and_with_replan(faulty),
+            "mcnemar_p": mcnemar_exact_p(only_with, only_without),
+            "by_replans": within(faulty),
+            "by_kind": {k: _without_and_with_replan(of_kind[k]) for k in sorted(of_kind)},
+        },
+        "cost": _mean_cost(plain, options.time_scale),
+        "cost_with_faults": _mean_cost(faulty, options.time_scale),
+    }
+
+
+def _without_and_with_replan(results: Sequence[TaskResult]) -> dict[str, Any]:
+    return {
+        "without_replan": _share(r.reached[0] for r in results),
+        "with_replan": _share(r.done for r in results),
+    }
 
 
 def agent_tables(figures: Mapping[str, Any]) -> Iterator[FactTable]:
@@ -389,8 +388,11 @@ async def tasks_of(
     return tasks, left_out
 
 
-def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
+def evaluate_agent(options: AgentEvalOptions, display: Display) -> dict[str, Any]:
     """Measure task success of a run, with and without faults, and write figures and traces.
+
+    Returns:
+        The figures, as metrics.json has them.
 
     Raises:
         ConfigError: There is no such run or model, or an option is out of range.
@@ -401,12 +403,14 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> AgentMetrics:
     folder = options.out or run.path / ("agent" if options.grammar == "off" else "agent-grammar")
     fix = "or name another folder with --out"
     with holding(folder, "agent-eval", fix), display.working("agent-eval"):
-        metrics = _evaluate(run, options, display)
-        _write(metrics, folder, run, display)
-    return metrics
+        results, figures = _evaluate(run, options, display)
+        _write(results, figures, folder, run, display)
+    return figures
 
 
-def _evaluate(run: Run, options: AgentEvalOptions, display: Display) -> AgentMetrics:
+def _evaluate(
+    run: Run, options: AgentEvalOptions, display: Display
+) -> tuple[list[TaskResult], dict[str, Any]]:
     """Carry out the plans of a run's test queries."""
     from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.evaluation.evaluate import (
@@ -484,7 +488,7 @@ async def _measure(
     tools: Mapping[str, Tool] | None,
     options: AgentEvalOptions,
     display: Display,
-) -> AgentMetrics:
+) -> tuple[list[TaskResult], dict[str, Any]]:
     """Answer all queries without and with faults; without a joiner's text the rule judges."""
     with display.bar("tasks", "prompts") as update:
         model = BatchedModel(planner, update)
@@ -507,28 +511,24 @@ async def _measure(
             return join.output, (await model.complete(prompt, END_OF_RESPONSE)).text
 
         said = await asyncio.gather(*map(judged, joins))
-    return AgentMetrics(
-        plain=plain,
-        faulty=faulty,
-        joiner=joiner.name,
-        joins=score_joins(said) if said else None,
-        grammar=options.grammar,
-        max_replans=options.max_replans,
-        time_scale=options.time_scale,
-    )
+    joins_scored = score_joins(said) if said else None
+    return [*plain, *faulty], agent_figures(plain, faulty, joiner, joins_scored, options)
 
 
-def _write(metrics: AgentMetrics, folder: Path, run: Run, display: Display) -> None:
-    lines = [
-        json.dumps(result.to_json(), ensure_ascii=False)
-        for result in (*metrics.plain, *metrics.faulty)
-    ]
+def _write(
+    results: Sequence[TaskResult],
+    figures: Mapping[str, Any],
+    folder: Path,
+    run: Run,
+    display: Display,
+) -> None:
+    lines = [json.dumps(result.to_json(), ensure_ascii=False) for result in results]
     write_text(folder / "outcomes.jsonl", "\n".join(lines) + "\n")
-    write_json(folder / "metrics.json", metrics.to_json())
-    tables = [table.to_markdown() for table in agent_tables(metrics.to_json())]
+    write_json(folder / "metrics.json", figures)
+    tables = [table.to_markdown() for table in agent_tables(figures)]
     report = "\n".join([f"# Tasks of {plain(run.path.name)}\n", *tables])
     write_text(folder / "report.md", report)
     display.say(report)
-    task = _of(metrics.to_json()["task_success"])
+    task = _of(figures["task_success"])
     display.say(f"task success {percent(task)}, n = {task.total}")
     display.say(f"written: {folder}/metrics.json, report.md, outcomes.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,15 +206,15 @@ def join_points(run: Run | None, test: Path | None) -> Sequence[Example]:
     return load_examples(path, on_bad_entry="skip", points="join")
 
 
+@dataclass(eq=False)
 class PlanUnderWay:
     """The plan that an agent is at, as a graph that fills in; it takes the agent's events."""
 
-    def __init__(self, tools: Mapping[str, Tool] | None) -> None:
-        """Take the tools that plans may call; None stands for TinyAgent's own."""
-        self.text = ""
-        self._tools = tools
-        self._ended = False
-        self._outcomes: dict[int, tuple[str, str]] = {}
+    tools: Mapping[str, Tool]
+    """Those that plans may call."""
+    text: str = ""
+    _ended: bool = False
+    _outcomes: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def on_event(self, kind: str, content: Mapping[str, Any]) -> bool:
         """Take an event of the agent, and say whether the drawing has changed."""
@@ -234,5 +234,5 @@ class PlanUnderWay:
     @property
     def drawing(self) -> PlanDrawing:
         """The plan as far as it is written, with what became of its calls."""
-        drawing = draw_plan(self.text, self._tools, finished=self._ended)
+        drawing = draw_plan(self.text, self.tools, finished=self._ended)
         return drawing.with_outcomes(self._outcomes)

@@ -16,6 +16,7 @@ import socket
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from importlib.resources import files
@@ -150,17 +151,17 @@ class _Impatient(H11Protocol):
             self._reading.cancel()
 
 
+@dataclass(frozen=True)
 class _OwnNamesOnly:
     """Answers requests that name this server, and refuses all others before anything is read."""
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
-        self._app = app
-        self._host = host
+    app: ASGIApp
+    host: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = Headers(scope=scope).get("Host")
-        if allows_host(name, self._host):
-            await self._app(scope, receive, send)
+        if allows_host(name, self.host):
+            await self.app(scope, receive, send)
             return
         reason = f"this server does not answer to the name {name!r}"
         await _refusal(HTTPStatus.MISDIRECTED_REQUEST, reason)(scope, receive, send)
@@ -299,7 +300,7 @@ class PlannerServer:
         answer, place = begin(text, system), asyncio.Event()
         self._queue.append(place)
         try:
-            await _Events(partial(answer, place))(scope, receive, send)
+            await _send_events(answer(place, send), receive, send)
         finally:
             self._queue.remove(place)
             for other in self._queue:
@@ -316,7 +317,8 @@ class PlannerServer:
     ) -> None:
         """Tell what an agent does until it has ended; it ends too when the reader leaves."""
         events: asyncio.Queue[tuple[str, Mapping[str, Any]] | None] = asyncio.Queue()
-        story = _Story(agent, self._ask and agent.real, self._questions, events.put_nowait)
+        plan, ask = PlanUnderWay(agent.plain_tools), self._ask and agent.real
+        story = _Story(plan, ask, self._questions, events.put_nowait)
         # A task of its own, as what it tidies up when it is cancelled takes moments of its own.
         work = asyncio.create_task(
             agent.answer(text, system, allow=story.allow, on_event=story.on_event)
@@ -378,42 +380,36 @@ class PlannerServer:
         say("done", {**stream.result.to_json(), "sentence": stream.result.cost()})
 
 
+@dataclass(frozen=True)
 class _Story:
     """Turns what an agent tells into events for the page, and asks the page for permission."""
 
-    def __init__(
-        self,
-        agent: OpenAgent,
-        ask: bool,
-        questions: dict[str, asyncio.Future[bool]],
-        say: Callable[[tuple[str, Mapping[str, Any]]], None],
-    ) -> None:
-        self._plan = PlanUnderWay(agent.plain_tools)
-        self._ask = ask
-        self._questions = questions
-        self._say = say
+    plan: PlanUnderWay
+    ask: bool
+    questions: dict[str, asyncio.Future[bool]]
+    say: Callable[[tuple[str, Mapping[str, Any]]], None]
 
     def on_event(self, kind: str, content: Mapping[str, Any]) -> None:
-        changed = self._plan.on_event(kind, content)
+        changed = self.plan.on_event(kind, content)
         if kind == "plan":
-            self._say(("plan", {"number": content["number"]}))
+            self.say(("plan", {"number": content["number"]}))
         elif kind == "text":
-            self._say(("piece", {"text": content["piece"]}))
+            self.say(("piece", {"text": content["piece"]}))
         elif kind in ("observation", "problem", "join"):
-            self._say((kind, content))
+            self.say((kind, content))
         if changed and kind != "plan":
-            self._say(("drawing", _shown(self._plan.drawing)))
+            self.say(("drawing", _shown(self.plan.drawing)))
 
     async def allow(self, tool: RunnableTool, arguments: Sequence[object]) -> bool:
-        if not self._ask:
+        if not self.ask:
             return True
         name = secrets.token_urlsafe(16)
-        self._questions[name] = asyncio.get_running_loop().create_future()
-        self._say(("ask", {"question": name, "call": render_call(tool.name, arguments)}))
+        self.questions[name] = asyncio.get_running_loop().create_future()
+        self.say(("ask", {"question": name, "call": render_call(tool.name, arguments)}))
         try:
-            return await self._questions[name]
+            return await self.questions[name]
         finally:
-            self._questions.pop(name, None)
+            self.questions.pop(name, None)
 
 
 def _ending(work: asyncio.Task[Outcome]) -> tuple[str, Mapping[str, Any]]:
@@ -432,30 +428,25 @@ def _ending(work: asyncio.Task[Outcome]) -> tuple[str, Mapping[str, Any]]:
     return "failed", {"message": "this is a bug; the terminal has the details"}
 
 
-class _Events:
-    """A plan as server-sent events, broken off when the reader leaves.
+async def _send_events(answer: Awaitable[None], receive: Receive, send: Send) -> None:
+    """Send an answer as server-sent events, broken off when the reader leaves.
 
     Starlette's StreamingResponse would take each piece in another thread, and leave a plan open
     whose reader has gone.
     """
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": headers})
+    async with anyio.create_task_group() as tasks:
 
-    def __init__(self, answer: Callable[[Send], Awaitable[None]]) -> None:
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": headers})
-        async with anyio.create_task_group() as tasks:
-
-            async def until_reader_leaves() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(until_reader_leaves)
-            await self._answer(send)
-            await send({"type": "http.response.body", "body": b""})
+        async def until_reader_leaves() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
             tasks.cancel_scope.cancel()
+
+        tasks.start_soon(until_reader_leaves)
+        await answer
+        await send({"type": "http.response.body", "body": b""})
+        tasks.cancel_scope.cancel()
 
 
 def _shown(drawing: PlanDrawing) -> dict[str, Any]:

@@ -50,11 +50,6 @@ class PlannedRequest:
     """Tools that plans may call; None stands for TinyAgent's own."""
 
     @property
-    def prompt(self) -> Prompt:
-        """What the model was asked."""
-        return self.built.prompt
-
-    @property
     def text(self) -> str:
         """The plan as the model wrote it."""
         return self.completion.text
