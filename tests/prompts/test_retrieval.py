@@ -15,13 +15,12 @@ from tinyagent_fast.cli import main
 from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
 from tinyagent_fast.data.reading import read_entries
-from tinyagent_fast.data.schema import Example
+from tinyagent_fast.data.schema import Example, called_tools
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.prompts.builder import prompt_builder
 from tinyagent_fast.prompts.retrieval import (
     RETRIEVER,
     ToolRetriever,
-    called_tools,
     load_retriever,
     train_retriever,
 )

@@ -167,10 +167,7 @@ def load_examples(
 ) -> ExampleTable:
     """Return the examples of a data file, from the cache if it has them, else after reading it.
 
-    Args:
-        path: The JSON data file.
-        on_bad_entry: See `reading.read_entries`; what is skipped is logged on cached starts too.
-        points: Which points become examples; "all" includes replan points.
+    What is skipped is logged on cached starts too; points "all" include replan points.
 
     Raises:
         DataError: The file cannot be used, has no such point, changed while it was read, or the

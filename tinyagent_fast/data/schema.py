@@ -260,6 +260,11 @@ def plan_steps(raw_output: str) -> list[Step]:
     return list(steps.values())
 
 
+def called_tools(plan: str) -> tuple[str, ...]:
+    """List the tools that a plan calls, each once, join left out."""
+    return tuple(dict.fromkeys(step.tool for step in plan_steps(plan) if step.tool != JOIN))
+
+
 def plan_disagreement(raw_output: str, parsed_output: list[object]) -> str | None:
     """Say where a plan and its list of {"tool_name", "tool_args"} differ first; None if nowhere."""
     steps = plan_steps(raw_output)

@@ -1,4 +1,4 @@
-"""A request becomes the prompt that a planner is asked, and a prompt is read back into its parts.
+"""A request becomes the prompt that a planner is asked, with the tools that a plan may call.
 
 Published data carries tools and examples in its system texts, so a planner is only tried fairly
 with such a text: one that the run's tool retriever writes for the request, one of the run's test
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,19 +55,8 @@ class BuiltPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptParts:
-    """What a prompt says."""
-
-    system: str | None
-    request: str
-    """The user text without what stands around every request of the run's data."""
-    tools: tuple[str, ...]
-    """Names of the tools that the system text has, in the order of the catalogue."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PromptBuilder:
-    """Makes prompts of requests, and reads them."""
+    """Makes prompts of requests."""
 
     system: ChosenText
     """For every request; with `retrieve` only its source counts, which says how that chooses."""
@@ -103,19 +92,6 @@ class PromptBuilder:
         if self.grammar:
             prompt = held_to_tools(prompt, self.tools)
         return BuiltPrompt(prompt, chosen.source)
-
-    def read(self, prompt: Prompt) -> PromptParts:
-        """Take a prompt apart: one that was built here, or that of an example of the run's data.
-
-        A user text of another form is the request as it is.
-        """
-        before, after = self.question
-        request = prompt.user
-        if request.startswith(before) and request.endswith(after):
-            request = request.removeprefix(before).removesuffix(after)
-        return PromptParts(
-            system=prompt.system, request=request, tools=_tools_named(prompt.system, self.tools)
-        )
 
     def describe_tools(self) -> str | None:
         """Say which tools the system text of every request names, as plans should call no others.
@@ -233,25 +209,12 @@ class NearestQuery:
         return sum(self._weights.get(word, 0.0) for word in words)
 
 
-class RetrievedTools:
-    """Writes a system text with the tools that a retriever finds for a request, dated now."""
-
-    def __init__(self, retriever: ToolRetriever) -> None:
-        """Take a retriever.
-
-        Args:
-            retriever: One with a system text.
-        """
-        self.retriever = retriever
-
-    def __call__(self, request: str) -> ChosenText:
-        """Retrieve tools and write the text."""
-        tools = self.retriever.retrieve(request)
-        now = f"{datetime.now():%A %Y-%m-%d %H:%M}"
-        text = self.retriever.system_text(request, tools).dated(now)
-        return ChosenText(
-            render(text), f"{count_of(len(tools), 'tool')} retrieved for it: {', '.join(tools)}"
-        )
+def _with_retrieved_tools(retriever: ToolRetriever, request: str) -> ChosenText:
+    """Write a system text with the tools that a retriever finds for a request, dated now."""
+    tools = retriever.retrieve(request)
+    text = retriever.system_text(request, tools).dated(f"{datetime.now():%A %Y-%m-%d %H:%M}")
+    source = f"{count_of(len(tools), 'tool')} retrieved for it: {', '.join(tools)}"
+    return ChosenText(render(text), source)
 
 
 def _words(text: str) -> set[str]:
@@ -276,9 +239,6 @@ def prompt_builder(
         retriever: That of the run or model.
         grammar: Whether prompts hold plans to the tools that they list.
 
-    Returns:
-        The builder.
-
     Raises:
         ConfigError: The file cannot be read, or `nearest` has no test file to search.
     """
@@ -289,7 +249,7 @@ def prompt_builder(
         text = ChosenText(_read(Path(system)), f"file {system}")
     elif system == "auto" and retriever is not None and retriever.system is not None:
         text = ChosenText(None, "written for each request, with the tools retrieved for it")
-        retrieve = RetrievedTools(retriever)
+        retrieve = partial(_with_retrieved_tools, retriever)
     elif examples and system == "first":
         text = ChosenText(examples[0].system, f"that of the first test query of {file}")
     elif examples:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from zipfile import BadZipFile
 
 from tinyagent_fast.data.cache import cache_folder, file_sha256
-from tinyagent_fast.data.schema import Example, plan_steps
+from tinyagent_fast.data.schema import Example, called_tools
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.models.encoder import Encoder, EncoderTraining, encoder_folder, train_encoder
@@ -143,14 +143,7 @@ class ToolRetriever:
     """On training queries, each judged by classifiers that were trained on others."""
 
     def retrieve(self, query: str) -> tuple[str, ...]:
-        """Choose tools.
-
-        Args:
-            query: What the user typed.
-
-        Returns:
-            Names in the order of `tools`; at least one.
-        """
+        """Choose at least one tool for a query; they are in the order of `tools`."""
         return self.retrieve_all([query])[0]
 
     def retrieve_all(self, queries: Sequence[str]) -> list[tuple[str, ...]]:
@@ -166,9 +159,6 @@ class ToolRetriever:
             query: The request; the examples are the ones most like it, itself left out.
             tools: The tools to list; those that no training prompt lists are left out.
             own: A text of the same build whose date and other lines without tools are taken.
-
-        Returns:
-            The text.
         """
         assert self.system is not None, "the caller has looked"
         text = self.system if own is None else self.system.with_own_lines(own)
@@ -178,15 +168,7 @@ class ToolRetriever:
         return text.restricted(listed)
 
     def rewritten(self, example: Example, tools: Iterable[str]) -> Example:
-        """Let an example's prompt list other tools.
-
-        Args:
-            example: Any but a plan, and one without a tool list, stays as it is.
-            tools: What is listed instead.
-
-        Returns:
-            The example.
-        """
+        """Let an example's prompt list other tools; only plans with a tool list are changed."""
         own = parse(example.system or "", self.tools)
         if self.system is None or not own.tools or example.kind != "plan":
             return example
@@ -208,11 +190,7 @@ class ToolRetriever:
         return "TF-IDF and linear classifiers"
 
     def save(self, folder: Path) -> list[Path]:
-        """Write its files into a folder: two, and the folder of an encoder.
-
-        Returns:
-            Their paths.
-        """
+        """Write its files into a folder, two and the folder of an encoder; give their paths."""
         import numpy as np
 
         path, weights = folder / RETRIEVER, folder / _WEIGHTS
@@ -237,7 +215,7 @@ class ToolRetriever:
             "tools": self.tools,
             "threshold": self.threshold,
             "figures": asdict(self.figures),
-            "system": self.system.to_json() if self.system else None,
+            "system": asdict(self.system) if self.system else None,
             "examples": self.examples,
             "solved": self.solved,
             "terms": self.tfidf.terms,
@@ -267,13 +245,7 @@ class ToolRetriever:
 
 
 def load_retriever(folder: Path) -> ToolRetriever | None:
-    """Read the retriever of a folder.
-
-    Args:
-        folder: A run's folder, or one beside an exported model.
-
-    Returns:
-        The retriever; None if the folder has none.
+    """Read the retriever of a run's folder, or beside an exported model; None if there is none.
 
     Raises:
         DataError: Its files are damaged.
@@ -378,11 +350,6 @@ def train_retriever(
         figures=_figures(retrieved, called),
     )
     return retriever, retrieved
-
-
-def called_tools(plan: str) -> tuple[str, ...]:
-    """List the tools that a plan calls, join left out."""
-    return tuple(dict.fromkeys(s.tool for s in plan_steps(plan) if s.tool != JOIN))
 
 
 def _plan_alone(output: str) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tinyagent_fast.data.schema import plan_steps
+from tinyagent_fast.data.schema import called_tools
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 
 _SIGNATURE = re.compile(r"^(\d+)\. (\w+)\((?:\w+: .*)?\)(?: -> .*|:)$", re.M)
@@ -73,11 +73,7 @@ class SystemText:
     def restricted(self, tools: Iterable[str]) -> SystemText:
         """Keep some tools, the guidelines that any of them calls for, and examples with no others.
 
-        Args:
-            tools: Names, in any order.
-
-        Returns:
-            The text with the tools in its own order.
+        The tools keep their order.
 
         Raises:
             ValueError: A tool is not in the list.
@@ -93,20 +89,17 @@ class SystemText:
         )
 
     def with_examples(self, solved: Sequence[tuple[str, str]]) -> SystemText:
-        """Replace the examples, in the form that those of the text have.
+        """Replace the examples, in the form that those of the text have; without any it stays.
 
         Args:
             solved: Queries with their plans, which end in `join()`.
-
-        Returns:
-            The text; as it was if it has no example to show the form.
         """
         endings = Counter(e.text.rpartition(f"{JOIN}()")[2] for e in self.examples)
         if not endings:
             return self
         (ending, _), *_ = endings.most_common(1)
         made = [
-            SolvedExample(f"{_QUESTION}{query}\n{plan}{ending}", _called(plan))
+            SolvedExample(f"{_QUESTION}{query}\n{plan}{ending}", called_tools(plan))
             for query, plan in solved
         ]
         return replace(self, examples=tuple(made))
@@ -114,11 +107,7 @@ class SystemText:
     def with_own_lines(self, own: SystemText) -> SystemText:
         """Take the lines that belong to no tool, such as the date, from another text of the build.
 
-        Args:
-            own: The other text.
-
-        Returns:
-            The text; where the two do not have equally many such lines only the time is taken.
+        Where the two do not have equally many such lines only the time is taken.
         """
         bound = {line.text for line in self.guidelines if line.tools}
         free = [g for g in own.guidelines if not g.tools and g.text not in bound]
@@ -136,13 +125,9 @@ class SystemText:
         preamble = (_MOMENT.sub(moment, text) for text in self.preamble)
         return replace(self, preamble=tuple(preamble), guidelines=tuple(lines))
 
-    def to_json(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SystemText:
-        """Make it of what `to_json` gave."""
+        """Make it of what `dataclasses.asdict` gave."""
         return cls(
             preamble=tuple(values["preamble"]),
             blocks=tuple(ToolBlock(**block) for block in values["blocks"]),
@@ -169,13 +154,8 @@ def render(parts: SystemText) -> str:
 def parse(text: str, known: Iterable[str] = TINYAGENT) -> SystemText:
     """Take a system text apart; `render` gives it back byte for byte.
 
-    Args:
-        text: Any text.
-        known: Tools beside the listed ones that guidelines may name, and that a list without
-            signatures may hold.
-
-    Returns:
-        Its parts; a text of another build is all preamble.
+    A text of another build is all preamble. `known` are tools beside the listed ones that
+    guidelines may name, and that a list without signatures may hold.
     """
     known = set(known)
     parts = _with_signatures(text, known) or _names_only(text, known)
@@ -237,7 +217,7 @@ def _after_the_list(
         for line in re.findall(r"[^\n]*\n|[^\n]+$", text[:start])
     ]
     solved = [
-        SolvedExample(f"{part}{_EXAMPLE_END}", _called(part))
+        SolvedExample(f"{part}{_EXAMPLE_END}", called_tools(part))
         for part in text[start:end].split(_EXAMPLE_END)[:-1]
     ]
     return tuple(lines), tuple(solved), text[end:]
@@ -246,10 +226,6 @@ def _after_the_list(
 def _named(line: str) -> list[str]:
     """List the words that look like names of functions; `search` may be an ordinary word."""
     return list(dict.fromkeys(word for word in _WORD.findall(line) if "_" in word))
-
-
-def _called(plan: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(s.tool for s in plan_steps(plan) if s.tool != JOIN))
 
 
 def united(texts: Sequence[SystemText], order: Iterable[str] = TINYAGENT) -> SystemText:

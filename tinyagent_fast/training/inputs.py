@@ -17,7 +17,7 @@ from tinyagent_fast.data.cache import ExampleTable, Points, cache_folder, load_e
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, plan_tools
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
 from tinyagent_fast.data.generation.prompts import short_planner_prompt
-from tinyagent_fast.data.schema import Example
+from tinyagent_fast.data.schema import Example, called_tools
 from tinyagent_fast.data.splits import (
     LeakReport,
     leak_report,
@@ -32,7 +32,6 @@ from tinyagent_fast.plans.tools import TINYAGENT
 from tinyagent_fast.prompts.retrieval import (
     RewrittenExamples,
     ToolRetriever,
-    called_tools,
     load_retriever,
     train_retriever,
 )

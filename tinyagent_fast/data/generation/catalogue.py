@@ -127,7 +127,8 @@ class Catalogue:
 
 def _slots_of(mention: str) -> set[str]:
     try:
-        return {slot.name for slot in phrases.slots(parse_phrase(mention))}
+        blanks = phrases.blanks(parse_phrase(mention))
+        return {blank.name for blank in blanks if isinstance(blank, phrases.Slot)}
     except ValueError:
         return set()  # which the checks report
 
@@ -168,7 +169,7 @@ def plan_tools(path: Path | None) -> Mapping[str, Tool] | None:
     """
     if path is None:
         return None
-    return {tool.name: tool for tool in load_catalogue(path).tools}
+    return load_catalogue(path).by_name
 
 
 # --- from YAML to the dataclasses: every key has a right type
@@ -440,12 +441,13 @@ def _phrase_problems(catalogue: Catalogue, tool: CatalogueTool, text: str) -> li
     if phrases.says_nothing(phrase):
         problems.append("has nothing outside its optional parts")
     kinds = {*catalogue.words, *BUILT_IN_VALUES}
+    blanks = list(phrases.blanks(phrase))
     problems += [
         f"says <{kind}>, which is no kind of value{_hint(kind, kinds)}"
-        for kind in sorted(set(phrases.said_kinds(phrase)) - kinds)
+        for kind in sorted({b.name for b in blanks if isinstance(b, phrases.Kind)} - kinds)
     ]
     names = [p.name for p in tool.parameters]
-    slots = list(phrases.slots(phrase))
+    slots = [blank for blank in blanks if isinstance(blank, phrases.Slot)]
     said, always = {slot.name for slot in slots}, phrases.always(phrase)
     twice = sorted(name for name, count in phrases.most(phrase).items() if count > 1)
     problems += [f"names {{{name}}} twice" for name in twice]

@@ -20,9 +20,7 @@ _HEAD = """\
 def draft_catalogue(name: str, tools: Mapping[str, RunnableTool]) -> str:
     """Write a catalogue as YAML, with a phrase for each tool and a word list for each text.
 
-    Args:
-        name: Of the catalogue.
-        tools: The tools; what only looks something up can be mentioned in other requests.
+    Tools that only look something up can be mentioned in other requests.
     """
     values: dict[str, list[str]] = {}
     made = [_tool(tool, values) for tool in tools.values()]

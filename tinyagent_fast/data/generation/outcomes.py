@@ -72,15 +72,8 @@ class Outcomes:
     ) -> list[Point]:
         """Play a plan through, and write down what a joiner and a planner should say.
 
-        Args:
-            query: What the user asked for.
-            user: The planner's user text.
-            plan: The plan.
-            failure_share: How often something goes wrong.
-            rng: Decides whether and what.
-
-        Returns:
-            A join, and after one that replans a replan and another join.
+        `user` is the planner's user text. There is a join, and after one that replans a replan and
+        another join.
         """
         played = self._thread.submit(self._play, query, user, plan, failure_share, rng)
         return played.result()
@@ -137,12 +130,8 @@ def replan(plan: Plan, execution: Execution, changes: Mapping[str, bool]) -> Pla
     """Plan what is left of a plan after a run of it, with what the observations advise.
 
     Calls that only look something up are made again where their results are needed; what has
-    changed something already is not done twice, so its result is written out.
-
-    Args:
-        plan: The plan as it should have been.
-        execution: What became of it.
-        changes: Whether a tool changes something, by name.
+    changed something already, as `changes` says by tool, is not done twice: its result is written
+    out.
     """
     done = {call.step.number: call for call in execution.calls if call.status == "done"}
     steps = {step.number: step for step in plan.steps if step.tool != JOIN}

@@ -54,13 +54,7 @@ Phrase = tuple["str | Slot | Kind | Either | Maybe", ...]
 
 @cache
 def parse_phrase(text: str) -> Phrase:
-    """Take a phrase apart.
-
-    Args:
-        text: A phrase, a mention, or an entry of words.yaml.
-
-    Returns:
-        Its parts.
+    """Take a phrase, a mention, or an entry of words.yaml apart.
 
     Raises:
         ValueError: Brackets or braces are wrong; the message says how.
@@ -75,28 +69,16 @@ def parse_phrase(text: str) -> Phrase:
     return phrase
 
 
-def slots(phrase: Phrase) -> Iterator[Slot]:
-    """Go through the slots of a phrase, those of all alternatives too."""
+def blanks(phrase: Phrase) -> Iterator[Slot | Kind]:
+    """Go through what a phrase leaves to fill in, in all alternatives."""
     for part in phrase:
-        if isinstance(part, Slot):
+        if isinstance(part, Slot | Kind):
             yield part
         elif isinstance(part, Maybe):
-            yield from slots(part.part)
+            yield from blanks(part.part)
         elif isinstance(part, Either):
             for wording in part.wordings:
-                yield from slots(wording)
-
-
-def said_kinds(phrase: Phrase) -> Iterator[str]:
-    """Go through the kinds of the words that are only said."""
-    for part in phrase:
-        if isinstance(part, Kind):
-            yield part.name
-        elif isinstance(part, Maybe):
-            yield from said_kinds(part.part)
-        elif isinstance(part, Either):
-            for wording in part.wordings:
-                yield from said_kinds(wording)
+                yield from blanks(wording)
 
 
 def always(phrase: Phrase) -> set[str]:

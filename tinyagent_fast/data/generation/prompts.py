@@ -21,13 +21,7 @@ def short_planner_prompt(tool_names: Sequence[str], now: datetime) -> str:
 def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], now: datetime) -> str:
     """Write a system prompt of the published data's build and length: tools, rules, examples.
 
-    Args:
-        catalogue: The tools to list.
-        examples: Solved requests, each `Question: ...` and its plan.
-        now: The moment that the prompt tells.
-
-    Returns:
-        The text; everything before the date is the same for the same tools.
+    An example is `Question: ...` and its plan. All before the date is the same for the same tools.
     """
     tools = catalogue.tools
     lines = [
@@ -60,12 +54,7 @@ def full_planner_prompt(catalogue: Catalogue, examples: Sequence[str], now: date
 
 
 def joiner_prompt(query: str, scratchpad: str) -> str:
-    """Write the one user message that asks for a verdict.
-
-    Args:
-        query: What the user asked for.
-        scratchpad: What each call (join left out) gave, as `agent.loop.scratchpad` writes it.
-    """
+    """Write the one user message that asks for a verdict on what `agent.loop.scratchpad` wrote."""
     return (
         "Look at the results of a plan and decide what comes next.\n"
         " - Write a line `Thought: ` and then a line `Action: `.\n"

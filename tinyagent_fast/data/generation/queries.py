@@ -183,14 +183,9 @@ def write_parts(catalogue: Catalogue, rng: random.Random) -> tuple[str, list[str
 def _expand(
     draft: _Draft, tool: CatalogueTool, phrase: str, depth: int, asking: Mapping[str, object]
 ) -> tuple[str, Call]:
-    """Fill a phrase's slots from left to right; what they depend on is called on the way.
+    """Fill the slots of a tool's phrase or mention; what they depend on is called on the way.
 
-    Args:
-        draft: The request so far.
-        tool: The tool that the phrase asks for.
-        phrase: The phrase, or the tool's mention.
-        depth: How many calls need this one's result.
-        asking: Arguments so far of the call that needs it.
+    `depth` calls need this one's result; `asking` has the arguments so far of the first of them.
     """
     arguments: dict[str, object] = {}
     untils: dict[str, object] = {}

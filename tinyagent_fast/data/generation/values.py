@@ -67,14 +67,8 @@ class Values:
             return value if isinstance(value, Value) else Value(value, value)
         return self._from_list(kind)
 
-    def write(self, phrase: Phrase, said: dict[str, Value] | None = None) -> str:
-        """Write out a phrase without slots.
-
-        Args:
-            phrase: The phrase.
-            said: What its kinds were written as before, and are written as again.
-        """
-        said = {} if said is None else said
+    def _write(self, phrase: Phrase, said: dict[str, Value]) -> str:
+        """Write out a phrase without slots; `said` has what its kinds were written as before."""
         text = ""
         for part in phrase:
             if isinstance(part, str):
@@ -85,9 +79,9 @@ class Values:
                 said[kind] = value
                 text += value.text if kind == part.name else title_case(value.text)
             elif isinstance(part, Either):
-                text += self.write(self.rng.choice(part.wordings), said)
+                text += self._write(self.rng.choice(part.wordings), said)
             elif isinstance(part, Maybe) and self.rng.random() < 0.5:
-                text += self.write(part.part, said)
+                text += self._write(part.part, said)
         return text
 
     def unsaid(self, kind: str) -> object:
@@ -103,8 +97,8 @@ class Values:
             return stuck
         said, means = self.rng.choice(_word_lists()[name])
         chosen: dict[str, Value] = {}
-        text = self.write(said, chosen)
-        value = Value(text, text if means is None else self.write(means, chosen))
+        text = self._write(said, chosen)
+        value = Value(text, text if means is None else self._write(means, chosen))
         if name in _STICKY:
             self._stuck[name] = value
         return value
