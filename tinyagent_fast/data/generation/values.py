@@ -122,11 +122,8 @@ def _person(values: Values) -> str | Value:
     chance = values.rng.random()
     if chance < 0.08:
         return _word(values, "relations")
-    if chance < 0.11:
-        role = _word(values, "roles")
-        return Value(role, role.partition(" ")[2])
     name = _word(values, "first_names")
-    if chance < 0.2:
+    if chance < 0.18:
         name = f"{name} {_word(values, 'last_names')}"
     return Value(f'"{name}"', name) if chance > 0.93 else name
 
