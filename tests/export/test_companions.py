@@ -199,14 +199,6 @@ def test_the_readmes_python_and_json_can_be_read(tmp_path: Path) -> None:
     assert json.loads(sent)["stop"] == ["<END_OF_PLAN>"]
 
 
-def test_the_readme_warns_of_programs_that_encode_otherwise(tmp_path: Path) -> None:
-    written(tmp_path)
-    text = " ".join((tmp_path / "README.md").read_text().split())
-    assert "Encode the whole prompt at once" in text
-    assert "node-llama-cpp" in text
-    assert "mistral.rs puts no BOS in front" in text
-
-
 def test_the_grammar_without_what_the_readme_names_is_read_by_other_libraries(
     tmp_path: Path,
 ) -> None:

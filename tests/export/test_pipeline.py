@@ -197,7 +197,7 @@ def test_a_planted_mistake_of_the_conversion_fails_the_gate(
         return right(tmp_path / "wrong", *rest, **named)
 
     monkeypatch.setattr(pipeline, "convert_to_gguf", convert_wrongly)
-    pipeline.convert(exported, tmp_path / "f32.gguf", QuantSpec("f32", "f32", False))
+    pipeline.convert(exported, tmp_path / "f32.gguf", QuantSpec("f32"))
     gate = proof.f32_gate(exported, tmp_path / "f32.gguf", witness)
     assert not gate.passed
     assert gate.figures["max_abs"] > 1e-3
@@ -325,7 +325,7 @@ def test_a_file_of_an_earlier_export_is_neither_listed_nor_recommended(
     from rich.console import Console
 
     for quant in ("f16,q8_0", "f16"):
-        run_export(prepared(run, Console(quiet=True), quant=quant, out=tmp_path))
+        run_export(prepared(run, Console(quiet=True), quant=quant, out=tmp_path, gates="off"))
     content = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
     assert [a["quant"] for a in content["artefacts"] if a["kind"] == "gguf"] == ["f16"]
     assert "q8_0" not in (tmp_path / "llama-server.sh").read_text(encoding="utf-8")

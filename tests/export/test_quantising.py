@@ -19,7 +19,7 @@ from tinyagent_fast.export import checkpoints, conversion
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.importance import SOURCE, Importance
 from tinyagent_fast.export.quantising import GgmlLibrary, block_values, file_type, tensor_type
-from tinyagent_fast.export.settings import QUANT_NAMES
+from tinyagent_fast.export.settings import QUANTS
 from tinyagent_fast.models.families import LLAMA, ModelShape, Tensor
 
 K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")
@@ -76,7 +76,7 @@ def test_the_output_layer_gets_more_bits_also_when_it_is_the_embedding() -> None
     assert chosen("output.weight", "q8_0") == "Q8_0"
 
 
-@pytest.mark.parametrize("quant", QUANT_NAMES)
+@pytest.mark.parametrize("quant", QUANTS)
 def test_norms_stay_exact(quant: str) -> None:
     for name in ("output_norm.weight", "blk.3.attn_norm.weight", "blk.3.ffn_norm.weight"):
         assert tensor_type(tensors(22)[name], quant, 22) == ("F32", None)
@@ -102,7 +102,7 @@ def test_rows_that_do_not_divide_into_blocks_fall_back_and_it_is_said(
 
 
 @given(
-    st.sampled_from(QUANT_NAMES),
+    st.sampled_from(list(QUANTS)),
     st.sampled_from(["token_embd.weight", "output.weight", "blk.0.attn_v.weight"]),
     st.integers(1, 40),
     st.integers(1, 2000),

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from tiny_families import MODELS
 
-from tinyagent_fast.export.settings import QUANT_NAMES
+from tinyagent_fast.export.settings import QUANTS
 from tinyagent_fast.models.families import FAMILIES, Family
 from tinyagent_fast.prompts.templates import PromptFormat
 
@@ -44,4 +44,4 @@ def test_the_table_has_no_other_families_and_every_one_is_tested_with_a_tiny_mod
 
 def test_all_types_are_those_that_export_makes() -> None:
     (listed,) = re.findall(r"\*\*All types\*\* are ([^.]*)\.", DOCUMENT.read_text(encoding="utf-8"))
-    assert set(re.split(r", | and ", listed)) == set(QUANT_NAMES)
+    assert set(re.split(r", | and ", listed)) == set(QUANTS)

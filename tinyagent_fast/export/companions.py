@@ -19,7 +19,7 @@ from huggingface_hub import ModelCardData
 
 from tinyagent_fast.config import Config, dump_config
 from tinyagent_fast.export.gates import Gate
-from tinyagent_fast.export.settings import QUANT_NAMES
+from tinyagent_fast.export.settings import QUANTS, QuantSpec
 from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, NO_CHARACTERS, plan_grammar
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
@@ -61,13 +61,13 @@ def write_companions(
         gguf_files: All of them.
         recommended_gguf: The one to serve.
         plans_compared: Whether its success was held against that of the f16 file.
-        prompt_format: Of the run.
+        prompt_format: Without a Modelfile if it is `chat`: Ollama has templates of another
+            language, and the base's own cannot be translated.
         tools: Tools of the grammar; None stands for TinyAgent's own.
         example_prompt: One rendered prompt, without BOS.
 
     Returns:
-        The files. There is no Modelfile for the `chat` format: Ollama has templates of another
-        language, and the base's own cannot be translated.
+        The files.
     """
     plain = prompt_format != "chat"
     context = {
@@ -155,7 +155,7 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
         "data_rows": data.get("examples", {}).get("train", "unknown"),
         "unmeasured": sorted(
             {a["quant"] for a in ggufs} - {*success, *tested},
-            key=lambda name: QUANT_NAMES.index(name.partition("-")[0]),
+            key=lambda name: list(QUANTS).index(QuantSpec(name).quant),
         ),
         "measured": [
             *_evaluations(run, str(content["adapter_sha256"])),
@@ -172,10 +172,7 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
 def adapter_card(run: Run, config: Config, best: Best | None) -> str:
     """Write what an adapter is and how it is loaded; no path of this machine is in it.
 
-    Args:
-        run: That trained it.
-        config: Of the run.
-        best: Why it was kept; None if nothing was measured during training.
+    `best` says why it was kept; None if nothing was measured during training.
     """
     base = str(config.model.base)
     context = {

@@ -157,7 +157,7 @@ def convert_to_gguf(
     Args:
         source: Model folder as transformers saves it, adapter merged, not quantised.
         target: The file; it gets this name only when it is whole and checked.
-        quant: Kind of file, one of `settings.QUANT_NAMES`; norms are always f32.
+        quant: Kind of file, one of `settings.QUANTS`; norms are always f32.
         name: Written as general.name.
         texts: Further keys, such as `tokenizer.chat_template`.
         importance: Weighs the rounding of the types that can be weighed.

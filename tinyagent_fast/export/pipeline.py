@@ -30,7 +30,7 @@ from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 from tinyagent_fast.export.preparation import Export
 from tinyagent_fast.export.proof import encode, prove, reference_model
 from tinyagent_fast.export.record import Artefact, Kind, Work, key_of, sha256_of
-from tinyagent_fast.export.settings import IMATRIX, QUANT_NAMES, QuantSpec
+from tinyagent_fast.export.settings import QUANTS, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import environment, unfinished_folder, write_text
@@ -121,9 +121,9 @@ def _make_files(export: Export, merged: Artefact, work: Path) -> tuple[Path, Pat
         if spec.quant == "f16":
             f16 = export.folder / artefact.path
     if export.settings.gates == "on":
-        convert(export, f32, QuantSpec("f32", "f32", False))
+        convert(export, f32, QuantSpec("f32"))
         if not f16.exists():
-            convert(export, f16, QuantSpec("f16", "f16", False))
+            convert(export, f16, QuantSpec("f16"))
     return f32, f16
 
 
@@ -235,9 +235,9 @@ def recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:
         )
 
     def order(file: Artefact) -> tuple[int, float, bool]:
-        plain = file.quant.removesuffix(IMATRIX)
+        spec = QuantSpec(file.quant)
         success = figures.get(file.quant, {}).get("success", 0.0)
-        return -QUANT_NAMES.index(plain), -success, plain == file.quant
+        return -list(QUANTS).index(spec.quant), -success, not spec.importance
 
     files = [artefact for artefact in artefacts if artefact.kind == "gguf"]
     return min([file for file in files if not is_worse(file)] or files, key=order).path

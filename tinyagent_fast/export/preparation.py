@@ -21,7 +21,7 @@ from tinyagent_fast.export.checkpoints import (
 from tinyagent_fast.export.companions import MERGED
 from tinyagent_fast.export.conversion import check_exportable
 from tinyagent_fast.export.record import ExportRecord
-from tinyagent_fast.export.settings import ExportSettings, QuantSpec, quant_specs
+from tinyagent_fast.export.settings import QUANTS, ExportSettings, QuantSpec, quant_specs
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
@@ -29,10 +29,6 @@ from tinyagent_fast.runs import Run
 from tinyagent_fast.training.inputs import load_run_examples
 
 _GIB = 2**30
-_BITS_PER_WEIGHT = {
-    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9,
-}  # fmt: skip
-"""Of whole files, for estimates of their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +167,7 @@ def _needed_bytes(export: Export, checkpoint: Checkpoint) -> dict[str, int]:
         )
     }
     for spec in export.specs:
-        sizes[export.gguf_path(spec)] = int(values * _BITS_PER_WEIGHT[spec.quant] / 8)
+        sizes[export.gguf_path(spec)] = int(values * QUANTS[spec.quant][1] / 8)
     needed = {
         path: 0 if (export.folder / path).exists() and not export.settings.fresh else size
         for path, size in sizes.items()

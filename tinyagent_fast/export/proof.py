@@ -47,9 +47,6 @@ _LOGIT_ROWS = 4
 _LOGIT_POSITIONS = 64
 _SLOTS = 4
 
-_NextLogprobs = Callable[[Sequence[int]], NDArray[np.float32]]
-"""Gives the log-probabilities of all tokens after some ids."""
-
 
 def prove(export: Export, f32: Path | None, f16: Path | None) -> Iterator[Gate]:
     """Run all gates, in the order in which mistakes can arise; without GGUF files where None."""
@@ -227,7 +224,7 @@ def _gaps(
     witness: Witness,
     plans: Sequence[str],
     different: Sequence[int],
-    next_logprobs: _NextLogprobs,
+    next_logprobs: Callable[[Sequence[int]], NDArray[np.float32]],
 ) -> list[float]:
     """Measure how near the two tokens are at which another model's plans part from the witness's.
 

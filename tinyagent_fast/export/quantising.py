@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export.checkpoints import Floats
+from tinyagent_fast.export.settings import QUANTS
 from tinyagent_fast.models.families import Tensor
 
 WORST_RELATIVE_RMSE = {
@@ -33,10 +34,6 @@ half a step of 1/127 of the largest of 32 values, all the others being zero.
 WEIGHTED = frozenset({"Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1"})
 """Types whose rounding follows an importance matrix; the others ignore it."""
 
-_TYPES = {
-    "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K",
-    "q5_k_m": "Q5_K", "q4_k_m": "Q4_K",
-}  # fmt: skip
 _SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -68,7 +65,7 @@ def tensor_type(tensor: Tensor, quant: str, layers: int) -> tuple[str, str | Non
     """
     if len(tensor.shape) < 2:
         return "F32", None
-    wanted, row = _TYPES[quant], tensor.shape[-1]
+    wanted, row = QUANTS[quant][0], tensor.shape[-1]
     if block_values(wanted) == 256 and (
         tensor.is_output or (tensor.sensitive and _gets_more_bits(tensor.layer, layers))
     ):

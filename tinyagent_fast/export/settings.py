@@ -10,8 +10,14 @@ from typing import Literal
 
 from tinyagent_fast.errors import ConfigError
 
-QUANT_NAMES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-IMATRIX = "-imatrix"
+_IMATRIX = "-imatrix"
+
+QUANTS = {
+    "f32": ("F32", 32.0), "f16": ("F16", 16.0), "bf16": ("BF16", 16.0), "q8_0": ("Q8_0", 8.5),
+    "q6_k": ("Q6_K", 6.6), "q5_k_m": ("Q5_K", 5.7), "q4_k_m": ("Q4_K", 4.9),
+}  # fmt: skip
+"""Kinds of GGUF files from many bits to few: the ggml type of most tensors, and the bits per weight
+of whole files, for estimates of their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +67,16 @@ class QuantSpec:
 
     name: str
     """As asked for, such as `q4_k_m-imatrix`."""
-    quant: str
-    importance: bool
+
+    @property
+    def quant(self) -> str:
+        """The kind of file, of `QUANTS`."""
+        return self.name.removesuffix(_IMATRIX)
+
+    @property
+    def importance(self) -> bool:
+        """Whether an importance matrix weighs its rounding."""
+        return self.name.endswith(_IMATRIX)
 
 
 def quant_specs(settings: ExportSettings) -> list[QuantSpec]:
@@ -74,15 +88,15 @@ def quant_specs(settings: ExportSettings) -> list[QuantSpec]:
     wanted = [word.strip() for word in settings.to.split(",") if word.strip()]
     unknown = [word for word in wanted if word not in ("merged", "gguf")]
     if unknown or not wanted:
-        raise _unknown("--to", unknown or [settings.to], ("merged", "gguf"))
+        raise _unknown("--to", unknown or [settings.to], ["merged", "gguf"])
     if "gguf" not in wanted:
         return []
     names = [word.strip().lower() for word in settings.quant.split(",") if word.strip()]
-    specs = [QuantSpec(n, n.removesuffix(IMATRIX), n.endswith(IMATRIX)) for n in names]
-    strange = [s.name for s in specs if s.quant not in QUANT_NAMES]
+    specs = [QuantSpec(name) for name in names]
+    strange = [spec.name for spec in specs if spec.quant not in QUANTS]
     if strange or not specs:
-        raise _unknown("--quant", strange or [settings.quant], QUANT_NAMES)
-    no_use = [s.name for s in specs if s.importance and not s.quant.startswith(("q4", "q5", "q6"))]
+        raise _unknown("--quant", strange or [settings.quant], list(QUANTS))
+    no_use = [s.name for s in specs if s.importance and not QUANTS[s.quant][0].endswith("_K")]
     if no_use or len(set(names)) < len(names):
         raise ConfigError(
             f"--quant {settings.quant}",
@@ -133,7 +147,7 @@ def check_settings(settings: ExportSettings) -> None:
     quant_specs(settings)
 
 
-def _unknown(flag: str, words: list[str], known: tuple[str, ...]) -> ConfigError:
+def _unknown(flag: str, words: list[str], known: list[str]) -> ConfigError:
     near = difflib.get_close_matches(words[0], known, n=1)
     return ConfigError(
         f"{flag} {', '.join(words)}",

@@ -52,10 +52,9 @@ def resolve_base(
 
     Args:
         config: The run's config.
-        examples: The run's training examples; the `random` model's tokenizer is trained on them.
+        examples: Training examples; the tokenizer of `random` is trained on them.
         held_out: Test queries, which the nano base must not have seen either.
-        on_progress: Called while the nano base is pretrained, with the step and their number, and
-            while a GGUF file is read, with the tensors.
+        on_progress: Called with steps of pretraining, or with tensors of a GGUF file, and all.
         say: Prints one line for the user: where a base is from and what was done to it.
 
     Returns:
