@@ -605,6 +605,15 @@ def test_a_failure_is_shown_with_its_fix_and_gives_exit_code_1(
     assert [f["name"] for f in json.loads(out) if f["status"] == "failure"] == ["data"]
 
 
+@pytest.mark.parametrize("base", ["./missing", "a/b/c", "missing.gguf", "-odd-"])
+def test_a_base_that_is_not_there_is_a_failure_and_no_bug(
+    call: Callable[..., tuple[int, str, str]], base: str
+) -> None:
+    code, out, err = call("doctor", "--preset", "nano", f"--model.base={base}", "--json")
+    named = [found["name"] for found in json.loads(out) if found["status"] == "failure"]
+    assert (code, named) == ((0, []) if base == "-odd-" else (1, ["base"])), err
+
+
 @pytest.mark.parametrize(
     ("total_gib", "capability", "preset"),
     [(14.6, (7, 5), "t4"), (22.2, (8, 9), "l4"), (39.4, (8, 0), "a100"), (31.7, (7, 0), "t4")],

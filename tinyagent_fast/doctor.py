@@ -475,8 +475,12 @@ def _is_cached(repo: str, name: str, kind: str, revision: str | None = None) -> 
     """Say whether the hub's cache has a file."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, name, repo_type=kind, revision=revision)
-    return isinstance(found, str)
+    try:
+        return isinstance(
+            try_to_load_from_cache(repo, name, repo_type=kind, revision=revision), str
+        )
+    except ValueError:  # a name that no repository can have, such as that of a missing folder
+        return False
 
 
 def _made_here(base: str) -> bool:
@@ -494,7 +498,7 @@ def _base_is_here(config: Config) -> bool:
 
 def check_base(config: Config) -> Finding:
     """Say where the base model comes from; a failure where it cannot be had."""
-    base = config.model.base
+    base, path = config.model.base, Path(config.model.base)
     if base in ("nano", "random"):
         return Finding("base", "ok", f"{base}, made on the spot")
     if base in PUBLISHED:
@@ -502,18 +506,13 @@ def check_base(config: Config) -> Finding:
         text = f"{known.title} ({known.licence}), from {known.hub} on the hub where it answers, "
         text += f"else from the package {known.package}, {known.wheel_mib} MiB"
         return Finding("base", "ok", text)
-    if base.endswith(".gguf"):
-        if Path(base).is_file():
-            return Finding("base", "ok", f"file {base}, dequantised by the first run")
-        return Finding("base", "failure", f"there is no file {base}", "correct --model.base")
-    if Path(base).is_dir():
-        if (Path(base) / "config.json").exists():
-            return Finding("base", "ok", f"folder {base}")
-        fix = "copy the whole model into it, or name another folder with --model.base"
-        return Finding("base", "failure", f"folder {base} holds no config.json", fix)
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        fix = "name a folder with config.json and weights, or a model on the hub, with --model.base"
-        return Finding("base", "failure", f"there is no folder {base}", fix)
+    is_gguf = base.endswith(".gguf")
+    if path.is_file() if is_gguf else (path / "config.json").exists():
+        return Finding("base", "ok", f"{base}{', dequantised by the first run' * is_gguf}")
+    if is_gguf or path.is_dir() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+        text = f"there is no file {base}" if is_gguf else f"no folder {base} holds a config.json"
+        fix = "name a folder with config.json and weights, a .gguf file, or a model on the hub, "
+        return Finding("base", "failure", text, f"{fix}with --model.base")
     if _base_is_here(config):
         return Finding("base", "ok", f"{base}, in the hub's cache")
     if _offline():
