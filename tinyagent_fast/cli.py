@@ -68,6 +68,7 @@ _GOES_ON = {
     "data download": "the same command goes on where the transfer stopped",
 }
 """What to do after a stop, by command; `train` says it itself."""
+_FORMER_NAMES = {"plan": "memory"}
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
@@ -100,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"tinyagent-fast {__version__}")
         return 0
+    if words[0] in _FORMER_NAMES:
+        print(f"`{words[0]}` is now called `{_FORMER_NAMES[words[0]]}`", file=sys.stderr)
+        words[0] = _FORMER_NAMES[words[0]]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:

@@ -23,7 +23,7 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.data.cache import cache_folder
 from tinyagent_fast.data.download import DATASET_REPOSITORY
 from tinyagent_fast.data.reading import check_head, is_incomplete
-from tinyagent_fast.errors import DataError, ModelError, TrainingError, count_of
+from tinyagent_fast.errors import DataError, ModelError, TrainingError, UserError, count_of
 from tinyagent_fast.models.published import PUBLISHED
 from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
 
@@ -95,7 +95,7 @@ def find_out(
     found += [check_memory(config, machine), check_backend(config, machine)]
     found += [*check_disk(config), check_base(config), *check_data(config)]
     found += check_catalogue(config)
-    found += [] if quick else [check_export(machine)]
+    found += [] if quick else [check_export(machine), *check_exportable_base(config)]
     return [*found, *(check_hub(config) if online else [])]
 
 
@@ -585,6 +585,28 @@ def check_export(machine: Machine) -> Finding:
         return Finding("export", "warning", text, fix)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _EXPORT_PACKAGES)
     return Finding("export", "ok", versions)
+
+
+def check_exportable_base(config: Config) -> list[Finding]:
+    """Say whether a base model that is here can become a GGUF file after training."""
+    model = config.model
+    here = _base_is_here(config) and not _made_here(model.base)
+    if not here or check_base(config).status == "failure" or find_spec("gguf") is None:
+        return []
+    from tinyagent_fast.export.conversion import export_obstacle
+    from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+    try:
+        loaded = load_tokenizer(resolve_tokenizer_folder(model.base, model.revision))
+    except UserError as error:
+        return [Finding("base", "failure", f"{error.what}: {error.why}", error.fix)]
+    tokenizer = PromptTokenizer(loaded, model.prompt_format)
+    obstacle = export_obstacle(model.base, model.revision, tokenizer)
+    if obstacle is None:
+        return [Finding("base", "ok", f"{model.base} can become a GGUF file")]
+    fix = "take a base of docs/models.md, or train and evaluate without a GGUF file"
+    return [Finding("base", "warning", f"it trains, and cannot be exported: {obstacle}", fix)]
 
 
 def check_hub(config: Config) -> list[Finding]:

@@ -16,6 +16,7 @@ from tiny_families import MODELS
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.display import Display
+from tinyagent_fast.doctor import check_exportable_base
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.conversion import check_exportable
 from tinyagent_fast.export.gates import MAX_LOGIT_DIFFERENCE
@@ -139,7 +140,7 @@ def unexportable(base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_what_export_would_refuse_is_said_before_the_first_step(
+def test_what_export_would_refuse_is_said_before_the_first_step_and_by_doctor(
     tiny_family: Callable[[str], Path],
     tiny_config: Callable[..., Config],
     no_picture: None,
@@ -154,9 +155,13 @@ def test_what_export_would_refuse_is_said_before_the_first_step(
     warning = quiet.file.getvalue().index("warning: the trained model cannot become a GGUF file")
     assert reason in quiet.file.getvalue()[warning:]
     assert warning < quiet.file.getvalue().index("checked:")
+    (finding,) = check_exportable_base(config)
+    assert (finding.status, reason in finding.text) == ("warning", True)
     settings = ExportSettings(quant="f16", threads=1)
     with pytest.raises(ModelError, match=reason):
         prepare_export(run, config, settings, run.adapter, Display(quiet))
+    (finding,) = check_exportable_base(tiny_config(model={"base": str(good)}))
+    assert finding.status == "ok"
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,17 @@ def test_the_tools_that_every_request_may_use_are_listed() -> None:
     assert described.endswith("tool_5, ...)")
 
 
+def test_a_prompt_that_was_built_is_read_back_into_its_parts(
+    run_of: Callable[..., Run], tiny_data: Path
+) -> None:
+    builder = prompt_builder("first", run_of())
+    parts = builder.read(builder.build("do it").prompt)
+    assert (parts.system, parts.request) == (first_of(tiny_data)[1], "do it")
+    assert parts.tools
+    assert all(name in (parts.system or "") for name in parts.tools)
+    assert builder.read(Prompt(system=None, user="another form")).request == "another form"
+
+
 def test_a_retriever_chooses_system_text_and_tools_for_each_request() -> None:
     builder = PromptBuilder(
         system=ChosenText(None, "chosen by request"),
@@ -153,4 +164,5 @@ def test_a_retriever_chooses_system_text_and_tools_for_each_request() -> None:
     )
     built = builder.build("b")
     assert (built.prompt.system, built.source) == ("Use b_it()", "for b")
+    assert builder.read(built.prompt).tools == ("b_it",)
     assert builder.describe_tools() is None

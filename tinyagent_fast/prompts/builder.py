@@ -1,4 +1,4 @@
-"""A request becomes the prompt that a planner is asked, with the tools that a plan may call.
+"""A request becomes the prompt that a planner is asked, and a prompt is read back into its parts.
 
 Published data carries tools and examples in its system texts, so a planner is only tried fairly
 with such a text: one that the run's tool retriever writes for the request, one of the run's test
@@ -55,8 +55,19 @@ class BuiltPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptParts:
+    """What a prompt says."""
+
+    system: str | None
+    request: str
+    """The user text without what stands around every request of the run's data."""
+    tools: tuple[str, ...]
+    """Names of the tools that the system text has, in the order of the catalogue."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptBuilder:
-    """Makes prompts of requests."""
+    """Makes prompts of requests, and reads them."""
 
     system: ChosenText
     """For every request; with `retrieve` only its source counts, which says how that chooses."""
@@ -92,6 +103,19 @@ class PromptBuilder:
         if self.grammar:
             prompt = held_to_tools(prompt, self.tools)
         return BuiltPrompt(prompt, chosen.source)
+
+    def read(self, prompt: Prompt) -> PromptParts:
+        """Take a prompt apart: one that was built here, or that of an example of the run's data.
+
+        A user text of another form is the request as it is.
+        """
+        before, after = self.question
+        request = prompt.user
+        if request.startswith(before) and request.endswith(after):
+            request = request.removeprefix(before).removesuffix(after)
+        return PromptParts(
+            system=prompt.system, request=request, tools=_tools_named(prompt.system, self.tools)
+        )
 
     def describe_tools(self) -> str | None:
         """Say which tools the system text of every request names, as plans should call no others.
