@@ -429,7 +429,7 @@ def _evaluate(
     )
     config = eval_config(run, asked)
     examples, _ = test_queries(run, config, display)
-    judge, text = joiner_of_run(run, options.joiner, config.data.test)
+    text = joiner_of_run(run, options.joiner, config.data.test)
     # A catalogue's tools say what they return, which the recorder uses.
     tools = plan_tools(config.data.catalogue)
     tasks = _find_tasks(examples, tools, options.grammar == "on", display)
@@ -437,10 +437,10 @@ def _evaluate(
     if (unfinished := run.unfinished()) is not None:
         display.say(f"note: the training of run {run.path.name} is {unfinished}")
     untaught = ", as the run was not trained on join points" * (options.joiner == "auto")
-    judging = "the model" if judge == "model" else f"a rule{untaught}"
+    judging = f"a rule{untaught}" if text is None else "the model"
     display.say(f"observations are judged by {judging}")
     joins: Sequence[Example] = ()
-    if judge == "model":
+    if text is not None:
         of_tasks = {task.example.entry_key for task in tasks}
         joins = [j for j in join_points(run, config.data.test) if j.entry_key in of_tasks]
     with load(
@@ -450,8 +450,7 @@ def _evaluate(
         threads=options.threads,
         batch=options.batch,
     ) as planner:
-        joiner_text = text if judge == "model" else None
-        return run_async(_measure(planner, tasks, joins, joiner_text, tools, options, display))
+        return run_async(_measure(planner, tasks, joins, text, tools, options, display))
 
 
 def _check(options: AgentEvalOptions) -> None:

@@ -27,7 +27,8 @@ FaultKind = Literal["failing", "slow", "renamed", "ambiguous", "unknown", "malfo
 RECOVERABLE: tuple[FaultKind, ...] = ("failing", "slow", "renamed", "ambiguous", "malformed")
 """Faults that another plan can mend; `unknown` is one that none can."""
 
-LOOKUPS = ("get_phone_number", "get_email_address")
+LOOKUPS = {"get_phone_number": "phone", "get_email_address": "email"}
+"""Tools that look a contact up, with what each gives of it."""
 READS = frozenset(
     {*LOOKUPS, "open_and_get_file_path", "summarize_pdf", "maps_open_location"}
     | {"maps_show_directions", "open_note"}
@@ -324,8 +325,13 @@ class Desktop:
             await asyncio.sleep(_DELAYS_S.get(name, _DELAY_S) * self._time_scale)
         if self._obliging:
             self.furnish(Step(number=1, tool=name, arguments=arguments))
+        # Nothing waits in what follows, so it happens whole or not at all.
+        if name in LOOKUPS:
+            found = str(self._contact(arguments[0])[LOOKUPS[name]])
+            self._saw(name, found)
+            return found
         done: Callable[..., str] = getattr(self, f"_{name}")
-        return done(*arguments)  # nothing waits in it, so it happens whole or not at all
+        return done(*arguments)
 
     def _saw(self, tool: str, what: str) -> None:
         self._add("seen", tool, what)
@@ -350,16 +356,6 @@ class Desktop:
             f'several contacts fit "{name}": "{first["name"]}", a favourite, and {others}. '
             "Try again with the favourite."
         )
-
-    def _get_phone_number(self, name: str) -> str:
-        found = str(self._contact(name)["phone"])
-        self._saw("get_phone_number", found)
-        return found
-
-    def _get_email_address(self, name: str) -> str:
-        found = str(self._contact(name)["email"])
-        self._saw("get_email_address", found)
-        return found
 
     def _addresses(self, values: Sequence[str], column: str) -> list[str]:
         """Look names up where addresses or numbers were asked for; either of these will do."""

@@ -143,10 +143,8 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
         DataError: A Python file gives no tools, or the run's test file is faulty.
     """
     run = planner.run
-    judge, text = joiner_of_run(run, spec.joiner, None)
-    joiner = (
-        RuleJoiner() if judge == "rule" else ModelJoiner(StreamingModel(planner).complete, text)
-    )
+    text = joiner_of_run(run, spec.joiner, None)
+    joiner = RuleJoiner() if text is None else ModelJoiner(StreamingModel(planner).complete, text)
     tools: Mapping[str, RunnableTool]
     async with AsyncExitStack() as stack:
         if spec.tools:
@@ -181,21 +179,20 @@ def _check_callable(planner: Planner, tools: Mapping[str, RunnableTool]) -> None
         )
 
 
-def joiner_of_run(
-    run: Run | None, wanted: JoinerName, test: Path | None
-) -> tuple[Literal["model", "rule"], JoinerText]:
-    """Choose who judges, and find the text of the joiner's prompt in the run's data.
+def joiner_of_run(run: Run | None, wanted: JoinerName, test: Path | None) -> JoinerText | None:
+    """Choose who judges: give the text that asks the model to, or None for the rule.
 
-    It is in the join points of `test`, a file in the published schema, or of the run's test file.
+    The text is found in the join points of `test`, a file in the published schema, or of the run's
+    test file.
 
     Raises:
         DataError: The file is faulty.
     """
     trained = run is not None and run.config().data.points in ("join", "all")
     if wanted == "rule" or (wanted == "auto" and not trained):
-        return "rule", OWN_JOINER_TEXT
+        return None
     joins = join_points(run, test)
-    return "model", joiner_text_of(joins[0]) if len(joins) else OWN_JOINER_TEXT
+    return joiner_text_of(joins[0]) if len(joins) else OWN_JOINER_TEXT
 
 
 def join_points(run: Run | None, test: Path | None) -> Sequence[Example]:

@@ -300,7 +300,7 @@ class PlannerServer:
         answer, place = begin(text, system), asyncio.Event()
         self._queue.append(place)
         try:
-            await _send_events(answer(place, send), receive, send)
+            await _send_events(partial(answer, place), receive, send)
         finally:
             self._queue.remove(place)
             for other in self._queue:
@@ -428,7 +428,9 @@ def _ending(work: asyncio.Task[Outcome]) -> tuple[str, Mapping[str, Any]]:
     return "failed", {"message": "this is a bug; the terminal has the details"}
 
 
-async def _send_events(answer: Awaitable[None], receive: Receive, send: Send) -> None:
+async def _send_events(
+    answer: Callable[[Send], Awaitable[None]], receive: Receive, send: Send
+) -> None:
     """Send an answer as server-sent events, broken off when the reader leaves.
 
     Starlette's StreamingResponse would take each piece in another thread, and leave a plan open
@@ -444,7 +446,7 @@ async def _send_events(answer: Awaitable[None], receive: Receive, send: Send) ->
             tasks.cancel_scope.cancel()
 
         tasks.start_soon(until_reader_leaves)
-        await answer
+        await answer(send)
         await send({"type": "http.response.body", "body": b""})
         tasks.cancel_scope.cancel()
 
@@ -514,6 +516,4 @@ def _read_request(body: bytes) -> tuple[str, str | None]:
         raise refuse(f"the request has more than {MAX_REQUEST_CHARS:,} characters")
     if system is not None and not isinstance(system, str):
         raise refuse("the system text is no text")
-    if any("\ud800" <= char <= "\udfff" for char in request + (system or "")):
-        raise refuse("the text holds half a character")
     return request.strip(), system

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights
 from tinyagent_fast.data.generation.catalogue import plan_tools
-from tinyagent_fast.errors import ConfigError, ModelError
+from tinyagent_fast.errors import ConfigError, ModelError, reading
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
 from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
@@ -517,13 +517,9 @@ def model_in_torch(source: PlannerSource, config: Config) -> ModelConfig:
     if source.kind == "adapter":
         assert source.run is not None
         return replace(config.model, base=source.run.base_of(config), backend="transformers")
-    try:
+    with reading(f"{source.path}/config.json", "copy the folder again"):
         content = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
         dtype = str(content.get("dtype") or content.get("torch_dtype"))
-    except (ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{source.path}/config.json", f"it is no JSON object: {error}", "copy the folder again"
-        ) from error
     return ModelConfig(
         base=str(source.path),
         backend="transformers",

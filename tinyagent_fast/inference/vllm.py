@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import ModelError, reading
 from tinyagent_fast.inference.engine import (
     Completion,
     Limits,
@@ -53,7 +53,8 @@ class VllmEngine:
                 "leave --engine out",
             ) from error
         self.folder, self.tokenizer = folder, tokenizer
-        try:
+        fix = "make it with `tinyagent-fast export --to merged`, on a machine with CUDA"
+        with reading(f"merged folder {folder} in vLLM", fix):
             self.context_tokens = min(context_tokens, _model_tokens(folder))
             self._model: Any = LLM(
                 model=str(folder),
@@ -62,12 +63,6 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 seed=0,
             )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelError(
-                f"merged folder {folder}",
-                f"vLLM cannot load it: {error}",
-                "make it with `tinyagent-fast export --to merged`, on a machine with CUDA",
-            ) from error
 
     @property
     def compute_dtype(self) -> str:
