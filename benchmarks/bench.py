@@ -187,10 +187,7 @@ def training_rows(real: Path | None, tokenizer: PromptTokenizer, sizes: Sizes) -
     """Give the rows of one micro-batch."""
     if real is None:
         return generated_rows(sizes.training_rows, sizes.batch, sizes.vocab)
-    from tinyagent_fast.prompts.templates import render
-
-    examples = plan_examples(real / TRAINING_FILE, sizes.batch)
-    rows = tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
+    rows = tokenizer.training_rows(plan_examples(real / TRAINING_FILE, sizes.batch))
     return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
 
 

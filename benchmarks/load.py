@@ -56,11 +56,7 @@ def check(folder: Path, rows: int) -> None:
     from tinyagent_fast.data.report import check_file
     from tinyagent_fast.prompts.templates import render
 
-    def texts(example: Any) -> tuple[str, str]:
-        rendered = render(example, "alpaca")
-        return rendered.prompt, rendered.completion
-
-    found = check_file(_file(folder), encode=None, render=texts)
+    found = check_file(_file(folder), encode=None, render=lambda example: render(example, "alpaca"))
     assert found.read.entries == rows
 
 

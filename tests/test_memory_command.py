@@ -221,7 +221,6 @@ def test_rows_are_counted_where_data_and_a_tokenizer_are_there(
 ) -> None:
     from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.prompts.loading import load_tokenizer
-    from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     train = tiny_data / "training_data.json"
@@ -229,7 +228,7 @@ def test_rows_are_counted_where_data_and_a_tokenizer_are_there(
     answer = plan(*words, "--data.validation-entries", "8")
     tokenizer = PromptTokenizer(load_tokenizer(tiny_base))
     examples = load_examples(train, on_bad_entry="error")
-    rows = tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
+    rows = tokenizer.training_rows(examples)
     lengths = [len(row.input_ids) for row in rows]
     assert answer["lengths"]["longest_tokens"] == max(lengths)
     assert answer["lengths"]["mean_tokens"] == pytest.approx(sum(lengths) / len(lengths))

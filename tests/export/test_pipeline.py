@@ -102,7 +102,7 @@ def test_an_export_makes_and_proves_every_file(exported: Export) -> None:
 def test_the_adapter_matters_so_the_gates_compare_something(exported: Export) -> None:
     content = exported.record.content
     adapter = next(gate for gate in content["gates"] if "adapter on its base" in gate["name"])
-    rows = proof.encode(exported.tokenizer, list(exported.validation[:2]))
+    rows = exported.tokenizer.training_rows(exported.validation[:2])
     with proof.reference_model(exported.config, str(exported.base), None) as bare:
         loss = proof.mean_loss(bare, rows)
     assert abs(loss - adapter["figures"]["loss"][0]) > 0.05 * loss

@@ -11,7 +11,6 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.prompts.loading import load_tokenizer
 from tinyagent_fast.prompts.rows import CHUNK_ROWS, RowFile, encode_examples
-from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 
@@ -36,7 +35,7 @@ def tokenizer(tiny_base: Path) -> PromptTokenizer:
 
 
 def tokens_of(tokenizer: PromptTokenizer, example: Example) -> int:
-    (row,) = tokenizer.encode_rows([(example.key, render(example, "alpaca"))])
+    (row,) = tokenizer.training_rows([example])
     return len(row.input_ids)
 
 
@@ -54,7 +53,7 @@ def test_a_row_file_holds_every_row_in_order_with_its_statistics(
         examples, tokenizer, tmp_path / "r", max_length_tokens=512, on_progress=done.append
     )
     dataset = file.dataset()
-    expected = tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
+    expected = tokenizer.training_rows(examples)
     assert dataset["key"][:] == [e.key for e in examples]
     assert dataset["input_ids"][:] == [row.input_ids for row in expected]
     assert dataset["labels"][:] == [row.labels for row in expected]

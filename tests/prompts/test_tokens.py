@@ -317,7 +317,6 @@ def test_real_rows_are_proved_and_begin_alike(real_data: Path) -> None:
 
     from tinyagent_fast.data.schema import Entry, entry_from_json
     from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
-    from tinyagent_fast.prompts.templates import render
 
     raw = json.loads((real_data / "training_data.json").read_text(encoding="utf-8"))
     entries = [entry_from_json(key, value) for key, value in list(raw.items())[:100]]
@@ -325,7 +324,7 @@ def test_real_rows_are_proved_and_begin_alike(real_data: Path) -> None:
     hf = tokenizer_from_sentencepiece(real_data / "llama_tokenizer.model")
     hf.pad_token = hf.unk_token
     tokenizer = PromptTokenizer(hf)
-    rows = tokenizer.encode_rows([(e.key, render(e, "alpaca")) for e in examples])
+    rows = tokenizer.training_rows(examples)
     plans = [r.input_ids for r, e in zip(rows, examples, strict=True) if e.kind == "plan"]
     assert len(plans) == 100
     assert all(ids[:1000] == plans[0][:1000] for ids in plans)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tinyagent_fast.config import PromptFormat
-from tinyagent_fast.data.schema import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +56,12 @@ def run(arguments: Sequence[str]) -> int:
         tokenizer = PromptTokenizer(load_tokenizer(folder), flags.prompt_format)
         encode, chat = tokenizer.encode_texts, tokenizer.chat
 
-    def texts(example: Example) -> tuple[str, str]:
-        rendered = render(example, flags.prompt_format, chat)
-        return rendered.prompt, rendered.completion
-
     tools = plan_tools(flags.catalogue)
     with Display(Console(stderr=True)).working("data check", "entries") as update:
         check = check_file(
             flags.file,
             encode=encode,
-            render=texts,
+            render=lambda example: render(example, flags.prompt_format, chat),
             max_length_tokens=flags.max_length_tokens if encode else None,
             others={str(path): path for path in flags.against},
             judge=lambda label: why_hopeless(label, tools),

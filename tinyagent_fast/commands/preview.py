@@ -32,7 +32,6 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.display import Display
     from tinyagent_fast.models.bases import base_tokenizer, resolve_base
     from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
-    from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokens import PromptTokenizer
     from tinyagent_fast.training.inputs import load_run_examples
 
@@ -47,10 +46,7 @@ def run(arguments: Sequence[str]) -> int:
             base = resolve_base(config, examples.train, on_progress=update, say=console.print)
             hf = load_tokenizer(resolve_tokenizer_folder(base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)
-    chosen = islice(examples.train, known.rows)
-    rows = tokenizer.encode_rows(
-        [(e.key, render(e, config.model.prompt_format, tokenizer.chat)) for e in chosen]
-    )
+    rows = tokenizer.training_rows(islice(examples.train, known.rows))
     for row in rows:
         _show(console, tokenizer, row)
     supervised = sum(row.supervised_tokens for row in rows)

@@ -28,7 +28,7 @@ from tinyagent_fast.export.importance import (
 )
 from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 from tinyagent_fast.export.preparation import Export
-from tinyagent_fast.export.proof import encode, prove, reference_model
+from tinyagent_fast.export.proof import prove, reference_model
 from tinyagent_fast.export.record import Artefact, Kind, Work, key_of, sha256_of
 from tinyagent_fast.export.settings import QUANTS, QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -131,7 +131,7 @@ def _make_importance(export: Export, merged: Artefact) -> Artefact:
     """Measure what the training prompts activate, or keep what was measured before."""
 
     def work(path: Path) -> tuple[str, Mapping[str, Any]]:
-        rows = [row.input_ids for row in encode(export.tokenizer, export.training)]
+        rows = [row.input_ids for row in export.tokenizer.training_rows(export.training)]
         with (
             export.display.bar("importance matrix", "rows") as update,
             reference_model(export.config, str(export.merged), None) as loaded,

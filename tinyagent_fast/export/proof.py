@@ -37,7 +37,7 @@ from tinyagent_fast.models.families import family_of
 from tinyagent_fast.models.loading import LoadedModel, load_for_generation
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import HARD_STRINGS
-from tinyagent_fast.prompts.templates import prompt_messages, render, render_prompt
+from tinyagent_fast.prompts.templates import prompt_messages, render_prompt
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Witness:
 def merged_gates(export: Export) -> tuple[list[Gate], Witness]:
     """Compare the merged folder with the adapter on its base; keep what the merged model says."""
     examples = list(export.validation[: export.settings.gate_prompts])
-    rows = encode(export.tokenizer, examples)
+    rows = export.tokenizer.training_rows(examples)
     details = next(a for a in export.record.artefacts if a.kind == "merged").details
     weights = Gate(
         name="merged weights = base + update",
@@ -115,13 +115,6 @@ def merged_gates(export: Export) -> tuple[list[Gate], Witness]:
     if export.config.model.weights == "nf4":
         made.append(_four_bit_figures(export, merged))
     return made, merged
-
-
-def encode(tokenizer: PromptTokenizer, examples: Sequence[Example]) -> list[EncodedRow]:
-    """Encode examples as training does."""
-    return tokenizer.encode_rows(
-        [(e.key, render(e, tokenizer.prompt_format, tokenizer.chat)) for e in examples]
-    )
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from tinyagent_fast.data.cache import cached_table
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.prompts.templates import render
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 CHUNK_ROWS = 256
@@ -65,17 +64,8 @@ def encode_examples(
 ) -> RowFile:
     """Encode examples into a cache folder, or open the one that is there.
 
-    Args:
-        examples: What to encode.
-        tokenizer: Encodes and proves each row.
-        folder: Its name must stand for examples, tokenizer and limits, because an existing folder
-            is used as it is.
-        max_length_tokens: Longest row allowed.
-        over_long: What to do with longer rows.
-        on_progress: Called with the number of rows done.
-
-    Returns:
-        The rows and what became of the examples.
+    The folder's name must stand for examples, tokenizer and limits, because an existing folder is
+    used as it is. Progress is the number of rows done.
 
     Raises:
         DataError: Rows are over-long (with `error`), all were dropped, or a row cannot be proved.
@@ -88,8 +78,7 @@ def encode_examples(
         dropped: list[tuple[str, int]] = []
         for start in range(0, len(examples), CHUNK_ROWS):
             chunk = [examples[i] for i in range(start, min(start + CHUNK_ROWS, len(examples)))]
-            texts = [(e.key, render(e, tokenizer.prompt_format, tokenizer.chat)) for e in chunk]
-            for row in tokenizer.encode_rows(texts):
+            for row in tokenizer.training_rows(chunk):
                 length = len(row.input_ids)
                 if length > max_length_tokens:
                     dropped.append((row.key, length))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ConfigError
@@ -26,8 +25,7 @@ STOP_STRINGS: Mapping[str, str] = {
 """The text that ends a completion, by kind of example."""
 
 
-@dataclass(frozen=True)
-class RenderedExample:
+class RenderedExample(NamedTuple):
     """What the model reads and what it must write, without BOS and EOS, which are token ids."""
 
     prompt: str

@@ -7,13 +7,14 @@ of the row; `encode_rows` proves that on every row, and that the labels decode t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError, ModelError
 from tinyagent_fast.prompts.chat_template import ChatTemplate
-from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample
+from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample, render
 
 IGNORED = -100
 """The label of tokens without loss."""
@@ -158,6 +159,12 @@ class PromptTokenizer:
             # Part of a character would be read together with the first bytes that follow.
             anchor = self._letter
         return self.decode(anchor + list(ids))[len(self.decode(anchor)) :]
+
+    def training_rows(self, examples: Iterable[Example]) -> list[EncodedRow]:
+        """Render and encode examples; raises as `encode_rows` does."""
+        return self.encode_rows(
+            [(e.key, render(e, self.prompt_format, self.chat)) for e in examples]
+        )
 
     def encode_rows(self, examples: Sequence[tuple[str, RenderedExample]]) -> list[EncodedRow]:
         """Encode rows, given by key and text, and prove each.

@@ -599,16 +599,15 @@ def _counted(config: Config, train: Path) -> RowLengths:
     """Count tokens of a seeded sample, and of the rows with the longest texts."""
     from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.prompts.loading import load_tokenizer
-    from tinyagent_fast.prompts.templates import render
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
-    data, form = config.data, config.model.prompt_format
+    data = config.data
     table = load_examples(train, on_bad_entry=data.on_bad_entry, points=data.points)
-    tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), form)
+    tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), config.model.prompt_format)
 
     def encode(indices: Iterable[int]) -> list[dict[str, list[int]]]:
         examples = (table[index] for index in indices)
-        rows = tokenizer.encode_rows([(e.key, render(e, form, tokenizer.chat)) for e in examples])
+        rows = tokenizer.training_rows(examples)
         return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
 
     sizes = [len(e.system or "") + len(e.user) + len(e.output) for e in table]
