@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
 FORMAT = 2
-PARTS = ("training", "evaluation", "data")
 REAL_DATA = "TINYAGENT_FAST_REAL_DATA"
 TRAINING_FILE, TESTING_FILE = "training_data.json", "testing_data.json"
 TOKENIZER_FILE = "llama_tokenizer.model"
@@ -57,6 +56,8 @@ QUICK_RESULT = Path(tempfile.gettempdir()) / "tinyagent-fast-bench" / "quick.jso
 HEAD_DIM = 64
 LORA_RANK = 16
 LOOKUP_TOKENS = 4
+Tell = Callable[[str], None]
+"""Is told of each way before it runs."""
 NEVER_WRITTEN_ID = 2**30
 """Stands for EOS, so that random weights write as many tokens as are asked for."""
 
@@ -264,7 +265,7 @@ class Timed:
 
 
 def in_turns(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, tell: Callable[[str], None] = lambda _: None
+    ways: Mapping[str, Callable[[], Any]], rounds: int, tell: Tell = lambda _: None
 ) -> Timed:
     """Run all ways one after the other, and that several times."""
     timed = Timed({name: [] for name in ways}, {name: [] for name in ways}, {})
@@ -384,13 +385,13 @@ def trl_loss(
     return loss
 
 
-def measure_training(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[str], None]) -> Any:
+def measure_training(real: Path | None, sizes: Sizes, tell: Tell) -> Any:
     """Time one micro-batch through TRL's best way and through ours, and compare gradients."""
     from tinyagent_fast.shared_prefix.forward import shared_prefix_loss
     from tinyagent_fast.shared_prefix.packing import pack
 
-    tokenizer = tokenizer_for(flags.real, sizes.vocab)
-    rows = training_rows(flags.real, tokenizer, sizes)
+    tokenizer = tokenizer_for(real, sizes.vocab)
+    rows = training_rows(real, tokenizer, sizes)
     model = with_adapter(sized_llama(sizes, max(len(row["input_ids"]) for row in rows)))
     packed = {UNSHARED: pack(rows, smallest_shared_tokens=None), SHARED: pack(rows)}
     with tempfile.TemporaryDirectory() as name:
@@ -463,15 +464,15 @@ def stock_texts(
     }
 
 
-def measure_evaluation(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[str], None]) -> Any:
+def measure_evaluation(real: Path | None, sizes: Sizes, tell: Tell) -> Any:
     """Time all ways on one batch of each kind of prompt; one at a time, only some of them."""
     from tinyagent_fast.models.loading import LoadedModel
     from tinyagent_fast.prompts.builder import encode_prompts
 
-    tokenizer = tokenizer_for(flags.real, sizes.vocab)
+    tokenizer = tokenizer_for(real, sizes.vocab)
     ids_by_kind = {
         kind: encode_prompts(tokenizer, prompts)
-        for kind, prompts in prompts_by_kind(flags.real, sizes).items()
+        for kind, prompts in prompts_by_kind(real, sizes).items()
     }
     longest = max(len(ids) for found in ids_by_kind.values() for ids in found)
     model = sized_llama(sizes, longest + sizes.new_tokens).eval()
@@ -498,7 +499,7 @@ def _evaluated(
     loaded: LoadedModel,
     ids: Mapping[int, list[int]],
     sizes: Sizes,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> dict[str, Any]:
     from tinyagent_fast.inference.engine import Limits
     from tinyagent_fast.inference.torch_engine import TorchEngine
@@ -556,7 +557,7 @@ def _evaluated(
 # What happens before training and after generating: reading, tokenising, scoring
 
 
-def measure_data(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[str], None]) -> Any:
+def measure_data(real: Path | None, sizes: Sizes, tell: Tell) -> Any:
     """Time reading, tokenising and scoring on one core; the file is in the system's cache."""
     from tinyagent_fast.data.reading import read_entries
     from tinyagent_fast.evaluation.scoring import score_pair
@@ -565,12 +566,12 @@ def measure_data(flags: argparse.Namespace, sizes: Sizes, tell: Callable[[str], 
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        path = flags.real / TRAINING_FILE if flags.real else _generated_file(sizes, Path(folder))
+        path = real / TRAINING_FILE if real else _generated_file(sizes, Path(folder))
         examples = plan_examples(path, sizes.data_rows)
         rendered = [(e.key, render(e, "alpaca")) for e in examples]
         whole = [text.prompt + text.completion for _, text in rendered]
-        if flags.real:
-            tokenizer = tokenizer_for(flags.real, sizes.vocab)
+        if real:
+            tokenizer = tokenizer_for(real, sizes.vocab)
         else:
             trained = train_bpe_tokenizer(whole[:200], sizes.tokenizer_pieces)
             tokenizer = PromptTokenizer(trained, "alpaca")
@@ -623,13 +624,6 @@ def _generated_file(sizes: Sizes, folder: Path) -> Path:
     return generate_dataset(spec, folder / "bench-data").train
 
 
-MEASURED: Mapping[str, Callable[[argparse.Namespace, Sizes, Callable[[str], None]], Any]] = {
-    "training": measure_training,
-    "evaluation": measure_evaluation,
-    "data": measure_data,
-}
-
-
 # --------------------------------------------------------------------------------------------------
 # The table and the picture
 
@@ -639,7 +633,7 @@ def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
     rows: list[Sequence[str]] = [("what", "ours", "the usual way", "times as fast", "conditions")]
     rows.append(("---",) * len(rows[0]))
     for name, part in parts.items():
-        rows += ROWS[name](part["figures"], part["run"])
+        rows += PARTS[name][1](part["figures"], part["run"])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = []
     for name, part in parts.items():
@@ -704,7 +698,12 @@ def _data_rows(figures: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[S
         )
 
 
-ROWS = {"training": _training_rows, "evaluation": _evaluation_rows, "data": _data_rows}
+PARTS: Mapping[str, tuple[Callable[[Path | None, Sizes, Tell], Any], Callable[..., Any]]] = {
+    "training": (measure_training, _training_rows),
+    "evaluation": (measure_evaluation, _evaluation_rows),
+    "data": (measure_data, _data_rows),
+}
+"""What measures each part, and what makes rows of the table of its figures and run."""
 
 
 def _rate(way: Mapping[str, Any]) -> str:
@@ -886,19 +885,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{time.strftime('%H:%M:%S')} {part}: {way}", file=sys.stderr, flush=True)
 
         load, started = os.getloadavg()[0], time.time()
-        figures = MEASURED[name](flags, sizes, tell)
+        figures = PARTS[name][0](flags.real, sizes, tell)
         run = {
             "command": command,
             "quick": flags.quick,
             "rows": "real" if flags.real else "generated",
             "rounds": sizes.rounds,
             "threads": flags.threads,
-            "model": {
-                "shape": sizes.shape,
-                "hidden": sizes.hidden,
-                "layers": sizes.layers,
-                "vocab": sizes.vocab,
-            },
+            "model": {key: getattr(sizes, key) for key in ("shape", "hidden", "layers", "vocab")},
             "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
             "seconds": round(time.time() - started, 1),
             "environment": about,
