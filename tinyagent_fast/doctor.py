@@ -179,7 +179,7 @@ try:
     right = bool(((ones @ ones) == 16).all())
     free, total = torch.cuda.mem_get_info()
 except Exception as error:
-    raise SystemExit((str(error).splitlines() or [repr(error)])[0])
+    raise SystemExit(" ".join(str(error).split())[:300] or repr(error))
 if not right:
     raise SystemExit("it multiplies wrongly")
 print(json.dumps([card.name, total / 2**30, free / 2**30, [card.major, card.minor]]))

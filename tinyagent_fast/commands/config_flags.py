@@ -11,6 +11,12 @@ from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.presets import PRESETS, load_config, preset_config
 
 
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Make a parser of flags that are taken out before the config's are read."""
+    name = f"tinyagent-fast {command}"
+    return argparse.ArgumentParser(prog=name, add_help=False, allow_abbrev=False)
+
+
 def resolve_config(
     command: str,
     arguments: Sequence[str],
@@ -31,9 +37,7 @@ def resolve_config(
     """
     import tyro
 
-    first = argparse.ArgumentParser(
-        prog=f"tinyagent-fast {command}", add_help=False, allow_abbrev=False
-    )
+    first = parser_of(command)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
     known, rest = first.parse_known_args(list(arguments))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.commands.config_flags import parser_of, resolve_config
 from tinyagent_fast.presets import preset_of_card
 
 if TYPE_CHECKING:
@@ -21,26 +21,29 @@ _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 def run(arguments: Sequence[str]) -> int:
     """Check this machine; exit code 1 for a failure, which would stop training or break it."""
-    parser = argparse.ArgumentParser(
-        prog="tinyagent-fast doctor", add_help=False, allow_abbrev=False
-    )
+    parser = parser_of("doctor")
     parser.add_argument("--online", action="store_true")
     parser.add_argument("--json", action="store_true")
     flags, rest = parser.parse_known_args(list(arguments))
+    from rich.console import Console
+
+    from tinyagent_fast.display import Display
     from tinyagent_fast.doctor import find_out, read_machine
 
-    if "-h" in rest or "--help" in rest:
-        resolve_config("doctor", rest, lambda: "cpu", more_flags=_FLAGS_HELP)  # leaves here
-    machine = read_machine()
+    @cache  # once, and not for the help
+    def machine() -> Machine:
+        with Display(Console(stderr=True)).working("looking at this machine"):
+            return read_machine()
+
     automatic = False
 
     def preset_of_this_machine() -> str:
         nonlocal automatic
         automatic = True
-        return _preset(machine)
+        return _preset(machine())
 
     config = resolve_config("doctor", rest, preset_of_this_machine, more_flags=_FLAGS_HELP)
-    found = find_out(config, machine, automatic=automatic, quick=False, online=flags.online)
+    found = find_out(config, machine(), automatic=automatic, quick=False, online=flags.online)
     if flags.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.commands.config_flags import parser_of, resolve_config
 from tinyagent_fast.errors import ConfigError, count_of
 from tinyagent_fast.training.memory import (
     LIBRARIES_GIB,
@@ -102,9 +102,7 @@ _FLAGS_HELP = (
 
 
 def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="tinyagent-fast memory", add_help=False, allow_abbrev=False
-    )
+    parser = parser_of("memory")
     parser.add_argument("--card", choices=sorted(_CARDS))
     parser.add_argument("--gpu-gib", type=float)
     parser.add_argument("--tflops", type=float)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from itertools import islice, takewhile
 from typing import Any
 
-from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.commands.config_flags import parser_of, resolve_config
 from tinyagent_fast.errors import ConfigError, count_of
 from tinyagent_fast.presets import choose_preset
 
@@ -18,9 +17,7 @@ _FIRST, _LAST = "\u00ab", "\u00bb"
 
 def run(arguments: Sequence[str]) -> int:
     """Show rows; the flags are those of `train`, and `--rows`."""
-    parser = argparse.ArgumentParser(
-        prog="tinyagent-fast preview", add_help=False, allow_abbrev=False
-    )
+    parser = parser_of("preview")
     parser.add_argument("--rows", type=int, default=_ROWS)
     known, rest = parser.parse_known_args(list(arguments))
     more = "--rows N shows that many rows."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.commands.config_flags import resolve_config
+from tinyagent_fast.commands.config_flags import parser_of, resolve_config
 from tinyagent_fast.config import Config
 from tinyagent_fast.distributed import init_processes
 from tinyagent_fast.presets import REAL_TRAIN, choose_preset
@@ -31,9 +30,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
     """Resolve the config, look at the machine and fetch the data; also find a run to go on with."""
-    parser = argparse.ArgumentParser(
-        prog="tinyagent-fast train", add_help=False, allow_abbrev=False
-    )
+    parser = parser_of("train")
     parser.add_argument("--resume", metavar="RUN")
     parser.add_argument("--runs", type=Path)
     known, rest = parser.parse_known_args(list(arguments))
@@ -75,9 +72,11 @@ def check_machine(config: Config, console: Console, *, automatic: bool) -> None:
     Raises:
         TrainingError: The run cannot end well.
     """
+    from tinyagent_fast.display import Display
     from tinyagent_fast.doctor import find_out, read_machine, refuse_failures
 
-    findings = find_out(config, read_machine(), automatic=automatic)
+    with Display(console).working("looking at this machine"):
+        findings = find_out(config, read_machine(), automatic=automatic)
     for found in findings:
         if found.status == "warning":
             text = f"warning: {found.name}: {found.text}; fix: {found.fix}"

@@ -87,24 +87,20 @@ def comparability(contents: RunContents, evaluation: Evaluation) -> str:
     where = f"the test file {own.get('path', contents.config.data.test or 'of this run')}"
     if tested is not None and tested != own.get("sha256"):
         where, generated = "a test file that is not the run's own", False
-    different = "Not comparable with the published results"
+    n, published = evaluation.metrics.n, PUBLISHED_TEST_QUERIES
     if generated:
+        why = "this run was tested on generated data, and no figure on it says how the planner "
+        why += "does on the published test file."
+    elif contents.tools is not None:
+        why = "this run plans with a catalogue of tools of its own."
+    elif n != published:
+        why = f"{n:,} queries of {where}, not the {published:,} of the published one."
+    else:
         return (
-            f"{different}: this run was tested on generated data, and no figure on it says how "
-            "the planner does on the published test file."
+            f"Comparable with the published results only if {where} is the published "
+            f"testing_data.json; its {n:,} queries agree, its content is not known to this program."
         )
-    if contents.tools is not None:
-        return f"{different}: this run plans with a catalogue of tools of its own."
-    if evaluation.metrics.n != PUBLISHED_TEST_QUERIES:
-        return (
-            f"{different}: {evaluation.metrics.n:,} queries of {where}, not the "
-            f"{PUBLISHED_TEST_QUERIES:,} of the published one."
-        )
-    return (
-        f"Comparable with the published results only if {where} is the published "
-        f"testing_data.json; its {PUBLISHED_TEST_QUERIES:,} queries agree, its content is not "
-        "known to this program."
-    )
+    return f"Not comparable with the published results: {why}"
 
 
 def count_calls(plan: str) -> Counter[str]:
