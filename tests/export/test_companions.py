@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.export.companions import go_template, write_companions
+from tinyagent_fast.export.companions import go_template, recommended, write_companions
+from tinyagent_fast.export.gates import Gate
+from tinyagent_fast.export.record import Artefact
 from tinyagent_fast.plans.gbnf import plan_grammar
 from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool, tools_by_name
 from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
@@ -23,12 +25,17 @@ from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
 FORMATS: tuple[PromptFormat, ...] = ("alpaca", "flat")
 
 
+def made(quant: str, path: str) -> Artefact:
+    return Artefact(
+        path=path, kind="gguf", quant=quant, sha256="", size_bytes=1, seconds=0.1, made_from=""
+    )
+
+
 def written(folder: Path, **changes: Any) -> list[Path]:
     plain: dict[str, Any] = {
         "name": "planner",
-        "gguf_files": ["gguf/planner-f16.gguf", "gguf/planner-q8_0.gguf"],
-        "recommended_gguf": "gguf/planner-q8_0.gguf",
-        "plans_compared": True,
+        "files": [made("f16", "gguf/planner-f16.gguf"), made("q8_0", "gguf/planner-q8_0.gguf")],
+        "gates": [],
         "prompt_format": "alpaca",
         "tools": None,
         "example_prompt": render_prompt("the tools", "Question: who?", "alpaca"),
@@ -144,7 +151,7 @@ def test_the_command_line_gives_every_slot_the_whole_context(
     folder, programs = tmp_path / "my export", tmp_path / "bin"
     folder.mkdir()
     programs.mkdir()
-    written(folder, name="it's $HOME", recommended_gguf="gguf/a b.gguf")
+    written(folder, name="it's $HOME", files=[made("f16", "gguf/a b.gguf")])
     script = folder / "llama-server.sh"
     assert script.stat().st_mode & stat.S_IXUSR
     stand_in = programs / "llama-server"
@@ -226,3 +233,30 @@ def test_ollama_is_given_a_name_it_allows(tmp_path: Path, name: str, wanted: str
     written(tmp_path, name=name)
     for file in ("README.md", "Modelfile"):
         assert f"ollama create {wanted} -f Modelfile" in (tmp_path / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ({}, "q4_k_m-imatrix"),
+        ({"q8_0": (0.6, 5), "q4_k_m": (0.55, 3), "q4_k_m-imatrix": (0.58, 6)}, "q4_k_m-imatrix"),
+        ({"q8_0": (0.6, 5), "q4_k_m": (0.59, 3), "q4_k_m-imatrix": (0.58, 6)}, "q4_k_m"),
+        ({"q8_0": (0.6, 5), "q4_k_m": (0.5, -1), "q4_k_m-imatrix": (0.5, -2)}, "q8_0"),
+        ({"q8_0": (0.5, -1), "q4_k_m": (0.5, -1), "q4_k_m-imatrix": (0.5, -2)}, "f16"),
+    ],
+)
+def test_a_file_that_surely_plans_worse_than_f16_is_not_recommended(
+    found: dict[str, tuple[float, float]], wanted: str
+) -> None:
+    """`found` has the success of a file and the upper end of its difference, in points."""
+    files = [made(name, name) for name in ("f16", "q8_0", "q4_k_m", "q4_k_m-imatrix")]
+    measured = [
+        Gate(
+            name=f"success of {name}",
+            passed=True,
+            rule="",
+            figures={"success": share, "interval": [-9.0, high]},
+        )
+        for name, (share, high) in found.items()
+    ]
+    assert recommended(files, measured) == wanted

@@ -90,12 +90,6 @@ def largest_difference(folder: Path, gguf: Path) -> float:
 # What llama.cpp makes of it.
 
 
-def test_llama_cpp_computes_what_transformers_computes(
-    tiny_merged: Path, tiny_gguf: dict[str, Path]
-) -> None:
-    assert largest_difference(tiny_merged, tiny_gguf["f32"]) < SAME
-
-
 @pytest.mark.parametrize("rope", ROPES)
 def test_every_way_to_rotate_positions_arrives_in_llama_cpp(
     rope: str, llama_folder: Callable[..., Path], tmp_path: Path

@@ -16,10 +16,9 @@ from tinyagent_fast.display import Display
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export import pipeline, proof
 from tinyagent_fast.export.checkpoints import open_checkpoint
-from tinyagent_fast.export.gates import Gate
 from tinyagent_fast.export.pipeline import run_export
 from tinyagent_fast.export.preparation import Export, prepare_export
-from tinyagent_fast.export.record import Artefact, ExportRecord
+from tinyagent_fast.export.record import ExportRecord
 from tinyagent_fast.export.settings import ExportSettings, QuantSpec
 from tinyagent_fast.runs import Run
 
@@ -279,44 +278,6 @@ def test_no_file_is_converted_that_neither_a_flag_nor_a_gate_asks_for(
     monkeypatch.setattr(pipeline, "convert_to_gguf", counted)
     run_export(prepared(run, quiet, quant="q8_0", out=tmp_path, gates="off"))
     assert made == ["q8_0"]
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted"),
-    [
-        ({}, "q4_k_m-imatrix"),
-        ({"q8_0": (0.6, 5), "q4_k_m": (0.55, 3), "q4_k_m-imatrix": (0.58, 6)}, "q4_k_m-imatrix"),
-        ({"q8_0": (0.6, 5), "q4_k_m": (0.59, 3), "q4_k_m-imatrix": (0.58, 6)}, "q4_k_m"),
-        ({"q8_0": (0.6, 5), "q4_k_m": (0.5, -1), "q4_k_m-imatrix": (0.5, -2)}, "q8_0"),
-        ({"q8_0": (0.5, -1), "q4_k_m": (0.5, -1), "q4_k_m-imatrix": (0.5, -2)}, "f16"),
-    ],
-)
-def test_a_file_that_surely_plans_worse_than_f16_is_not_recommended(
-    found: dict[str, tuple[float, float]], wanted: str
-) -> None:
-    """`found` has the success of a file and the upper end of its difference, in points."""
-    files = [
-        Artefact(
-            path=name,
-            kind="gguf",
-            quant=name,
-            sha256="",
-            size_bytes=1,
-            seconds=0.1,
-            made_from="",
-        )
-        for name in ("f16", "q8_0", "q4_k_m", "q4_k_m-imatrix")
-    ]
-    measured = [
-        Gate(
-            name=f"success of {name}",
-            passed=True,
-            rule="",
-            figures={"success": share, "interval": [-9.0, high]},
-        )
-        for name, (share, high) in found.items()
-    ]
-    assert pipeline.recommended(files, measured) == wanted
 
 
 def test_a_file_of_an_earlier_export_is_neither_listed_nor_recommended(

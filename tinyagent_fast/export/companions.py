@@ -18,7 +18,8 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from tinyagent_fast.config import Config, dump_config
-from tinyagent_fast.export.gates import Gate
+from tinyagent_fast.export.gates import SUCCESS_OF, Gate
+from tinyagent_fast.export.record import Artefact
 from tinyagent_fast.export.settings import QUANTS, QuantSpec
 from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, NO_CHARACTERS, plan_grammar
 from tinyagent_fast.plans.grammar import END_OF_PLAN
@@ -46,9 +47,8 @@ def write_companions(
     folder: Path,
     *,
     name: str,
-    gguf_files: Sequence[str],
-    recommended_gguf: str,
-    plans_compared: bool,
+    files: Sequence[Artefact],
+    gates: Sequence[Gate],
     prompt_format: PromptFormat,
     tools: Mapping[str, Tool] | None,
     example_prompt: str,
@@ -58,9 +58,8 @@ def write_companions(
     Args:
         folder: The export's folder, to which all paths are relative.
         name: Under which servers offer the model.
-        gguf_files: All of them.
-        recommended_gguf: The one to serve.
-        plans_compared: Whether its success was held against that of the f16 file.
+        files: The GGUF files, of which the best one is served.
+        gates: What was proved of them.
         prompt_format: Without a Modelfile if it is `chat`: Ollama has templates of another
             language, and the base's own cannot be translated.
         tools: Tools of the grammar; None stands for TinyAgent's own.
@@ -72,9 +71,9 @@ def write_companions(
     plain = prompt_format != "chat"
     context = {
         "name": name,
-        "gguf_files": gguf_files,
-        "recommended_gguf": recommended_gguf,
-        "plans_compared": plans_compared,
+        "gguf_files": [file.path for file in files],
+        "recommended_gguf": recommended(files, gates),
+        "plans_compared": any(gate.name.startswith(SUCCESS_OF) for gate in gates),
         "prompt_format": prompt_format,
         "example_prompt": example_prompt,
         "stop": END_OF_PLAN,
@@ -111,6 +110,27 @@ def write_companions(
         write_text(folder / file, text)
     (folder / "llama-server.sh").chmod(0o755)
     return [folder / file for file in texts]
+
+
+def recommended(files: Sequence[Artefact], gates: Sequence[Gate]) -> str:
+    """Choose the GGUF file for users: fewest bits with plans that are not surely worse than f16's.
+
+    Of files with equal bits it is that with more success, and else that with importance matrix.
+    """
+    figures = {gate.name.removeprefix(SUCCESS_OF): gate.figures for gate in gates}
+    failed = {gate.name.removeprefix(SUCCESS_OF) for gate in gates if not gate.passed}
+
+    def is_worse(file: Artefact) -> bool:
+        return file.quant in failed or (
+            file.quant in figures and figures[file.quant]["interval"][1] < 0
+        )
+
+    def order(file: Artefact) -> tuple[int, float, bool]:
+        spec = QuantSpec(file.quant)
+        success = figures.get(file.quant, {}).get("success", 0.0)
+        return -list(QUANTS).index(spec.quant), -success, not spec.importance
+
+    return min([file for file in files if not is_worse(file)] or files, key=order).path
 
 
 def go_template(prompt_format: PromptFormat) -> str:

@@ -442,7 +442,7 @@ def _write(
     ggml: GgmlLibrary | None,
     threads: int,
     on_progress: Callable[[int, int], None],
-) -> tuple[int, list[int]]:
+) -> tuple[int, dict[str, int]]:
     """Write header and weights, rounded in threads; count what became 0, and say where they are."""
     for target in targets:
         writer.add_tensor_info(
@@ -459,24 +459,24 @@ def _write(
     file = writer.fout[0]
     total = sum(target.size_bytes for target in targets)
     done = zeros = 0
-    offsets: list[int] = []
-    pending: deque[Future[tuple[NDArray[Any], int]]] = deque()
+    offsets: dict[str, int] = {}
+    pending: deque[tuple[_Target, Future[tuple[NDArray[Any], int]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
 
         def write_oldest() -> None:
             nonlocal done, zeros
-            stored, lost = pending.popleft().result()
+            target, future = pending.popleft()
+            stored, lost = future.result()
+            if target.tensor.gguf not in offsets:
+                writer.write_padding(file, file.tell())
+                offsets[target.tensor.gguf] = file.tell()
             file.write(stored.data)
             done, zeros = done + stored.nbytes, zeros + lost
             on_progress(done, total)
 
         for target in targets:
-            while pending:
-                write_oldest()
-            writer.write_padding(file, file.tell())
-            offsets.append(file.tell())
             for block in target.blocks():
-                pending.append(pool.submit(_encode, target, block, ggml))
+                pending.append((target, pool.submit(_encode, target, block, ggml)))
                 if len(pending) > threads:
                     write_oldest()
         while pending:
@@ -505,7 +505,7 @@ def _encode(target: _Target, block: Floats, ggml: GgmlLibrary | None) -> tuple[N
 
 
 def _compare_with_source(
-    path: Path, targets: Sequence[_Target], offsets: Sequence[int]
+    path: Path, targets: Sequence[_Target], offsets: Mapping[str, int]
 ) -> dict[str, float]:
     """Read rows from every part of every tensor of a finished file and compare them.
 
@@ -521,11 +521,11 @@ def _compare_with_source(
     """
     worst: dict[str, float] = {}
     with path.open("rb") as file:
-        for one, offset in zip(targets, offsets, strict=True):
+        for one in targets:
             count, name = math.prod(one.tensor.shape[:-1]), one.tensor.gguf
             picked, row_bytes, stored = _rows_to_check(count), one.size_bytes // count, []
             for row in picked:
-                file.seek(offset + row * row_bytes)
+                file.seek(offsets[name] + row * row_bytes)
                 stored.append(np.frombuffer(file.read(row_bytes), np.uint8))
             blocks, rows = np.stack(stored), np.stack([one.row(at) for at in picked])
             number = GGMLQuantizationType[one.kind]

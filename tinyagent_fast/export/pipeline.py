@@ -20,7 +20,7 @@ from tinyagent_fast.export.companions import (
     write_companions,
 )
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
-from tinyagent_fast.export.gates import SUCCESS_OF, Gate
+from tinyagent_fast.export.gates import Gate
 from tinyagent_fast.export.importance import (
     collect_importance,
     load_importance,
@@ -30,7 +30,7 @@ from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 from tinyagent_fast.export.preparation import Export
 from tinyagent_fast.export.proof import prove, reference_model
 from tinyagent_fast.export.record import Artefact, Kind, Work, key_of, sha256_of
-from tinyagent_fast.export.settings import QUANTS, QuantSpec
+from tinyagent_fast.export.settings import QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import environment, unfinished_folder, write_text
@@ -188,14 +188,13 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
     made = {MERGED, IMPORTANCE, *(export.gguf_path(spec) for spec in export.specs)}
     kept = [artefact for artefact in record.content["artefacts"] if artefact["path"] in made]
     record.update(artefacts=kept)
-    files = [a.path for a in record.artefacts if a.kind == "gguf"]
+    files = [artefact for artefact in record.artefacts if artefact.kind == "gguf"]
     if files:
         written = write_companions(
             export.folder,
             name=export.stem,
-            gguf_files=files,
-            recommended_gguf=recommended(record.artefacts, gates),
-            plans_compared=any(gate.name.startswith(SUCCESS_OF) for gate in gates),
+            files=files,
+            gates=gates,
             prompt_format=tokenizer.prompt_format,
             tools=export.tools,
             example_prompt=render_prompt(
@@ -219,25 +218,3 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
         path.read_text(encoding="utf-8"), source=str(path)
     )  # with its own paths
     write_text(export.folder / CARD, model_card(export.run, recorded, record.content))
-
-
-def recommended(artefacts: Sequence[Artefact], gates: Sequence[Gate]) -> str:
-    """Choose the GGUF file for users: fewest bits with plans that are not surely worse than f16's.
-
-    Of files with equal bits it is that with more success, and else that with importance matrix.
-    """
-    figures = {gate.name.removeprefix(SUCCESS_OF): gate.figures for gate in gates}
-    failed = {gate.name.removeprefix(SUCCESS_OF) for gate in gates if not gate.passed}
-
-    def is_worse(file: Artefact) -> bool:
-        return file.quant in failed or (
-            file.quant in figures and figures[file.quant]["interval"][1] < 0
-        )
-
-    def order(file: Artefact) -> tuple[int, float, bool]:
-        spec = QuantSpec(file.quant)
-        success = figures.get(file.quant, {}).get("success", 0.0)
-        return -list(QUANTS).index(spec.quant), -success, not spec.importance
-
-    files = [artefact for artefact in artefacts if artefact.kind == "gguf"]
-    return min([file for file in files if not is_worse(file)] or files, key=order).path
