@@ -6,6 +6,7 @@ import asyncio
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tinyagent_fast.agent.sandbox import (
 )
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.queries import Mix, write_request
+from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.plans.grammar import Plan, PlanError, Step, parse_plan, render_plan
 from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool
 
@@ -246,6 +248,8 @@ def test_own_tools_are_recorded_and_their_arguments_count() -> None:
     assert not state(label.replace("50", "60")).reaches(state(label))
     assert not state(label.replace('"hall"', '"cellar"')).reaches(state(label))
     assert not state(label, [Fault(kind="failing", tool="dim")]).reaches(state(label))
+    with pytest.raises(ConfigError, match="leave it out"):
+        sandbox_for(None, tools, path=Path("kept.sqlite"))
 
 
 @given(plans(), st.randoms(use_true_random=False))

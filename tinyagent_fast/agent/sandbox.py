@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyagent_fast.agent.tools import RunnableTool, ToolError
+from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.plans.grammar import Plan, Step
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool
 
@@ -130,8 +131,14 @@ def sandbox_for(
         path: As for `Desktop`, and so is the rest.
         faults: What goes wrong.
         time_scale: How fast time goes.
+
+    Raises:
+        ConfigError: A file is named for tools that need no database.
     """
     if tools is not None and not set(tools) <= set(TINYAGENT):
+        if path is not None:
+            why = "calls of a catalogue's own tools are only recorded, without a database"
+            raise ConfigError(f"--sandbox {path}", why, "leave it out")
         return Recorder(tools, faults=faults, time_scale=time_scale)
     desktop = Desktop(path, faults=faults, time_scale=time_scale, obliging=label is None)
     for step in label.steps if label else ():
