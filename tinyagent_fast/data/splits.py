@@ -72,13 +72,8 @@ def split_validation(
 ) -> Split:
     """Set entries aside for validation, so that no entry and no query is on both sides.
 
-    Which entries are chosen depends on the seed and the queries alone, not on their order.
-
-    Args:
-        entry_keys: The entry of each row; all rows of an entry go to the same side.
-        queries: The query of each row.
-        validation_entries: How many entries to set aside, exactly.
-        seed: Another seed chooses other entries.
+    Which entries are chosen depends on the seed and the queries alone, not on their order. Keys and
+    queries are those of each row.
 
     Raises:
         DataError: Too few entries, or repeated queries that do not add up to that number.
@@ -127,11 +122,7 @@ def without_leaks(
 ) -> list[int]:
     """Leave out the training rows whose query stands in the test file, as `data.leaks` says.
 
-    Args:
-        rows: The rows to train on.
-        queries: The query of each row of the training file.
-        held_out: The queries of the whole test file.
-        policy: The setting.
+    `queries` are those of all rows of the training file, `held_out` those of the test file.
 
     Raises:
         DataError: There are such rows, and the policy is "error"; or no other row is left.

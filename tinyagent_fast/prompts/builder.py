@@ -134,11 +134,7 @@ class PromptBuilder:
 
 
 def held_to_tools(prompt: Prompt, tools: Mapping[str, Tool] | None = None) -> Prompt:
-    """Add the grammar of all plans of the tools that a prompt lists.
-
-    Args:
-        prompt: One for `listed_tools`.
-        tools: All tools by name; None stands for TinyAgent's own.
+    """Add the grammar of all plans of the tools that a prompt lists, as `listed_tools` finds them.
 
     Raises:
         ConfigError: It lists a tool that is not known.

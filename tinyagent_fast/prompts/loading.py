@@ -76,9 +76,6 @@ def hub_folder(
         patterns: Names of the files.
         cached_first: Take what is cached without asking the hub for anything newer.
 
-    Returns:
-        A local folder.
-
     Raises:
         ModelError: There is no such folder and the hub does not give the files, or files of the
             folder are only pointers.
@@ -137,15 +134,10 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a fast tokenizer without letting its class change the ids.
+    """Load a transformers fast tokenizer without letting its class change the ids.
 
-    Truncation and padding that a tokenizer.json switches on are off (`switched_off` names them).
-
-    Args:
-        folder: Holds tokenizer.json or tokenizer.model.
-
-    Returns:
-        A transformers fast tokenizer with EOS, and a pad token out of its own vocabulary.
+    It has EOS, and a pad token out of its own vocabulary. Truncation and padding that a
+    tokenizer.json switches on are off (`switched_off` names them).
 
     Raises:
         ModelError: No tokenizer file, a damaged one, no EOS, or other ids than the files have.
@@ -328,16 +320,13 @@ def sentencepiece_bpe(
     added: Sequence[str],
     space_prefix: bool = True,
 ) -> Any:
-    """Build the tokenizer of SentencePiece's BPE with byte fallback, from its pieces.
+    """Build the `tokenizers.Tokenizer` of SentencePiece's BPE with byte fallback, from its pieces.
 
     Args:
         pieces: Text, score and type of each, by id; ordinary ones have type 1.
         unk: Stands for what has no piece.
         added: Special tokens, which are looked for before text is cut.
         space_prefix: Whether a space is put before text.
-
-    Returns:
-        A `tokenizers.Tokenizer`.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -374,9 +363,7 @@ def _merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tupl
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Compare a loaded tokenizer with the files it came from: ids, special and added tokens.
 
-    Args:
-        tokenizer: A transformers fast tokenizer.
-        folder: Where tokenizer.model or tokenizer.json lies; the former is the better witness.
+    Where both lie there, tokenizer.model is a better witness than tokenizer.json.
 
     Raises:
         ModelError: Ids differ on one of `HARD_STRINGS`, or a special or added token has another id.

@@ -53,11 +53,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, tokenizer: Any, prompt_format: PromptFormat = "alpaca") -> None:
-        """Wrap a loaded tokenizer.
-
-        Args:
-            tokenizer: A transformers fast tokenizer (see `prompts.loading`).
-            prompt_format: Decides whether special tokens are read from prompt text.
+        """Wrap a transformers fast tokenizer (see `prompts.loading`).
 
         Raises:
             UserError: The format is `chat`, and the chat template cannot be used.
@@ -97,13 +93,9 @@ class PromptTokenizer:
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Encode prompts for training and for generation alike, on all cores.
+        """Encode texts of `templates.render_prompt`, for training and generation alike.
 
-        Args:
-            prompts: Texts of `templates.render_prompt`.
-
-        Returns:
-            Token ids of each, beginning with BOS if the tokenizer has one.
+        All cores take part. The ids begin with BOS if the tokenizer has one.
 
         Raises:
             DataError: A prompt has a second BOS; only a chat template may begin turns with it.
@@ -148,12 +140,7 @@ class PromptTokenizer:
         return text
 
     def decode_continuation(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-        """Decode ids that follow a prompt; a leading space is kept, as it is in the text.
-
-        Args:
-            prompt_ids: What stands before them; only its last token is looked at.
-            ids: Token ids, special tokens among them shown.
-        """
+        """Decode ids that follow a prompt, special tokens shown; a leading space is kept."""
         anchor = list(prompt_ids[-1:])
         if not anchor or "\ufffd" in self.decode(anchor):
             # Part of a character would be read together with the first bytes that follow.
@@ -192,12 +179,7 @@ class PromptTokenizer:
         return row
 
     def prove_row(self, row: EncodedRow, prompt_ids: Sequence[int], completion: str) -> None:
-        """Prove that a row is what it claims to be.
-
-        Args:
-            row: What is proved.
-            prompt_ids: The prompt as it is encoded for generation.
-            completion: The text that the labels must decode to.
+        """Prove that a row is a prompt, as it is encoded for generation, and a completion.
 
         Raises:
             DataError: The prompt is no exact prefix, a prompt token is supervised, EOS is not the

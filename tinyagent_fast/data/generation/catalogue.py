@@ -86,17 +86,9 @@ class Catalogue:
         """Give the tools by their names."""
         return {tool.name: tool for tool in self.tools}
 
-    @cached_property
-    def _mentioned(self) -> Mapping[str, list[CatalogueTool]]:
-        found: dict[str, list[CatalogueTool]] = {}
-        for tool in self.tools:
-            if tool.mention is not None:
-                found.setdefault(tool.returns, []).append(tool)
-        return found
-
     def providers(self, kind: str) -> list[CatalogueTool]:
         """List the tools whose result is of a kind and that can be mentioned in a phrase."""
-        return self._mentioned.get(kind, [])
+        return [tool for tool in self.tools if tool.mention is not None and tool.returns == kind]
 
     @cached_property
     def chain_lengths(self) -> Mapping[str, float]:
