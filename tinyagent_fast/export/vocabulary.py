@@ -82,8 +82,8 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
     """Read a model folder's tokenizer as the vocabulary that gives the same ids in llama.cpp.
 
     Args:
-        folder: Holds tokenizer.json. A tokenizer.model beside it is not looked at: training did
-            not use it.
+        folder: Holds tokenizer.json and tokenizer_config.json as this version of transformers
+            saves them. A tokenizer.model beside them is not looked at: training did not use it.
         embedding_rows: Rows of the token embeddings; ids without a token are named `[PADn]`.
 
     Raises:
@@ -94,7 +94,8 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
     model = file.get("model", {})
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise _other_ids(folder, f"its model is {model.get('type')}, and only BPE is known here")
-    added, names = _added_tokens(folder, file), _special_names(folder)
+    settings, added = read_json(folder / "tokenizer_config.json"), file.get("added_tokens", [])
+    names = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
     if model.get("byte_fallback"):
         vocabulary = _llama_vocabulary(folder, file, added)
     else:
@@ -287,25 +288,3 @@ def _merge_pairs(file: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Read merges by rank: pairs, or texts with a space between in files before 2024."""
     merges = (m.split(" ", 1) if isinstance(m, str) else m for m in file["model"]["merges"])
     return [(left, right) for left, right in merges]
-
-
-def _added_tokens(folder: Path, file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """List added tokens with their `id`: of tokenizer.json, and of tokenizer_config.json alone."""
-    added: dict[int, Mapping[str, Any]] = {t["id"]: t for t in file.get("added_tokens", [])}
-    config = folder / "tokenizer_config.json"
-    if config.exists():
-        for index, token in read_json(config).get("added_tokens_decoder", {}).items():
-            added.setdefault(int(index), token)
-    return [{**token, "id": index} for index, token in sorted(added.items())]
-
-
-def _special_names(folder: Path) -> dict[str, str | None]:
-    """Read the texts of the special tokens as transformers does; None where there is none."""
-    names: dict[str, str | None] = dict.fromkeys(("bos", "eos", "unk", "pad"))
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings = read_json(folder / file) if (folder / file).exists() else {}
-        for name, before in names.items():
-            token = settings.get(f"{name}_token")
-            text = token.get("content") if isinstance(token, dict) else token
-            names[name] = text or before
-    return names
