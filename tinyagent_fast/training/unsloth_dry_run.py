@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -18,9 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyagent_fast.config import Checkpointing
+from tinyagent_fast.config import Checkpointing, dump_config, parse_config
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.training.memory import MemoryEstimator
+from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.training.memory import MemoryEstimator, RowLengths
 
 if TYPE_CHECKING:
     from tinyagent_fast.training.dry_run import DryRun
@@ -54,7 +54,7 @@ def dry_runs_by_unsloth(cases: Sequence[Case]) -> list[DryRun]:
     }
     done = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=pickle.dumps(list(cases)),
+        input=json.dumps([_written(*case) for case in cases]).encode(),
         capture_output=True,
         env=environment,
         check=False,
@@ -70,9 +70,26 @@ def dry_runs_by_unsloth(cases: Sequence[Case]) -> list[DryRun]:
     return [DryRun(**one) for one in found]
 
 
+def _written(estimator: MemoryEstimator, batch: int, checkpointing: Checkpointing) -> list[Any]:
+    values = asdict(estimator)
+    return [{**values, "config": dump_config(estimator.config)}, batch, checkpointing]
+
+
+def _read(written: list[Any]) -> Case:
+    values, batch, checkpointing = written
+    estimator = MemoryEstimator(
+        config=parse_config(values["config"]),
+        shape=ModelShape(**values["shape"]),
+        lengths=RowLengths(**values["lengths"]),
+        backend=values["backend"],
+        usable_gib=values["usable_gib"],
+    )
+    return estimator, batch, checkpointing
+
+
 def main() -> None:
     """Count the cases from standard input and write what was found, as JSON."""
-    cases: list[Case] = pickle.load(sys.stdin.buffer)
+    cases = [_read(one) for one in json.load(sys.stdin)]
     import unsloth  # noqa: F401  # patches transformers and peft, so it must come first
 
     from tinyagent_fast.training.dry_run import dry_run
