@@ -92,7 +92,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
     return make
 
 
-LISTED = "echo 'GPU 0: NVIDIA L4 (UUID: GPU-1)'"
+LISTED = """case "$*" in *--id=0*|*csv,noheader) echo 'NVIDIA L4';; *) exit 6;; esac"""
 ANSWER = """echo noise; echo '["NVIDIA L4", 22.5, 22.2, [8, 9]]'"""
 
 
@@ -117,8 +117,30 @@ def test_a_hidden_gpu_is_not_asked_for(
     assert doctor.check_gpu(preset_config("cpu"), read, automatic=True).status == "ok"
 
 
+@pytest.mark.parametrize("visible", ["NoDevFiles", "7", "-1,0"])
+def test_a_variable_that_names_no_gpu_leaves_the_cpu(
+    program: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    program("nvidia-smi", LISTED)
+    program("python", "echo 'No CUDA GPUs are available' >&2; exit 1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    read = read_machine()
+    assert (read.gpu, read.is_listed) == (None, False)
+    found = doctor.check_gpu(preset_config("cpu"), read, automatic=True)
+    assert found.status == "warning"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert read_machine().is_listed
+
+
 @pytest.mark.parametrize(
-    "script", ["echo broken >&2; exit 18", "exit 9", "echo 'No devices were found'", "true"]
+    "script",
+    [
+        "echo broken >&2; exit 18",
+        "exit 9",
+        "echo 'No devices were found'",
+        "true",
+        r"printf '\377' >&2; exit 9",
+    ],
 )
 def test_an_nvidia_smi_that_fails_is_a_reason_to_look_at_the_driver(
     program: Callable[[str, str], None], script: str

@@ -111,10 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             with noting_interrupts():
                 code = _run(name, words[length:])
-            if arguments is None and code in map(exit_code, STOP_SIGNALS):
-                # The process ends now: a further Ctrl-C would only break that off with a traceback.
+            if arguments is None:
+                # The process ends now, and a Ctrl-C would only break that off with a traceback:
+                # after a stop it changes nothing more, after other ends it is quicker.
+                stopped = code in map(exit_code, STOP_SIGNALS)
                 for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
+                    signal.signal(number, signal.SIG_IGN if stopped else signal.SIG_DFL)
             return code
     if words[0] in ("data", "tools") and words[1:2] in (["-h"], ["--help"]):
         print(_help())
@@ -126,12 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.errors import GateError, UserError
     from tinyagent_fast.interrupts import noted_interrupt
-    from tinyagent_fast.models.libraries import quieten
 
-    quieten()  # before the first import that reaches bitsandbytes
-    # Threads that spin for long while they wait starve each other on a shared machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
+        from tinyagent_fast.models.libraries import quieten
+
+        quieten()  # before the first import that reaches bitsandbytes
+        # Threads that spin for long while they wait starve each other on a shared machine.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         module = importlib.import_module(f"tinyagent_fast.commands.{COMMANDS[name][0]}")
         code = int(module.run(arguments))
         sys.stdout.flush()  # here, where a closed pipe is no error yet
@@ -143,12 +146,12 @@ def _run(name: str, arguments: list[str]) -> int:
         print(f"gate failed: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _read_enough()
     except KeyboardInterrupt as stop:
         return _stopped(name, stop)
     except SystemExit as leave:
+        if isinstance(leave.__context__, BrokenPipeError):  # rich makes it an exit with code 1
+            return _read_enough()
         if leave.code is None or isinstance(leave.code, int):
             return leave.code or 0
         print(leave.code, file=sys.stderr)
@@ -165,6 +168,12 @@ def _run(name: str, arguments: list[str]) -> int:
             return _bug()
         print(f"error: {told}", file=sys.stderr)
         return 2
+
+
+def _read_enough() -> int:
+    """End quietly where the reader of the output, such as `head`, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _stopped(name: str, stop: KeyboardInterrupt) -> int:

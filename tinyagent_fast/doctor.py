@@ -139,8 +139,12 @@ def read_machine() -> Machine:
         return Machine(None, hidden, False, *main_memory_gib())
     gpu, problem, said = None, None, ""
     if program := shutil.which("nvidia-smi"):
-        said, problem = _run([program, "-L"], timeout_s=20)
-    is_listed = "GPU" in said
+        words = [program, "--query-gpu=name", "--format=csv,noheader"]
+        first = (visible or "").split(",")[0].strip()
+        if first and not first.startswith("MIG"):  # it knows no parts of a GPU
+            words.append(f"--id={first}")
+        said, problem = _run(words, timeout_s=20)
+    is_listed = bool(said) and "No devices" not in said
     if is_listed or any(path.exists() for path in _DRIVER_FILES):
         gpu, problem = _ask_torch()
         if not is_listed and problem and "not compiled with CUDA" in problem:
@@ -157,6 +161,7 @@ def _run(words: Sequence[str], *, timeout_s: float) -> tuple[str, str | None]:
             words,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=timeout_s,
             check=False,
             cwd=_ROOT,  # so that a folder of our name in the current one is not imported

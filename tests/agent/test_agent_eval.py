@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,36 @@ def test_an_error_of_the_model_reaches_every_agent() -> None:
         )
 
     assert [str(error) for error in asyncio.run(run())] == ["out of memory"] * 5
+
+
+def test_a_batch_that_nobody_waits_for_is_broken_off(caplog: pytest.LogCaptureFixture) -> None:
+    scripted, writer = planner(["x"])
+    written = 0
+
+    def generate(_prompts: Any, _limits: Any, on_token: Any) -> Iterator[Any]:
+        nonlocal written
+        for _ in range(3000):
+            written += 1
+            time.sleep(0.01)
+            on_token(0, "x")
+        yield
+
+    writer.generate = generate  # type: ignore[method-assign]
+
+    async def run() -> None:
+        model = BatchedModel(scripted)
+        asked = [
+            asyncio.create_task(model.complete(Prompt(system=None, user=str(n)), END_OF_PLAN))
+            for n in range(3)
+        ]
+        await asyncio.wait(asked, timeout=0.1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(run())
+    gc.collect()
+    assert written < 1000
+    assert not caplog.records
 
 
 def test_a_streamed_plan_comes_in_pieces_and_can_be_left() -> None:

@@ -81,6 +81,15 @@ def texts_of(result: EvaluationResult) -> list[tuple[str, str, str, int]]:
     return [(p.key, p.prediction, p.stop_reason, p.new_tokens) for p in result.predictions]
 
 
+def test_nobody_is_waited_for_whatever_a_launcher_says(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    assert evaluate(loaded, 2, tmp_path).metrics.n == 2
+
+
 def test_every_query_gets_one_prediction_with_its_label_in_the_order_of_the_examples(
     loaded: LoadedModel, tmp_path: Path, generated: list[list[int]]
 ) -> None:

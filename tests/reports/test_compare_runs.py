@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyagent_fast.cli import main
+from tinyagent_fast.commands.compare import _text
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import Prediction, score_all
@@ -102,6 +103,13 @@ def test_shown_flips_come_from_both_sides(of_a: int, of_b: int, shown: tuple[int
     flips = [Flip("A", plan)] * of_a + [Flip("B", plan)] * of_b
     winners = Counter(one.winner for one in chosen_flips(flips, 24))
     assert (winners["A"], winners["B"]) == shown
+
+
+def test_the_terminal_lists_flips_of_both_sides() -> None:
+    shown = "\n".join(_text(compared([(True, False)] * 30 + [(False, True)] * 10)))
+    every = shown.split("All flipped queries")[1]
+    assert (every.count("A only"), every.count("B only")) == (6, 6)
+    assert "and 28 more" in every
 
 
 def test_two_evaluations_of_a_run_are_compared(

@@ -23,6 +23,24 @@ Complete = Callable[[Prompt, str], Awaitable[Completion]]
 """Completes a prompt up to a stop string."""
 
 
+class _Left(Exception):
+    """Nobody waits any more for what a model writes."""
+
+
+async def _completed(planner: Planner, prompts: Sequence[Prompt], stop: str) -> list[Completion]:
+    """Complete prompts in a thread, which a cancel ends with the next token that is written."""
+    left = threading.Event()
+
+    def watch(_index: int, _text: str) -> None:
+        if left.is_set():
+            raise _Left
+
+    try:
+        return await asyncio.to_thread(planner.complete, prompts, stop, watch)
+    finally:
+        left.set()
+
+
 @dataclass(frozen=True)
 class StreamingModel:
     """A planner that writes for one agent; its plans can be run while they are written."""
@@ -62,7 +80,7 @@ class StreamingModel:
 
     async def complete(self, prompt: Prompt, stop: str) -> Completion:
         """Complete a prompt, such as a joiner's."""
-        (done,) = await asyncio.to_thread(self.planner.complete, [prompt], stop)
+        (done,) = await _completed(self.planner, [prompt], stop)
         return done
 
 
@@ -104,14 +122,17 @@ class BatchedModel:
                 stop = self._waiting[0][1]
                 batch = [key for key in self._waiting if key[1] == stop][: self.planner.batch]
                 prompts = [prompt for prompt, _ in batch]
-                done = await asyncio.to_thread(self.planner.complete, prompts, stop)
+                done = await _completed(self.planner, prompts, stop)
                 for key, completion in zip(batch, done, strict=True):
                     self._waiting.remove(key)
                     self._asked[key].set_result(completion)
                 self.on_progress(len(self._asked) - len(self._waiting), len(self._asked))
         except BaseException as error:
-            for key in self._waiting:
-                self._asked[key].set_exception(error)
+            for asked in map(self._asked.__getitem__, self._waiting):
+                if isinstance(error, Exception):
+                    asked.set_exception(error)
+                else:
+                    asked.cancel()
             self._waiting.clear()
             if not isinstance(error, Exception):
                 raise

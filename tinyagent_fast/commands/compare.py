@@ -65,9 +65,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _text(compared: FlippedPlans) -> Iterator[str]:
+    from tinyagent_fast.reports.flips import chosen_flips
+
     yield from compared.lines()
-    for table in compared.tables():
+    # Of both sides, however many there are of one.
+    shown = replace(compared, flips=tuple(chosen_flips(compared.flips, _SHOWN_ROWS)))
+    for table, whole in zip(shown.tables(), compared.tables(), strict=True):
         if table.rows:
             yield "\n" + replace(table, rows=table.rows[:_SHOWN_ROWS]).to_markdown().rstrip()
-        if (more := len(table.rows) - _SHOWN_ROWS) > 0:
+        if (more := len(whole.rows) - _SHOWN_ROWS) > 0:
             yield f"and {more} more; --html lists all"

@@ -305,7 +305,9 @@ def _measure(
     title = f"{task.title}, with the grammar" if task.grammar else task.title
     task = replace(task, title=title, made_with={**task.made_with, **job.task.made_with})
     with closing(engine), display.bar(name, "plans") as update:
-        result = evaluate_examples(engine, task, folder, on_progress=update, say=display.say)
+        result = evaluate_examples(
+            engine, task, folder, processes=processes, on_progress=update, say=display.say
+        )
     if processes.is_main_process:
         report = (folder / "report.md").read_text(encoding="utf-8")
         display.say(report.split("\n## The first")[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyagent_fast.config import EvalConfig
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.distributed import init_processes
+from tinyagent_fast.distributed import ALONE, Processes
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.evaluation.report import markdown_report
 from tinyagent_fast.evaluation.scoring import (
@@ -105,22 +105,30 @@ def evaluate_examples(
     task: EvaluationTask,
     folder: Path,
     *,
+    processes: Processes = ALONE,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> EvaluationResult:
     """Generate the plans that are missing, then score all of them.
 
     Args:
-        engine: Writes the plans; with several processes each its share.
+        engine: Writes the plans.
         task: What to predict.
         folder: Gets predictions.jsonl, metrics.json and report.md.
+        processes: All that evaluate this; each writes its share.
         on_progress: Called with predictions done and in all.
         say: Prints one line for the user.
     """
     started = time.perf_counter()
-    processes, examples, file = init_processes(), task.examples, PredictionFile(folder)
+    examples, file = task.examples, PredictionFile(folder)
     identity = {**engine.identity(), **task.identity()}
+    held = file.path.exists()
     there = processes.on_main_process(lambda: file.start(identity))
+    if held and not file.path.exists():
+        say(
+            f"{folder} held predictions made with other things, such as another test file; they "
+            "are now its predictions.previous.jsonl"
+        )
     missing = [example for example in examples if example.key not in there]
     kept = len(examples) - len(missing)
     if kept:
@@ -139,7 +147,7 @@ def evaluate_examples(
             lambda: compare_batches(engine, prompts, task.limits, sample=sample)
         )
         say(parity.sentence())
-        for done in _generate(engine, task, missing, parity.safe_batch, file):
+        for done in _generate(engine, task, missing, parity.safe_batch, file, processes):
             on_progress(min(len(examples), kept + done), len(examples))
     by_key = {prediction.key: prediction for prediction in file.read()}
     plans = score_all((by_key[example.key] for example in examples), task.tools)
@@ -167,13 +175,13 @@ def _generate(
     missing: Sequence[Example],
     batch: int,
     file: PredictionFile,
+    processes: Processes,
 ) -> Iterator[int]:
     """Write this process's share of plans, each as soon as it is there.
 
     Yields:
         How many are done in all processes, which are about as far as this one.
     """
-    processes = init_processes()
     mine = processes.shard(missing)
     part = file.part(processes.rank) if processes.count > 1 else file
     limits = replace(task.limits, batch=batch)

@@ -246,14 +246,18 @@ class Planner:
         limits = Limits(stop=stop, max_new_tokens=self.max_new_tokens, batch=self.batch)
         return write(prompts, limits, on_token)
 
-    def complete(self, prompts: Sequence[Prompt], stop: str) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[Prompt], stop: str, on_token: OnToken | None = None
+    ) -> list[Completion]:
         """Complete prompts that were made elsewhere, such as a joiner's, and give them in order.
+
+        What `on_token` raises breaks it off.
 
         Raises:
             ModelError: A prompt does not fit into the model's context.
         """
         with self.turn():
-            done = dict(self.generate(prompts, stop, second_look=False))
+            done = dict(self.generate(prompts, stop, second_look=False, on_token=on_token))
         return [done[index] for index in range(len(prompts))]
 
     def planned(self, request: str, built: BuiltPrompt, done: Completion) -> PlannedRequest:

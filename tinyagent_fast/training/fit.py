@@ -228,7 +228,9 @@ class _Prepared:
             title=title,
         )
         engine = TorchEngine(self.loaded, lookup_tokens=self.config.eval.lookup_tokens)
-        return evaluate_examples(engine, task, folder, on_progress=on_progress, say=say)
+        return evaluate_examples(
+            engine, task, folder, processes=self.processes, on_progress=on_progress, say=say
+        )
 
     def measure_test_queries(self, when: str) -> None:
         """Measure the test queries `before` or `after` training, if wanted, and say what came out.
