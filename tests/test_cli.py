@@ -804,7 +804,7 @@ def test_every_command_holds_back_what_bitsandbytes_says_when_it_is_imported(
     assert caplog.messages == ["before"]
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+def test_nor_is_it_where_rich_prints(tmp_path: Path) -> None:
     # Through rich, which makes an exit with code 1 of it.
     words = f"{sys.executable} -m tinyagent_fast memory --preset l4"
     done = subprocess.run(
