@@ -171,11 +171,12 @@ class Run:
         for folder in folders:
             if (folder / _WEIGHTS).exists():
                 return folder
-        raise ConfigError(
-            f"adapter {folders[0]}",
-            f"it holds no {_WEIGHTS}",
-            f"finish the run (make train ARGS='--resume {self.named}'), or name a folder",
-        )
+        why, fix = f"it holds no {_WEIGHTS}", "name a folder with one, such as a checkpoint's"
+        if wanted == "best":
+            fix = f"finish the run (make train ARGS='--resume {self.named}'), or name a folder"
+        elif not folders[0].is_dir():
+            why = "there is no such folder"
+        raise ConfigError(f"adapter {folders[0]}", why, fix)
 
     def unfinished(self) -> str | None:
         """Say how far a training came that has not ended, and whose adapter stands for the run.

@@ -75,8 +75,10 @@ class AgentSpec:
         if self.mcp is not None and not self.mcp.strip():
             raise ConfigError("--mcp", "it is empty", "give the server's command line")
         if self.sandbox and (self.tools or self.mcp or self.sandbox.exists()):
-            why = "the file exists" if self.sandbox.exists() else "own tools need no sandbox"
-            raise ConfigError(f"--sandbox {self.sandbox}", why, "name a new file, or leave it out")
+            why, fix = "own tools need no sandbox", "leave it out"
+            if self.sandbox.exists():
+                why, fix = "the file exists", "name a new file, or leave it out"
+            raise ConfigError(f"--sandbox {self.sandbox}", why, fix)
         if self.max_replans < 0 or self.call_timeout_s <= 0:
             raise ConfigError(
                 f"--max-replans {self.max_replans} --call-timeout-s {self.call_timeout_s}",

@@ -199,7 +199,8 @@ def tools_of_module(path: Path) -> dict[str, RunnableTool]:
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise DataError(f"tools {path}", "it is no Python file", "name a .py file with functions")
+        why = "it is no Python file" if path.exists() else "there is no such file"
+        raise DataError(f"tools {path}", why, "name a .py file with functions")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # type hints are looked up there
     try:

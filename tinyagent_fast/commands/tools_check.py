@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(ToolsFlags, args=list(arguments), prog="tinyagent-fast tools check")
     if (flags.source is None) == (flags.mcp is None):
         raise ConfigError(
-            "tools check", "it checks one source", "name a .py or .yaml file, or --mcp"
+            "tools check", "it checks one source", "name a .py or .yaml file first, or --mcp"
         )
     from tinyagent_fast.data.generation.catalogue import load_catalogue
     from tinyagent_fast.data.generation.drafts import draft_catalogue
