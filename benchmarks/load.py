@@ -53,10 +53,10 @@ def generate(folder: Path, rows: int) -> None:
 
 def check(folder: Path, rows: int) -> None:
     """Do what `data check` does, with words instead of tokens."""
-    from tinyagent_fast.data.report import check_file
+    from tinyagent_fast.data.report import Measure, check_file
     from tinyagent_fast.prompts.templates import render
 
-    found = check_file(_file(folder), encode=None, render=lambda example: render(example, "alpaca"))
+    found = check_file(_file(folder), Measure(render=lambda example: render(example, "alpaca")))
     assert found.read.entries == rows
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.cli import main
 from tinyagent_fast.data import report
-from tinyagent_fast.data.report import DataCheck, summarise_lengths
+from tinyagent_fast.data.report import DataCheck, Measure, summarise_lengths
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import why_hopeless
@@ -47,8 +47,15 @@ def plain(example: Example) -> tuple[str, str]:
     return f"{example.system}\n\n{example.user}", example.output
 
 
-def check_file(path: Path, **arguments: Any) -> DataCheck:
-    return report.check_file(path, **{"encode": None, "render": plain, **arguments})
+WORDS = Measure(render=plain)
+
+
+def check_file(path: Path, measure: Measure = WORDS, **arguments: Any) -> DataCheck:
+    return report.check_file(path, measure, **arguments)
+
+
+def tokens(limit: int | None = None) -> Measure:
+    return Measure(render=plain, encode=characters, max_length_tokens=limit)
 
 
 def characters(texts: list[str]) -> list[list[int]]:
@@ -71,7 +78,7 @@ def test_lengths_are_tokens_when_a_tokenizer_is_given(tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.json", make_entry("abc", "sys", "t"), make_entry("abcde", "sys", "t")
     )
-    check = check_file(path, encode=characters, max_length_tokens=23)
+    check = check_file(path, tokens(23))
     lengths = check.lengths["plan"]
     output = len("1. t()\n2. join()")
     assert check.unit == "tokens"
@@ -88,13 +95,13 @@ def test_over_long_rows_are_those_beyond_the_limit(tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.json", make_entry("abc", "sys", "t"), make_entry("abcde", "sys", "t")
     )
-    check = check_file(path, encode=characters, max_length_tokens=8 + 16)
+    check = check_file(path, tokens(8 + 16))
     assert check.lengths["plan"].over_long_rows == 1
 
 
 def test_without_a_tokenizer_words_are_counted_and_labelled(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", make_entry("call Ann!", "do it", "t"))
-    check = check_file(path, max_length_tokens=1)
+    check = check_file(path, Measure(render=plain, max_length_tokens=1))
     assert check.unit == "words"
     assert check.lengths["plan"].parts["user"].maximum == 3
     assert check.lengths["plan"].over_long_rows is None
@@ -109,7 +116,7 @@ def test_the_shared_beginning_is_the_longest_one(
 ) -> None:
     path = tmp_path_factory.mktemp("prefix") / "d.json"
     write(path, *(make_entry("q", system, "t") for system in systems))
-    check = check_file(path, encode=characters)
+    check = check_file(path, tokens())
     prompts = [f"{system}\n\nq" for system in systems]
     shared = 0
     while shared < min(map(len, prompts)) and len({prompt[shared] for prompt in prompts}) == 1:
@@ -120,7 +127,8 @@ def test_the_shared_beginning_is_the_longest_one(
 
 def test_the_prompt_is_what_the_caller_renders(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", make_entry("abc", "sys", "t"))
-    check = check_file(path, encode=characters, render=lambda example: ("<" + example.user, "!!"))
+    measure = Measure(encode=characters, render=lambda example: ("<" + example.user, "!!"))
+    check = check_file(path, measure)
     parts = check.lengths["plan"].parts
     assert (parts["system"].mean, parts["user"].mean, parts["output"].mean) == (1, 3, 2)
 
@@ -133,7 +141,7 @@ def test_rows_are_encoded_in_small_batches(tmp_path: Path) -> None:
         sizes.append(len(texts))
         return characters(texts)
 
-    check = check_file(path, encode=encode)
+    check = check_file(path, Measure(render=plain, encode=encode))
     assert check.lengths["plan"].parts["total"].rows == 300
     assert max(sizes) <= 3 * 64
 
@@ -162,7 +170,7 @@ def test_problems_are_listed_and_counted(tmp_path: Path) -> None:
 
 def test_the_json_form_has_every_figure(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", make_entry("q", "s", "t"))
-    decoded = json.loads(json.dumps(asdict(check_file(path, encode=characters))))
+    decoded = json.loads(json.dumps(asdict(check_file(path, tokens()))))
     assert decoded["read"]["entries"] == 1
     assert decoded["lengths"]["plan"]["parts"]["total"]["rows"] == 1
     assert decoded["steps_per_plan"] == {"1": 1}

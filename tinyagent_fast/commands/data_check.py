@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from tinyagent_fast.data.generation.catalogue import plan_tools
-    from tinyagent_fast.data.report import check_file
+    from tinyagent_fast.data.report import Measure, check_file
     from tinyagent_fast.display import Display
     from tinyagent_fast.evaluation.scoring import why_hopeless
     from tinyagent_fast.plans.tools import TINYAGENT
@@ -56,13 +56,16 @@ def run(arguments: Sequence[str]) -> int:
         tokenizer = PromptTokenizer(load_tokenizer(folder), flags.prompt_format)
         encode, chat = tokenizer.encode_texts, tokenizer.chat
 
+    measure = Measure(
+        render=lambda example: render(example, flags.prompt_format, chat),
+        encode=encode,
+        max_length_tokens=flags.max_length_tokens if encode else None,
+    )
     tools = plan_tools(flags.catalogue)
     with Display(Console(stderr=True)).working("data check", "entries") as update:
         check = check_file(
             flags.file,
-            encode=encode,
-            render=lambda example: render(example, flags.prompt_format, chat),
-            max_length_tokens=flags.max_length_tokens if encode else None,
+            measure,
             others={str(path): path for path in flags.against},
             judge=lambda label: why_hopeless(label, tools),
             known_tools=TINYAGENT if tools is None else tools,

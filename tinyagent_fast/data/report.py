@@ -158,6 +158,32 @@ class DataCheck:
                 yield f"  {name}: {skipped:,} unusable entries were not compared"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How rows become lengths."""
+
+    render: Render
+    encode: Encode | None = None
+    """Gives the token ids of texts; without it, words and punctuation marks are counted."""
+    max_length_tokens: int | None = None
+    """Rows with more tokens in all are counted as over-long."""
+
+    @property
+    def unit(self) -> str:
+        """What is counted: tokens or words."""
+        return "words" if self.encode is None else "tokens"
+
+    def rows(self, examples: Iterator[Example]) -> Iterator[tuple[Example, list[Any], int, int]]:
+        """Give each example with its prompt in units, and the units of user text and completion."""
+        count: Callable[[list[str]], Sequence[list[Any]]] = self.encode or _words
+        while batch := list(islice(examples, _ROWS_PER_CALL)):
+            prompts, completions = zip(*map(self.render, batch), strict=True)
+            encoded = iter(count([*prompts, *(example.user for example in batch), *completions]))
+            parts = [list(islice(encoded, len(batch))) for _ in range(3)]
+            for example, prompt, user, output in zip(batch, *parts, strict=True):
+                yield example, prompt, len(user), len(output)
+
+
 class _Lengths:
     """Lengths of the rows of one kind, and the beginning that all their prompts share so far."""
 
@@ -174,8 +200,13 @@ class _Lengths:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             self.prefix = prompt[:same]
 
-    def summary(self, limit: int | None) -> KindLengths:
+    @property
+    def rows(self) -> int:
+        return len(self.parts["total"])
+
+    def summary(self, measure: Measure) -> KindLengths:
         totals = self.parts["total"]
+        limit = measure.max_length_tokens if measure.encode is not None else None
         return KindLengths(
             parts={part: summarise_lengths(lengths) for part, lengths in self.parts.items()},
             supervised_share=sum(self.parts["output"]) / max(1, sum(totals)),
@@ -184,12 +215,33 @@ class _Lengths:
         )
 
 
+class _Plans:
+    """What plans call so far, and what is wrong with them."""
+
+    def __init__(self, judge: Judge, known_tools: Collection[str] | None) -> None:
+        self.judge, self.known_tools = judge, known_tools
+        self.steps: Counter[int] = Counter()
+        self.tools: Counter[str] = Counter()
+        self.hopeless: dict[str, tuple[int, str]] = {}
+        self.with_unknown_tools = 0
+
+    def add(self, example: Example) -> None:
+        called = [step.tool for step in plan_steps(example.output) if step.tool != "join"]
+        self.steps[len(called)] += 1
+        self.tools.update(called)
+        self.with_unknown_tools += any(map(self.is_unknown, called))
+        if reason := self.judge(example.output):
+            number, first = self.hopeless.get(reason, (0, example.key))
+            self.hopeless[reason] = (number + 1, first)
+
+    def is_unknown(self, tool: str) -> bool:
+        return self.known_tools is not None and tool not in self.known_tools
+
+
 def check_file(
     path: str | Path,
+    measure: Measure,
     *,
-    encode: Encode | None,
-    render: Render,
-    max_length_tokens: int | None = None,
     others: Mapping[str, str | Path] | None = None,
     judge: Judge = lambda _label: None,
     known_tools: Collection[str] | None = None,
@@ -199,10 +251,7 @@ def check_file(
 
     Args:
         path: The JSON data file.
-        encode: Gives the token ids of texts; without it, words and punctuation marks are counted
-            and labelled so.
-        render: Gives the prompt and completion of an example.
-        max_length_tokens: Rows with more tokens in all are counted as over-long.
+        measure: Gives the lengths of rows.
         others: More data files by name (not "this file"), to look for the same queries in them.
         judge: Finds labels that can never succeed.
         known_tools: Names of the tools that plans may call; None looks for no others.
@@ -211,15 +260,8 @@ def check_file(
     Raises:
         DataError: A file is no dataset file at all, or has no usable entry.
     """
-    count: Callable[[list[str]], Sequence[list[Any]]] = encode or _words
-    points: Counter[str] = Counter()
-    steps: Counter[int] = Counter()
-    tools: Counter[str] = Counter()
-    outside = 0
-    kinds: dict[str, _Lengths] = {}
     queries: list[str] = []
     reports: list[ReadReport] = []
-    hopeless: dict[str, tuple[int, str]] = {}
 
     def examples() -> Iterator[Example]:
         for entry in read_entries(path, on_bad_entry="skip", on_report=reports.append):
@@ -227,49 +269,33 @@ def check_file(
             on_progress(len(queries))
             yield from entry.examples
 
-    rows = examples()
-    while batch := list(islice(rows, _ROWS_PER_CALL)):
-        prompts, completions = zip(*map(render, batch), strict=True)
-        encoded = iter(count([*prompts, *(example.user for example in batch), *completions]))
-        parts = [list(islice(encoded, len(batch))) for _ in range(3)]
-        for example, prompt, user, output in zip(batch, *parts, strict=True):
-            lengths = kinds.setdefault(example.kind, _Lengths(prompt))
-            lengths.add(prompt, len(user), len(output))
-            points[example.kind] += 1
-            if example.kind != "join":
-                called = [step.tool for step in plan_steps(example.output) if step.tool != "join"]
-                steps[len(called)] += 1
-                tools.update(called)
-                outside += known_tools is not None and not set(called) <= set(known_tools)
-                if reason := judge(example.output):
-                    number, first = hopeless.get(reason, (0, example.key))
-                    hopeless[reason] = (number + 1, first)
+    kinds: dict[str, _Lengths] = {}
+    plans = _Plans(judge, known_tools)
+    for example, prompt, user, output in measure.rows(examples()):
+        kinds.setdefault(example.kind, _Lengths(prompt)).add(prompt, user, output)
+        if example.kind != "join":
+            plans.add(example)
     splits = {_THIS_FILE: queries}
     skipped: dict[str, int] = {}
     for name, other in (others or {}).items():
         entries = read_entries(other, on_bad_entry="skip", on_report=reports.append)
         splits[name] = [entry.query for entry in entries]
         skipped[name] = reports[-1].skipped
-    limit = max_length_tokens if encode is not None else None
-    calls = dict(tools.most_common())
+    calls = dict(plans.tools.most_common())
     return DataCheck(
         path=str(path),
-        unit="words" if encode is None else "tokens",
-        max_length_tokens=max_length_tokens,
+        unit=measure.unit,
+        max_length_tokens=measure.max_length_tokens,
         read=reports[0],
-        point_counts=dict(points),
-        steps_per_plan=dict(sorted(steps.items())),
+        point_counts={kind: lengths.rows for kind, lengths in kinds.items()},
+        steps_per_plan=dict(sorted(plans.steps.items())),
         tool_counts=calls,
-        lengths={kind: lengths.summary(limit) for kind, lengths in kinds.items()},
+        lengths={kind: lengths.summary(measure) for kind, lengths in kinds.items()},
         leaks=leak_report(splits),
         other_skipped=skipped,
-        hopeless_labels=dict(sorted(hopeless.items(), key=lambda item: -item[1][0])),
-        unknown_tools={
-            name: count
-            for name, count in calls.items()
-            if known_tools is not None and name not in known_tools
-        },
-        plans_with_unknown_tools=outside,
+        hopeless_labels=dict(sorted(plans.hopeless.items(), key=lambda item: -item[1][0])),
+        unknown_tools={name: count for name, count in calls.items() if plans.is_unknown(name)},
+        plans_with_unknown_tools=plans.with_unknown_tools,
     )
 
 
