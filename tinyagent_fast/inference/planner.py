@@ -368,6 +368,29 @@ def load(
     for name, value in (("max-new-tokens", max_new_tokens), ("threads", threads), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
+    if grammar not in get_args(GrammarUse):
+        raise ConfigError(f"grammar {grammar!r}", "it is `on` or `off`", "take one of them")
+    _refuse_unknown_engine(engine)
+    path = source.path if isinstance(source, Run) else source
+    found = find_source(path, run=run, runs=Path(runs))
+    chosen = _engine_of(engine, found)
+    config = found.run.config() if found.run else Config()
+    retriever = _retriever(found) if system == "auto" else None
+    tools = plan_tools(config.data.catalogue)
+    prompts = prompt_builder(str(system), found.run, tools, retriever, grammar=grammar == "on")
+    opened, runs_with = _open_engine(chosen, found, config, threads, batch)
+    return Planner(
+        opened,
+        prompts,
+        max_new_tokens=max_new_tokens
+        or (config.eval.max_new_tokens if found.run else _MAX_NEW_TOKENS),
+        batch=batch,
+        facts={**_facts(found, prompts, grammar), "engine": runs_with},
+        run=found.run,
+    )
+
+
+def _refuse_unknown_engine(engine: str) -> None:
     if engine not in get_args(EngineName):
         near = get_close_matches(str(engine), get_args(EngineName), n=1)
         raise ConfigError(
@@ -375,24 +398,27 @@ def load(
             "there is no such engine" + (f"; did you mean {near[0]!r}?" if near else ""),
             f"take one of {', '.join(get_args(EngineName))}",
         )
-    if grammar not in get_args(GrammarUse):
-        raise ConfigError(f"grammar {grammar!r}", "it is `on` or `off`", "take one of them")
-    path = source.path if isinstance(source, Run) else source
-    found = find_source(path, run=run, runs=Path(runs))
-    engines = _ENGINES[found.kind]
-    if engine != "auto" and engine not in engines:
+
+
+def _engine_of(asked: EngineName, source: PlannerSource) -> EngineName:
+    """Give the engine that runs a model: the one asked for, or with `auto` the best."""
+    engines = _ENGINES[source.kind]
+    if asked == "auto":
+        return engines[0]
+    if asked not in engines:
         raise ConfigError(
-            f"engine {engine} with {found.path}",
-            f"it is {_KINDS[found.kind]}, which runs with the engine {' or '.join(engines)}",
+            f"engine {asked} with {source.path}",
+            f"it is {_KINDS[source.kind]}, which runs with the engine {' or '.join(engines)}",
             "leave the engine out",
         )
-    config = found.run.config() if found.run else Config()
-    retriever = _retriever(found) if system == "auto" else None
-    tools = plan_tools(config.data.catalogue)
-    prompts = prompt_builder(str(system), found.run, tools, retriever, grammar=grammar == "on")
-    facts = {"model": _shown(found.path), "system text": prompts.system.source}
-    if found.run is not None and (unfinished := found.run.unfinished()) is not None:
-        facts["training"] = f"run {found.run.path.name} is {unfinished}"
+    return asked
+
+
+def _facts(source: PlannerSource, prompts: PromptBuilder, grammar: GrammarUse) -> dict[str, str]:
+    """Say what a user should know of a planner's model and prompts."""
+    facts = {"model": _shown(source.path), "system text": prompts.system.source}
+    if source.run is not None and (unfinished := source.run.unfinished()) is not None:
+        facts["training"] = f"run {source.run.path.name} is {unfinished}"
     if (named := prompts.describe_tools()) is not None:
         facts["it names"] = f"{named}; for others: --system nearest or FILE"
     facts["grammar"] = (
@@ -400,10 +426,7 @@ def load(
         if grammar == "on"
         else "off"
     )
-    chosen = engines[0] if engine == "auto" else engine
-    opened, facts["engine"] = _open_engine(chosen, found, config, threads, batch)
-    limit = max_new_tokens or (config.eval.max_new_tokens if found.run else _MAX_NEW_TOKENS)
-    return Planner(opened, prompts, max_new_tokens=limit, batch=batch, facts=facts, run=found.run)
+    return facts
 
 
 def find_source(

@@ -261,34 +261,7 @@ def _prepare(
 ) -> _Prepared:
     """Read data, build the base, encode rows, load the model and make the run's folder."""
     processes = init_processes()
-    with display.bar("reading data", "steps of the retriever") as update:
-        examples = processes.main_process_first(lambda: load_run_examples(config, update))
-    refuse_unscorable(config, examples.test, examples.validation)
-    with display.bar("base model", "steps") as update:
-        base = processes.on_main_process(
-            lambda: resolve_base(
-                config,
-                examples.train,
-                [example.query for example in examples.test],
-                update,
-                display.say,
-            )
-        )
-    folder = resolve_tokenizer_folder(base, config.model.revision)
-    tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
-    with display.bar("encoding rows", "rows") as update:
-        rows = processes.main_process_first(
-            lambda: encode_run_rows(
-                config, examples, tokenizer, lambda done: update(done, len(examples.train))
-            )
-        )
-    for name, row_file in (("train", rows.train), ("validation", rows.validation)):
-        if row_file is not None and row_file.statistics.dropped:
-            dropped = row_file.statistics.dropped
-            display.say(
-                f"dropped {len(dropped)} over-long {name} rows, the longest of "
-                f"{max(tokens for _, tokens in dropped)} tokens"
-            )
+    examples, base, rows = _read(config, display)
     with display.working("loading the base model"):
         loaded = load_for_training(config, base)
     _refuse_rows_past_the_context(loaded, rows)
@@ -314,31 +287,66 @@ def _prepare(
         display=display,
         processes=processes,
     )
-    if processes.is_main_process and loaded.device == "cpu":
-        write_json(prepared.run.path / "compute.json", {"dtype": loaded.compute_dtype})
-    processes.on_main_process(
-        lambda: remember_or_compare(
-            prepared.run,
-            _data_record(prepared),
-            trainable_parameters(loaded.model),
-            resumed=resume is not None,
-        )
-    )
-    if examples.retriever is not None and processes.is_main_process:
-        examples.retriever.save(prepared.run.path)
+    processes.on_main_process(lambda: _record(prepared, resumed=resume is not None))
     display.header("tinyagent-fast train", _header(prepared))
     for note in loaded.notes:
         display.say(f"note: {note}")
-    if find_spec("gguf") is not None:  # an export needs it, training does not
-        from tinyagent_fast.export.conversion import export_obstacle
-
-        obstacle = export_obstacle(base, config.model.revision, tokenizer)
-        display.say(
-            "export: the trained model can become GGUF files"
-            if obstacle is None
-            else f"warning: the trained model cannot become a GGUF file. {obstacle}"
-        )
+    _say_whether_exportable(prepared)
     return prepared
+
+
+def _read(config: Config, display: Display) -> tuple[RunExamples, str, RunRows]:
+    """Read the examples, find or build the base, and encode the rows for it."""
+    processes = init_processes()
+    with display.bar("reading data", "steps of the retriever") as update:
+        examples = processes.main_process_first(lambda: load_run_examples(config, update))
+    refuse_unscorable(config, examples.test, examples.validation)
+    queries = [example.query for example in examples.test]
+    with display.bar("base model", "steps") as update:
+        base = processes.on_main_process(
+            lambda: resolve_base(config, examples.train, queries, update, display.say)
+        )
+    folder = resolve_tokenizer_folder(base, config.model.revision)
+    tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
+    with display.bar("encoding rows", "rows") as update:
+        rows = processes.main_process_first(
+            lambda: encode_run_rows(
+                config, examples, tokenizer, lambda done: update(done, len(examples.train))
+            )
+        )
+    for name, row_file in (("train", rows.train), ("validation", rows.validation)):
+        if row_file is not None and row_file.statistics.dropped:
+            dropped = row_file.statistics.dropped
+            display.say(
+                f"dropped {len(dropped)} over-long {name} rows, the longest of "
+                f"{max(tokens for _, tokens in dropped)} tokens"
+            )
+    return examples, base, rows
+
+
+def _record(prepared: _Prepared, *, resumed: bool) -> None:
+    """Write what the run was made with, or refuse to go on with anything else."""
+    run, loaded, retriever = prepared.run, prepared.loaded, prepared.examples.retriever
+    if loaded.device == "cpu":
+        write_json(run.path / "compute.json", {"dtype": loaded.compute_dtype})
+    trainable = trainable_parameters(loaded.model)
+    remember_or_compare(run, _data_record(prepared), trainable, resumed=resumed)
+    if retriever is not None:
+        retriever.save(run.path)
+
+
+def _say_whether_exportable(prepared: _Prepared) -> None:
+    if find_spec("gguf") is None:  # an export needs it, training does not
+        return
+    from tinyagent_fast.export.conversion import export_obstacle
+
+    revision, tokenizer = prepared.config.model.revision, prepared.loaded.tokenizer
+    obstacle = export_obstacle(prepared.base, revision, tokenizer)
+    prepared.display.say(
+        "export: the trained model can become GGUF files"
+        if obstacle is None
+        else f"warning: the trained model cannot become a GGUF file. {obstacle}"
+    )
 
 
 def _with_compute(
@@ -590,6 +598,42 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         StopOnInterrupt,
     )
 
+    display, run, processes = prepared.display, prepared.run, prepared.processes
+    trainer = _checked_trainer(prepared, resumed=resumed)
+    if resumed:
+        dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
+        start = checkpoint.name if checkpoint else "the first step, as there is no checkpoint yet"
+        display.say(f"going on from {start}: {dropped} later records of history dropped")
+    if checkpoint is None:
+        prepared.measure_test_queries("before")
+    history = History(run=run, tokens=trainer.token_counts, say=display.say, processes=processes)
+    interrupt = StopOnInterrupt(say=display.say, processes=processes)
+    callbacks = [StepGuard(), history, DivergenceGuard(run=run), interrupt]
+    if prepared.config.train.evaluations and prepared.rows.validation is not None:
+        success = _plan_success(prepared, trainer, history)
+        callbacks.append(success)
+        if checkpoint is None:
+            success.evaluate(0)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    if checkpoint is not None and processes.on_main_process(
+        lambda: training_is_over(run, checkpoint, trainer.steps)
+    ):
+        load_adapter_weights(prepared.loaded.model, checkpoint)
+        display.say(f"{checkpoint.name} is the last one: no step is left to make")
+        return
+    with display.working("training", "steps") as update:
+        trainer.add_callback(StepProgress(update))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if number := interrupt.stopped_by:
+        if not processes.is_main_process:
+            raise SystemExit(exit_code(number))  # the main process says it
+        at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise _stopped(run, f"{at} by {NAMES[number]}", "a checkpoint was saved", number)
+
+
+def _checked_trainer(prepared: _Prepared, *, resumed: bool) -> Any:
+    """Build the trainer, and see that its longest batch fits and its loss is right."""
     config, loaded, display, run = prepared.config, prepared.loaded, prepared.display, prepared.run
     processes, rows = prepared.processes, prepared.rows.train.dataset()
     decision_path = run.path / "shared_prefix.json"
@@ -625,36 +669,7 @@ def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None
         with display.working("comparing shared prefixes with whole rows"):
             difference = check_same_loss(trainer, loaded, rows)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
-    if resumed:
-        dropped = processes.on_main_process(lambda: forget_after(run, checkpoint))
-        start = checkpoint.name if checkpoint else "the first step, as there is no checkpoint yet"
-        display.say(f"going on from {start}: {dropped} later records of history dropped")
-    if checkpoint is None:
-        prepared.measure_test_queries("before")
-    history = History(run=run, tokens=trainer.token_counts, say=display.say, processes=processes)
-    interrupt = StopOnInterrupt(say=display.say, processes=processes)
-    callbacks = [StepGuard(), history, DivergenceGuard(run=run), interrupt]
-    if config.train.evaluations and prepared.rows.validation is not None:
-        success = _plan_success(prepared, trainer, history)
-        callbacks.append(success)
-        if checkpoint is None:
-            success.evaluate(0)
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    if checkpoint is not None and processes.on_main_process(
-        lambda: training_is_over(run, checkpoint, trainer.steps)
-    ):
-        load_adapter_weights(loaded.model, checkpoint)
-        display.say(f"{checkpoint.name} is the last one: no step is left to make")
-        return
-    with display.working("training", "steps") as update:
-        trainer.add_callback(StepProgress(update))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if number := interrupt.stopped_by:
-        if not processes.is_main_process:
-            raise SystemExit(exit_code(number))  # the main process says it
-        at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
-        raise _stopped(run, f"{at} by {NAMES[number]}", "a checkpoint was saved", number)
+    return trainer
 
 
 def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSuccess:

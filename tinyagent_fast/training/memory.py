@@ -188,39 +188,24 @@ class MemoryEstimator:
         unsloth, shared = self.backend == "unsloth", self.shares_prefixes
         # Unsloth drops the mask, and a packed sequence has none of this size.
         masked = not unsloth and not shared and batch > 1
-        # prepare_model_for_kbit_training turns all that is not in 4 bits into fp32. Source: peft.
-        wide = 4 if model.weights == "fp32" or (model.weights == "nf4" and not unsloth) else 2
-        held = 4 if model.weights == "fp32" else 2
-        token = (
-            _unsloth_token(shape, self.config.lora, held, shared)
-            if unsloth
-            else _shared_token(shape, self.config.lora, held, wide)
-            if shared and self._joins_projections
-            else _plain_token(shape, self.config.lora, held, wide, masked)
-        )
-        if shared and not unsloth:  # the last layer needs keys and values of all, and little else
-            needed = 3 * (4 + held) * shape.hidden + 2 * held * shape.kv_width
-            token = replace(token, last_layer=min(token.layer, needed))
+        token = self._token_bytes(masked=masked)
         kept, backward = token.kept_and_backward(shape.layers, checkpointing)
         prefix_gib = 0.0
         if self.keeps_one_prefix(checkpointing):
             # Its keys and values again before those of a micro-batch, and their gradients' sums.
-            pair = 2 * shape.layers * shape.kv_width * (held + 4)
+            pair = 2 * shape.layers * shape.kv_width * (self._held_bytes + 4)
             prefix_gib = min(self.lengths.shared_tokens, tokens) * pair / GIB
         weight = {"nf4": _NF4_BYTES, "fp32": 4}.get(model.weights, 2)
-        weights_gib = (shape.body_weights * weight + shape.embedding_weights * wide) / GIB
+        weights_gib = (
+            shape.body_weights * weight + shape.embedding_weights * self._wide_bytes
+        ) / GIB
         # fp32 weight and gradient, and AdamW's two moments in 8 or 32 bits.
         moments = 2 if train.optimizer == "adamw_8bit" else 8
         adapter_gib = adapter_weights(shape, self.config.lora) * (8 + moments) / GIB
-        if unsloth and not shared:  # its own loss runs over every token
-            loss_gib = min(tokens * shape.vocab * _BYTES_PER_LOGIT / GIB, _FUSED_LOSS_GIB)
+        loss_gib = self._loss_gib(batch, tokens)
+        if self._loses_at_every_token:
             free_gib = self.usable_gib - weights_gib - adapter_gib - tokens * kept / GIB
             loss_gib = min(loss_gib, max(0.0, free_gib / 2))
-        else:
-            supervised = round(batch * self.lengths.supervised_tokens)
-            rows = min(_HEAD_TOKENS, supervised) if shared else min(CHUNK_TOKENS, tokens)
-            copied_head = 2 * shape.hidden if wide == 4 else 0  # autocast's copy of an fp32 head
-            loss_gib = shape.vocab * (rows * _BYTES_PER_LOGIT + copied_head) / GIB
         logits_gib = max(0.0, loss_gib - tokens * backward / GIB)
         largest = max(inputs * outputs for inputs, outputs in shape.linears())
         dequantised = 2 * largest if model.weights == "nf4" else 0
@@ -233,8 +218,50 @@ class MemoryEstimator:
             kept_gib=tokens * kept / GIB + prefix_gib,
             logits_gib=logits_gib,
             overhead_gib=(_WORKSPACE_BYTES + dequantised + mask) / GIB,
-            shrinkable_gib=logits_gib if unsloth and not shared else 0.0,
+            shrinkable_gib=logits_gib if self._loses_at_every_token else 0.0,
         )
+
+    @property
+    def _held_bytes(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.config.model.weights == "fp32" else 2
+
+    @property
+    def _wide_bytes(self) -> int:
+        """Bytes of what is in no 4 bits: peft's prepare_model_for_kbit_training makes it fp32."""
+        weights = self.config.model.weights
+        return 4 if weights == "fp32" or (weights == "nf4" and self.backend != "unsloth") else 2
+
+    @property
+    def _loses_at_every_token(self) -> bool:
+        """Whether the loss runs over every token, as Unsloth's own does."""
+        return self.backend == "unsloth" and not self.shares_prefixes
+
+    def _token_bytes(self, *, masked: bool) -> _TokenBytes:
+        """Count what the backend keeps of a token, with or without an attention mask."""
+        shape, lora, held, wide = self.shape, self.config.lora, self._held_bytes, self._wide_bytes
+        if self.backend == "unsloth":
+            return _unsloth_token(shape, lora, held, self.shares_prefixes)
+        if not self.shares_prefixes:
+            return _plain_token(shape, lora, held, wide, masked)
+        if self._joins_projections:
+            token = _shared_token(shape, lora, held, wide)
+        else:
+            token = _plain_token(shape, lora, held, wide, masked)
+        # The last layer needs keys and values of all, and little else.
+        needed = 3 * (4 + held) * shape.hidden + 2 * held * shape.kv_width
+        return replace(token, last_layer=min(token.layer, needed))
+
+    def _loss_gib(self, batch: int, tokens: int) -> float:
+        """Estimate what the loss of a micro-batch takes where memory is not short."""
+        shape = self.shape
+        if self._loses_at_every_token:
+            return min(tokens * shape.vocab * _BYTES_PER_LOGIT / GIB, _FUSED_LOSS_GIB)
+        supervised = round(batch * self.lengths.supervised_tokens)
+        rows = min(_HEAD_TOKENS, supervised) if self.shares_prefixes else min(CHUNK_TOKENS, tokens)
+        # Autocast's copy of an fp32 head.
+        copied_head = 2 * shape.hidden if self._wide_bytes == 4 else 0
+        return shape.vocab * (rows * _BYTES_PER_LOGIT + copied_head) / GIB
 
     def _estimate_cut_to_fit(self, batch: int, tokens: int) -> MemoryEstimate:
         """Estimate a micro-batch that is cut to fill the memory as far as it is safe."""
