@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tinyagent_fast import (
     score_pairs,
     train,
 )
+from tinyagent_fast.plans.drawing import draw_plan
 from tinyagent_fast.runs import create_run
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "trl", "peft", "numpy")
@@ -93,6 +95,23 @@ def test_an_unknown_engine_is_refused_with_the_one_that_was_meant(tmp_path: Path
         evaluate_run("one", EvalOptions(engine="ggfu"))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="did you mean 'gguf'"):
         load("one", engine="ggfu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "wanted"),
+    [
+        (lambda: train("smoke"), "'smoke'", r"preset_config\('smoke'\)"),  # type: ignore[arg-type]
+        (lambda: score_pairs([("a", None)]), r"\('a', None\)", "two texts"),  # type: ignore[list-item]
+        (lambda: score_pairs(["ab"]), "'ab'", "two texts"),  # type: ignore[list-item]
+        (lambda: draw_plan(None), "None", "text"),  # type: ignore[arg-type]
+        (lambda: load(3), "3", "run"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_a_wrong_type_is_answered_with_what_is_wanted(
+    call: Callable[[], object], given: str, wanted: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{given}\n.*type.*\n.*{wanted}"):
+        call()
 
 
 def test_a_run_is_named_once_and_by_its_name_everywhere(

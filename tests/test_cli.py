@@ -138,14 +138,14 @@ def test_a_misspelt_flag_is_refused_with_the_one_that_was_meant(
 @pytest.mark.parametrize(
     ("arguments", "suggestion"),
     [
-        ("trian", "`train`"),
-        ("evaluate", "`eval`"),
-        ("data chek", "`data check`"),
-        ("generate", "`data generate`"),
+        ("trian", "'train'"),
+        ("evaluate", "'eval'"),
+        ("data chek", "'data check'"),
+        ("generate", "'data generate'"),
         (
             "data",
-            "`data check` or `data roundtrip` or `data retrieval` or `data generate` or "
-            "`data download`",
+            "'data check' or 'data roundtrip' or 'data retrieval' or 'data generate' or "
+            "'data download'",
         ),
     ],
 )
@@ -157,6 +157,26 @@ def test_an_unknown_command_is_refused_with_the_one_that_was_meant(
     first, *rest = got.err.splitlines()
     assert suggestion in first
     assert any(line.startswith("  train ") for line in rest)  # the list of all commands
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "smoke"], "train --preset smoke"),
+        (["memory", "l4"], "memory --preset l4"),
+        (["train", "mine.yaml", "--name", "x"], "train --config mine.yaml"),
+        (["train", "so"], "train --help"),
+        (["chat", "create", "a", "note"], "chat --once 'create a note'"),
+        (["chat", "--run", "x", "--once", "create", "a", "note"], "chat --once 'create a note'"),
+        (["agent", "create", "a", "note", "--dry-run"], "agent 'create a note'"),
+    ],
+)
+def test_a_word_without_its_flag_is_answered_with_the_command_that_was_meant(
+    call: Callable[..., Output], words: list[str], meant: str
+) -> None:
+    got = call(*words)
+    assert (got.code, got.out) == (2, "")
+    assert f"tinyagent-fast {meant}" in got.err
 
 
 def test_an_unknown_command_that_is_like_no_other_suggests_none(
@@ -367,6 +387,19 @@ def test_predictions_are_scored_again_by_file_evaluation_or_run(
     assert figures["success"]["share"] == pytest.approx(2 / 3)
     assert figures["failures"] == {"empty": 1}
     assert call("score", "--predictions", target).out.startswith("#")
+
+
+@pytest.mark.parametrize("words", [["score", "secnd"], ["compare", "secnd", "first"]])
+def test_an_unknown_run_is_answered_with_those_that_are_there(
+    call: Callable[..., Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        predictions_in(create_run(replace(preset_config("smoke"), name=name)).path / "eval")
+    got = call(*words)
+    assert (got.code, got.out) == (2, "")
+    assert "did you mean 'second'?; there: first, second" in got.err
+    assert json.loads(call("score", "second", "--json").out)["n"] == 3
 
 
 @pytest.mark.parametrize("folder", ["eval", "test/after"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyagent_fast.config import Config, with_types
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, wrong_type
 from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run, holding
@@ -41,6 +41,8 @@ def train(
     Raises:
         UserError: Anything that a user can repair, before the first step wherever possible.
     """
+    if not isinstance(config, Config):
+        raise wrong_type("config", config, "a Config, such as preset_config('smoke')")
     from tinyagent_fast.training.fit import train as fit
 
     found = resume if isinstance(resume, Run | None) else find_run(resume, config.runs)
@@ -156,7 +158,18 @@ def score_pairs(
     Returns:
         Shares with their intervals, and how often each cause of failure occurs. A label that calls
         a tool outside `tools` cannot be scored: it is no success, and counts as a `bad_label`.
+
+    Raises:
+        ConfigError: Something else than two texts is given as a pair.
     """
     from tinyagent_fast.evaluation.scoring import score_pair, summarise
 
-    return summarise([score_pair(label, prediction, tools) for label, prediction in pairs])
+    scores = []
+    for pair in pairs:
+        match pair:
+            case (str(label), str(prediction)):
+                scores.append(score_pair(label, prediction, tools))
+            case _:
+                wanted = "two texts, (label, prediction); a plan that is missing is the text ''"
+                raise wrong_type(f"pair {len(scores)}", pair, wanted)
+    return summarise(scores)

@@ -229,13 +229,13 @@ def _help() -> str:
 
 
 def _unknown(words: list[str]) -> str:
-    import difflib
+    from tinyagent_fast.errors import did_you_mean
 
     asked = " ".join(words[:2]) if words[0] in ("data", "tools") else words[0]
-    near = difflib.get_close_matches(asked, COMMANDS, n=1)
+    hint = did_you_mean(asked, COMMANDS)
     if words in (["data"], ["tools"]):
-        near = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    hint = f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+        meant = [repr(name) for name in COMMANDS if name.startswith(f"{words[0]} ")]
+        hint = f"; did you mean {' or '.join(meant)}?"
     return f"error: unknown command {asked!r}{hint}\n\n{_help()}"
 
 

@@ -6,7 +6,6 @@ an error with the nearest known name, and `parse_config(dump_config(config)) == 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import types
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, did_you_mean
 from tinyagent_fast.strict_yaml import load_yaml
 
 Backend = Literal["auto", "unsloth", "transformers"]
@@ -395,8 +394,7 @@ def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
     for key, value in raw.items():
         name = str(key).replace("-", "_")
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(hints)}"
+            hint = did_you_mean(name, hints) or f"; known: {', '.join(hints)}"
             problems.append(f"{path}{key!s:.{_SHOWN_CHARACTERS}}: unknown setting{hint}")
         elif name in changes:
             problems.append(f"{path}{key}: given twice, with - and with _")
@@ -420,9 +418,8 @@ def _described(hint: Any, value: object = None) -> str:
     """Name a field's type as who writes YAML knows it, and the choice that a value is near to."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        near = difflib.get_close_matches(str(value), kinds, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        return (f"one of {', '.join(kinds)}" if len(kinds) > 1 else kinds[0]) + meant
+        wanted = f"one of {', '.join(kinds)}" if len(kinds) > 1 else kinds[0]
+        return f"{wanted}{did_you_mean(value, kinds)}"
     if kinds:
         return " or ".join(_described(kind, value) for kind in kinds)
     if is_dataclass(hint):

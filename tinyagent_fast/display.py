@@ -14,8 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from tinyagent_fast.errors import printable
 from tinyagent_fast.interrupts import raise_swallowed_interrupt
-from tinyagent_fast.plans.drawing import printable
 
 SILENT_S = 9.0
 """After so long without a line, one says what is going on; with the tick, at least every 10 s."""

@@ -7,10 +7,18 @@ Exit codes: 1 a gate failed (`GateError`), 2 the user can fix it (`UserError` an
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 _SHOWN_CHARACTERS = 600
+_SHOWN_VALUE = 100
+_CONTROLS = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069"
+)
+_UNPRINTABLE = re.compile(f"[{_CONTROLS}]")
+_NOT_IN_A_LINE = re.compile(f"[{_CONTROLS}\t\n\u2028\u2029]")
 
 _FULL_GPU = ("out of memory", "alloc_failed", "memoryallocation")
 _FULL_DISK = (
@@ -95,6 +103,32 @@ def reading(what: str, fix: str) -> Iterator[None]:
 def count_of(number: float, noun: str) -> str:
     """Write a number with its noun, such as `1 call` and `2 calls`."""
     return f"{number:,.10g} {noun}{'s' * (number != 1)}"
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """Go on in a message with the known word that is nearest; nothing where none is near."""
+    near = get_close_matches(str(given), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def wrong_type(what: str, given: object, wanted: str) -> ConfigError:
+    """Say that Python code has given a value of another type than is wanted."""
+    shown = repr(given)
+    shown = shown if len(shown) <= _SHOWN_VALUE else f"{shown[:_SHOWN_VALUE]} ..."
+    return ConfigError(f"{what} {shown}", f"its type is {type(given).__name__}", f"give {wanted}")
+
+
+def printable(value: object, *, one_line: bool = False) -> str:
+    r"""Write characters that steer a terminal, turn text round or fit in no file as escapes.
+
+    Control characters become `\x1b` and the like, line breaks and tabs where it must be one line.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match.group())
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return (_NOT_IN_A_LINE if one_line else _UNPRINTABLE).sub(escape, str(value))
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from tinyagent_fast.config import (
     TrainConfig,
     parse_config,
 )
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, did_you_mean
 from tinyagent_fast.strict_yaml import read_yaml_text
 
 REAL_TRAIN = Path("data/training_data.json")
@@ -179,10 +178,9 @@ def preset_config(name: str) -> Config:
         ConfigError: No preset has that name.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
         raise ConfigError(
             f"preset {name!r}",
-            "there is none of that name" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"there is none of that name{did_you_mean(name, PRESETS)}",
             f"take one of: auto, {', '.join(PRESETS)}",
         )
     return PRESETS[name]()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tinyagent_fast.config import Config, dump_config, parse_config
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, did_you_mean
 from tinyagent_fast.strict_yaml import read_yaml_text
 
 # fmt: off
@@ -393,11 +393,17 @@ def find_run(name: str, runs: Path | str = Path("runs")) -> Run:
         for path in map(followed, (runs / name, Path(name))):
             if (path / "config.yaml").exists():
                 return Run(path.resolve())
+    raise unknown_run(name, runs)
+
+
+def unknown_run(name: str, runs: Path, what: str = "run") -> ConfigError:
+    """Say that `what` of that name is not there, and which runs are."""
     names = {path.parent.name for path in runs.glob("*/config.yaml")} - {_LATEST}
     there = sorted(name for name in names if not name.startswith("."))
-    raise ConfigError(
-        f"run {name!r}",
-        f"there is no such run under {runs}/; there: {', '.join(there) or 'none'}",
+    near = did_you_mean(name, there)
+    return ConfigError(
+        f"{what} {name!r}",
+        f"there is no such run under {runs}/{near}; there: {', '.join(there) or 'none'}",
         "train one first (make train)" + ", or name one of these" * bool(there),
     )
 

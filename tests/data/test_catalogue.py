@@ -218,8 +218,8 @@ def test_all_problems_are_reported_at_once_each_with_its_place_and_a_hint(
     )
     problems = problems_of(write(document))
     expected = [
-        ("the top level", "did you mean `tools`"),
-        ("find_bed.plant", "did you mean `value`"),
+        ("the top level", "did you mean 'tools'"),
+        ("find_bed.plant", "did you mean 'value'"),
         ("find_bed", "did you mean 'plant'"),
         ("find_bed", "{plant}"),
         ("find_tap.bed.from", "did you mean 'bed'"),
@@ -234,7 +234,7 @@ def test_all_problems_are_reported_at_once_each_with_its_place_and_a_hint(
 
 
 FAULTS: list[tuple[dict[str, object], str]] = [
-    ({"find_bed__nme": 1}, "find_bed: unknown key `nme`; did you mean `name`?"),
+    ({"find_bed__nme": 1}, "find_bed: unknown key `nme`; did you mean 'name'?"),
     ({"find_bed__phrases": None}, "find_bed.phrases: must be a list of sentences"),
     ({"find_bed__phrases": []}, "find_bed.phrases: must be a list of sentences"),
     ({"find_bed__phrases": "find"}, "find_bed.phrases: must be a list of sentences"),

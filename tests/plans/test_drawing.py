@@ -17,7 +17,6 @@ from tinyagent_fast.plans.drawing import (
     PlanDrawing,
     draw_plan,
     mark_differences,
-    printable,
 )
 from tinyagent_fast.plans.grammar import parse_plan
 from tinyagent_fast.plans.graph import plan_dag, same_dag
@@ -282,14 +281,6 @@ def test_text_shows_layers_references_and_problems() -> None:
     for said in ("1 g", "$1 -> 2", "problem: what must be str", "join() waits for all calls"):
         assert said in text, said
     assert max(map(len, text.splitlines())) <= 60
-
-
-@given(st.text())
-def test_printable_text_has_no_control_characters_and_stays_as_it_is(text: str) -> None:
-    shown = printable(text)
-    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
-    assert printable(shown) == shown
-    shown.encode("utf-8")
 
 
 # Two plans

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from selenium.webdriver import Chrome
 
 from tinyagent_fast.cli import main
+from tinyagent_fast.errors import printable
 from tinyagent_fast.evaluation.scoring import Prediction
-from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.reports.flips import ComparedPlanner, flipped_plans
 from tinyagent_fast.reports.pages import compare_page, run_markdown, run_page
 from tinyagent_fast.reports.reading import read_run

@@ -16,7 +16,7 @@ from rich.text import Text
 from tinyagent_fast.agent.loop import Outcome
 from tinyagent_fast.agent.session import PlanUnderWay
 from tinyagent_fast.agent.tools import RunnableTool
-from tinyagent_fast.plans.drawing import printable
+from tinyagent_fast.errors import printable
 from tinyagent_fast.plans.grammar import render_call
 from tinyagent_fast.plans.tools import Tool
 

@@ -7,9 +7,8 @@ from contextlib import closing, suppress
 from rich.console import Console
 from rich.text import Text
 
-from tinyagent_fast.errors import UserError
+from tinyagent_fast.errors import UserError, printable
 from tinyagent_fast.inference.planner import Planner, PlanStream
-from tinyagent_fast.plans.drawing import printable
 
 
 def show_stream(console: Console, stream: PlanStream) -> None:

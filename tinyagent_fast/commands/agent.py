@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tinyagent_fast.commands.planner_flags import AgentFlags
+from tinyagent_fast.commands.planner_flags import AgentFlags, refuse_loose_words
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.interrupts import run_async
 
@@ -35,6 +35,7 @@ class RequestFlags(AgentFlags):
 
 def run(arguments: Sequence[str]) -> int:
     """Answer a request; gives 0 when it is done, 1 when something of it is not."""
+    refuse_loose_words(arguments, 1, "agent")
     flags = tyro.cli(RequestFlags, args=list(arguments), prog="tinyagent-fast agent")
     if not flags.request.strip():
         raise ConfigError("the request", "it is empty", "write what should be done")

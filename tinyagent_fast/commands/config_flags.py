@@ -41,6 +41,8 @@ def resolve_config(
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
     known, rest = first.parse_known_args(list(arguments))
+    if rest and not rest[0].startswith("-"):
+        raise _is_no_flag(command, rest[0])
     named = None if known.preset == "auto" else known.preset
     if start is not None and (named or known.config):
         raise ConfigError(
@@ -64,6 +66,17 @@ def resolve_config(
     )
     check_config(config)
     return config
+
+
+def _is_no_flag(command: str, word: str) -> ConfigError:
+    """Say which flag a word was meant for."""
+    if word in PRESETS:
+        fix = f"a preset is named by --preset: tinyagent-fast {command} --preset {word}"
+    elif Path(word).suffix in (".yaml", ".yml"):
+        fix = f"a config is named by --config: tinyagent-fast {command} --config {word}"
+    else:
+        fix = f"name what it is: tinyagent-fast {command} --help lists the flags"
+    return ConfigError(f"tinyagent-fast {command} {word}", "that word stands without a flag", fix)
 
 
 def _description(more_flags: str) -> str:

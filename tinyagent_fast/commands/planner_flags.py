@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyagent_fast.agent.session import AgentSpec
 from tinyagent_fast.config import GrammarUse
+from tinyagent_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from tinyagent_fast.agent.session import OpenAgent
     from tinyagent_fast.inference.planner import Planner
+
+
+def refuse_loose_words(words: Sequence[str], most: int, command: str) -> None:
+    """Refuse a request that a shell has taken apart, since it was not in quotes.
+
+    Args:
+        words: What is typed behind `command`.
+        most: Words without a flag that may stand there.
+        command: The beginning of the command, as far as the request.
+
+    Raises:
+        ConfigError: There are more words than that.
+    """
+    loose = list(takewhile(lambda word: not word.startswith("-"), words))
+    if len(loose) > most:
+        request = " ".join(loose)
+        raise ConfigError(
+            f"the words {request}",
+            "they stand without a flag, or a request is not in quotes",
+            f"for a request: tinyagent-fast {command} {shlex.quote(request)}; "
+            "a run or model is named by --run or --model",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

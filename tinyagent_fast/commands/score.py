@@ -6,10 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.plans.tools import Tool
+
+if TYPE_CHECKING:
+    from tinyagent_fast.evaluation.predictions import PredictionFile
 
 _CATALOGUE = "name the catalogue of these tools with --catalogue FILE"
 
@@ -19,7 +22,8 @@ class ScoreFlags:
     """Flags of `score`."""
 
     predictions: Path | None = None
-    """A predictions.jsonl, or a run or evaluation that holds one; default: runs/latest."""
+    """A predictions.jsonl, or the run, by name or folder, or evaluation that holds one; default:
+    the latest run."""
     pairs: Path | None = None
     """A JSON list of objects with the texts `label` and `prediction`, instead; or an object a line,
     such as `chat --requests FILE --json` prints for requests with labels."""
@@ -38,13 +42,13 @@ def run(arguments: Sequence[str]) -> int:
         words.insert(0, "--predictions")
     flags = tyro.cli(ScoreFlags, args=words, prog="tinyagent-fast score")
     from tinyagent_fast.data.generation.catalogue import plan_tools
+    from tinyagent_fast.evaluation.predictions import find_predictions
     from tinyagent_fast.reports.reading import catalogue_of_run
-    from tinyagent_fast.runs import followed
 
     if flags.pairs is None:
-        path = followed(flags.predictions or Path("runs/latest"))
-        tools = plan_tools(flags.catalogue or catalogue_of_run(path.absolute()))
-        _score_predictions(path, tools, as_json=flags.json)
+        file = next(iter(find_predictions(flags.predictions or "latest").values()))
+        tools = plan_tools(flags.catalogue or catalogue_of_run(file.folder))
+        _score_predictions(file, tools, as_json=flags.json)
     elif flags.predictions is None:
         _score_pairs(flags.pairs, plan_tools(flags.catalogue), as_json=flags.json)
     else:
@@ -109,21 +113,17 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
         yield label, prediction
 
 
-def _score_predictions(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> None:
-    from tinyagent_fast.evaluation.predictions import find_predictions
+def _score_predictions(
+    file: PredictionFile, tools: Mapping[str, Tool] | None, *, as_json: bool
+) -> None:
     from tinyagent_fast.evaluation.report import markdown_report
     from tinyagent_fast.evaluation.scoring import refuse_unknown_tools, score_all, summarise
 
-    file = next(iter(find_predictions(path).values()), None)
-    if file is None:
-        raise DataError(
-            f"predictions in {path}",
-            "it holds no predictions.jsonl, eval/ or test/after/",
-            "generate them with `tinyagent-fast eval`, or name a folder or file that has them",
-        )
     predictions = file.read()
     if not predictions:
-        raise DataError(f"predictions {path}", "there is none", "let `tinyagent-fast eval` finish")
+        raise DataError(
+            f"predictions {file.path}", "there is none", "let `tinyagent-fast eval` finish"
+        )
     labels = [row.label for row in predictions]
     refuse_unknown_tools("labels", labels, tools, _CATALOGUE, some_are_fine=True)
     plans = score_all(predictions, tools)

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, printable, short_text
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, short_text
+from tinyagent_fast.errors import DataError, printable
 
 OnBadEntry = Literal["error", "skip"]
 
@@ -224,7 +224,7 @@ def read_entries(
                 else:
                     oddity = f"gives {short_text(twice)} twice" if twice is not None else ""
                 if oddity:
-                    report.skip([EntryProblem(printable(key), "", oddity)])
+                    report.skip([EntryProblem(printable(key, one_line=True), "", oddity)])
                 elif isinstance(entry := entry_from_json(key, value), Entry):
                     report.entries += 1
                     yield entry

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+from tinyagent_fast.errors import printable
 from tinyagent_fast.plans.grammar import loose_steps
 from tinyagent_fast.plans.tools import JOIN
 
@@ -76,7 +77,7 @@ class _Fields:
         self.problems: list[EntryProblem] = []
 
     def add(self, field: str, reason: str) -> None:
-        self.problems.append(EntryProblem(printable(self.key), field, reason))
+        self.problems.append(EntryProblem(printable(self.key, one_line=True), field, reason))
 
     def take(self, values: Mapping[str, object], name: str, kind: type, where: str = "") -> Any:
         """Return the field if it is there with this type, else None and a problem."""
@@ -105,7 +106,11 @@ def entry_from_json(key: str, value: object) -> Entry | list[EntryProblem]:
     Fields that the schema does not name are ignored.
     """
     if not isinstance(value, dict):
-        return [EntryProblem(printable(key), "", f"must be an object, not {_json_name(value)}")]
+        return [
+            EntryProblem(
+                printable(key, one_line=True), "", f"must be an object, not {_json_name(value)}"
+            )
+        ]
     fields = _Fields(key)
     if not _is_encodable(key):
         fields.add("", f"has a key that {_HALF_A_PAIR}")
@@ -331,11 +336,6 @@ def _is_encodable(text: str) -> bool:
         return text.isascii() or text.encode() is not None
     except UnicodeEncodeError:
         return False
-
-
-def printable(text: str) -> str:
-    """Write out as escapes what would act on a terminal, or that none can show."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _json_type(value: object) -> type:

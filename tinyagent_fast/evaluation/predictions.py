@@ -11,7 +11,7 @@ from typing import Any
 
 from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.evaluation.scoring import Prediction
-from tinyagent_fast.runs import cut_broken_line, followed, read_json, write_json
+from tinyagent_fast.runs import cut_broken_line, followed, read_json, unknown_run, write_json
 
 MAIN_EVALUATIONS = ("eval", "test/after")
 """Folders of a run whose predictions stand for it: `eval` writes later than `train`'s own test."""
@@ -102,18 +102,30 @@ class PredictionFile:
         return [_parse(self.path, n, line) for n, line in enumerate(lines, 1) if line]
 
 
-def find_predictions(path: Path) -> dict[str, PredictionFile]:
-    """Find the predictions in a run, or in a folder or file of predictions.
+def find_predictions(name: str | Path, runs: Path = Path("runs")) -> dict[str, PredictionFile]:
+    """Find the predictions of a run, by its name under `runs`, or in a folder or file of some.
 
     Returns:
-        Files by the folder in the run, "" where `path` itself has or is the file, the first choice
-        first; empty if there is none.
+        Files by the folder in the run, "" where what was named has or is the file, the first choice
+        first.
+
+    Raises:
+        ConfigError: There is no such run, folder or file, or it holds no predictions.
     """
-    path = followed(path)
-    if path.is_file():
-        return {"": PredictionFile(path.parent, path.name)}
-    files = {folder: PredictionFile(path / folder) for folder in ("", *MAIN_EVALUATIONS)}
-    return {folder: file for folder, file in files.items() if file.path.exists()}
+    there = [path for path in map(followed, (runs / name, Path(name))) if path.exists()]
+    for path in there:
+        if path.is_file():
+            return {"": PredictionFile(path.parent, path.name)}
+        files = {folder: PredictionFile(path / folder) for folder in ("", *MAIN_EVALUATIONS)}
+        if found := {folder: file for folder, file in files.items() if file.path.exists()}:
+            return found
+    if not there:
+        raise unknown_run(str(name), runs, "run, folder or file")
+    raise ConfigError(
+        f"predictions of {name}",
+        f"{there[0]} holds no predictions.jsonl, eval/ or test/after/",
+        f"make them with `tinyagent-fast eval --run {name}`, or name a folder or file with them",
+    )
 
 
 def _parse(path: Path, number: int, line: bytes) -> Prediction:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from tinyagent_fast.errors import printable
 from tinyagent_fast.evaluation.scoring import (
     FAILURE_CODES,
     PROBLEMS,
@@ -15,7 +16,6 @@ from tinyagent_fast.evaluation.scoring import (
     ScoredPlan,
 )
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
-from tinyagent_fast.plans.drawing import printable
 from tinyagent_fast.plans.grammar import PLAN_ERRORS, PlanError, parse_plan
 from tinyagent_fast.plans.graph import DAG_ERRORS, plan_dag, same_dag, why_different
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool

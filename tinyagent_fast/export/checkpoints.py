@@ -20,8 +20,7 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from tinyagent_fast.data.schema import printable
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import ModelError, printable
 from tinyagent_fast.prompts.loading import hub_folder, refuse_pickles
 
 Floats = NDArray[np.float32]
@@ -145,7 +144,7 @@ def _open_shards(folder: Path) -> dict[str, StoredTensor]:
             raise ModelError(f"{folder / _INDEX}", why, "copy the file again")
     shards = sorted(set(where.values()))
     if absent := [name for name in shards if not _is_there(folder / name)]:
-        listed = ", ".join(printable(name)[:80] for name in absent)
+        listed = ", ".join(printable(name, one_line=True)[:80] for name in absent)
         why = f"its index names files that are not there: {listed}"
         raise ModelError(f"folder {folder}", why, "copy the missing files into it")
     headers = {name: stored_tensors(folder / name) for name in shards}

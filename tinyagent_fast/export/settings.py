@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, did_you_mean
 
 _IMATRIX = "-imatrix"
 
@@ -148,9 +147,8 @@ def check_settings(settings: ExportSettings) -> None:
 
 
 def _unknown(flag: str, words: list[str], known: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(words[0], known, n=1)
     return ConfigError(
         f"{flag} {', '.join(words)}",
-        "there is no such thing" + (f"; did you mean {near[0]!r}?" if near else ""),
+        f"there is no such thing{did_you_mean(words[0], known)}",
         f"take from: {', '.join(known)}",
     )

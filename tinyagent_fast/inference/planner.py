@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights
 from tinyagent_fast.data.generation.catalogue import plan_tools
-from tinyagent_fast.errors import ConfigError, ModelError, reading
+from tinyagent_fast.errors import ConfigError, ModelError, did_you_mean, reading, wrong_type
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
 from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
@@ -371,6 +370,8 @@ def load(
     if grammar not in get_args(GrammarUse):
         raise ConfigError(f"grammar {grammar!r}", "it is `on` or `off`", "take one of them")
     _refuse_unknown_engine(engine)
+    if not isinstance(source, Run | str | Path | None):
+        raise wrong_type("source", source, "a run, or the name or path of a run or model")
     path = source.path if isinstance(source, Run) else source
     found = find_source(path, run=run, runs=Path(runs))
     chosen = _engine_of(engine, found)
@@ -392,10 +393,9 @@ def load(
 
 def _refuse_unknown_engine(engine: str) -> None:
     if engine not in get_args(EngineName):
-        near = get_close_matches(str(engine), get_args(EngineName), n=1)
         raise ConfigError(
             f"engine {engine!r}",
-            "there is no such engine" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"there is no such engine{did_you_mean(engine, get_args(EngineName))}",
             f"take one of {', '.join(get_args(EngineName))}",
         )
 

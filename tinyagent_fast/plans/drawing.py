@@ -17,6 +17,7 @@ from io import StringIO
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from tinyagent_fast.errors import printable, wrong_type
 from tinyagent_fast.plans.grammar import Step, read_plan
 from tinyagent_fast.plans.graph import Dag, followed_references, same_dag, surroundings
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, call_problems
@@ -40,22 +41,6 @@ _NO_CALL = "no call that can be read"
 _UNFINISHED = ("no_join", "empty")  # no problems while the plan is being written
 _SIGN = {"same": "", "missing": "\u2212 ", "extra": "+ "}
 _REFERENCE = re.compile(r"\$(?:(\d{1,9})|\{(\d{1,9})\})")
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
-)
-
-
-def printable(value: object) -> str:
-    r"""Write characters that steer a terminal, turn text round or fit in no file as escapes.
-
-    Line breaks and tabs stay, other control characters become `\x1b` and the like.
-    """
-
-    def escape(match: re.Match[str]) -> str:
-        code = ord(match.group())
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
-    return _UNPRINTABLE.sub(escape, str(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +192,12 @@ def draw_plan(
 
     Returns:
         The drawing; no text raises anything.
+
+    Raises:
+        ConfigError: The plan is no text.
     """
+    if not isinstance(text, str):
+        raise wrong_type("plan", text, "the plan as a text")
     reading = read_plan(text if finished else text[: text.rfind("\n") + 1])
     by_number = {step.number: step for step in reading.steps}
     every = [step for step in reading.steps if step.tool != JOIN]

@@ -170,15 +170,7 @@ def find_planners(a: str, b: str, runs: Path) -> tuple[ComparedPlanner, Compared
             f"it needs two runs, and {'B' if a.strip() else 'A'} is empty",
             "make compare A=run B=run, or tinyagent-fast compare RUN RUN",
         )
-    found = []
-    for name in (a, b):
-        found.append(find_predictions(runs / name) or find_predictions(Path(name)))
-        if not found[-1]:
-            raise ConfigError(
-                f"compare {name}",
-                f"neither {runs / name} nor {name} holds predictions.jsonl, eval/ or test/after/",
-                f"make them with `tinyagent-fast eval --run {name}`, or name a folder with them",
-            )
+    found = [find_predictions(name, runs) for name in (a, b)]
     common = next((kind for kind in found[0] if kind in found[1]), None)
     planners = []
     for name, files in zip((a, b), found, strict=True):

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from tinyagent_fast import __version__
 from tinyagent_fast.config import dump_config
+from tinyagent_fast.errors import printable
 from tinyagent_fast.evaluation.report import (
     FactTable,
     cell_text,
@@ -26,7 +27,7 @@ from tinyagent_fast.evaluation.report import (
     plain,
 )
 from tinyagent_fast.evaluation.scoring import ScoredPlan
-from tinyagent_fast.plans.drawing import draw_plan, mark_differences, printable
+from tinyagent_fast.plans.drawing import draw_plan, mark_differences
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.reports.charts import run_charts
 from tinyagent_fast.reports.flips import FlippedPlans, chosen_flips

@@ -7,7 +7,6 @@ when a key is wrong: all problems, those between tools too, are told at once.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 from tinyagent_fast.data.generation import phrases
 from tinyagent_fast.data.generation.phrases import parse_phrase
 from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, did_you_mean
 from tinyagent_fast.plans.grammar import references
 from tinyagent_fast.plans.tools import JOIN, PARAMETER_TYPES, Parameter, Tool, accepts
 from tinyagent_fast.strict_yaml import load_yaml, read_yaml_text
@@ -176,8 +175,7 @@ class _Mapping:
         self.raw, self.where, self.problems = raw, where, problems
         for key in raw:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+                hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
                 problems.append(f"{where}: unknown key `{key}`{hint}")
 
     def name(self) -> str:
@@ -367,7 +365,9 @@ def _parameter_problems(
     for kind in parameter.sources:
         if not catalogue.providers(kind):
             kinds = {t.returns for t in catalogue.tools if t.mention is not None}
-            problems.append(f".from: no tool with a `mention` returns {kind!r}{_hint(kind, kinds)}")
+            problems.append(
+                f".from: no tool with a `mention` returns {kind!r}{did_you_mean(kind, kinds)}"
+            )
     if catalogue.calls_before(parameter, catalogue.chain_lengths) == math.inf:
         problems.append(
             ".from: its providers need one another in a circle, so no plan can begin; "
@@ -411,7 +411,7 @@ def _value_problem(
     if value is None:
         return None
     if value not in known:
-        near = _hint(value, known)
+        near = did_you_mean(value, known)
         return f".value: unknown kind {value!r}{near}; known: {', '.join(sorted(known))}"
     if _gives_numbers(catalogue, value) != (parameter.type == "int") or parameter.type == "bool":
         made = "numbers" if _gives_numbers(catalogue, value) else "texts"
@@ -435,7 +435,7 @@ def _phrase_problems(catalogue: Catalogue, tool: CatalogueTool, text: str) -> li
     kinds = {*catalogue.words, *BUILT_IN_VALUES}
     blanks = list(phrases.blanks(phrase))
     problems += [
-        f"says <{kind}>, which is no kind of value{_hint(kind, kinds)}"
+        f"says <{kind}>, which is no kind of value{did_you_mean(kind, kinds)}"
         for kind in sorted({b.name for b in blanks if isinstance(b, phrases.Kind)} - kinds)
     ]
     names = [p.name for p in tool.parameters]
@@ -444,7 +444,8 @@ def _phrase_problems(catalogue: Catalogue, tool: CatalogueTool, text: str) -> li
     twice = sorted(name for name, count in phrases.most(phrase).items() if count > 1)
     problems += [f"names {{{name}}} twice" for name in twice]
     problems += [
-        f"names no parameter {name!r}{_hint(name, names)}" for name in sorted(said - set(names))
+        f"names no parameter {name!r}{did_you_mean(name, names)}"
+        for name in sorted(said - set(names))
     ]
     for parameter in tool.parameters:
         slot = f"{{{parameter.name}}}"
@@ -474,7 +475,7 @@ def _manner_problem(catalogue: Catalogue, parameter: SlotParameter, manner: str)
         return None
     kinds = {*catalogue.words, *BUILT_IN_VALUES}
     if manner not in kinds:
-        near = _hint(manner, {"literal", "said", *kinds, *parameter.sources})
+        near = did_you_mean(manner, {"literal", "said", *kinds, *parameter.sources})
         return f"wants {slot} as {manner!r}, which is no kind{near}"
     if _gives_numbers(catalogue, manner) != (parameter.type == "int") or parameter.type == "bool":
         return f"wants {slot} as {manner!r}, which gives no {parameter.type}"
@@ -483,8 +484,3 @@ def _manner_problem(catalogue: Catalogue, parameter: SlotParameter, manner: str)
 
 def _repeated(names: Iterable[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
