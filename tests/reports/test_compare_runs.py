@@ -185,7 +185,10 @@ def agent_figures(done: int) -> dict[str, object]:
 
 def test_errors_say_what_to_do(full_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", full_run.path.name, "nothing"]) == 2
-    assert "tinyagent-fast eval --run nothing" in capsys.readouterr().err
+    assert full_run.path.name in capsys.readouterr().err
+    Path("bare").mkdir()
+    assert main(["compare", full_run.path.name, "bare"]) == 2
+    assert "tinyagent-fast eval --run bare" in capsys.readouterr().err
     assert main(["compare", full_run.path.name]) == 2
     Path("empty").mkdir()
     Path("empty/predictions.jsonl").touch()
