@@ -13,7 +13,6 @@ import faulthandler
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -26,19 +25,31 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inputs import Lengths, generated_rows, random_llama
+from inputs import (
+    TOKENIZER_FILE,
+    TRAINING_FILE,
+    TRAINING_ROWS,
+    Lengths,
+    Row,
+    add_real_flag,
+    generated_rows,
+    machine,
+    prompt_of,
+    random_llama,
+    rows_of,
+    tokenizer_for,
+)
 
 from tinyagent_fast.errors import is_out_of_memory
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.published import TINYLLAMA_32K
-from tinyagent_fast.runs import environment, write_json
+from tinyagent_fast.runs import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 2
@@ -50,7 +61,6 @@ LOG_LINES = 30
 NUMERICS_ROWS = 3
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 ENVIRONMENT = ("UNSLOTH_", "TORCH", "PYTORCH_", "TRITON_", "NVIDIA_VISIBLE", "CUDA_", "OMP_")
-NOTABLE = ("unsloth", "warn", "error", "compil", "fallback", "falling back", "patched")
 
 # --------------------------------------------------------------------------------------------------
 # The plan
@@ -62,12 +72,9 @@ class Scale:
 
     shape: ModelShape = TINYLLAMA_32K
     positions: int = 32768
-    tokenizer_pieces: int = 600
     matmul_sizes: tuple[int, ...] = (4096, 8192)
-    prompt_style: Literal["full", "short"] = "full"
     rows: int = 128
-    row_mean_tokens: int = 3590
-    row_deviation_tokens: int = 420
+    row_lengths: Lengths = TRAINING_ROWS
     row_max_tokens: int = 4600
     warmup_steps: int = 2
     steps: int = 6
@@ -76,8 +83,8 @@ class Scale:
     single_prompts: int = 4
     new_tokens: int = 48
     eval_batch: int = 16
-    shapes: tuple[tuple[int, int], ...] = ((4, 4608), (8, 4608), (1, 32768), (2, 32768))
-    test_paths: tuple[str, ...] = ("tests",)
+    shapes: tuple[tuple[int, int], ...] = ((4, 4608), (2, 32768))
+    """Batches and row lengths whose memory is measured."""
 
 
 FULL = Scale()
@@ -94,10 +101,8 @@ TINY = Scale(
     ),
     positions=1024,
     matmul_sizes=(64, 128),
-    prompt_style="short",
     rows=48,
-    row_mean_tokens=140,
-    row_deviation_tokens=10,
+    row_lengths=Lengths(shared=70, mean=140, deviation=10, supervised=9),
     row_max_tokens=170,
     warmup_steps=1,
     steps=1,
@@ -106,7 +111,6 @@ TINY = Scale(
     new_tokens=6,
     eval_batch=3,
     shapes=((2, 144), (3, 144)),
-    test_paths=("tests/plans",),
 )
 
 
@@ -122,7 +126,6 @@ class Measurement:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the preset, such as `model.backend`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
     least_s: float = 20.0
     """With less time left it is not started."""
     limit_s: float = 180.0
@@ -136,7 +139,7 @@ class Measurement:
         own = {k: v for k, v in self.settings.items() if k.startswith(("model.", "lora."))}
         if own.get("model.gradient_checkpointing") == "false":
             own["model.gradient_checkpointing"] = "auto"  # which loads the same model
-        return (self.preset, tuple(sorted(own.items())), tuple(sorted(self.environment.items())))
+        return (self.preset, tuple(sorted(own.items())))
 
 
 TRANSFORMERS = {"model.backend": "transformers"}
@@ -147,11 +150,17 @@ LONG = {"model.max_length_tokens": 32768}
 BF16 = {"model.weights": "bf16"}
 L4 = "train: l4 preset"
 WHOLE = "train: unsloth, whole rows"
+RECOMPUTED = "train: unsloth, unsloth checkpointing"
 ONCE = "train: l4 preset, prefix once a step"
 ALONE = "train: l4 preset, prefix once a micro-batch"
+IN_BF16 = "train: l4 preset, bf16 weights"
+PLAIN_SHARED = "train: transformers, shared prefix"
+PLAIN_WHOLE = "train: transformers, whole rows"
 SEED = "train: seed preset, plain transformers"
 STOCK_PACKED = "train: stock Unsloth and TRL, packed rows"
 STOCK_PADDING_FREE = "train: stock Unsloth and TRL, padding-free"
+EVALUATION = "evaluation: unsloth, NF4"
+PLAIN_EVALUATION = "evaluation: transformers, NF4"
 
 
 def micro_batch(batch: int) -> dict[str, int]:
@@ -175,7 +184,7 @@ def plan(scale: Scale) -> list[Measurement]:
     plain, fused = {**TRANSFORMERS, **checkpointing("false")}, {**UNSLOTH, **checkpointing("false")}
     cut_to_fit = {**UNSLOTH, **checkpointing("auto")}
     recomputed = {**UNSLOTH, **checkpointing("unsloth"), **UNSHARED, **LONG}
-    no_compile = {"UNSLOTH_BLOCK_COMPILE": "0"}
+    about_16_rows = {"train.batch": 1, "train.accumulation": 4}
     return [
         Measurement(name="matmul", kind="matmul", least_s=5, limit_s=60),
         Measurement(name="inputs", kind="inputs", least_s=15),
@@ -184,17 +193,17 @@ def plan(scale: Scale) -> list[Measurement]:
         on("numerics: unsloth, NF4", "numerics", fused),
         # Batches without `auto` are such that the longest rows are predicted to fit under the cap.
         on(L4, "train", cut_to_fit),
-        on(STOCK_PACKED, "stock", fused, arguments={"packing": 16384}),
+        on(STOCK_PACKED, "stock", fused, about_16_rows, arguments={"packing": 16384}),
         on(STOCK_PADDING_FREE, "stock", fused, micro_batch(4)),
         on(ONCE, "train", cut_to_fit, arguments={"prefix_once": True}),
         on(ALONE, "train", cut_to_fit, arguments={"prefix_once": False}),
         on(WHOLE, "train", fused, UNSHARED, micro_batch(2)),
-        on("evaluation: unsloth, NF4", "evaluation", fused),
+        on(EVALUATION, "evaluation", fused),
         on(SEED, "train", TRANSFORMERS, preset="seed"),
-        on("evaluation: transformers, NF4", "evaluation", plain),
-        on("train: transformers, shared prefix", "train", plain, SHARED, micro_batch(2)),
-        on("train: transformers, whole rows", "train", plain, UNSHARED, micro_batch(1)),
-        on("train: unsloth, unsloth checkpointing", "train", recomputed),
+        on(PLAIN_EVALUATION, "evaluation", plain),
+        on(PLAIN_SHARED, "train", plain, SHARED, micro_batch(2)),
+        on(PLAIN_WHOLE, "train", plain, UNSHARED, micro_batch(1)),
+        on(RECOMPUTED, "train", recomputed),
         *(
             on(
                 f"memory: {batch} x {tokens} tokens, unsloth checkpointing",
@@ -206,147 +215,27 @@ def plan(scale: Scale) -> list[Measurement]:
         ),
         on("numerics: transformers, bf16", "numerics", plain, BF16),
         on("numerics: unsloth, bf16", "numerics", fused, BF16),
-        on("train: l4 preset, bf16 weights", "train", cut_to_fit, BF16),
-        on("train: l4 preset, no block compile", "train", cut_to_fit, environment=no_compile),
-        Measurement(name="tests", kind="tests", least_s=20, limit_s=240),
+        on(IN_BF16, "train", cut_to_fit, BF16),
     ]
 
 
-_EVALUATION = "evaluation: transformers, NF4"
 RATIOS: Mapping[str, tuple[str, str, str | None]] = {
     "l4_over_seed": ("samples_per_s", L4, SEED),
     "l4_over_stock_unsloth_packed": ("samples_per_s", L4, STOCK_PACKED),
     "l4_over_stock_unsloth_padding_free": ("samples_per_s", L4, STOCK_PADDING_FREE),
     "prefix_once_a_step_over_once_a_micro_batch": ("samples_per_s", ONCE, ALONE),
-    "unsloth_over_transformers_shared": (
-        "samples_per_s",
-        L4,
-        "train: transformers, shared prefix",
-    ),
-    "shared_prefix_on_over_off": (
-        "samples_per_s",
-        "train: transformers, shared prefix",
-        "train: transformers, whole rows",
-    ),
+    "unsloth_over_transformers_shared": ("samples_per_s", L4, PLAIN_SHARED),
+    "shared_prefix_on_over_off": ("samples_per_s", PLAIN_SHARED, PLAIN_WHOLE),
     "shared_prefix_on_over_off_unsloth": ("samples_per_s", L4, WHOLE),
-    "without_over_with_checkpointing": (
-        "samples_per_s",
-        WHOLE,
-        "train: unsloth, unsloth checkpointing",
-    ),
-    "bf16_over_nf4": ("samples_per_s", "train: l4 preset, bf16 weights", L4),
-    "block_compile_on_over_off": ("samples_per_s", L4, "train: l4 preset, no block compile"),
-    "evaluation_over_one_at_a_time": ("over_one_at_a_time", "evaluation: unsloth, NF4", None),
-    "evaluation_unsloth_over_transformers": (
-        "plans_per_s",
-        "evaluation: unsloth, NF4",
-        _EVALUATION,
-    ),
+    "without_over_with_checkpointing": ("samples_per_s", WHOLE, RECOMPUTED),
+    "bf16_over_nf4": ("samples_per_s", IN_BF16, L4),
+    "evaluation_over_one_at_a_time": ("over_one_at_a_time", EVALUATION, None),
+    "evaluation_unsloth_over_transformers": ("plans_per_s", EVALUATION, PLAIN_EVALUATION),
 }
 """Ratios between two measurements: a figure, the measurement above and the one below.
 
 Without one below, the figure is a ratio already.
 """
-
-
-# --------------------------------------------------------------------------------------------------
-# Inputs: a base of the real shape, a tokenizer and rows, made on the spot
-
-
-def write_base(folder: Path, scale: Scale, tokenizer_file: Path | None) -> dict[str, Any]:
-    """Write a Llama of random bf16 weights and its tokenizer.
-
-    Args:
-        folder: The base's folder.
-        scale: The shape.
-        tokenizer_file: A SentencePiece tokenizer.model for real token counts; None trains a BPE.
-    """
-    import torch
-
-    from tinyagent_fast.models.nano import train_bpe_tokenizer
-    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer_file is not None:
-        shutil.copyfile(tokenizer_file, folder / "tokenizer.model")
-        tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")
-    else:
-        texts = [
-            f"{e.system}{e.user}{e.output}" for e in generated_examples(150, scale, "tokenizer")
-        ]
-        tokenizer = train_bpe_tokenizer(texts, scale.tokenizer_pieces)
-    tokenizer.save_pretrained(str(folder))
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = random_llama(
-            scale.shape,
-            scale.positions,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ).to(torch.bfloat16)
-    model.save_pretrained(str(folder))
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokenizer": tokenizer_file.name if tokenizer_file else "made from generated prompts",
-    }
-
-
-def generated_examples(count: int, scale: Scale, part: str) -> list[Any]:
-    """Generate plans with the project's own generator; other parts have other queries."""
-    from tinyagent_fast.data.generation.catalogue import load_catalogue
-    from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
-    from tinyagent_fast.data.schema import Entry, entry_from_json
-
-    spec = GenerationSpec(prompt_style=scale.prompt_style)
-    rng = random.Random(f"gpu_check/{part}")
-    entries = generate_entries(load_catalogue(), spec, count, rng, set())
-    read = (entry_from_json(key, raw) for key, raw in entries)
-    return [entry.examples[0] for entry in read if isinstance(entry, Entry)]
-
-
-def row_examples(tokenizer: Any, scale: Scale) -> list[Any]:
-    """Fill the system texts of generated plans up with examples, to the published lengths."""
-    from tinyagent_fast.plans.grammar import END_OF_PLAN
-    from tinyagent_fast.prompts.templates import render
-
-    def sizes(texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer.encode_texts(list(texts))]
-
-    examples = generated_examples(2 * scale.rows, scale, "rows")
-    rendered = [render(e, "alpaca") for e in examples]
-    tokens = sizes([r.prompt + r.completion for r in rendered])
-    blocks = [f"Question: {e.query}\n{e.output}{END_OF_PLAN}\n###\n" for e in examples]
-    block_tokens = sizes(blocks)
-    rng, filled = random.Random(0), []
-    for example, own_tokens in zip(examples, tokens, strict=True):
-        if own_tokens >= scale.row_max_tokens - 8:
-            continue
-        target = rng.gauss(scale.row_mean_tokens, scale.row_deviation_tokens)
-        left = min(target, scale.row_max_tokens - 40) - own_tokens
-        system = example.system or ""
-        while (left := left - block_tokens[chosen := rng.randrange(len(blocks))]) >= 0:
-            system += blocks[chosen]
-        filled.append(replace(example, system=system))
-    return filled[: scale.rows]
-
-
-def file_examples(path: Path, scale: Scale) -> list[Any]:
-    """Take the first rows of a file in the dataset's schema."""
-    from tinyagent_fast.data.reading import read_entries
-
-    entries = read_entries(path, on_bad_entry="skip")
-    return [entry.examples[0] for entry in islice(entries, scale.rows)]
-
-
-def exact_rows(tokens: int, count: int, vocab: int) -> Any:
-    """Make rows of exactly so many tokens, of which the last 88 are supervised."""
-    from datasets import Dataset
-
-    lengths = Lengths(shared=1, mean=tokens, deviation=0, supervised=min(88, tokens // 2))
-    rows = generated_rows(lengths, count, vocab)
-    return Dataset.from_list(
-        [{"key": str(at), **row, "length": tokens} for at, row in enumerate(rows)]
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -375,8 +264,7 @@ class Bench:
         self.work = Path(job["work"])
         self.base = self.work / "base"
         self.cap_gib = float(job["cap_gib"])
-        self.tokenizer_file = Path(job["tokenizer"]) if job["tokenizer"] else None
-        self.data_file = Path(job["data"]) if job.get("data") else None
+        self.real = Path(job["real"]) if job["real"] else None
         self.cuda = torch.cuda.is_available()
         self.partial: Callable[..., None] = lambda **_: None
         """Tells figures that stay if the measurement is killed."""
@@ -400,7 +288,10 @@ class Bench:
         return config
 
     def loaded(self, item: Measurement) -> Any:
-        """Load a measurement's model as the project does, or give the one at hand."""
+        """Load a measurement's model as the project does, or give the one at hand.
+
+        Its memory is counted from here.
+        """
         if self._loaded is None or self._model != item.model:
             self._loaded = None
             self.release()
@@ -414,13 +305,16 @@ class Bench:
             except Exception as error:
                 raise ModelNotLoaded(f"{type(error).__name__}: {error}") from error
             self._model = item.model
+        self.release()
         return self._loaded
 
+    @cached_property
     def rows(self) -> Any:
-        """Open the encoded rows."""
-        from datasets import Dataset
-
-        return Dataset.from_file(str(self.work / "rows" / "rows.arrow"))
+        """The training rows, without those that are too long for the measurements."""
+        scale = self.scale
+        vocab = scale.shape.vocab
+        rows = rows_of(self.real, TRAINING_FILE, scale.rows, scale.row_lengths, vocab)
+        return dataset([row for row in rows if len(row["input_ids"]) <= scale.row_max_tokens])
 
     def release(self) -> None:
         """Give back memory that nothing refers to any more, and start the peak counters anew."""
@@ -458,6 +352,15 @@ class Bench:
         return {name: round(value / 2**30, 3) for name, value in zip(names, values, strict=True)}
 
 
+def dataset(rows: Sequence[Row]) -> Any:
+    """Make what a trainer takes."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [{"key": str(at), **row, "length": len(row["input_ids"])} for at, row in enumerate(rows)]
+    )
+
+
 def matmul(bench: Bench, item: Measurement) -> dict[str, Any]:
     """Time square bf16 matrix products: the rate that the steps' rates are held against."""
     import torch
@@ -477,33 +380,29 @@ def matmul(bench: Bench, item: Measurement) -> dict[str, Any]:
 
 
 def inputs(bench: Bench, item: Measurement) -> dict[str, Any]:
-    """Write base, tokenizer and rows."""
-    from tinyagent_fast.prompts.loading import load_tokenizer
-    from tinyagent_fast.prompts.rows import encode_examples
-    from tinyagent_fast.prompts.tokens import PromptTokenizer
+    """Write the base, a Llama of random bf16 weights, with its tokenizer; measure the rows."""
+    import torch
 
-    figures = write_base(bench.base, bench.scale, bench.tokenizer_file)
-    tokenizer = PromptTokenizer(load_tokenizer(bench.base), "alpaca")
-    if bench.data_file is None:
-        examples = row_examples(tokenizer, bench.scale)
-    else:
-        examples = file_examples(bench.data_file, bench.scale)
-    rows = encode_examples(
-        examples,
-        tokenizer,
-        bench.work / "rows",
-        max_length_tokens=bench.scale.row_max_tokens,
-        over_long="drop",
-    ).statistics
-    prompts = [{"system": e.system, "user": e.user} for e in examples[: bench.scale.prompts]]
-    (bench.work / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    tokenizer = tokenizer_for(bench.real, bench.scale.shape.vocab).hf
+    with torch.device("cuda" if bench.cuda else "cpu"):
+        model = random_llama(
+            bench.scale.shape,
+            bench.scale.positions,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ).to(torch.bfloat16)
+    model.save_pretrained(str(bench.base))
+    tokenizer.save_pretrained(str(bench.base))
+    lengths = bench.rows["length"]
     return {
-        **figures,
-        "rows_of": bench.data_file.name if bench.data_file else "generated plans",
-        "rows": rows.rows,
-        "dropped": len(rows.dropped),
-        "mean_tokens": round(rows.mean_tokens, 1),
-        "longest_tokens": rows.longest_tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokenizer": TOKENIZER_FILE if bench.real else "words",
+        "rows_of": TRAINING_FILE if bench.real else "random words",
+        "rows": len(lengths),
+        "dropped": bench.scale.rows - len(lengths),
+        "mean_tokens": round(statistics.fmean(lengths), 1),
+        "longest_tokens": max(lengths),
     }
 
 
@@ -524,62 +423,52 @@ def fused_layers(model: Any) -> dict[str, int]:
 
 def train(bench: Bench, item: Measurement) -> dict[str, Any]:
     """Time optimizer steps through the project's trainer, after a warm-up, and read the peak."""
+    from tinyagent_fast.shared_prefix.training import decide_shared_prefix
+    from tinyagent_fast.training.trainer import build_trainer
+
     loaded, config = bench.loaded(item), bench.config(item)
-    scale, rows, recipe = bench.scale, bench.rows(), config.train
+    scale, recipe = bench.scale, config.train
+    # One step more than will be made: the trainer saves a checkpoint at its last step.
+    steps = scale.warmup_steps + scale.steps + 1
     if "tokens" in item.arguments:
         recipe = replace(recipe, batch=item.arguments["batch"], accumulation=1)
-        steps = scale.warmup_steps + scale.steps + 1
-        rows = exact_rows(item.arguments["tokens"], recipe.batch * steps, scale.shape.vocab)
+        tokens = item.arguments["tokens"]
+        exact = Lengths(shared=1, mean=tokens, deviation=0, supervised=min(88, tokens // 2))
+        rows = dataset(generated_rows(exact, recipe.batch * steps, scale.shape.vocab))
+    else:
+        rows = bench.rows
     if bench.tiny:
         recipe = replace(recipe, accumulation=min(2, recipe.accumulation))
-    # One step more than will be made: the trainer saves a checkpoint at its last step.
-    recipe = replace(recipe, max_steps=scale.warmup_steps + scale.steps + 1)
-    bench.release()
+    recipe = replace(recipe, max_steps=steps, save_every_steps=10**6)
+    config = replace(config, train=recipe)
+    kept_tokens = math.inf
+    if config.model.gradient_checkpointing == "auto" and bench.cap_gib:
+        kept_tokens = _kept_tokens(bench, loaded, rows, config)
+    trainer = build_trainer(
+        loaded,
+        rows,
+        config,
+        output_dir=bench.work / "checkpoints",
+        shared_prefix=decide_shared_prefix(loaded, recipe, rows, None).on,
+        kept_tokens=kept_tokens,
+    )
     prefix_once = item.arguments.get("prefix_once")
-    figures = _our_training(bench, loaded, rows, config, recipe, prefix_once)
-    bench.release()
-    return {"fused_layers": fused_layers(loaded.model), "notes": list(loaded.notes), **figures}
+    if prefix_once is not None:  # else as the trainer does on this card
+        trainer.data_collator = replace(trainer.data_collator, prefix_once=prefix_once)
+    return _timed(bench, loaded, trainer, config)
 
 
 def stock(bench: Bench, item: Measurement) -> dict[str, Any]:
-    """Time Unsloth's own trainer on the same rows: packed to `packing` tokens, or padding-free.
-
-    Where memory does not suffice, micro-batches are halved, so that a rate comes out.
-    """
+    """Time Unsloth's own trainer on the same rows: packed to `packing` tokens, or padding-free."""
     loaded, config = bench.loaded(item), bench.config(item)
-    figures, cut = None, 1
-    while figures is None:
-        bench.release()
-        try:
-            figures = _stock_training(bench, loaded, config, item.arguments.get("packing"), cut)
-        except Exception as error:
-            if cut == 4 or not is_out_of_memory(error):
-                raise
-            cut *= 2
-    if figures["tokens_per_s"] is not None:  # of packed rows nobody knows how many came
-        lengths = bench.rows()["length"]
-        figures["samples_per_s"] = round(figures["tokens_per_s"] * len(lengths) / sum(lengths), 3)
-    bench.release()
-    return {"fused_layers": fused_layers(loaded.model), "notes": list(loaded.notes), **figures}
-
-
-def _stock_training(
-    bench: Bench, loaded: Any, config: Any, packing_tokens: int | None, cut: int
-) -> dict[str, Any]:
     if loaded.backend == "unsloth":
         import unsloth  # noqa: F401  # patches trl, so it must come first
     from trl import SFTConfig, SFTTrainer
 
     from tinyagent_fast.training.trainer import optimizer_name
 
-    recipe = config.train
-    if packing_tokens:
-        packing_tokens //= cut
-        recipe = replace(recipe, batch=1, accumulation=4 * cut)  # about 16 rows
-    else:
-        recipe = replace(recipe, batch=recipe.batch // cut, accumulation=recipe.accumulation * cut)
-    if bench.tiny:
-        recipe = replace(recipe, accumulation=1)
+    packing_tokens = item.arguments.get("packing")
+    recipe = replace(config.train, accumulation=1) if bench.tiny else config.train
 
     class CountingTrainer(SFTTrainer):  # type: ignore[misc]
         tokens_seen = tokens_padded = tokens_computed = 0
@@ -610,33 +499,14 @@ def _stock_training(
             disable_tqdm=True,
             report_to="none",
         ),
-        train_dataset=bench.rows().select_columns(["input_ids", "labels"]),
+        train_dataset=bench.rows.select_columns(["input_ids", "labels"]),
         processing_class=loaded.tokenizer.hf,
     )
-    figures = _timed(bench, loaded, trainer, config, recipe)
-    return {"micro_batch_tokens": packing_tokens, **figures}
-
-
-def _our_training(
-    bench: Bench, loaded: Any, rows: Any, config: Any, recipe: Any, prefix_once: bool | None
-) -> dict[str, Any]:
-    from tinyagent_fast.shared_prefix.training import decide_shared_prefix
-    from tinyagent_fast.training.trainer import build_trainer
-
-    kept_tokens = math.inf
-    if config.model.gradient_checkpointing == "auto" and bench.cap_gib:
-        kept_tokens = _kept_tokens(bench, loaded, rows, replace(config, train=recipe))
-    trainer = build_trainer(
-        loaded,
-        rows,
-        replace(config, train=replace(recipe, save_every_steps=10**6)),
-        output_dir=bench.work / "checkpoints",
-        shared_prefix=decide_shared_prefix(loaded, recipe, rows, None).on,
-        kept_tokens=kept_tokens,
-    )
-    if prefix_once is not None:  # else as the trainer does on this card
-        trainer.data_collator = replace(trainer.data_collator, prefix_once=prefix_once)
-    return _timed(bench, loaded, trainer, config, recipe)
+    figures = _timed(bench, loaded, trainer, replace(config, train=recipe))
+    if figures["tokens_per_s"] is not None:  # of packed rows nobody knows how many came
+        mean_tokens = statistics.fmean(bench.rows["length"])
+        figures["samples_per_s"] = round(figures["tokens_per_s"] / mean_tokens, 3)
+    return {**figures, "micro_batch_tokens": packing_tokens}
 
 
 def _kept_tokens(bench: Bench, loaded: Any, rows: Any, config: Any) -> int:
@@ -653,16 +523,19 @@ def _kept_tokens(bench: Bench, loaded: Any, rows: Any, config: Any) -> int:
     return estimator.kept_tokens(config.train.rows_per_batch)
 
 
-def _timed(bench: Bench, loaded: Any, trainer: Any, config: Any, recipe: Any) -> dict[str, Any]:
-    """Let a trainer run; with the end of its builder nothing holds it any more."""
+def _timed(bench: Bench, loaded: Any, trainer: Any, config: Any) -> dict[str, Any]:
+    """Let a trainer run, with a clock at each of its steps."""
     from transformers import TrainerCallback
 
+    recipe = config.train
     seconds: list[float] = []
     tokens: list[int] = []
 
     def figures() -> dict[str, Any]:
         computed, padded = trainer.tokens_computed, trainer.tokens_padded
         return {
+            "fused_layers": fused_layers(loaded.model),
+            "notes": list(loaded.notes),
             "batch": recipe.batch,
             "accumulation": recipe.accumulation,
             "checkpointing": config.model.gradient_checkpointing,
@@ -724,7 +597,7 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     from tinyagent_fast.shared_prefix.step import step_gradients
     from tinyagent_fast.training.trainer import collate
 
-    loaded, rows = bench.loaded(item), bench.rows()
+    loaded, rows = bench.loaded(item), bench.rows
     fill_adapter(loaded.model)
     if loaded.backend == "unsloth":
         from unsloth import FastLanguageModel
@@ -759,7 +632,6 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     if unsupported(loaded.model, "training") is None:
         ways["shared prefix"] = lambda: backward(lambda: shared_prefix_loss(loaded.model, packed))
         ways["prefix once a step"] = lambda: step_gradients(loaded.model, step, autocast=autocast)
-    bench.release()
     found: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():
         loaded.model.zero_grad(set_to_none=True)
@@ -801,13 +673,6 @@ def _adapter(model: Any) -> Iterator[tuple[str, Any]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _prompts(bench: Bench) -> list[Any]:
-    from tinyagent_fast.inference.engine import Prompt
-
-    texts = json.loads((bench.work / "prompts.json").read_text(encoding="utf-8"))
-    return [Prompt(**text) for text in texts]
-
-
 def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
     """Time plans one at a time, in batches and with lookup, and compare what was written."""
     from tinyagent_fast.inference.engine import Limits
@@ -815,16 +680,16 @@ def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
     from tinyagent_fast.plans.grammar import END_OF_PLAN
 
     loaded, scale = bench.loaded(item), bench.scale
-    prompts = _prompts(bench)
+    prompts = [prompt_of(row) for row in bench.rows.select(range(scale.prompts))]
     engine, guessing = TorchEngine(loaded), TorchEngine(loaded, lookup_tokens=4)
     padding = TorchEngine(loaded, shared_prefix=False)
 
     def write(
-        writer: Any, chosen: Sequence[Any], batch: int, tokens: int
+        writer: Any, chosen: Sequence[list[int]], batch: int, tokens: int
     ) -> tuple[dict[int, str], float]:
         started = bench.clock()
         limits = Limits(stop=END_OF_PLAN, max_new_tokens=tokens, batch=batch)
-        found = writer.generate(chosen, limits)
+        found = writer.complete_tokens(chosen, limits)
         texts = {index: completion.text for index, completion in found}
         return texts, round(len(chosen) / (bench.clock() - started), 4)
 
@@ -836,7 +701,7 @@ def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
     peak = bench.memory()["peak_reserved_gib"]
     guessed, guessed_per_s = write(guessing, prompts, scale.eval_batch, scale.new_tokens)
     figures = {
-        "path": engine.notes(prompts),
+        "path": engine.notes(),
         "prompts": len(prompts),
         "batch": scale.eval_batch,
         "new_tokens": scale.new_tokens,
@@ -863,24 +728,6 @@ def equal_texts(one: Mapping[int, str], other: Mapping[int, str]) -> str:
     return f"{sum(other[index] == text for index, text in one.items())} of {len(one)}"
 
 
-def gpu_tests(bench: Bench, item: Measurement) -> dict[str, Any]:
-    """Run the project's tests that need a CUDA device."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--no-header"]
-    done = subprocess.run(
-        [*command, *bench.scale.test_paths],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=item.limit_s,
-        check=False,
-    )
-    lines = (done.stdout + done.stderr).strip().splitlines() or ["pytest said nothing"]
-    bench.partial(figures={"last_lines": lines[-15:]})
-    if done.returncode not in (0, 5):  # 5: no test is marked so
-        raise RuntimeError(f"pytest ended with {done.returncode}: {lines[-1]}")
-    return {"summary": lines[-1], "last_lines": lines[-15:]}
-
-
 KINDS: Mapping[str, Callable[[Bench, Measurement], dict[str, Any]]] = {
     "matmul": matmul,
     "inputs": inputs,
@@ -888,7 +735,6 @@ KINDS: Mapping[str, Callable[[Bench, Measurement], dict[str, Any]]] = {
     "train": train,
     "stock": stock,
     "evaluation": evaluation,
-    "tests": gpu_tests,
 }
 
 
@@ -961,23 +807,12 @@ class Results:
     def write(self) -> None:
         """Replace the file; a full disk is no reason to measure nothing more."""
         self.head["ratios"] = ratios(self.measurements)
-        content = finite({**self.head, "measurements": self.measurements})
+        content = {**self.head, "measurements": self.measurements}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, content)
         except OSError as error:
             print(f"cannot write {self.path}: {error}")
-
-
-def finite(value: Any) -> Any:
-    """Make a value that every JSON reader takes: NaN and infinity become their names."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 def ratios(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
@@ -1001,7 +836,7 @@ class Runner:
 
     results: Results
     job: Mapping[str, Any]
-    """What every worker gets: tiny, work, cap_gib, tokenizer and deadline."""
+    """What every worker gets: tiny, work, cap_gib, real and deadline."""
     say: Callable[[str], None] = print
     worker: Sequence[str] = (sys.executable, str(Path(__file__).resolve()), "--work")
     start_s: float = START_S
@@ -1022,15 +857,12 @@ class Runner:
             rest = [*(self._run_worker(group, left_s) if group else []), *rest[count:]]
 
     def _is_hopeless(self, item: Measurement) -> bool:
-        """Leave out what lacks its inputs, and a shape that holds one that lacked memory."""
-        there = self.results.measurements
-        smaller = [name for name, result in there.items() if holds_oom(item, result)]
-        if item.preset and there.get("inputs", {"status": "ok"})["status"] != "ok":
-            self._give_up([item], "it needs the inputs")
-            return True
-        if smaller:
-            self._give_up([item], f"memory did not suffice for {smaller[0]}")
-        return bool(smaller)
+        """Leave out what lacks its inputs."""
+        inputs_there = self.results.measurements.get("inputs", {"status": "ok"})["status"] == "ok"
+        if item.preset is None or inputs_there:
+            return False
+        self._give_up([item], "it needs the inputs")
+        return True
 
     def _run_worker(self, group: Sequence[Measurement], left_s: float) -> list[Measurement]:
         """Run one worker until it ends or time is up; give what is still to be measured."""
@@ -1050,22 +882,20 @@ class Runner:
                     stdout=stream,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, **group[0].environment},
                     start_new_session=True,
                 )
-        except BaseException:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-            raise
-        reason = "the time for the whole check was over"
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-            with suppress(subprocess.TimeoutExpired):
-                reason = f"the process ended with {process.wait(timeout=max(1.0, left_s))}"
+            reason = "the time for the whole check was over"
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+                with suppress(subprocess.TimeoutExpired):
+                    reason = f"the process ended with {process.wait(timeout=max(1.0, left_s))}"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the worker and its children
+                process.wait()
+                rest = self._record(group, events, log, reason)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the worker and its children
-            process.wait()
-            rest = self._record(group, events, log, reason)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return rest
 
     def _record(
@@ -1075,7 +905,7 @@ class Runner:
         by_name = {item.name: item for item in group}
         open_names, broken, current = list(by_name), False, None
         for line in events.read_text(encoding="utf-8").splitlines():
-            event = json.loads(line)
+            event = json.loads(line, parse_constant=str)  # no NaN in the file of results
             kind, name = event.pop("event"), event.pop("name")
             if kind == "start":
                 current = name
@@ -1086,8 +916,6 @@ class Runner:
                 current = None
                 self.say(f"{name}: {event['status']} {event.get('reason') or ''}".rstrip())
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [x.strip()[:300] for x in lines if any(word in x.lower() for word in NOTABLE)]
-        self.results.head.setdefault("logs", {})[group[0].name] = list(dict.fromkeys(told))[:40]
         rest = [by_name[name] for name in open_names]
         started = current is not None or len(rest) < len(group)
         if broken or not started:
@@ -1113,19 +941,6 @@ class Runner:
             self.say(f"{item.name}: {status}, {reason}")
 
 
-def holds_oom(item: Measurement, result: Mapping[str, Any]) -> bool:
-    """Tell whether a result is a lack of memory at a shape that an item's shape holds."""
-    if result["status"] != "oom" or "tokens" not in item.arguments:
-        return False
-    smaller = result["arguments"]
-    return bool(
-        "tokens" in smaller
-        and result["settings"] == item.settings
-        and smaller["batch"] <= item.arguments["batch"]
-        and smaller["tokens"] <= item.arguments["tokens"]
-    )
-
-
 def print_table(results: Results) -> None:
     """Print what came out."""
     from rich.console import Console
@@ -1134,7 +949,7 @@ def print_table(results: Results) -> None:
     table = Table("measurement", "status", "figures", title="gpu check")
     for name, entry in results.measurements.items():
         figures = {k: v for k, v in (entry["figures"] or {}).items() if v is not None}
-        for long in ("step_s", "last_lines", "notes", "losses"):
+        for long in ("step_s", "notes", "losses"):
             figures.pop(long, None)
         told = ", ".join(f"{key} {json.dumps(value)}" for key, value in figures.items())
         table.add_row(name, str(entry["status"]), told or str(entry["reason"] or "")[:160])
@@ -1174,15 +989,11 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--budget-s", type=float, default=480.0, help="seconds for everything")
     parser.add_argument("--cap-gib", type=float, default=22.0, help="GPU memory to use; 0: all")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model for real token counts")
-    parser.add_argument("--data", type=Path, help="a file of the dataset for real rows")
+    add_real_flag(parser, TRAINING_FILE)
     parser.add_argument("--only", nargs="*", default=[], help="measurements whose name has a word")
     parser.add_argument("--tiny", action="store_true", help="everything on the CPU, in small")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    for name, path in (("--tokenizer", flags.tokenizer), ("--data", flags.data)):
-        if path is not None and not path.is_file():
-            parser.error(f"{name} {path}: there is no such file")
     unknown = [word for word in flags.only if not any(word in name for name in names)]
     if unknown:
         parser.error(f"--only {' '.join(unknown)}: measurements are {'; '.join(names)}")
@@ -1207,7 +1018,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_environment(folder, flags)
     import torch  # here, so that the environment knows the card
 
-    about = environment()
+    about = machine()
     settings = {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)}
     card = about["gpu"]["name"] if about["gpu"] else "cpu-tiny" if flags.tiny else "none"
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
@@ -1227,7 +1038,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": None,
         "budget_s": flags.budget_s,
         "cap_gib": flags.cap_gib,
-        "machine": {**about, "command": None, "folder": None, "settings": settings},
+        "machine": {**about, "settings": settings},
     }
     results = Results(flags.out / f"gpu-check-{name}-{stamp}.json", head)
     chosen = [
@@ -1241,8 +1052,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "tiny": flags.tiny,
             "work": str(folder),
             "cap_gib": flags.cap_gib,
-            "tokenizer": str(flags.tokenizer.resolve()) if flags.tokenizer else None,
-            "data": str(flags.data.resolve()) if flags.data else None,
+            "real": str(flags.real) if flags.real and not flags.tiny else None,
             "deadline": started + flags.budget_s - SUMMARY_S,
         },
     )

@@ -1,12 +1,25 @@
-"""What the benchmarks measure on: Llamas of random weights, rows of random tokens, the machine."""
+"""What the benchmarks measure on: random Llamas, generated or real rows, the machine."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.models.families import ModelShape
+
+if TYPE_CHECKING:
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+REAL_DATA = "TINYAGENT_FAST_REAL_DATA"
+TRAINING_FILE, TESTING_FILE = "training_data.json", "testing_data.json"
+TOKENIZER_FILE = "llama_tokenizer.model"
 
 Row = dict[str, list[int]]
 """input_ids and labels."""
@@ -56,6 +69,72 @@ def generated_rows(lengths: Lengths, count: int, vocab: int, seed: int = 0) -> l
         prompt = len(ids) - lengths.supervised
         rows.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return rows
+
+
+def word_tokenizer(vocab: int) -> Any:
+    """Make a tokenizer whose every id is a word, so that any ids are a text and back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, vocab)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def add_real_flag(parser: argparse.ArgumentParser, *files: str) -> None:
+    """Add `--real`, a folder that holds the tokenizer and files in the dataset's schema."""
+    wanted = (*files, TOKENIZER_FILE)
+    parser.add_argument(
+        "--real",
+        type=partial(_folder_with, wanted),
+        default=os.environ.get(REAL_DATA),
+        help=f"folder with {', '.join(wanted)} (or ${REAL_DATA}); without it rows are generated",
+    )
+
+
+def _folder_with(wanted: Sequence[str], given: str) -> Path:
+    folder = Path(given)
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
+        raise argparse.ArgumentTypeError(f"{folder}: it holds no {', '.join(missing)}")
+    return folder.resolve()
+
+
+def tokenizer_for(real: Path | None, vocab: int) -> PromptTokenizer:
+    """Give the Llama tokenizer beside real data, or one whose every id is a word."""
+    from tinyagent_fast.prompts.loading import tokenizer_from_sentencepiece
+    from tinyagent_fast.prompts.tokens import PromptTokenizer
+
+    if real is None:
+        return PromptTokenizer(word_tokenizer(vocab), "flat")
+    loaded = tokenizer_from_sentencepiece(real / TOKENIZER_FILE)
+    loaded.pad_token = loaded.unk_token
+    return PromptTokenizer(loaded, "alpaca")
+
+
+def plan_examples(path: Path, count: int) -> list[Any]:
+    """Read plans of a file in the published schema, chosen at random among its first entries."""
+    from tinyagent_fast.data.reading import read_entries
+
+    entries = islice(read_entries(path, on_bad_entry="skip"), max(400, count))
+    found = [e for entry in entries for e in entry.examples if e.kind == "plan"]
+    return random.Random("bench/0").sample(found, min(count, len(found)))
+
+
+def rows_of(real: Path | None, file: str, count: int, lengths: Lengths, vocab: int) -> list[Row]:
+    """Give rows of a real file, or generated ones of such lengths."""
+    if real is None:
+        return generated_rows(lengths, count, vocab)
+    rows = tokenizer_for(real, vocab).training_rows(plan_examples(real / file, count))
+    return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+
+
+def prompt_of(row: Row) -> list[int]:
+    """Give what stands before the supervised tokens."""
+    from tinyagent_fast.prompts.tokens import IGNORED
+
+    return row["input_ids"][: row["labels"].count(IGNORED)]
 
 
 def machine() -> dict[str, Any]:
