@@ -1052,7 +1052,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "tiny": flags.tiny,
             "work": str(folder),
             "cap_gib": flags.cap_gib,
-            "real": str(flags.real) if flags.real and not flags.tiny else None,
+            "real": str(flags.real.resolve()) if flags.real and not flags.tiny else None,
             "deadline": started + flags.budget_s - SUMMARY_S,
         },
     )
