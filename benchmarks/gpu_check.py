@@ -76,7 +76,7 @@ class Scale:
     rows: int = 128
     row_lengths: Lengths = TRAINING_ROWS
     row_max_tokens: int = 4600
-    warmup_steps: int = 2
+    warmup_steps: int = 4
     steps: int = 6
     steps_s: float = 20.0
     prompts: int = 32

@@ -455,6 +455,8 @@ def _efficient_backward(grad: Tensor, inputs: Inputs, outputs: Outputs) -> Gradi
     groups = (_by_group(x, key.shape[1]) for x in (query, grad, read, filled))
     grouped, grads, reads, totals = groups
     keys, values = (x.expand(len(grouped), -1, -1, -1) for x in (key, value))
+    # In 16 bits the kernel takes what was read as dense, query by query, whatever its strides are.
+    reads = reads.transpose(1, 2).contiguous().transpose(1, 2)
     grad_query, grad_key, grad_value, _ = _aten._scaled_dot_product_efficient_attention_backward(
         *(grads, grouped, keys, values, None, reads, totals.contiguous()),
         *(*extras, 0.0, [True, True, True, False], causal),
