@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inputs import machine, random_llama
+from processes import measured
 
 from tinyagent_fast.models.published import TINYLLAMA_32K
 
@@ -96,82 +95,48 @@ def compare_tensors(ours: Path, theirs: Path) -> dict[str, Any]:
     return {"tensors": len(mine), "official_tensors": len(official), "identical": same}
 
 
-def run_step(step: str, *arguments: object) -> dict[str, Any]:
-    """Run one step in a process of its own; give what it returns, with seconds and peak memory."""
-    said = _said_by([__file__, "--step", step, *map(str, arguments)])
-    record: dict[str, Any] = json.loads(said.splitlines()[-1])
-    print(f"{step:10} {record['seconds']:7.1f} s {record['peak_rss_mib']:7.0f} MiB", flush=True)
-    return record
-
-
-def _said_by(words: list[str]) -> str:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
-
-
-def run_official(folder: Path, model: Path, target: Path) -> dict[str, Any]:
-    """Time llama.cpp's own converter, convert_hf_to_gguf.py within a folder."""
-    script = next(iter(folder.rglob("convert_hf_to_gguf.py")), None)
-    if script is None:
-        raise SystemExit(f"{folder} holds no convert_hf_to_gguf.py")
-    started = time.perf_counter()
-    _said_by([str(script), str(model), "--outtype", "f16", "--outfile", str(target)])
-    seconds = time.perf_counter() - started
-    # The largest child so far: this one, which loads torch, as the other steps do not.
-    peak = _mib(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-    print(f"{'official':10} {seconds:7.1f} s {peak:7.0f} MiB", flush=True)
-    return {"seconds": round(seconds, 2), "peak_rss_mib": peak}
-
-
-def _mib(ru_maxrss: int) -> float:
-    """Turn the system's figure into MiB: macOS counts bytes, Linux KiB."""
-    return round(ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
-def _run_child(arguments: list[str]) -> None:
-    """Do one step, and print what it gave as the last line."""
-    step, *rest = arguments
-    steps: Mapping[str, Callable[[], dict[str, Any]]] = {
-        "make": lambda: make_model(Path(rest[0]), rest[1]),
-        "convert": lambda: convert(Path(rest[0]), Path(rest[1]), rest[2], int(rest[3])),
-        "compare": lambda: compare_tensors(Path(rest[0]), Path(rest[1])),
-    }
-    started = time.perf_counter()
-    result = steps[step]()
-    result["seconds"] = round(time.perf_counter() - started, 2)
-    result["peak_rss_mib"] = _mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    print(json.dumps(result))
+def run_official(script: Path, model: Path, target: Path) -> dict[str, Any]:
+    """Run llama.cpp's own converter."""
+    words = [script, model, "--outtype", "f16", "--outfile", target]
+    subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    # It loads torch, as the other steps do not.
+    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {"peak_rss_mib": round(peak_kib / 1024, 1)}
 
 
 def main() -> None:
     """Measure all steps and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1.1b")
     parser.add_argument("--threads", type=int, default=1, help="threads of the quantisation")
     parser.add_argument("--official", type=Path, help="folder with convert_hf_to_gguf.py")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
-    if given.step:
-        _run_child(given.step)
-        return
+    official = next(given.official.rglob("convert_hf_to_gguf.py"), None) if given.official else None
+    if given.official and official is None:
+        parser.error(f"--official {given.official}: it holds no convert_hf_to_gguf.py")
     from tinyagent_fast.runs import write_json
 
     steps: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         model, f16 = Path(name) / "model", Path(name) / "f16.gguf"
-        steps["make"] = run_step("make", model, given.shape)
-        steps["convert_f16"] = run_step("convert", model, f16, "f16", given.threads)
-        if given.official:
+
+        def run(name: str, step: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+            steps[name] = found = measured(step, *arguments)
+            print(
+                f"{name:12} {found['seconds']:7.1f} s {found['peak_rss_mib']:7.0f} MiB", flush=True
+            )
+
+        run("make", make_model, model, given.shape)
+        run("convert_f16", convert, model, f16, "f16", given.threads)
+        if official:
             theirs = Path(name) / "official.gguf"
-            steps["official_f16"] = run_official(given.official, model, theirs)
-            steps["official_f16"] |= {"compared": run_step("compare", f16, theirs)}
+            run("official_f16", run_official, official, model, theirs)
+            steps["official_f16"]["compared"] = compare_tensors(f16, theirs)
             theirs.unlink()
         for quant in QUANTS:
             target = Path(name) / f"{quant}.gguf"
-            steps[quant] = run_step("convert", model, target, quant, given.threads)
+            run(quant, convert, model, target, quant, given.threads)
             target.unlink()
     write_json(given.out, {"shape": given.shape, "environment": machine(), "steps": steps})
     print(f"written: {given.out}")

@@ -13,24 +13,21 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from processes import measured
+
+RESULT = Path(__file__).resolve().parent / "results" / "load.json"
 ROWS = (1_000, 10_000, 40_030, 160_000)
 _VOCABULARY_PIECES = 32_000
 _TOKENIZER_ROWS = 300
-_EVERY_S = 0.02
 
 
 def _file(folder: Path) -> Path:
@@ -111,40 +108,15 @@ STEPS: Mapping[str, Callable[[Path, int], None]] = {
 }
 
 
-def _measured(step: Callable[[Path, int], None], folder: Path, rows: int) -> dict[str, float]:
-    """Run a step; memory is what the process itself holds, without pages of mapped files."""
-    peak = 0
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(_EVERY_S):
-            status = Path("/proc/self/status").read_text(encoding="ascii")
-            peak = max(peak, int(status.partition("RssAnon:")[2].split()[0]))
-
-    done = threading.Event()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    started = time.perf_counter()
-    step(folder, rows)
-    seconds = time.perf_counter() - started
-    done.set()
-    thread.join()
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu_s = used.ru_utime + used.ru_stime
-    return {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "peak_mib": peak / 1024}
-
-
 def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
     """Measure every step at every size, each in a process of its own."""
     found = []
     for rows in sizes:
         place = folder / str(rows)
         place.mkdir()
-        for name in STEPS:
-            words = [__file__, "--step", name, "--rows", str(rows), "--folder", str(place)]
-            environment = {**os.environ, "TINYAGENT_FAST_CACHE": str(place / "cache")}
-            said = subprocess.check_output([sys.executable, *words], text=True, env=environment)
-            one = {"rows": rows, "step": name, **json.loads(said.splitlines()[-1])}
+        os.environ["TINYAGENT_FAST_CACHE"] = str(place / "cache")
+        for name, step in STEPS.items():
+            one = {"rows": rows, "step": name, **measured(step, place, rows)}
             if name == "generate":
                 one["file_mb"] = round(_file(place).stat().st_size / 1e6, 1)
             found.append(one)
@@ -168,12 +140,10 @@ def growth(found: Sequence[Mapping[str, Any]], value: str) -> dict[str, float]:
 
 def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw seconds and memory by rows, both axes in powers of ten."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     for name in STEPS:
         points = sorted((one["rows"], one) for one in found if one["step"] == name)
         for axis, value in zip(axes, ("cpu_s", "peak_mib"), strict=True):
@@ -193,12 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--folder", type=Path, help="where files go; temporary without it")
-    parser.add_argument("--out", type=Path, default=RESULTS / "load.json")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULT)
     flags = parser.parse_args()
-    if flags.step is not None:
-        print(json.dumps(_measured(STEPS[flags.step], flags.folder, flags.rows[0])))
-        return
     with tempfile.TemporaryDirectory(prefix="load-", dir=flags.folder) as folder:
         found = measure(flags.rows, Path(folder))
     result = {
