@@ -33,6 +33,7 @@ from inputs import (
     Lengths,
     Row,
     add_real_flag,
+    llama_shape,
     machine,
     plan_examples,
     prompt_of,
@@ -70,21 +71,6 @@ SCORE = "score"
 
 # --------------------------------------------------------------------------------------------------
 # Sizes
-
-
-def llama_shape(hidden: int, layers: int, vocab: int) -> ModelShape:
-    """Give a Llama of these sizes TinyLlama's proportions."""
-    heads = hidden // 64
-    return ModelShape(
-        hidden=hidden,
-        intermediate=hidden * 11 // 4,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads // 4 or heads,
-        head_dim=64,
-        vocab=vocab,
-        tied=False,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

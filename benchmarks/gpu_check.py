@@ -39,6 +39,7 @@ from inputs import (
     Row,
     add_real_flag,
     generated_rows,
+    llama_shape,
     machine,
     prompt_of,
     random_llama,
@@ -54,6 +55,7 @@ from tinyagent_fast.runs import write_json
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 2
 NO_CUDA_EXIT = 2
+BUDGET_OVER = "the time for the whole check was over"
 SUMMARY_S = 5.0
 START_S = 12.0
 """A process takes about so long to start; with less time left none is started."""
@@ -89,16 +91,7 @@ class Scale:
 
 FULL = Scale()
 TINY = Scale(
-    shape=ModelShape(
-        hidden=128,
-        intermediate=256,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        vocab=1100,
-        tied=False,
-    ),
+    shape=llama_shape(hidden=128, layers=2, vocab=1100),
     positions=1024,
     matmul_sizes=(64, 128),
     rows=48,
@@ -144,13 +137,17 @@ class Measurement:
 
 TRANSFORMERS = {"model.backend": "transformers"}
 UNSLOTH = {"model.backend": "unsloth"}
+KEPT = {"model.gradient_checkpointing": "false"}
+CUT_TO_FIT = {"model.gradient_checkpointing": "auto"}
+RECOMPUTED = {"model.gradient_checkpointing": "unsloth", "model.max_length_tokens": 32768}
 UNSHARED = {"train.shared_prefix": "off"}
 SHARED = {"train.shared_prefix": "on"}
-LONG = {"model.max_length_tokens": 32768}
 BF16 = {"model.weights": "bf16"}
+ABOUT_16_ROWS = {"train.batch": 1, "train.accumulation": 4}
+"""Of packed rows; each has four or five of those that are packed."""
 L4 = "train: l4 preset"
 WHOLE = "train: unsloth, whole rows"
-RECOMPUTED = "train: unsloth, unsloth checkpointing"
+CHECKPOINTING = "train: unsloth, unsloth checkpointing"
 ONCE = "train: l4 preset, prefix once a step"
 ALONE = "train: l4 preset, prefix once a micro-batch"
 IN_BF16 = "train: l4 preset, bf16 weights"
@@ -168,11 +165,6 @@ def micro_batch(batch: int) -> dict[str, int]:
     return {"train.batch": batch, "train.accumulation": 16 // batch}
 
 
-def checkpointing(how: str) -> dict[str, str]:
-    """Say what is recomputed in the backward pass; every row of the plan says it itself."""
-    return {"model.gradient_checkpointing": how}
-
-
 def on(name: str, kind: str, *settings: Mapping[str, Any], **changes: Any) -> Measurement:
     """Write a row of the plan; it is of preset `l4` unless it says otherwise."""
     merged = {key: value for some in settings for key, value in some.items()}
@@ -181,10 +173,7 @@ def on(name: str, kind: str, *settings: Mapping[str, Any], **changes: Any) -> Me
 
 def plan(scale: Scale) -> list[Measurement]:
     """List all measurements, the most important first."""
-    plain, fused = {**TRANSFORMERS, **checkpointing("false")}, {**UNSLOTH, **checkpointing("false")}
-    cut_to_fit = {**UNSLOTH, **checkpointing("auto")}
-    recomputed = {**UNSLOTH, **checkpointing("unsloth"), **UNSHARED, **LONG}
-    about_16_rows = {"train.batch": 1, "train.accumulation": 4}
+    plain, fused = {**TRANSFORMERS, **KEPT}, {**UNSLOTH, **KEPT}
     return [
         Measurement(name="matmul", kind="matmul", least_s=5, limit_s=60),
         Measurement(name="inputs", kind="inputs", least_s=15),
@@ -192,30 +181,32 @@ def plan(scale: Scale) -> list[Measurement]:
         on("numerics: transformers, NF4", "numerics", plain),
         on("numerics: unsloth, NF4", "numerics", fused),
         # Batches without `auto` are such that the longest rows are predicted to fit under the cap.
-        on(L4, "train", cut_to_fit),
-        on(STOCK_PACKED, "stock", fused, about_16_rows, arguments={"packing": 16384}),
+        on(L4, "train", UNSLOTH, CUT_TO_FIT),
+        on(STOCK_PACKED, "stock", fused, ABOUT_16_ROWS, arguments={"packing": 16384}),
         on(STOCK_PADDING_FREE, "stock", fused, micro_batch(4)),
-        on(ONCE, "train", cut_to_fit, arguments={"prefix_once": True}),
-        on(ALONE, "train", cut_to_fit, arguments={"prefix_once": False}),
+        on(ONCE, "train", UNSLOTH, CUT_TO_FIT, arguments={"prefix_once": True}),
+        on(ALONE, "train", UNSLOTH, CUT_TO_FIT, arguments={"prefix_once": False}),
         on(WHOLE, "train", fused, UNSHARED, micro_batch(2)),
         on(EVALUATION, "evaluation", fused),
         on(SEED, "train", TRANSFORMERS, preset="seed"),
         on(PLAIN_EVALUATION, "evaluation", plain),
         on(PLAIN_SHARED, "train", plain, SHARED, micro_batch(2)),
         on(PLAIN_WHOLE, "train", plain, UNSHARED, micro_batch(1)),
-        on(RECOMPUTED, "train", recomputed),
+        on(CHECKPOINTING, "train", UNSLOTH, RECOMPUTED, UNSHARED),
         *(
             on(
                 f"memory: {batch} x {tokens} tokens, unsloth checkpointing",
                 "train",
-                recomputed,
+                UNSLOTH,
+                RECOMPUTED,
+                UNSHARED,
                 arguments={"batch": batch, "tokens": tokens},
             )
             for batch, tokens in scale.shapes
         ),
         on("numerics: transformers, bf16", "numerics", plain, BF16),
         on("numerics: unsloth, bf16", "numerics", fused, BF16),
-        on(IN_BF16, "train", cut_to_fit, BF16),
+        on(IN_BF16, "train", UNSLOTH, CUT_TO_FIT, BF16),
     ]
 
 
@@ -227,7 +218,7 @@ RATIOS: Mapping[str, tuple[str, str, str | None]] = {
     "unsloth_over_transformers_shared": ("samples_per_s", L4, PLAIN_SHARED),
     "shared_prefix_on_over_off": ("samples_per_s", PLAIN_SHARED, PLAIN_WHOLE),
     "shared_prefix_on_over_off_unsloth": ("samples_per_s", L4, WHOLE),
-    "without_over_with_checkpointing": ("samples_per_s", WHOLE, RECOMPUTED),
+    "without_over_with_checkpointing": ("samples_per_s", WHOLE, CHECKPOINTING),
     "bf16_over_nf4": ("samples_per_s", IN_BF16, L4),
     "evaluation_over_one_at_a_time": ("over_one_at_a_time", EVALUATION, None),
     "evaluation_unsloth_over_transformers": ("plans_per_s", EVALUATION, PLAIN_EVALUATION),
@@ -406,21 +397,6 @@ def inputs(bench: Bench, item: Measurement) -> dict[str, Any]:
     }
 
 
-def fused_layers(model: Any) -> dict[str, int]:
-    """Count the layers whose LoRA runs through Unsloth's fused functions."""
-    layers = model.get_base_model().model.layers
-    functions = {
-        "qkv": [getattr(layer.self_attn, "apply_qkv", None) for layer in layers],
-        "o": [getattr(layer.self_attn, "apply_o", None) for layer in layers],
-        "mlp": [layer.mlp.forward for layer in layers],
-    }
-    fused = {
-        name: sum("apply_lora" in getattr(one, "__name__", "") for one in found)
-        for name, found in functions.items()
-    }
-    return {"layers": len(layers), **fused}
-
-
 def train(bench: Bench, item: Measurement) -> dict[str, Any]:
     """Time optimizer steps through the project's trainer, after a warm-up, and read the peak."""
     from tinyagent_fast.shared_prefix.training import decide_shared_prefix
@@ -534,7 +510,7 @@ def _timed(bench: Bench, loaded: Any, trainer: Any, config: Any) -> dict[str, An
     def figures() -> dict[str, Any]:
         computed, padded = trainer.tokens_computed, trainer.tokens_padded
         return {
-            "fused_layers": fused_layers(loaded.model),
+            "fused_layers": loaded.fused,
             "notes": list(loaded.notes),
             "batch": recipe.batch,
             "accumulation": recipe.accumulation,
@@ -757,29 +733,22 @@ def work(job_file: Path) -> None:
     """Measure one after the other until one fails, as CUDA's state is then unknown."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     job = json.loads(job_file.read_text(encoding="utf-8"))
-    with Path(job["events"]).open("a", encoding="utf-8") as events:
-
-        def tell(kind: str, item: Measurement, **facts: Any) -> None:
-            event = {"event": kind, "name": item.name, **facts}
-            events.write(json.dumps(event, default=str) + "\n")
-            events.flush()
-
-        bench = Bench(job)
-        for raw in job["measurements"]:
-            item = Measurement(**raw)
-            if job["deadline"] - time.time() < item.least_s:
-                tell("result", item, status="not run", reason="too few seconds were left")
-                continue
-            tell("start", item, status="running")
-            bench.partial = partial(tell, "partial", item)
-            faulthandler.dump_traceback_later(item.limit_s, exit=True)  # ends a hang
-            result = measure(partial(KINDS[item.kind], bench, item))
-            faulthandler.cancel_dump_traceback_later()
-            tell("result", item, **result)
-            if result["status"] != "ok":
-                break
-        sys.stdout.flush()
-        sys.stderr.flush()
+    results, bench = Results(Path(job["results"])), Bench(job)
+    for raw in job["measurements"]:
+        item = Measurement(**raw)
+        if job["deadline"] - time.time() < item.least_s:
+            results.record(item, status="not run", reason="too few seconds were left")
+            continue
+        results.record(item, status="running")
+        bench.partial = partial(results.record, item)
+        faulthandler.dump_traceback_later(item.limit_s, exit=True)  # ends a hang
+        result = measure(partial(KINDS[item.kind], bench, item))
+        faulthandler.cancel_dump_traceback_later()
+        results.record(item, **result)
+        if result["status"] != "ok":
+            break
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # threads of libraries are not waited for
 
 
@@ -788,31 +757,37 @@ def work(job_file: Path) -> None:
 
 
 class Results:
-    """The one JSON file; it is replaced as a whole after every change."""
+    """The one JSON file; it is replaced as a whole after every change, by whoever measures."""
 
-    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
-        """Start the file."""
+    def __init__(self, path: Path, head: Mapping[str, Any] | None = None) -> None:
+        """Start the file, or without a head go on with the one that is there."""
         self.path = path
         self.measurements: dict[str, dict[str, Any]] = {}
-        self.head = dict(head)
-        self.write()
+        self.head = dict(head or {})
+        if head is None:
+            self.read()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write()
+
+    def read(self) -> None:
+        """Take over what others have written."""
+        content = json.loads(self.path.read_text(encoding="utf-8"))
+        self.measurements = content.pop("measurements")
+        self.head = content
 
     def record(self, item: Measurement, **changes: Any) -> None:
         """Set fields of a measurement's result and write the file."""
         start = {"status": None, "reason": None, "figures": None, "seconds": None, **asdict(item)}
         entry = self.measurements.setdefault(item.name, start)
-        entry.update(changes)
+        # Not every reader of JSON knows NaN and Infinity: they become text.
+        entry |= json.loads(json.dumps(changes, default=str), parse_constant=str)
         self.write()
 
     def write(self) -> None:
-        """Replace the file; a full disk is no reason to measure nothing more."""
+        """Replace the file."""
         self.head["ratios"] = ratios(self.measurements)
-        content = {**self.head, "measurements": self.measurements}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, content)
-        except OSError as error:
-            print(f"cannot write {self.path}: {error}")
+        write_json(self.path, {**self.head, "measurements": self.measurements})
 
 
 def ratios(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
@@ -840,7 +815,6 @@ class Runner:
     say: Callable[[str], None] = print
     worker: Sequence[str] = (sys.executable, str(Path(__file__).resolve()), "--work")
     start_s: float = START_S
-    _jobs: int = field(default=0, init=False)
 
     def run(self, measurements: Sequence[Measurement]) -> None:
         """Measure everything; whatever happens to one, the next ones follow."""
@@ -849,30 +823,21 @@ class Runner:
             models = [None if self.job.get("tiny") else item.model for item in rest]
             # A tiny run loads its libraries once: one process for everything.
             count = next((n for n, model in enumerate(models) if model != models[0]), len(rest))
-            group = [item for item in rest[:count] if not self._is_hopeless(item)]
+            group, rest = rest[:count], rest[count:]
             left_s = self.job["deadline"] - time.time()
-            if group and left_s < group[0].least_s + self.start_s:
+            needed = self.results.measurements.get("inputs", {"status": "ok"})
+            if group[0].preset and needed["status"] != "ok":
+                self._give_up(group, "it needs the inputs")
+            elif left_s < group[0].least_s + self.start_s:
                 self._give_up(group, f"{max(0.0, left_s):.0f} s were left")
-                group = []
-            rest = [*(self._run_worker(group, left_s) if group else []), *rest[count:]]
-
-    def _is_hopeless(self, item: Measurement) -> bool:
-        """Leave out what lacks its inputs."""
-        inputs_there = self.results.measurements.get("inputs", {"status": "ok"})["status"] == "ok"
-        if item.preset is None or inputs_there:
-            return False
-        self._give_up([item], "it needs the inputs")
-        return True
+            else:
+                rest = self._run_worker(group, left_s) + rest
 
     def _run_worker(self, group: Sequence[Measurement], left_s: float) -> list[Measurement]:
         """Run one worker until it ends or time is up; give what is still to be measured."""
-        self._jobs += 1
-        folder = Path(self.job["work"])
-        events, log = (folder / f"{name}-{self._jobs}" for name in ("events", "log"))
-        events.touch()
-        job_file = folder / f"job-{self._jobs}.json"
-        job = {**self.job, "events": str(events), "measurements": [asdict(m) for m in group]}
-        job_file.write_text(json.dumps(job), encoding="utf-8")
+        log, job_file = (Path(self.job["work"]) / name for name in ("log.txt", "job.json"))
+        job = {"results": str(self.results.path), "measurements": [asdict(item) for item in group]}
+        job_file.write_text(json.dumps({**self.job, **job}), encoding="utf-8")
         # A signal while it starts would leave it running.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
@@ -884,49 +849,41 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )
-            reason = "the time for the whole check was over"
+            reason = "it was stopped from outside"
             try:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-                with suppress(subprocess.TimeoutExpired):
-                    reason = f"the process ended with {process.wait(timeout=max(1.0, left_s))}"
+                reason = f"the process ended with {process.wait(timeout=max(1.0, left_s))}"
+            except subprocess.TimeoutExpired:
+                reason = BUDGET_OVER
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # the worker and its children
                 process.wait()
-                rest = self._record(group, events, log, reason)
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                rest = self._untried(group, reason, lines)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return rest
 
-    def _record(
-        self, group: Sequence[Measurement], events: Path, log: Path, reason: str
+    def _untried(
+        self, group: Sequence[Measurement], reason: str, log: Sequence[str]
     ) -> list[Measurement]:
-        """Record what a worker told; blame the measurement that it did not finish."""
-        by_name = {item.name: item for item in group}
-        open_names, broken, current = list(by_name), False, None
-        for line in events.read_text(encoding="utf-8").splitlines():
-            event = json.loads(line, parse_constant=str)  # no NaN in the file of results
-            kind, name = event.pop("event"), event.pop("name")
-            if kind == "start":
-                current = name
-            broken = broken or event.pop("model_broken", False)
-            self.results.record(by_name[name], **event)
-            if kind == "result":
-                open_names.remove(name)
-                current = None
-                self.say(f"{name}: {event['status']} {event.get('reason') or ''}".rstrip())
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        rest = [by_name[name] for name in open_names]
-        started = current is not None or len(rest) < len(group)
-        if broken or not started:
-            why = "its model cannot be loaded" if broken else f"its process did not start: {reason}"
-            self._give_up(rest, why, "not run" if broken else "crashed", lines)
+        """Blame the measurement that a worker did not finish; give those it did not come to."""
+        self.results.read()
+        rest = [item for item in group if item.name not in self.results.measurements]
+        if len(rest) == len(group):
+            self._give_up(rest, f"its process did not start: {reason}", "crashed", log)
             return []
-        if current is not None:
-            timeout = any(line.startswith("Timeout (") for line in lines) or "over" in reason
-            status = "timeout" if timeout else "crashed"
-            self._give_up([by_name[current]], reason, status, lines)
-            rest.remove(by_name[current])
+        for item in group[: len(group) - len(rest)]:
+            entry = self.results.measurements[item.name]
+            if entry["status"] == "running":
+                hung = reason == BUDGET_OVER or any(line.startswith("Timeout (") for line in log)
+                self._give_up([item], reason, "timeout" if hung else "crashed", log)
+                continue
+            self.say(f"{item.name}: {entry['status']} {entry['reason'] or ''}".rstrip())
+            if entry.get("model_broken"):
+                self._give_up(rest, "its model cannot be loaded")
+                return []
         return rest
 
     def _give_up(
@@ -1066,9 +1023,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped from outside; what was measured is kept")
     finally:
+        print_table(results)
         results.head["seconds"] = round(time.time() - started, 1)
         results.write()
-        print_table(results)
         print(f"results: {results.path}")
         shutil.rmtree(folder, ignore_errors=True)
     bad = [e for e in results.measurements.values() if e["status"] not in ("ok", "oom", "not run")]

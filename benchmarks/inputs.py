@@ -43,6 +43,21 @@ TRAINING_ROWS = Lengths(shared=1865, mean=3490, deviation=240, supervised=88)
 TEST_PROMPTS = Lengths(shared=40, mean=1757, deviation=300, supervised=0)
 
 
+def llama_shape(hidden: int, layers: int, vocab: int) -> ModelShape:
+    """Give a Llama of these sizes TinyLlama's proportions."""
+    heads = hidden // 64
+    return ModelShape(
+        hidden=hidden,
+        intermediate=hidden * 11 // 4,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads // 4 or heads,
+        head_dim=64,
+        vocab=vocab,
+        tied=False,
+    )
+
+
 def random_llama(shape: ModelShape, positions: int, **settings: Any) -> Any:
     """Build a Llama of random fp32 weights, always the same ones, for so many positions."""
     import torch

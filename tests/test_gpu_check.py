@@ -19,32 +19,33 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_check  # noqa: E402
 from gpu_check import FULL, RATIOS, TINY, Measurement, Results, Runner  # noqa: E402
 
-FAKE_WORKER = """
+FAKE_WORKER = f"""
 import faulthandler, json, os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from gpu_check import Measurement, Results
 job = json.load(open(sys.argv[1]))
-events = open(job["events"], "a")
-def tell(event, **facts):
-    events.write(json.dumps({"event": event, **facts}) + "\\n")
-    events.flush()
-if any(item["arguments"].get("do") == "never start" for item in job["measurements"]):
+results = Results(Path(job["results"]))
+every = [Measurement(**raw) for raw in job["measurements"]]
+if any(item.arguments.get("do") == "never start" for item in every):
     print("cannot import it")
     sys.exit(5)
-for item in job["measurements"]:
-    name, do = item["name"], item["arguments"].get("do")
-    tell("start", name=name, status="running")
-    print("at", name, flush=True)
+for item in every:
+    do = item.arguments.get("do")
+    results.record(item, status="running")
+    print("at", item.name, flush=True)
     if do == "hang":
-        tell("partial", name=name, figures={"half": 1})
-        faulthandler.dump_traceback_later(item["limit_s"], exit=True)
+        results.record(item, figures={{"half": 1}})
+        faulthandler.dump_traceback_later(item.limit_s, exit=True)
         time.sleep(100)
     if do == "crash":
         os.kill(os.getpid(), 9)
     if do in ("oom", "fail", "model"):
         status = "oom" if do == "oom" else "failed"
-        tell("result", name=name, status=status, reason=do, model_broken=do == "model")
+        results.record(item, status=status, reason=do, model_broken=do == "model")
         sys.exit(0)
-    figures = {"n": float(do) if do in ("nan", "inf") else 1}
-    tell("result", name=name, status="ok", figures=figures, seconds=0.1)
+    figures = {{"n": float(do) if do in ("nan", "inf") else 1}}
+    results.record(item, status="ok", figures=figures, seconds=0.1)
 """
 
 
