@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -57,8 +56,8 @@ FORMAT = 2
 NO_CUDA_EXIT = 2
 BUDGET_OVER = "the time for the whole check was over"
 SUMMARY_S = 5.0
-START_S = 12.0
-"""A process takes about so long to start; with less time left none is started."""
+LEAST_S = 20.0
+"""With less time left nothing is started."""
 LOG_LINES = 30
 NUMERICS_ROWS = 3
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -119,8 +118,6 @@ class Measurement:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the preset, such as `model.backend`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    least_s: float = 20.0
-    """With less time left it is not started."""
     limit_s: float = 180.0
     """After so long it is killed; loading and compiling come out of it too."""
 
@@ -175,8 +172,8 @@ def plan(scale: Scale) -> list[Measurement]:
     """List all measurements, the most important first."""
     plain, fused = {**TRANSFORMERS, **KEPT}, {**UNSLOTH, **KEPT}
     return [
-        Measurement(name="matmul", kind="matmul", least_s=5, limit_s=60),
-        Measurement(name="inputs", kind="inputs", least_s=15),
+        Measurement(name="matmul", kind="matmul"),
+        Measurement(name="inputs", kind="inputs"),
         # The first backend leaves its losses and gradients for the second one.
         on("numerics: transformers, NF4", "numerics", plain),
         on("numerics: unsloth, NF4", "numerics", fused),
@@ -574,31 +571,33 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     from tinyagent_fast.training.trainer import collate
 
     loaded, rows = bench.loaded(item), bench.rows
-    fill_adapter(loaded.model)
     if loaded.backend == "unsloth":
         from unsloth import FastLanguageModel
 
         FastLanguageModel.for_training(loaded.model)  # which its trainer undoes
     loaded.model.train()
+    adapter = sorted((name, p) for name, p in loaded.model.named_parameters() if p.requires_grad)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, parameter in adapter:  # the same values with every backend, none of them zero
+            values = torch.randn(parameter.shape, generator=generator) * 0.02
+            parameter.copy_(values.to(parameter.dtype))
     lengths = rows["length"]
     shortest = sorted(range(len(rows)), key=lambda row: lengths[row])[:NUMERICS_ROWS]
     batch = [rows[row] for row in shortest]
-    device = "cuda" if bench.cuda else "cpu"
-    packed = pack(batch).each(lambda tensor: tensor.to(device))
-    step = pack_step(batch, len(batch) - 1).each(lambda tensor: tensor.to(device))
-    dtype = getattr(torch, loaded.compute_dtype)
-    enabled = bench.cuda and dtype != torch.float32
-    autocast = partial(torch.autocast, "cuda", dtype, enabled=enabled)
+    packed = pack(batch).each(lambda tensor: tensor.to(loaded.device))
+    step = pack_step(batch, len(batch) - 1).each(lambda tensor: tensor.to(loaded.device))
 
     def backward(loss_of: Callable[[], Any]) -> Any:
-        with autocast():
+        with loaded.autocast():
             loss = loss_of()
         loss.backward()
         return loss.detach()
 
     def of_row(row: Any) -> Any:
-        inputs = collate([row], loaded.tokenizer.pad_id)
-        loss = loaded.model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).loss
+        of_cpu = collate([row], loaded.tokenizer.pad_id)
+        inputs = {name: tensor.to(loaded.device) for name, tensor in of_cpu.items()}
+        loss = loaded.model(**inputs, use_cache=False).loss
         return loss * sum(label >= 0 for label in row["labels"]) / packed.supervised_tokens
 
     ways: dict[str, Callable[[], Any]] = {
@@ -607,12 +606,14 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
     }
     if unsupported(loaded.model, "training") is None:
         ways["shared prefix"] = lambda: backward(lambda: shared_prefix_loss(loaded.model, packed))
-        ways["prefix once a step"] = lambda: step_gradients(loaded.model, step, autocast=autocast)
+        ways["prefix once a step"] = lambda: step_gradients(
+            loaded.model, step, autocast=loaded.autocast
+        )
     found: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():
         loaded.model.zero_grad(set_to_none=True)
         loss = way()
-        gradients = [p.grad.float().cpu().flatten() for _, p in sorted(_adapter(loaded.model))]
+        gradients = [p.grad.float().cpu().flatten() for _, p in adapter]
         found[name] = {"loss": float(loss), "gradient": torch.cat(gradients)}
     loaded.model.zero_grad(set_to_none=True)
     figures: dict[str, Any] = {
@@ -632,21 +633,6 @@ def numerics(bench: Bench, item: Measurement) -> dict[str, Any]:
             ),
         }
     return figures
-
-
-def fill_adapter(model: Any) -> None:
-    """Give the adapter weights that depend on their names alone, none of them zero."""
-    import torch
-
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for _, parameter in sorted(_adapter(model)):
-            values = torch.randn(parameter.shape, generator=generator) * 0.02
-            parameter.copy_(values.to(parameter.dtype))
-
-
-def _adapter(model: Any) -> Iterator[tuple[str, Any]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def evaluation(bench: Bench, item: Measurement) -> dict[str, Any]:
@@ -736,7 +722,7 @@ def work(job_file: Path) -> None:
     results, bench = Results(Path(job["results"])), Bench(job)
     for raw in job["measurements"]:
         item = Measurement(**raw)
-        if job["deadline"] - time.time() < item.least_s:
+        if job["deadline"] - time.time() < job["least_s"]:
             results.record(item, status="not run", reason="too few seconds were left")
             continue
         results.record(item, status="running")
@@ -811,10 +797,9 @@ class Runner:
 
     results: Results
     job: Mapping[str, Any]
-    """What every worker gets: tiny, work, cap_gib, real and deadline."""
+    """What every worker gets: tiny, work, cap_gib, real, least_s and deadline."""
     say: Callable[[str], None] = print
     worker: Sequence[str] = (sys.executable, str(Path(__file__).resolve()), "--work")
-    start_s: float = START_S
 
     def run(self, measurements: Sequence[Measurement]) -> None:
         """Measure everything; whatever happens to one, the next ones follow."""
@@ -828,7 +813,7 @@ class Runner:
             needed = self.results.measurements.get("inputs", {"status": "ok"})
             if group[0].preset and needed["status"] != "ok":
                 self._give_up(group, "it needs the inputs")
-            elif left_s < group[0].least_s + self.start_s:
+            elif left_s < self.job["least_s"]:
                 self._give_up(group, f"{max(0.0, left_s):.0f} s were left")
             else:
                 rest = self._run_worker(group, left_s) + rest
@@ -900,18 +885,12 @@ class Runner:
 
 def print_table(results: Results) -> None:
     """Print what came out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("measurement", "status", "figures", title="gpu check")
     for name, entry in results.measurements.items():
         figures = {k: v for k, v in (entry["figures"] or {}).items() if v is not None}
         for long in ("step_s", "notes", "losses"):
             figures.pop(long, None)
         told = ", ".join(f"{key} {json.dumps(value)}" for key, value in figures.items())
-        table.add_row(name, str(entry["status"]), told or str(entry["reason"] or "")[:160])
-    width = None if sys.stdout.isatty() else 150
-    Console(highlight=False, markup=False, width=width).print(table)
+        print(f"{name}: {entry['status']}; {told or entry['reason']}")
     for name, value in ratios(results.measurements).items():
         print(f"{name}: {'not measured' if value is None else value}")
 
@@ -970,56 +949,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     if flags.work:
         work(flags.work)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
+        return check(flags, Path(folder))
+
+
+def check(flags: argparse.Namespace, folder: Path) -> int:
+    """Measure with files in a folder; gives the exit status."""
     started = time.time()
-    folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     set_environment(folder, flags)
     import torch  # here, so that the environment knows the card
 
-    about = machine()
-    settings = {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)}
-    card = about["gpu"]["name"] if about["gpu"] else "cpu-tiny" if flags.tiny else "none"
-    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(started))
     if not torch.cuda.is_available() and not flags.tiny:
         print(
             "error: no CUDA device was found\n"
             "  why: every figure of this check is one of a GPU\n"
             "  fix: run it on a CUDA machine; --tiny goes through everything on the CPU"
         )
-        shutil.rmtree(folder)
         return NO_CUDA_EXIT
+    about = machine()
+    card = about["gpu"]["name"] if about["gpu"] else "cpu-tiny"
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(started))
     head = {
         "format": FORMAT,
         "tiny": flags.tiny,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
         "seconds": None,
         "budget_s": flags.budget_s,
         "cap_gib": flags.cap_gib,
-        "machine": {**about, "settings": settings},
+        "machine": {
+            **about,
+            "settings": {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)},
+        },
     }
     results = Results(flags.out / f"gpu-check-{name}-{stamp}.json", head)
+    job = {
+        "tiny": flags.tiny,
+        "work": str(folder),
+        "cap_gib": flags.cap_gib,
+        "real": str(flags.real.resolve()) if flags.real and not flags.tiny else None,
+        "least_s": LEAST_S,
+        "deadline": started + flags.budget_s - SUMMARY_S,
+    }
     chosen = [
         item
         for item in plan(TINY if flags.tiny else FULL)
         if not flags.only or item.name == "inputs" or any(w in item.name for w in flags.only)
     ]
-    runner = Runner(
-        results=results,
-        job={
-            "tiny": flags.tiny,
-            "work": str(folder),
-            "cap_gib": flags.cap_gib,
-            "real": str(flags.real.resolve()) if flags.real and not flags.tiny else None,
-            "deadline": started + flags.budget_s - SUMMARY_S,
-        },
-    )
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        runner.run(chosen)
+        Runner(results, job).run(chosen)
     except KeyboardInterrupt:
         print("stopped from outside; what was measured is kept")
     finally:
@@ -1027,7 +1005,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.head["seconds"] = round(time.time() - started, 1)
         results.write()
         print(f"results: {results.path}")
-        shutil.rmtree(folder, ignore_errors=True)
     bad = [e for e in results.measurements.values() if e["status"] not in ("ok", "oom", "not run")]
     return 1 if bad else 0
 

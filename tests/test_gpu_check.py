@@ -51,7 +51,7 @@ for item in every:
 
 def item(name: str, do: str = "", **changes: object) -> Measurement:
     arguments = {"do": do} if do else {}
-    made = Measurement(name=name, kind="k", least_s=0, limit_s=60.0, arguments=arguments)
+    made = Measurement(name=name, kind="k", limit_s=60.0, arguments=arguments)
     return replace(made, **changes)
 
 
@@ -61,11 +61,11 @@ def run(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(FAKE_WORKER)
 
-    def measured(*every: Measurement, seconds: float = 60.0) -> Results:
+    def measured(*every: Measurement, seconds: float = 60.0, least_s: float = 0.0) -> Results:
         results = Results(tmp_path / "out" / "check.json", {})
-        job = {"work": str(tmp_path), "deadline": time.time() + seconds}
+        job = {"work": str(tmp_path), "deadline": time.time() + seconds, "least_s": least_s}
         worker = (sys.executable, str(script))
-        runner = Runner(results, job, say=lambda _: None, worker=worker, start_s=0)
+        runner = Runner(results, job, say=lambda _: None, worker=worker)
         runner.run(every)
         on_disk = json.loads(results.path.read_text())
         assert on_disk["measurements"] == json.loads(json.dumps(results.measurements))
@@ -104,8 +104,8 @@ def test_a_hang_ends_at_its_limit_and_keeps_what_it_had_measured(run):
 
 
 def test_the_end_of_the_budget_kills_what_runs_and_starts_nothing_more(run):
-    late = item("d", least_s=5, preset="l4")
-    results = run(item("b", "hang"), item("c", least_s=5), late, seconds=2.0)
+    late = item("d", preset="l4")
+    results = run(item("b", "hang"), item("c"), late, seconds=2.0, least_s=1.0)
     assert status(results) == {"b": "timeout", "c": "not run", "d": "not run"}
     assert results.measurements["d"]["figures"] is None
 
