@@ -36,6 +36,7 @@ class _Work:
     total: int = 0
 
     def line(self, now_s: float) -> str:
+        """Say how far the work is."""
         known = self.done or self.total
         far = f"{_amount(self.done, self.unit, self.total)}, " if known else ""
         return f"{self.label}: {far}{now_s - self.started_s:.0f} s so far"

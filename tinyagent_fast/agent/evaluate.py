@@ -347,6 +347,7 @@ class _Spoilt:
     rng: random.Random | None
 
     async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
+        """Write the first plan spoilt, and later ones as they are."""
         text = "".join([piece async for piece in self.writer.plan(prompt, done)])
         rng, self.rng = self.rng, None
         yield text if rng is None else malformed(text, rng)

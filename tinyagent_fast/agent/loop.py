@@ -175,6 +175,7 @@ class _Plan:
     """What runs inside calls, with the tool's name, until it has really ended."""
 
     async def run(self, pieces: Pieces) -> Execution:
+        """Start the calls of a plan as its lines come, and wait for all of them."""
         text, done_chars, problem = "", 0, None
         try:
             async with aclosing(pieces) as written:
@@ -214,6 +215,7 @@ class _Plan:
         return None if told is None else _stopped(told.message)
 
     async def call(self, step: Step, earlier: Sequence[int]) -> CallRecord:
+        """Wait for the calls that one needs, then run it."""
         started = self.now()
         uses = reference_uses(step.arguments)
         needs = tuple(sorted({number for number, _ in uses if number in earlier}))
@@ -283,6 +285,7 @@ class _Plan:
         return inner.result()
 
     def forget(self, inner: asyncio.Future[Any]) -> None:
+        """Take a call that has ended off the list of those that run."""
         del self.inner[inner]
         if not inner.cancelled():
             inner.exception()  # that of a call which timed out is no news any more
@@ -297,6 +300,7 @@ class _Plan:
         return tuple(self.inner.values())
 
     def now(self) -> float:
+        """Give the seconds since the plan began."""
         return time.perf_counter() - self.began
 
 

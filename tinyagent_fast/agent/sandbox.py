@@ -176,6 +176,7 @@ class _Faults:
         self.names = {fault.name: fault.kind for fault in faults if fault.name}
 
     async def strike(self, tool: str) -> None:
+        """Let a call of a tool fail as the first fault that waits for it says."""
         for fault in self.waiting:
             if fault.tool == tool:
                 self.waiting.remove(fault)

@@ -390,6 +390,7 @@ class _Story:
     say: Callable[[tuple[str, Mapping[str, Any]]], None]
 
     def on_event(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Tell the page what the agent does."""
         changed = self.plan.on_event(kind, content)
         if kind == "plan":
             self.say(("plan", {"number": content["number"]}))
@@ -401,6 +402,7 @@ class _Story:
             self.say(("drawing", _shown(self.plan.drawing)))
 
     async def allow(self, tool: RunnableTool, arguments: Sequence[object]) -> bool:
+        """Ask the page whether a call may be made, and wait for the answer."""
         if not self.ask:
             return True
         name = secrets.token_urlsafe(16)

@@ -49,12 +49,14 @@ class _Source:
 
     @property
     def by_hand(self) -> str:
+        """Say how the file is had without this program."""
         return (
             f"or by hand: on the Hugging Face page of the dataset {self.repo}, under 'Files and "
             f"versions', download {self.target.name} and save it as {self.target}"
         )
 
     def record(self) -> dict[str, str]:
+        """Read what is known of the file that is there; empty if nothing is."""
         try:
             found = json.loads(self.record_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -62,10 +64,12 @@ class _Source:
         return found if isinstance(found, dict) else {}
 
     def write_record(self, sha256: str) -> None:
+        """Write down where the file comes from, and its hash."""
         record = {"repo": self.repo, "revision": self.revision, "sha256": sha256}
         self.record_path.write_text(json.dumps(record), encoding="utf-8")
 
     def found(self, sha256: str, note: str) -> DownloadedFile:
+        """Describe the file that is there."""
         return DownloadedFile(self.target, self.target.stat().st_size, sha256, note)
 
 

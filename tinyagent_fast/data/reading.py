@@ -83,6 +83,7 @@ class _File:
         self.read_bytes = 0
 
     def read(self, size: int) -> bytes:
+        """Read, count and hash so many bytes."""
         return self._counted(self._file.read(size))
 
     def __iter__(self) -> Iterator[bytes]:

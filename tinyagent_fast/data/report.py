@@ -192,6 +192,7 @@ class _Lengths:
         self.prefix = first_prompt
 
     def add(self, prompt: list[Any], user: int, output: int) -> None:
+        """Count one row in."""
         lengths = (max(0, len(prompt) - user), user, output, len(prompt) + output)
         for part, length in zip(self.parts.values(), lengths, strict=True):
             part.append(length)
@@ -202,9 +203,11 @@ class _Lengths:
 
     @property
     def rows(self) -> int:
+        """Count the rows."""
         return len(self.parts["total"])
 
     def summary(self, measure: Measure) -> KindLengths:
+        """Sum up all rows."""
         totals = self.parts["total"]
         limit = measure.max_length_tokens if measure.encode is not None else None
         return KindLengths(
@@ -226,6 +229,7 @@ class _Plans:
         self.with_unknown_tools = 0
 
     def add(self, example: Example) -> None:
+        """Count one plan in."""
         called = [step.tool for step in plan_steps(example.output) if step.tool != "join"]
         self.steps[len(called)] += 1
         self.tools.update(called)
@@ -235,6 +239,7 @@ class _Plans:
             self.hopeless[reason] = (number + 1, first)
 
     def is_unknown(self, tool: str) -> bool:
+        """Say whether the catalogue, if one was given, lacks a tool."""
         return self.known_tools is not None and tool not in self.known_tools
 
 

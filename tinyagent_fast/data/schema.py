@@ -77,6 +77,7 @@ class _Fields:
         self.problems: list[EntryProblem] = []
 
     def add(self, field: str, reason: str) -> None:
+        """Note what is wrong with a field."""
         self.problems.append(EntryProblem(printable(self.key, one_line=True), field, reason))
 
     def take(self, values: Mapping[str, object], name: str, kind: type, where: str = "") -> Any:

@@ -264,6 +264,7 @@ class _PlanFacts:
 
     @classmethod
     def of(cls, text: str, tools: Mapping[str, Tool]) -> _PlanFacts:
+        """Read a plan."""
         reading = read_plan(text)
         codes = {problem.code for problem in reading.problems}
         problems = codes & {"bad_arguments", "no_join"}

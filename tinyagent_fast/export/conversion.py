@@ -99,6 +99,7 @@ class _Target:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return stored_bytes(self.kind, math.prod(self.tensor.shape))
 
     @property

@@ -323,6 +323,7 @@ class _Box:
 
     @property
     def height(self) -> float:
+        """Height of the box in pixels."""
         return 16 + _LINE_HEIGHT * len(self.lines)
 
 

@@ -165,6 +165,7 @@ class _Comparison:
                 self.before[end + offset].append(start + offset)
 
     def same(self) -> bool:
+        """Say whether one graph can be laid on the other."""
         nodes = range(2 * self.size)
         colours = self.first_colours()
         return self._match(list(nodes[: self.size]), list(nodes[self.size :]), colours)

@@ -150,6 +150,7 @@ class _EntryWriter:
     outcomes: Outcomes
 
     def uuid(self) -> uuid.UUID:
+        """Draw an id of the seed."""
         return uuid.UUID(int=self.rng.getrandbits(128), version=4)
 
     def new_request(self, mix: Mix, taken: Set[str], asked: str) -> Request:
@@ -165,6 +166,7 @@ class _EntryWriter:
         )
 
     def entry(self, request: Request) -> dict[str, Any]:
+        """Write the entry of a request, with all its points."""
         tool_names = self.retrieved_tools(request)  # drawn in any style
         if self.spec.prompt_style == "short":
             system = short_planner_prompt(tool_names, request.now)
@@ -215,6 +217,7 @@ class _EntryWriter:
     def point(
         self, kind: str, messages: list[dict[str, str]], output: str, parsed: object, index: int
     ) -> dict[str, Any]:
+        """Write one point in the published form."""
         return {
             "type": kind,
             "raw_input": repr(messages),
