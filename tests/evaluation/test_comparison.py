@@ -99,6 +99,7 @@ def test_the_interval_is_that_of_ten_thousand_resamples(only_a: int, only_b: int
 def test_the_interval_of_the_largest_test_file_takes_no_time() -> None:
     started = time.process_time()
     low, high = bootstrap_interval(60, 40, 1022)
+    bootstrap_interval(20_000, 25_000, 100_000)
     assert time.process_time() - started < 2
     # The normal approximation, which is good with so many disagreements.
     spread = 1.96 * (100 / 1022 - (20 / 1022) ** 2) ** 0.5 / 1022**0.5

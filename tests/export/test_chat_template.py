@@ -77,7 +77,7 @@ def test_the_folders_template_gives_the_ids_that_were_trained_on(
             return_dict=False,
         )
         prompt = render_prompt(system, "Question: who?\n", prompt_format)
-        assert ids == trained.encode_prompt(prompt)
+        assert ids == trained.encode_prompts([prompt])[0]
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -205,7 +205,7 @@ def test_llama_cpps_chat_endpoint_evaluates_the_ids_that_were_trained_on(
     trained = PromptTokenizer(load_tokenizer(tiny_merged), prompt_format)
     for system in (None, *NASTY):
         sent = messages(system, "Question: who?\n")
-        ids = trained.encode_prompt(render_prompt(system, "Question: who?\n", prompt_format))
+        ids = trained.encode_prompts([render_prompt(system, "Question: who?\n", prompt_format)])[0]
         assert server.tokenize(server.apply_template(sent), bos=True) == ids
         assert server.chat(sent, max_new_tokens=1, stop=None).prompt_tokens == len(ids)
 
@@ -233,7 +233,7 @@ def test_llama_cpp_and_transformers_render_a_bases_own_template_as_training_did(
             for user in ("U", "  Question: caf\u00e9?\n", "### Response:\n"):
                 sent = messages(system, user)
                 wanted = render_prompt(system, user, "chat", trained.chat)
-                ids = trained.encode_prompt(wanted)
+                ids = trained.encode_prompts([wanted])[0]
                 assert server.apply_template(sent) == wanted
                 assert server.tokenize(wanted, special=True, bos=True) == ids
                 folder = chat_template("chat", source, bos=True)

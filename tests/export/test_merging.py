@@ -175,7 +175,7 @@ def test_the_merged_folder_loads_in_plain_transformers_with_its_tokenizer_and_te
         add_generation_prompt=True,
         return_dict=False,
     )
-    assert ids == tokenizer.encode_prompt(render_prompt(None, "who?", "alpaca"))
+    assert ids == tokenizer.encode_prompts([render_prompt(None, "who?", "alpaca")])[0]
     assert model.generation_config.eos_token_id == [2]
     assert tokenizer.hf.chat_template is None
     # transformers 4 before 4.57 looks for both in this file.

@@ -66,12 +66,14 @@ def different(folder: Path, gguf: Path, texts: Iterable[str]) -> list[str]:
     tokenizer = PromptTokenizer(load_tokenizer(folder))
     settings = LlamaCppSettings(model=gguf, slots=1, context_tokens_per_slot=64, threads=1)
     with LlamaServer(settings) as server:
-        return [t for t in texts if server.tokenize(t, bos=True) != tokenizer.encode_prompt(t)]
+        return [
+            t for t in texts if server.tokenize(t, bos=True) != tokenizer.encode_prompts([t])[0]
+        ]
 
 
 def pieces_of(folder: Path) -> list[str]:
     tokenizer = PromptTokenizer(load_tokenizer(folder))
-    return [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
+    return [tokenizer.decode([index]) for index in range(len(tokenizer.hf))]
 
 
 def to_gguf(folder: Path, target: Path) -> Path:

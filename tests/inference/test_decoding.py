@@ -136,7 +136,7 @@ def ragged_prompts(tokenizer: PromptTokenizer, count: int) -> list[list[int]]:
     rng = random.Random(4)
     words = ["create", "note", "email", "Sid", "reply", "\n", "1.", "zoom"]
     return [
-        tokenizer.encode_prompt(" ".join(rng.choices(words, k=rng.randint(1, 40))))
+        tokenizer.encode_prompts([" ".join(rng.choices(words, k=rng.randint(1, 40)))])[0]
         for _ in range(count)
     ]
 
@@ -196,7 +196,7 @@ def segmented(
 ) -> list[int]:
     """Cut a text into tokens of the vocabulary in one of the many possible ways."""
     pieces: dict[str, int] = {}
-    for index in range(3, tokenizer.vocab_size):
+    for index in range(3, len(tokenizer.hf)):
         pieces.setdefault(tokenizer.decode_continuation([], [index]), index)
     ids: list[int] = []
     while text:
@@ -228,7 +228,7 @@ def test_generation_stops_on_the_stop_text_however_it_is_cut_into_tokens(
     scripts.append(tokenizer.encode_continuation(plan + END_OF_PLAN + "\n"))
     scripts.append([i for c in plan + END_OF_PLAN for i in tokenizer.encode_continuation(c)])
     script(scripts)
-    prompt = tokenizer.encode_prompt("### Response:\n")
+    prompt = tokenizer.encode_prompts(["### Response:\n"])[0]
     completions = run(model, tokenizer, [prompt] * len(scripts), max_new_tokens=120)
     for ids, completion in zip(scripts, completions, strict=True):
         texts = [tokenizer.decode_continuation(prompt, ids[:n]) for n in range(len(ids) + 1)]
@@ -244,7 +244,7 @@ def test_a_token_that_holds_the_end_of_the_plan_and_the_stop_texts_beginning_is_
     ids = segmented(tokenizer, "1. join()<END_OF_PLAN>", random.Random(0), longest=True)
     assert vocab["()<"] in ids
     script([ids])
-    assert run(model, tokenizer, [tokenizer.encode_prompt("p")]) == [
+    assert run(model, tokenizer, [tokenizer.encode_prompts(["p"])[0]]) == [
         Written("1. join()", "stop", len(ids))
     ]
 
@@ -254,7 +254,7 @@ def test_generation_stops_on_eos_and_eos_is_not_counted(
 ) -> None:
     ids = tokenizer.encode_continuation("1. join()")
     script([[*ids, tokenizer.eos_id], [tokenizer.eos_id]])
-    prompts = [tokenizer.encode_prompt("a b c d"), tokenizer.encode_prompt("p")]
+    prompts = [tokenizer.encode_prompts(["a b c d"])[0], tokenizer.encode_prompts(["p"])[0]]
     assert run(model, tokenizer, prompts) == [
         Written("1. join()", "eos", len(ids)),
         Written("", "eos", 0),
@@ -268,7 +268,7 @@ def test_generation_stops_on_every_token_that_ends_a_text(
     monkeypatch.setattr(tokenizer, "end_ids", tokenizer.end_ids | {other})
     ids = tokenizer.encode_continuation("1. join()")
     script([[*ids, other], [*ids, tokenizer.eos_id]])
-    prompts = [tokenizer.encode_prompt("a b c d"), tokenizer.encode_prompt("p")]
+    prompts = [tokenizer.encode_prompts(["a b c d"])[0], tokenizer.encode_prompts(["p"])[0]]
     assert run(model, tokenizer, prompts) == [Written("1. join()", "eos", len(ids))] * 2
 
 
@@ -277,7 +277,7 @@ def test_a_completion_that_is_cut_says_so_and_counts_its_tokens(
 ) -> None:
     ids = tokenizer.encode_continuation("1. create_note(")
     script([ids * 20])
-    (completion,) = run(model, tokenizer, [tokenizer.encode_prompt("p")], max_new_tokens=9)
+    (completion,) = run(model, tokenizer, [tokenizer.encode_prompts(["p"])[0]], max_new_tokens=9)
     expected = tokenizer.decode_continuation([], (ids * 20)[:9])
     assert completion == Written(expected, "length", 9)
 
@@ -287,7 +287,9 @@ def test_stop_on_the_very_last_token_is_a_stop_and_not_a_cut(
 ) -> None:
     ids = tokenizer.encode_continuation("1. join()" + END_OF_PLAN)
     script([ids])
-    (completion,) = run(model, tokenizer, [tokenizer.encode_prompt("p")], max_new_tokens=len(ids))
+    (completion,) = run(
+        model, tokenizer, [tokenizer.encode_prompts(["p"])[0]], max_new_tokens=len(ids)
+    )
     assert completion == Written("1. join()", "stop", len(ids))
 
 
@@ -298,7 +300,7 @@ def test_each_row_of_a_batch_ends_for_its_own_reason(
     text = tokenizer.encode_continuation("2. join()")
     long = tokenizer.encode_continuation("x y ") * 40
     script([plan, [*text, tokenizer.eos_id], long])
-    prompts = [tokenizer.encode_prompt("p" * n) for n in (9, 5, 1)]
+    prompts = [tokenizer.encode_prompts(["p" * n])[0] for n in (9, 5, 1)]
     found = run(model, tokenizer, prompts, max_new_tokens=30)
     assert [c.stop_reason for c in found] == ["stop", "eos", "length"]
     assert [c.new_tokens for c in found] == [len(plan), len(text), 30]
@@ -309,7 +311,7 @@ def test_stop_texts_inside_the_prompt_do_not_stop(
 ) -> None:
     ids = tokenizer.encode_continuation("1. join()")
     script([[*ids, tokenizer.eos_id]])
-    prompt = tokenizer.encode_prompt("example\n1. join()<END_OF_PLAN>")
+    prompt = tokenizer.encode_prompts(["example\n1. join()<END_OF_PLAN>"])[0]
     assert run(model, tokenizer, [prompt]) == [Written("1. join()", "eos", len(ids))]
 
 
@@ -319,7 +321,7 @@ def test_what_comes_after_eos_is_no_text_even_if_it_spells_the_stop_text(
     plan = tokenizer.encode_continuation("1. join()")
     stop = tokenizer.encode_continuation(END_OF_PLAN)
     script([[*plan, tokenizer.eos_id, *stop], tokenizer.encode_continuation("a b c d e f g h")])
-    prompts = [tokenizer.encode_prompt("p q r"), tokenizer.encode_prompt("p")]
+    prompts = [tokenizer.encode_prompts(["p q r"])[0], tokenizer.encode_prompts(["p"])[0]]
     assert run(model, tokenizer, prompts)[0] == Written("1. join()", "eos", len(plan))
 
 

@@ -117,7 +117,7 @@ def test_bos_may_begin_turns_and_the_ids_are_those_of_the_text(
     for system, bos in (("S", 3), (None, 3)):
         messages = prompt_messages(system, "U")
         assert ours.chat is not None
-        ids = ours.encode_prompt(ours.chat(messages))
+        ids = ours.encode_prompts([ours.chat(messages)])[0]
         whole = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert ids == hf.encode(whole, add_special_tokens=False)
         assert ids.count(ours.bos_id) == bos

@@ -175,7 +175,7 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
         "data_rows": data.get("examples", {}).get("train", "unknown"),
         "unmeasured": sorted(
             {a["quant"] for a in ggufs} - {*success, *tested},
-            key=lambda name: list(QUANTS).index(QuantSpec(name).quant),
+            key=lambda name: (list(QUANTS).index(QuantSpec(name).quant), name),
         ),
         "measured": [
             *_evaluations(run, str(content["adapter_sha256"])),

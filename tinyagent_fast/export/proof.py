@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyagent_fast.config import Config, Weights
+from tinyagent_fast.config import Config
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import percent
@@ -111,21 +111,16 @@ def merged_gates(export: Export) -> tuple[list[Gate], Witness]:
         gaps,
         gates.distribution_difference(adapter.logprobs_PV, merged.logprobs_PV).max_abs,
     )
-    made = [weights, answers]
-    if export.config.model.weights == "nf4":
-        made.append(_four_bit_figures(export, merged))
-    return made, merged
+    return [weights, answers], merged
 
 
 @contextmanager
-def reference_model(
-    config: Config, base: str, adapter: Path | None, *, weights: Weights = "fp32"
-) -> Iterator[LoadedModel]:
+def reference_model(config: Config, base: str, adapter: Path | None) -> Iterator[LoadedModel]:
     """Load a base or merged model by plain transformers, and free it afterwards."""
     import torch
 
     model = replace(
-        config.model, backend="transformers", weights=weights, cpu_compute="fp32", base=base
+        config.model, backend="transformers", weights="fp32", cpu_compute="fp32", base=base
     )
     loaded = load_for_generation(replace(config, model=model), base, adapter)
     try:
@@ -237,22 +232,6 @@ def _gaps(
         logprobs_V = next_logprobs([*row.input_ids[: row.prompt_tokens], *one[:parts]])
         gaps.append(abs(float(logprobs_V[one[parts]] - logprobs_V[other[parts]])))
     return gaps
-
-
-def _four_bit_figures(export: Export, merged: Witness) -> Gate:
-    """Say how far the 4-bit base, on which the adapter was trained, is from the merged model."""
-    with reference_model(export.config, str(export.base), export.adapter, weights="nf4") as loaded:
-        trained = _ask(export, loaded, merged.examples, merged.rows, "plans on the 4-bit base")
-    same = len(merged.rows) - len(gates.different_plans(trained.plans, merged.plans))
-    return Gate(
-        name="merged model beside the 4-bit base it was trained on",
-        passed=True,
-        rule="none: the two differ by design; for your eyes",
-        figures={
-            "loss": [round(trained.loss, 6), round(merged.loss, 6)],
-            "same plans": f"{same} of {len(merged.rows)}",
-        },
-    )
 
 
 # What the files say, in llama.cpp.

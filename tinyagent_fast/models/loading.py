@@ -241,10 +241,10 @@ def _finish(model: Any, config: ModelConfig, base: str, how: _Choice) -> LoadedM
     folder = resolve_tokenizer_folder(base, config.revision)
     tokenizer = PromptTokenizer(load_tokenizer(folder), config.prompt_format)
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
+    if len(tokenizer.hf) > rows:
         raise ModelError(
             f"base {base}",
-            f"its tokenizer has {tokenizer.vocab_size} tokens but the model only {rows} embeddings",
+            f"its tokenizer has {len(tokenizer.hf)} tokens but the model only {rows} embeddings",
             "use the tokenizer that belongs to the model; the vocabulary is never resized",
         )
     if off := switched_off(folder):

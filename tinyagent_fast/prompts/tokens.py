@@ -67,7 +67,6 @@ class PromptTokenizer:
         self.eos_id: int = tokenizer.eos_token_id
         """Ends what training supervises."""
         self.pad_id: int = tokenizer.pad_token_id
-        self.vocab_size = len(tokenizer)
         self._core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._core.no_truncation()
         self._core.no_padding()
@@ -87,10 +86,6 @@ class PromptTokenizer:
         """Encode many texts at once, as `encode_text` does each."""
         encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
         return [list(e.ids) for e in encoded]
-
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Encode one prompt as `encode_prompts` does."""
-        return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Encode texts of `templates.render_prompt`, for training and generation alike.
