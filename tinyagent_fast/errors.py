@@ -105,6 +105,13 @@ def count_of(number: float, noun: str) -> str:
     return f"{number:,.10g} {noun}{'s' * (number != 1)}"
 
 
+def plainly(error: Exception) -> str:
+    """Give what an error says; one of the system without its number and the file's name."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return str(getattr(error, "strerror", None) or error)
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """Go on in a message with the known word that is nearest; nothing where none is near."""
     near = get_close_matches(str(given), known, n=1)

@@ -15,7 +15,7 @@ from tinyagent_fast.config import (
     TrainConfig,
     parse_config,
 )
-from tinyagent_fast.errors import ConfigError, did_you_mean
+from tinyagent_fast.errors import ConfigError, did_you_mean, plainly
 from tinyagent_fast.strict_yaml import read_yaml_text
 
 REAL_TRAIN = Path("data/training_data.json")
@@ -221,7 +221,9 @@ def load_config(
     try:
         text = read_yaml_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}", f"it cannot be read: {error}", "check it") from error
+        raise ConfigError(
+            f"config {path}", f"it cannot be read: {plainly(error)}", "check the path"
+        ) from error
     # A file that names no preset has the name that a plain config has.
     named = parse_config(text, source=str(path)).preset
     name = preset or (named if named != Config().preset else default and default())

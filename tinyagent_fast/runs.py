@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tinyagent_fast.config import Config, dump_config, parse_config
-from tinyagent_fast.errors import ConfigError, did_you_mean
+from tinyagent_fast.errors import ConfigError, did_you_mean, plainly
 from tinyagent_fast.strict_yaml import read_yaml_text
 
 # fmt: off
@@ -101,7 +101,7 @@ class Run:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 str(self.config_path),
-                f"it cannot be read: {error}",
+                f"it cannot be read: {plainly(error)}",
                 "put the file back as it was written, from another copy, or train again",
             ) from error
         config = parse_config(text, source=str(self.config_path))
@@ -295,7 +295,9 @@ def refuse_taken_name(config: Config) -> None:
             path.rmdir()
     except (OSError, ValueError) as error:  # the latter: no file system has such characters
         fix = "name another folder with --runs" + (", or a shorter --name" if name else "")
-        raise ConfigError(f"run folder {path}", f"it cannot be made: {error}", fix) from error
+        raise ConfigError(
+            f"run folder {path}", f"it cannot be made: {plainly(error)}", fix
+        ) from error
     refuse_unwritable(config.runs, "name another folder with --runs")
 
 
@@ -319,7 +321,7 @@ def refuse_unwritable(folder: Path, fix: str) -> None:
         probe.write_text("can this be written?", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"folder {folder}", f"it cannot be written: {error.strerror or error}", fix
+            f"folder {folder}", f"it cannot be written: {plainly(error)}", fix
         ) from error
     finally:
         with suppress(OSError):
@@ -428,7 +430,7 @@ def point_latest(run: Run) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ConfigError(
-            str(link), f"it cannot name the newest run: {error.strerror}", f"move {link} away"
+            str(link), f"it cannot name the newest run: {plainly(error)}", f"move {link} away"
         ) from error
 
 
@@ -476,7 +478,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             str(path),
-            f"it cannot be read: {error}",
+            f"it cannot be read: {plainly(error)}",
             "put the file back as it was written, from another copy, or make it anew",
         ) from error
     return value

@@ -47,6 +47,8 @@ def says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Scr
     """Return a function that lets every planner write one plan, in a folder with a run."""
     monkeypatch.chdir(tmp_path)
     run = create_run(Config(name="r"))
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").touch()
 
     def let(plan: str) -> ScriptedWriter:
         writer = ScriptedWriter(plan.splitlines(keepends=True))
@@ -133,7 +135,7 @@ def test_real_changes_are_shown_and_asked_for(
     types(answer)
     says(HOME_PLAN)
     Path("home_tools.py").write_text(HOME)
-    code = main(["agent", "dim the hall", "--tools", "home_tools.py", *flags])
+    code = main(["agent", "dim the hall", "--tools", "home_tools.py", "--grammar", "off", *flags])
     assert code == (0 if done else 1)
     assert Path("dimmed").exists() == done
     said = capsys.readouterr().out
@@ -142,7 +144,24 @@ def test_real_changes_are_shown_and_asked_for(
         assert "find_lamp" not in said.partition("this would be done")[2].partition("\n")[0]
 
 
-def test_tools_that_no_plan_can_call_are_refused_before_anything_is_planned(
+@pytest.mark.parametrize("command", [["agent", "dim the hall"], ["serve", "--port", "0"]])
+def test_tools_that_no_plan_can_call_are_refused_before_a_model_is_loaded(
+    command: list[str],
+    says: Callable[[str], ScriptedWriter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    says(PLAN)
+    monkeypatch.setattr(planner, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    Path("home_tools.py").write_text(HOME + "print('the file is run')\n")
+    flags = ["--run", "r", "--tools", "home_tools.py"]
+    assert main([*command, *flags]) == 2
+    said = capsys.readouterr()
+    assert "find_lamp, dim" in said.err and "docs/own_tools.md" in said.err
+    assert said.out.count("the file is run") == 1
+
+
+def test_one_tool_that_plans_may_call_is_enough_and_their_file_is_run_once(
     says: Callable[[str], ScriptedWriter],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -155,15 +174,11 @@ def test_tools_that_no_plan_can_call_are_refused_before_anything_is_planned(
         return held
 
     monkeypatch.setattr(planner, "load", load)
-    Path("home_tools.py").write_text(HOME)
-    assert main(["agent", "dim the hall", "--tools", "home_tools.py"]) == 2
-    said = capsys.readouterr().err
-    assert "find_lamp, dim" in said and "docs/own_tools.md" in said
-    assert writer.asked == []
-    # One of the tools that plans may call is enough.
-    Path("home_tools.py").write_text(HOME + HOME.replace("find_lamp", "get_phone_number"))
-    assert main(["agent", "text Anna", "--tools", "home_tools.py"]) == 1
-    assert "note: the model may call" in capsys.readouterr().out
+    own = HOME + HOME.replace("find_lamp", "get_phone_number") + "print('the file is run')\n"
+    Path("home_tools.py").write_text(own)
+    assert main(["agent", "text Anna", "--run", "r", "--tools", "home_tools.py"]) == 1
+    said = capsys.readouterr().out
+    assert "note: the model may call" in said and said.count("the file is run") == 1
 
 
 class InTurn(ScriptedWriter):
@@ -220,12 +235,15 @@ def test_a_dry_run_only_plans(
         ["x", "--call-timeout-s", "0"],
         ["x", "--sandbox", "there"],
         ["x", "--tools", "absent.py"],
+        ["x", "--mcp", "no-such-program --flag"],
+        ["x", "--mcp", "an 'open quote"],
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    words: list[str], says: Callable[[str], ScriptedWriter]
+    words: list[str], says: Callable[[str], ScriptedWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     says(PLAN)
+    monkeypatch.setattr(planner, "load", lambda *_, **__: pytest.fail("a model is loaded"))
     Path("there").touch()
     assert main(["agent", *words]) == 2
 
@@ -260,7 +278,7 @@ from tinyagent_fast.inference import planner
 
 plan = sys.argv[2]
 planner.load = lambda *_, **__: planner_with(ScriptedWriter([plan + "\\n", "2. join()"]))
-sys.exit(main(["agent", "go", "--tools", "tools.py"]))
+sys.exit(main(["agent", "go", "--tools", "tools.py", "--grammar", "off"]))
 """
 TOOLS = """
 import asyncio, time

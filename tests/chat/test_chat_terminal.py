@@ -88,3 +88,16 @@ def test_a_word_that_ends_the_chat_is_no_request_and_help_is_none_either(
     assert [user for _, user in writer.asked] == ["Q: text Sid"]
     assert quiet.file.getvalue().count("what can be typed") == 2
     assert next(typed) == "never read"
+
+
+def test_a_mistyped_command_is_no_request_and_two_slashes_begin_one(
+    quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["/hepl", "/open the door", "//etc/hosts: open it", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    writer = ScriptedWriter(PLAN.splitlines(keepends=True))
+    converse(quiet, planner_with(writer))
+    assert [user for _, user in writer.asked] == ["Q: /etc/hosts: open it"]
+    said = " ".join(quiet.file.getvalue().split())
+    assert "no command /hepl; did you mean '/help'?; the commands are /help, /quit, /exit" in said
+    assert "no command /open; the commands are" in said and "with two" in said

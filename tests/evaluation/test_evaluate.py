@@ -18,6 +18,7 @@ from tinyagent_fast.cli import main
 from tinyagent_fast.evaluation.evaluate import NOT_HONOURED
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt
+from tinyagent_fast.models import libraries
 from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.runs import Run, create_run
 
@@ -228,14 +229,23 @@ def test_results_go_where_out_says(exported: Run, tmp_path: Path) -> None:
         ("--engine gguf", "it has no GGUF file"),
         ("--model model.safetensors", "it is no .gguf file"),
         ("--engine gguf --model merged", "name a .gguf file"),
-        ("--model absent.gguf", "it is no file"),
+        ("--model absent.gguf", "there is no such file"),
+        ("--test absent.json", "there is no such file"),
+        ("--adapter absent", "there is no such folder"),
         ("--engine torch --model a.gguf", "--adapter names another"),
         ("--threads 0", "at least 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    words: str, said: str, run: Run, capsys: pytest.CaptureFixture[str]
+    words: str,
+    said: str,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(
+        libraries, "prepare_libraries", lambda _: pytest.fail("libraries are loaded before")
+    )
     assert evaluate(run, *words.split()) == 2
     assert said in capsys.readouterr().err
 

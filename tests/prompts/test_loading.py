@@ -119,7 +119,7 @@ def test_special_tokens_come_from_the_model_file_and_none_is_added(spm_folder: P
         "<unk>",
     )
     assert tokenizer.pad_token == "<unk>"
-    assert len(tokenizer) == len(tokenizer.hf) == 700
+    assert len(tokenizer) == tokenizer.vocab_size == 700
 
 
 def test_the_tokenizer_itself_puts_one_bos_in_front(spm_folder: Path) -> None:

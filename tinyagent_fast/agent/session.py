@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -72,8 +74,8 @@ class AgentSpec:
         if self.tools and not self.tools.is_file():
             why, fix = "there is no such file", "name a .py file with functions"
             raise ConfigError(f"--tools {self.tools}", why, fix)
-        if self.mcp is not None and not self.mcp.strip():
-            raise ConfigError("--mcp", "it is empty", "give the server's command line")
+        if self.mcp is not None:
+            _refuse_no_program(self.mcp)
         if self.sandbox and (self.tools or self.mcp or self.sandbox.exists()):
             why, fix = "own tools need no sandbox", "leave it out"
             if self.sandbox.exists():
@@ -85,6 +87,18 @@ class AgentSpec:
                 "the first cannot be negative, and the second must be above 0",
                 "give other numbers",
             )
+
+
+def _refuse_no_program(command: str) -> None:
+    fix = "give the command line that starts the server"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"--mcp {command}", f"it is no command line: {error}", fix) from error
+    if not words:
+        raise ConfigError("--mcp", "it is empty", fix)
+    if shutil.which(words[0]) is None:
+        raise ConfigError(f"--mcp {command}", f"there is no program {words[0]}", fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +149,12 @@ class OpenAgent:
 
 
 @asynccontextmanager
-async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAgent]:
+async def open_agent(
+    planner: Planner, spec: AgentSpec, tools: Mapping[str, RunnableTool] | None = None
+) -> AsyncIterator[OpenAgent]:
     """Open the tools that are meant, and give an agent that plans with them.
 
-    The planner stays the caller's to close.
+    The planner stays the caller's to close. `tools` are those of the file, if it is loaded already.
 
     Raises:
         ConfigError: An MCP server does not answer, or the planner can call none of the tools.
@@ -147,17 +163,17 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
     run = planner.run
     text = joiner_of_run(run, spec.joiner, None)
     joiner = RuleJoiner() if text is None else ModelJoiner(StreamingModel(planner).complete, text)
-    tools: Mapping[str, RunnableTool]
     async with AsyncExitStack() as stack:
         if spec.tools:
-            tools = tools_of_module(spec.tools)
+            tools = tools_of_module(spec.tools) if tools is None else tools
         elif spec.mcp:
             tools = await stack.enter_async_context(mcp_tools(spec.mcp))
         else:
             box = sandbox_for(None, planner.tools, path=spec.sandbox, time_scale=1.0)
             stack.callback(box.close)
             tools = box.tools
-        _check_callable(planner, tools)
+        if planner.prompts.grammar:
+            refuse_unplanned(planner.tools, tools)
         yield OpenAgent(
             planner=planner,
             joiner=joiner,
@@ -170,10 +186,14 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
         )
 
 
-def _check_callable(planner: Planner, tools: Mapping[str, RunnableTool]) -> None:
-    """Refuse tools of which no plan can call a single one: the grammar knows the run's alone."""
-    known = TINYAGENT if planner.tools is None else planner.tools
-    if planner.prompts.grammar and not set(known) & set(tools):
+def refuse_unplanned(planned: Mapping[str, Tool] | None, tools: Mapping[str, RunnableTool]) -> None:
+    """Refuse tools of which no plan can call a single one, where a grammar knows `planned` alone.
+
+    Raises:
+        ConfigError: None of them is among those that the model plans with.
+    """
+    known = TINYAGENT if planned is None else planned
+    if not set(known) & set(tools):
         raise ConfigError(
             f"tools {', '.join(tools)}",
             f"the model plans with none of them, but with {', '.join(known)}",

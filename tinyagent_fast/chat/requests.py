@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyagent_fast.errors import DataError, UserError
+from tinyagent_fast.errors import DataError, UserError, plainly
 from tinyagent_fast.prompts.builder import check_text
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def read_requests(path: Path) -> list[FiledRequest]:
     try:
         entries: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(name, f"it cannot be read as JSON: {error}", _FIX) from error
+        raise DataError(name, f"it cannot be read as JSON: {plainly(error)}", _FIX) from error
     if not isinstance(entries, list) or not entries:
         raise DataError(name, "it is no list, or an empty one", _FIX)
     found = []

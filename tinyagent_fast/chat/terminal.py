@@ -7,7 +7,7 @@ from contextlib import closing, suppress
 from rich.console import Console
 from rich.text import Text
 
-from tinyagent_fast.errors import UserError, printable
+from tinyagent_fast.errors import UserError, did_you_mean, printable
 from tinyagent_fast.inference.planner import Planner, PlanStream
 
 
@@ -33,8 +33,16 @@ def show_stream(console: Console, stream: PlanStream) -> None:
 _HELP = """what can be typed:
   a request    what should be done, in your words: its plan is written and drawn, nothing is run
   help, /help  this text
-  quit, exit   end, as Ctrl-D does
+  quit, exit   end, as Ctrl-D does, also /quit and /exit
+  //...        a request that begins with a slash: the first one is left out
 Ctrl-C breaks a plan off."""
+
+_COMMANDS = ("/help", "/quit", "/exit")
+_NO_COMMAND = (
+    "there is no command {}{}; the commands are "
+    + ", ".join(_COMMANDS)
+    + "; a request that begins with a slash is typed with two"
+)
 
 
 def converse(console: Console, planner: Planner) -> None:
@@ -60,6 +68,12 @@ def converse(console: Console, planner: Planner) -> None:
             console.print(_HELP, style="dim")
         if word in ("", "help"):
             continue
+        if request.startswith("/") and not request.startswith("//"):
+            said = request.split()[0]
+            near = did_you_mean(said.lower(), _COMMANDS)
+            console.print(Text(_NO_COMMAND.format(printable(said), near), style="red"))
+            continue
+        request = request.removeprefix("/")
         try:
             stream = planner.stream(request)
             if planner.prompts.retrieve is not None:

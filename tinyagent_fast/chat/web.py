@@ -38,7 +38,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tinyagent_fast.agent.loop import Outcome
 from tinyagent_fast.agent.session import OpenAgent, PlanUnderWay
 from tinyagent_fast.agent.tools import RunnableTool
-from tinyagent_fast.errors import ConfigError, UserError
+from tinyagent_fast.errors import ConfigError, UserError, plainly
 from tinyagent_fast.inference.planner import Planner, PlanStream
 from tinyagent_fast.plans.drawing import PlanDrawing
 from tinyagent_fast.plans.grammar import render_call
@@ -80,7 +80,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"--host {host} --port {port}",
-            f"nothing can listen there: {error}",
+            f"nothing can listen there: {plainly(error)}",
             "take another --port (0 finds a free one), or --host 127.0.0.1",
         ) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.display import Display
 
     console = Console(highlight=False, quiet=flags.json)
+    tools = None if flags.dry_run else flags.load_tools()
     with flags.load() as planner:
         Display(console).header("tinyagent-fast agent", planner.facts)
         if flags.dry_run:
@@ -54,16 +55,21 @@ def run(arguments: Sequence[str]) -> int:
             else:
                 show_stream(console, planner.stream(flags.request))
             return 0
-        outcome = run_async(_answer(flags, planner, console))
+        outcome = run_async(_answer(flags, planner, tools, console))
     if flags.json:
         print(json.dumps(outcome.to_json(), ensure_ascii=False))
     return int(outcome.failed)
 
 
-async def _answer(flags: RequestFlags, planner: Planner, console: Console) -> Outcome:
+async def _answer(
+    flags: RequestFlags,
+    planner: Planner,
+    tools: Mapping[str, RunnableTool] | None,
+    console: Console,
+) -> Outcome:
     from tinyagent_fast.agent.terminal import AgentView, show_outcome
 
-    async with flags.open_agent(planner) as agent:
+    async with flags.open_agent(planner, tools) as agent:
         for note in agent.notes:
             console.print(note, style="dim", soft_wrap=True)
         view = AgentView(console, agent.plain_tools, ask=agent.real and not flags.yes)

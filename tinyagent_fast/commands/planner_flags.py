@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from tinyagent_fast.agent.session import OpenAgent
+    from tinyagent_fast.agent.tools import RunnableTool
     from tinyagent_fast.inference.planner import Planner
 
 
@@ -97,8 +98,29 @@ class AgentFlags(PlannerFlags, AgentSpec):
     yes: bool = False
     """Do what changes something without asking; a sandbox never asks."""
 
-    def open_agent(self, planner: Planner) -> AbstractAsyncContextManager[OpenAgent]:
+    def load_tools(self) -> Mapping[str, RunnableTool] | None:
+        """Load the Python file with tools, if one is named, before the model, which takes long.
+
+        Raises:
+            ConfigError: The model plans with none of them.
+            DataError: The file gives no tools.
+        """
+        if self.tools is None:
+            return None
+        from tinyagent_fast.agent.session import refuse_unplanned
+        from tinyagent_fast.agent.tools import tools_of_module
+        from tinyagent_fast.inference.planner import find_source
+
+        tools = tools_of_module(self.tools)
+        if self.grammar == "on":
+            source = find_source(self.model, run=self.run, runs=self.runs)
+            refuse_unplanned(source.tools(), tools)
+        return tools
+
+    def open_agent(
+        self, planner: Planner, tools: Mapping[str, RunnableTool] | None
+    ) -> AbstractAsyncContextManager[OpenAgent]:
         """Give the agent that is meant, to be opened in the loop that it will run in."""
         from tinyagent_fast.agent.session import open_agent
 
-        return open_agent(planner, self)
+        return open_agent(planner, self, tools)

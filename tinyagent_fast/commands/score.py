@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.errors import ConfigError, DataError, plainly
 from tinyagent_fast.plans.tools import Tool
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
         pairs: Any = json.loads(text) if lines is None else list(map(json.loads, lines))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"pairs file {path}", f"it cannot be read as JSON: {error}", "check path and content"
+            f"pairs file {path}",
+            f"it cannot be read as JSON: {plainly(error)}",
+            "check path and content",
         ) from error
     if not isinstance(pairs, list):
         raise DataError(

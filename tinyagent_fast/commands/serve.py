@@ -32,8 +32,9 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.display import Display
 
     console = Console(highlight=False)
+    tools = flags.load_tools()
     with listen(flags.host, flags.port) as listener, flags.load() as planner:
-        agent = flags.open_agent(planner)
+        agent = flags.open_agent(planner, tools)
         server = PlannerServer(planner, listener, flags.host, agent, ask=not flags.yes)
         Display(console).header("tinyagent-fast serve", planner.facts)
         if not is_loopback(flags.host):

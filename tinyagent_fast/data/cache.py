@@ -20,7 +20,7 @@ from typing import Any, Literal, overload
 
 from tinyagent_fast.data.reading import OnBadEntry, ReadReport, check_head, read_entries
 from tinyagent_fast.data.schema import EntryProblem, Example
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, plainly
 from tinyagent_fast.runs import unfinished_folder
 
 Points = Literal["plan", "join", "all"]
@@ -66,7 +66,7 @@ def cached_table(
     except OSError as error:
         raise DataError(
             f"{folder.parent}: the cache cannot be written",
-            str(error),
+            plainly(error),
             f"free some space, or name another folder with {CACHE_VARIABLE}",
         ) from error
     assert found is not None, "a table that was just written can be opened"

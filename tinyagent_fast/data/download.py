@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.data.reading import check_head, is_incomplete
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, plainly
 
 DATASET_REPOSITORY = "squeeze-ai-lab/TinyAgent-dataset"
 DATASET_FILES = ("training_data.json", "testing_data.json")
@@ -100,7 +100,7 @@ def download_dataset(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot be made", str(error), "name a folder that you can write"
+            f"{folder}: cannot be made", plainly(error), "name a folder that you can write"
         ) from error
     return [_place(_Source(repo, revision, folder / name), on_progress) for name in DATASET_FILES]
 
@@ -141,7 +141,7 @@ def _place(source: _Source, on_progress: Callable[[int, int], None]) -> Download
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DataError(
             f"{target.name}: cannot be placed in {target.parent}",
-            "the disk is full" if full else str(error),
+            "the disk is full" if full else plainly(error),
             "free at least 2 GB in this folder and in the hub cache (HF_HOME), then try again"
             if full
             else "check the rights of this folder and of the hub cache (HF_HOME)",

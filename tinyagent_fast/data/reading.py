@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, short_text
-from tinyagent_fast.errors import DataError, printable
+from tinyagent_fast.errors import DataError, plainly, printable
 
 OnBadEntry = Literal["error", "skip"]
 
@@ -246,7 +246,7 @@ def read_entries(
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read", str(error), "check path and rights")
+    return DataError(f"{path}: cannot be read", plainly(error), "check path and rights")
 
 
 def is_incomplete(path: Path) -> bool:

@@ -173,6 +173,11 @@ def _check_options(options: EvalOptions) -> tuple[EngineName, EvalOptions]:
         raise ConfigError(
             f"--model {options.model}", "llama.cpp runs GGUF files", "name a .gguf file"
         )
+    for flag, path in (("model", options.model), ("test", options.test)):
+        if path is not None and not path.exists():
+            raise ConfigError(
+                f"--{flag} {path}", "there is no such file or folder", "check the path"
+            )
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads {options.threads}", "it must be at least 1", "leave it out")
     count = launch_environment().count
@@ -200,6 +205,8 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = eval_config(run, options)
+    # What is not there is told before anything takes long.
+    {"torch": _adapter_meant, "gguf": _files_meant, "vllm": _folder_meant}[engine](run, options)
     with ExitStack() as held:
         if processes.is_main_process:
             fix = "or name another folder with --out"
@@ -322,8 +329,7 @@ def _adapter(job: _Job) -> dict[str, EvaluationResult]:
     from tinyagent_fast.models.loading import load_for_generation
 
     run, config, options = job.run, job.config, job.options
-    wanted = options.adapter or "best"
-    adapter = None if wanted == "none" else run.find_adapter(wanted)
+    adapter = _adapter_meant(run, options)
     base = run.base_of(config)
     with job.display.working("loading the model"):
         loaded = load_for_generation(config, base, adapter)
@@ -344,20 +350,18 @@ def _adapter(job: _Job) -> dict[str, EvaluationResult]:
     return {name: _measure(job, name, engine, folder, task)}
 
 
+def _adapter_meant(run: Run, options: EvalOptions) -> Path | None:
+    """Find the adapter; None stands for the bare base."""
+    wanted = options.adapter or "best"
+    return None if wanted == "none" else run.find_adapter(wanted)
+
+
 def _merged_folder(job: _Job) -> dict[str, EvaluationResult]:
     """Evaluate the folder that was named, or that of the run's export, in vLLM."""
     from tinyagent_fast.inference.vllm import VllmEngine
 
     run, config = job.run, job.config
-    export = run.path / "export"
-    recorded = [a.path for a in ExportRecord(export).artefacts if a.kind == "merged"]
-    folder = job.options.model or export / (recorded[0] if recorded else "merged")
-    if not (folder / "config.json").exists():
-        raise ConfigError(
-            f"merged folder {folder}",
-            "it holds no config.json, and vLLM runs merged folders",
-            f"tinyagent-fast export --run {run.named} --to merged, or name one with --model",
-        )
+    folder = _folder_meant(run, job.options)
     room_tokens = config.model.max_length_tokens + config.eval.max_new_tokens
     task = replace(
         job.task,
@@ -370,13 +374,29 @@ def _merged_folder(job: _Job) -> dict[str, EvaluationResult]:
     return {"merged": _measure(job, "merged", engine, out, task)}
 
 
+def _folder_meant(run: Run, options: EvalOptions) -> Path:
+    """Find the merged folder: the one that was named, or that of the run's export."""
+    export = run.path / "export"
+    recorded = [a.path for a in ExportRecord(export).artefacts if a.kind == "merged"]
+    folder = options.model or export / (recorded[0] if recorded else "merged")
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"merged folder {folder}",
+            "it holds no config.json, and vLLM runs merged folders",
+            f"tinyagent-fast export --run {run.named} --to merged, or name one with --model",
+        )
+    return folder
+
+
 def _gguf_files(job: _Job) -> dict[str, EvaluationResult]:
     """Evaluate the file that was named, or all that the run has exported, in llama.cpp."""
     from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
     from tinyagent_fast.prompts.builder import encode_prompts
 
     config, options = job.config, job.options
-    paths = [options.model] if options.model else _exported_files(job)
+    paths = _files_meant(job.run, options)
+    if options.model is None:
+        _say_what_speaks_against_the_export(job)
     tokenizer = _tokenizer(job)
     longest_tokens = max(map(len, encode_prompts(tokenizer, job.task.examples)), default=0)
     slots = options.eval.batch or min(_SLOTS, config.eval.batch)
@@ -407,27 +427,31 @@ def _tokenizer(job: _Job) -> PromptTokenizer:
     return PromptTokenizer(load_tokenizer(folder), model.prompt_format)
 
 
-def _exported_files(job: _Job) -> list[Path]:
-    """List the GGUF files of the run's export, and say what speaks against them."""
-    name, say = job.run.path.name, job.display.say
-    record = ExportRecord(job.run.path / "export")
-    listed = [artefact for artefact in record.artefacts if artefact.kind == "gguf"]
-    if not listed:
-        there = sorted((record.folder / "gguf").glob("*.gguf"))
-        if not there:
-            raise ConfigError(
-                f"run {name}",
-                f"it has no GGUF file in {record.folder}",
-                f"make export RUN={job.run.named}, or name a file with --model",
-            )
-        return there
-    if record.content["passed"] is False:
+def _files_meant(run: Run, options: EvalOptions) -> list[Path]:
+    """Find the GGUF files: the one that was named, or all that the run has exported."""
+    if options.model is not None:
+        return [options.model]
+    record = ExportRecord(run.path / "export")
+    listed = [record.folder / made.path for made in record.artefacts if made.kind == "gguf"]
+    paths = listed or sorted((record.folder / "gguf").glob("*.gguf"))
+    if not paths:
+        raise ConfigError(
+            f"run {run.path.name}",
+            f"it has no GGUF file in {record.folder}",
+            f"make export RUN={run.named}, or name a file with --model",
+        )
+    return paths
+
+
+def _say_what_speaks_against_the_export(job: _Job) -> None:
+    record, say = ExportRecord(job.run.path / "export"), job.display.say
+    listed = [made for made in record.artefacts if made.kind == "gguf"]
+    if listed and record.content["passed"] is False:
         say(f"note: the export did not pass its own gates; see {record.path}")
     for artefact in listed:
         path = record.folder / artefact.path
         if not path.exists() or sha256_of(path) != artefact.sha256:
             say(f"note: {path.name} is not the file that {record.path} tells of")
-    return [record.folder / artefact.path for artefact in listed]
 
 
 def _compare_files(

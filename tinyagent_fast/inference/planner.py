@@ -316,6 +316,14 @@ class PlannerSource:
     path: Path
     run: Run | None
 
+    def config(self) -> Config:
+        """Read the run's config; the defaults for a model outside any run."""
+        return self.run.config() if self.run else Config()
+
+    def tools(self) -> Mapping[str, Tool] | None:
+        """Find the tools that its plans may call; None stands for TinyAgent's own."""
+        return plan_tools(self.config().data.catalogue)
+
 
 _ENGINES: Mapping[str, tuple[EngineName, ...]] = {
     "adapter": ("torch",),
@@ -375,10 +383,11 @@ def load(
     path = source.path if isinstance(source, Run) else source
     found = find_source(path, run=run, runs=Path(runs))
     chosen = _engine_of(engine, found)
-    config = found.run.config() if found.run else Config()
+    config = found.config()
     retriever = _retriever(found) if system == "auto" else None
-    tools = plan_tools(config.data.catalogue)
-    prompts = prompt_builder(str(system), found.run, tools, retriever, grammar=grammar == "on")
+    prompts = prompt_builder(
+        str(system), found.run, found.tools(), retriever, grammar=grammar == "on"
+    )
     opened, runs_with = _open_engine(chosen, found, config, threads, batch)
     return Planner(
         opened,
@@ -455,6 +464,8 @@ def find_source(
         )
     run_or_none = own or named
     if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"model {path}", "there is no such file", "check the path")
         return PlannerSource("gguf", path, run_or_none)
     if own and own.path == whole:
         return PlannerSource("adapter", own.find_adapter("best"), own)

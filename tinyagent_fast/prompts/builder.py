@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.errors import ConfigError, count_of
+from tinyagent_fast.errors import ConfigError, count_of, plainly
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.plans.gbnf import plan_grammar
 from tinyagent_fast.plans.tools import TINYAGENT, Tool, tools_by_name
@@ -319,6 +319,6 @@ def _read(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--system {path}",
-            f"it cannot be read as text: {error}",
+            f"it cannot be read as text: {plainly(error)}",
             "name a UTF-8 text file, or `auto`, `nearest` or `first`",
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import plan_tools
-from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.errors import ConfigError, DataError, plainly
 from tinyagent_fast.evaluation.predictions import MAIN_EVALUATIONS, PredictionFile
 from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
 from tinyagent_fast.evaluation.statistics import Proportion
@@ -176,7 +176,7 @@ def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{path.name} cannot be read and is left out: {error}")
+        notes.append(f"{path.name} cannot be read and is left out: {plainly(error)}")
         return {}
     if not isinstance(value, dict):
         notes.append(f"{path.name} is left out: it is no JSON object")

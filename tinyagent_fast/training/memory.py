@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
-from tinyagent_fast.errors import ModelError
+from tinyagent_fast.errors import ModelError, plainly
 from tinyagent_fast.models.families import ModelShape, nearest_family
 from tinyagent_fast.models.published import PUBLISHED, TINYLLAMA_32K
 from tinyagent_fast.presets import PRESETS, REAL_TRAIN
@@ -562,7 +562,7 @@ def base_shape(base: str) -> ModelShape:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"base model {base!r}",
-            f"its sizes are not known: {error}",
+            f"its sizes are not known: {plainly(error)}",
             f"put its config.json into a folder and name that with --model.base; known by name are "
             f"{', '.join((BASE_MODEL, *PUBLISHED))}, nano and random",
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinyagent_fast.config import Config, to_mapping
 from tinyagent_fast.data.cache import file_sha256
-from tinyagent_fast.errors import TrainingError
+from tinyagent_fast.errors import TrainingError, plainly
 from tinyagent_fast.runs import Run, cut_broken_line, read_json, write_json, write_text
 
 _LISTED = 20
@@ -41,7 +41,7 @@ def why_not_whole(checkpoint: Path) -> str | None:
             if file_sha256(checkpoint / name) != sha256:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError) as error:
-        return f"{_CHECKSUMS}, which is written last, cannot be read: {error}"
+        return f"{_CHECKSUMS}, which is written last, cannot be read: {plainly(error)}"
     return None
 
 

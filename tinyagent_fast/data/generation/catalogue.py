@@ -19,7 +19,7 @@ from typing import Any
 from tinyagent_fast.data.generation import phrases
 from tinyagent_fast.data.generation.phrases import parse_phrase
 from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
-from tinyagent_fast.errors import DataError, did_you_mean
+from tinyagent_fast.errors import DataError, did_you_mean, plainly
 from tinyagent_fast.plans.grammar import references
 from tinyagent_fast.plans.tools import JOIN, PARAMETER_TYPES, Parameter, Tool, accepts
 from tinyagent_fast.strict_yaml import load_yaml, read_yaml_text
@@ -135,7 +135,7 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
         document = load_yaml(read_yaml_text(path))
     except OSError as error:
         raise DataError(
-            f"tool catalogue {path}", f"it cannot be read: {error.strerror}", "check the path"
+            f"tool catalogue {path}", f"it cannot be read: {plainly(error)}", "check the path"
         ) from error
     except ValueError as error:
         raise DataError(

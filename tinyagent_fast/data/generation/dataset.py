@@ -20,7 +20,7 @@ from tinyagent_fast.data.generation.prompts import (
 )
 from tinyagent_fast.data.generation.queries import SINGLE_CALLS, Mix, Request, write_request
 from tinyagent_fast.data.splits import normalise_query
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, plainly
 from tinyagent_fast.plans.grammar import parse_plan, render_call
 from tinyagent_fast.plans.tools import JOIN
 from tinyagent_fast.runs import unfinished_folder
@@ -93,7 +93,7 @@ def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
     except OSError as error:
         raise DataError(
             f"generated files in {out_dir}",
-            f"they cannot be written: {error}",
+            f"they cannot be written: {plainly(error)}",
             "name another folder",
         ) from error
     return files
