@@ -245,11 +245,6 @@ def with_adapter(model: Any) -> Any:
     return adapted.train()
 
 
-def supervised_tokens(rows: Sequence[Row]) -> int:
-    """Count the tokens with loss, which a step's loss is divided by."""
-    return sum(label != -100 for row in rows for label in row["labels"][1:])
-
-
 def trl_loss(
     model: Any, tokenizer: Any, rows: Sequence[Row], folder: Path, way: str
 ) -> Callable[[], torch.Tensor]:
@@ -265,6 +260,8 @@ def trl_loss(
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    from tinyagent_fast.prompts.tokens import IGNORED
 
     longest = sum(len(row["input_ids"]) for row in rows) if way == PACKED else None
     trainer = SFTTrainer(
@@ -286,7 +283,7 @@ def trl_loss(
     )
     batch = list(trainer.train_dataset) if way == PACKED else rows
     inputs = trainer._prepare_inputs(trainer.data_collator(batch))
-    items = torch.tensor(supervised_tokens(rows))
+    items = torch.tensor(sum(label != IGNORED for row in rows for label in row["labels"][1:]))
 
     def loss() -> Any:
         with trainer.compute_loss_context_manager():
@@ -330,7 +327,7 @@ def measure_training(real: Path | None, sizes: Sizes, tell: Tell) -> Any:
         "training step": {
             "rows": len(rows),
             "mean_tokens": round(statistics.mean(lengths), 1),
-            "supervised_tokens": supervised_tokens(rows),
+            "supervised_tokens": shared.supervised_tokens,
             "prefix_tokens": shared.prefix_tokens,
             "padded_tokens": shared.plain_tokens,
             "computed_tokens": {way: one.computed_tokens for way, one in packed.items()},

@@ -299,10 +299,15 @@ class Bench:
     @cached_property
     def rows(self) -> Any:
         """The training rows, without those that are too long for the measurements."""
-        scale = self.scale
-        vocab = scale.shape.vocab
-        rows = rows_of(self.real, TRAINING_FILE, scale.rows, scale.row_lengths, vocab)
-        return dataset([row for row in rows if len(row["input_ids"]) <= scale.row_max_tokens])
+        from datasets import load_from_disk
+
+        scale, folder = self.scale, self.work / "rows"
+        if not folder.exists():
+            vocab = scale.shape.vocab
+            rows = rows_of(self.real, TRAINING_FILE, scale.rows, scale.row_lengths, vocab)
+            kept = [row for row in rows if len(row["input_ids"]) <= scale.row_max_tokens]
+            dataset(kept).save_to_disk(str(folder))
+        return load_from_disk(str(folder))
 
     def release(self) -> None:
         """Give back memory that nothing refers to any more, and start the peak counters anew."""
@@ -899,8 +904,6 @@ def set_environment(folder: Path, flags: argparse.Namespace) -> None:
     """Keep libraries off the network, their caches in the work folder, all memory below the cap."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_AUTO_INSTALL": "0",
         "PYTHONUNBUFFERED": "1",
