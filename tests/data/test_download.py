@@ -84,6 +84,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return fake
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow what all tests are forbidden: here nothing is asked but what stands in for the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
@@ -219,7 +225,6 @@ def test_without_network_the_hub_cache_is_used(hub: Hub, folder: Path) -> None:
     [
         httpx.ConnectError("Name or service not known"),
         httpx.ConnectTimeout("timed out"),
-        errors.OfflineModeIsEnabled("offline"),
         http_error(errors.HfHubHTTPError, 503),
     ],
 )
@@ -234,6 +239,17 @@ def test_without_network_and_cache_the_manual_route_is_named(
     assert "page of the dataset squeeze-ai-lab/TinyAgent-dataset" in message
     assert "download training_data.json and save it as" in message
     assert all(local_only for *_, local_only in hub.fetched)
+
+
+def test_where_the_hub_may_not_be_asked_the_variable_is_named_and_not_the_network(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.probe_error = errors.OfflineModeIsEnabled("offline")
+    with pytest.raises(DataError, match="unset HF_HUB_OFFLINE") as caught:
+        download(folder)
+    assert "network" not in str(caught.value)
+    assert "download training_data.json and save it as" in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_given_up_quickly(

@@ -405,17 +405,22 @@ def test_a_local_folder_is_its_own_tokenizer_folder(tiny_base: Path) -> None:
     assert resolve_tokenizer_folder(str(tiny_base)) == tiny_base
 
 
+@pytest.mark.parametrize(
+    ("offline", "said"),
+    [(False, r"did not give it: gone[\s\S]*network"), (True, "unset HF_HUB_OFF")],
+)
 def test_a_name_that_neither_disk_nor_hub_has_is_an_error_with_a_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offline: bool, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def refuse(*_: Any, **__: Any) -> str:
-        raise LocalEntryNotFoundError("offline")
+        raise LocalEntryNotFoundError("gone")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ModelError, match=r"no local folder.*offline"):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(ModelError, match=rf"no local folder[\s\S]*{said}"):
         resolve_tokenizer_folder("nobody/nothing")
 
 

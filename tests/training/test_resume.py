@@ -14,7 +14,7 @@ import pytest
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import Stopped, TrainingError
-from tinyagent_fast.runs import Run, find_run, point_latest, write_json
+from tinyagent_fast.runs import Run, find_run, point_latest, read_json, write_json
 from tinyagent_fast.training import fit
 from tinyagent_fast.training.callbacks import History
 from tinyagent_fast.training.resume import (
@@ -123,9 +123,14 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_never_stopped(
     stopped = Run(config.runs / "stopped")
     assert getattr(last_checkpoint(stopped), "name", None) == "checkpoint-2"
     assert not stopped.adapter.exists()
+    first_s = read_json(stopped.path / "timings.json")
     point_latest(whole)  # a kill right after the folder was made leaves it so
     fit.train(config, quiet, resume=stopped)
     assert_same(stopped, whole)
+    both_s = read_json(stopped.path / "timings.json")
+    for name in ("reading data", "steps and validation", "all"):
+        assert both_s[name] > first_s[name] > 0
+    assert both_s["all"] >= both_s["steps and validation"]
     assert find_run("latest", config.runs).path == stopped.path.resolve()
 
 

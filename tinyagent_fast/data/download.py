@@ -209,7 +209,7 @@ def _fetch(source: _Source, on_progress: Callable[[int, int], None], *, offline:
 
 def _explained(error: Exception, source: _Source) -> DataError:
     """Turn an error of the hub client into one with a fix and the manual route."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     repo, revision, name = source.repo, source.revision, source.target.name
     refused = isinstance(error, errors.HfHubHTTPError)
@@ -229,6 +229,10 @@ def _explained(error: Exception, source: _Source) -> DataError:
     elif isinstance(error, RuntimeError):
         what, why = f"{name}: the transfer failed", str(error).split("\n")[0]
         fix = "check the free disk space and try again; it goes on where it stopped"
+    elif constants.is_offline_mode():
+        what = f"{name}: cannot be fetched"
+        why = "HF_HUB_OFFLINE is set, so the hub is not asked, and its cache does not have the file"
+        fix = "unset HF_HUB_OFFLINE and try again"
     else:
         what = f"{name}: cannot be fetched"
         why = "the Hugging Face hub cannot be reached, and the hub cache does not have the file"

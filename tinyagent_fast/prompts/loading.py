@@ -83,7 +83,7 @@ def hub_folder(
     if Path(base).is_dir():
         refuse_pointers(Path(base))
         return Path(base)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     def fetch(local_only: bool) -> Path:
@@ -100,10 +100,14 @@ def hub_folder(
                 return fetch(local_only=True)
         return fetch(local_only=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why, check = f"the hub did not give it: {error}", "check the name and the network"
+        if constants.is_offline_mode():
+            why = "HF_HUB_OFFLINE is set, and the hub's cache does not have it"
+            check = "check the name, unset HF_HUB_OFFLINE"
         raise ModelError(
             f"{what} {base!r}",
-            f"it is no local folder, and the hub did not give it: {error}",
-            "check the name and the network, or put the model into a folder and name that",
+            f"it is no local folder, and {why}",
+            f"{check}, or put the model into a folder and name that",
         ) from error
 
 

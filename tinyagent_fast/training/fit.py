@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,14 @@ from tinyagent_fast.config import Config, CpuCompute, EvalConfig, Weights, check
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
-from tinyagent_fast.errors import DataError, ModelError, Stopped, TrainingError, is_full_disk
+from tinyagent_fast.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    Stopped,
+    TrainingError,
+    is_full_disk,
+)
 from tinyagent_fast.evaluation.report import headline
 from tinyagent_fast.evaluation.running import (
     EvaluationResult,
@@ -154,27 +161,45 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
         prepare_libraries(replace(config.model, backend="transformers") if plain else config.model)
     started = time.perf_counter()
     prepared = _prepare(config, display, resume, hold)
-    run, processes = prepared.run, prepared.processes
+    run, prepared_s = prepared.run, time.perf_counter()
     try:
-        prepared_s = time.perf_counter()
-        _fit(prepared, checkpoint, resumed=resume is not None)
-        seconds = time.perf_counter() - prepared_s
-        display.say(f"trained in {seconds:.0f} s")
+        try:
+            _fit(prepared, checkpoint, resumed=resume is not None)
+        finally:
+            display.timings_s["steps and validation"] = time.perf_counter() - prepared_s
+        display.say(f"trained in {time.perf_counter() - prepared_s:.0f} s")
         _finish(prepared)
     except KeyboardInterrupt as stop:
+        _add_timings(prepared, started)
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         why = "it was between two checkpoints; steps behind the last one are made again"
         raise _stopped(run, f"stopped by {NAMES[number]}", why, number) from stop
     except Exception as error:
         if not is_full_disk(error):
+            _add_timings(prepared, started)
             raise
         fix = f"free some space, then: tinyagent-fast train --resume {shlex.quote(run.named)}"
         raise TrainingError(f"run {run.path}", "the disk is full", fix) from error
-    if processes.is_main_process:
-        all_s = round(time.perf_counter() - started, 2)
-        timings_s = {**display.timings_s, "steps and validation": round(seconds, 2), "all": all_s}
-        write_json(run.path / "timings.json", timings_s)
+    _add_timings(prepared, started)
     return run
+
+
+def _add_timings(prepared: _Prepared, started: float) -> None:
+    """Add the seconds of this session to those of the sessions before it, where a run is resumed.
+
+    One that ended by a kill or a power cut has left none.
+    """
+    if not prepared.processes.is_main_process:
+        return
+    path = prepared.run.path / "timings.json"
+    total_s: dict[str, float] = {}
+    if path.exists():
+        with suppress(ConfigError):  # damaged, and no training fails for that
+            total_s = {k: v for k, v in read_json(path).items() if isinstance(v, float)}
+    all_s = total_s.pop("all", 0.0) + time.perf_counter() - started
+    for name, seconds in prepared.display.timings_s.items():
+        total_s[name] = round(total_s.get(name, 0.0) + seconds, 2)
+    write_json(path, {**total_s, "all": round(all_s, 2)})
 
 
 def _stopped(run: Run, what: str, why: str, number: int) -> Stopped:
