@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import os
 import statistics
 import sys
@@ -611,7 +610,7 @@ def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
     parser.add_argument("--out", type=Path, help="the JSON; other parts that it holds are kept")
     add_real_flag(parser, TRAINING_FILE, TESTING_FILE)
@@ -622,9 +621,6 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     llamas = [name for name, base in PUBLISHED.items() if base.shape.model_type == "llama"]
     parser.add_argument("--shape", choices=llamas, help="a published base's layers and sizes")
     flags = parser.parse_args(arguments)
-    flags.parts = [name for name in flags.parts.split(",") if name]
-    if not flags.parts or any(name not in PARTS for name in flags.parts):
-        parser.error(f"--parts {','.join(flags.parts)}: parts are {', '.join(PARTS)}")
     for name, value in vars(flags).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
@@ -657,8 +653,6 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     disable_progress_bars()
     transformers_logging.set_verbosity_error()
-    # TRL warns of flattened batches without FlashAttention; their gradients are compared here.
-    logging.getLogger("trl").setLevel(logging.ERROR)
 
 
 def earlier_parts(out: Path, quick: bool) -> dict[str, Any]:
