@@ -347,32 +347,6 @@ def measure_training(real: Path | None, sizes: Sizes, tell: Tell) -> Any:
 # Greedy evaluation: random weights never stop, so every way writes the same number of tokens
 
 
-def stock_texts(
-    loaded: LoadedModel, prompts: Mapping[int, list[int]], new_tokens: int
-) -> dict[int, str]:
-    """Complete prompts in one left-padded batch of transformers' own `generate`."""
-    import torch
-
-    tokenizer = loaded.tokenizer
-    longest = max(map(len, prompts.values()))
-    ids = [[tokenizer.pad_id] * (longest - len(row)) + row for row in prompts.values()]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts.values()]
-    with torch.no_grad():
-        output = loaded.model.generate(
-            input_ids=torch.tensor(ids),
-            attention_mask=torch.tensor(mask),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_id,
-            eos_token_id=NEVER_WRITTEN_ID,
-        )
-    new = output[:, longest:].tolist()
-    return {
-        index: tokenizer.decode_continuation(prompts[index], row)
-        for index, row in zip(prompts, new, strict=True)
-    }
-
-
 def shared_share(sequences: Sequence[list[int]]) -> float:
     """Measure how many of all tokens stand in the beginning of another sequence too.
 
@@ -385,7 +359,7 @@ def shared_share(sequences: Sequence[list[int]]) -> float:
     return saved / sum(map(len, sequences))
 
 
-def prompts_by_kind(real: Path | None, sizes: Sizes) -> dict[str, dict[int, list[int]]]:
+def prompts_by_kind(real: Path | None, sizes: Sizes) -> dict[str, list[list[int]]]:
     """Give one batch of prompts like those of training, and one like those of the test file."""
     kinds = {
         "training-shaped": (TRAINING_FILE, sizes.training_rows),
@@ -394,7 +368,7 @@ def prompts_by_kind(real: Path | None, sizes: Sizes) -> dict[str, dict[int, list
     found = {}
     for kind, (file, lengths) in kinds.items():
         rows = rows_of(real, file, sizes.eval_batch, lengths, sizes.shape.vocab)
-        found[kind] = {index: prompt_of(row) for index, row in enumerate(rows)}
+        found[kind] = [prompt_of(row) for row in rows]
     return found
 
 
@@ -403,9 +377,9 @@ def measure_evaluation(real: Path | None, sizes: Sizes, tell: Tell) -> Any:
     from tinyagent_fast.models.loading import LoadedModel
 
     prompts = prompts_by_kind(real, sizes)
-    longest = max(len(ids) for found in prompts.values() for ids in found.values())
+    longest = max(len(ids) for found in prompts.values() for ids in found)
     tokenizer = tokenizer_for(real, sizes.shape.vocab)
-    tokenizer.end_ids = frozenset()
+    tokenizer.end_ids = frozenset({NEVER_WRITTEN_ID})
     loaded = LoadedModel(
         model=random_llama(sizes.shape, longest + sizes.new_tokens).eval(),
         tokenizer=tokenizer,
@@ -425,32 +399,32 @@ def measure_evaluation(real: Path | None, sizes: Sizes, tell: Tell) -> Any:
 
 
 def _evaluated(
-    loaded: LoadedModel, ids: Mapping[int, list[int]], sizes: Sizes, tell: Tell
+    loaded: LoadedModel, ids: Sequence[list[int]], sizes: Sizes, tell: Tell
 ) -> dict[str, Any]:
     from tinyagent_fast.inference.engine import Limits
     from tinyagent_fast.inference.torch_engine import TorchEngine
 
-    limits = Limits(stop="\0", max_new_tokens=sizes.new_tokens, batch=sizes.eval_batch)
-    order = sorted(ids, key=lambda index: len(ids[index]))
+    # The model's own `generate`, padded on the left. All ways begin with ids.
+    stock = TorchEngine(loaded, shared_prefix=False)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     count = min(sizes.single_prompts, len(order))
     # Spread over the lengths, so that their mean is about that of all.
     some = [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
 
-    def stock(*indices: int) -> dict[int, str]:
-        return stock_texts(loaded, {index: ids[index] for index in indices}, sizes.new_tokens)
+    def write(engine: TorchEngine, chosen: Sequence[int], batch: int) -> dict[int, str]:
+        limits = Limits(stop="\0", max_new_tokens=sizes.new_tokens, batch=batch)
+        found = engine.complete_tokens([ids[index] for index in chosen], limits)
+        return {chosen[at]: completion.text for at, completion in found}
 
-    def ours(engine: TorchEngine) -> dict[int, str]:
-        # From ids, as stock code is timed: text becomes ids before any way starts.
-        found = engine.complete_tokens(list(ids.values()), limits)
-        return {index: completion.text for index, completion in found}
-
-    ways: dict[str, Callable[[], dict[int, str]]] = {
-        SINGLE: lambda: {index: text for one in some for index, text in stock(one).items()},
-        STATIC: lambda: stock(*ids),
-        SHARED: partial(ours, TorchEngine(loaded)),
-        LOOKUP: partial(ours, TorchEngine(loaded, lookup_tokens=LOOKUP_TOKENS)),
+    ways = {
+        SINGLE: partial(write, stock, some, 1),
+        STATIC: partial(write, stock, order, sizes.eval_batch),
+        SHARED: partial(write, TorchEngine(loaded), order, sizes.eval_batch),
+        LOOKUP: partial(
+            write, TorchEngine(loaded, lookup_tokens=LOOKUP_TOKENS), order, sizes.eval_batch
+        ),
     }
-    stock_texts(loaded, {0: ids[0][:32]}, sizes.new_tokens)  # warms up
+    write(stock, some[:1], 1)  # warms up
     timed = in_turns(ways, sizes.rounds, tell)
     texts = timed.results
 
@@ -463,8 +437,8 @@ def _evaluated(
         "prompts": len(ids),
         "batch": sizes.eval_batch,
         "new_tokens": sizes.new_tokens,
-        "mean_tokens": round(statistics.mean(map(len, ids.values())), 1),
-        "shared_share": round(shared_share(list(ids.values())), 4),
+        "mean_tokens": round(statistics.mean(map(len, ids)), 1),
+        "shared_share": round(shared_share(ids), 4),
         "equal_outputs": {
             name: {usual: equal(name, usual) for usual in usuals}
             for name, usuals in compared.items()

@@ -52,7 +52,7 @@ from tinyagent_fast.models.published import TINYLLAMA_32K
 from tinyagent_fast.runs import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMAT = 2
+FORMAT = 3
 NO_CUDA_EXIT = 2
 BUDGET_OVER = "the time for the whole check was over"
 SUMMARY_S = 5.0

@@ -183,7 +183,7 @@ def test_real_prompts_share_what_the_published_ones_share():
     if not folder:
         pytest.skip(f"{REAL_DATA} names no folder with the published data")
     kinds = bench.prompts_by_kind(Path(folder), bench.FULL)
-    shares = {kind: bench.shared_share(list(ids.values())) for kind, ids in kinds.items()}
+    shares = {kind: bench.shared_share(ids) for kind, ids in kinds.items()}
     assert {len(prompts) for prompts in kinds.values()} == {bench.FULL.eval_batch}
     assert shares["training-shaped"] > 0.4 > 0.1 > shares["test-shaped"]
 
