@@ -18,6 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_check  # noqa: E402
 from gpu_check import FULL, RATIOS, TINY, Measurement, Results, Runner  # noqa: E402
+from inputs import REAL_DATA  # noqa: E402
 
 FAKE_WORKER = f"""
 import faulthandler, json, os, sys, time
@@ -151,10 +152,11 @@ def test_the_plan_names_every_row_once_and_says_what_it_recomputes():
     assert {"batch": 4, "tokens": 4608} in shapes and {"batch": 2, "tokens": 32768} in shapes
 
 
-def test_what_is_trained_is_predicted_to_fit_under_the_cap():
+def test_what_is_trained_is_predicted_to_fit_under_the_cap(monkeypatch):
     """Also the longest rows; else a call on a rented card would end without the figure."""
     from tinyagent_fast.training.memory import RESERVE_GIB, MemoryEstimator, RowLengths
 
+    monkeypatch.delenv(REAL_DATA, raising=False)
     cap_gib = gpu_check.parse_flags([]).cap_gib
     bench = gpu_check.Bench({"tiny": False, "work": "", "cap_gib": cap_gib, "real": None})
     for measured in gpu_check.plan(FULL):
@@ -237,12 +239,13 @@ def test_it_leaves_transformers_to_be_imported_after_unsloth():
 
 
 def gpu_check_process(*arguments: str, **environment: str):
+    inherited = {name: value for name, value in os.environ.items() if name != REAL_DATA}
     return subprocess.Popen(
         [sys.executable, str(BENCHMARKS / "gpu_check.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
     )
 
 
