@@ -105,6 +105,9 @@ def test_an_unknown_engine_is_refused_with_the_one_that_was_meant(tmp_path: Path
         (lambda: score_pairs(["ab"]), "'ab'", "two texts"),  # type: ignore[list-item]
         (lambda: draw_plan(None), "None", "text"),  # type: ignore[arg-type]
         (lambda: load(3), "3", "run"),  # type: ignore[arg-type]
+        (lambda: find_run(3), "3", "run"),  # type: ignore[arg-type]
+        (lambda: evaluate_run("one", 3), "3", r"EvalOptions\(\)"),  # type: ignore[arg-type]
+        (lambda: export_run("one", "q8_0"), "'q8_0'", "settings"),  # type: ignore[arg-type]
     ],
 )
 def test_a_value_of_a_wrong_type_is_answered_with_what_is_wanted(

@@ -41,8 +41,6 @@ def train(
     Raises:
         UserError: Anything that a user can repair, before the first step wherever possible.
     """
-    if not isinstance(config, Config):
-        raise wrong_type("config", config, "a Config, such as preset_config('smoke')")
     from tinyagent_fast.training.fit import train as fit
 
     found = resume if isinstance(resume, Run | None) else find_run(resume, config.runs)

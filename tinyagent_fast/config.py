@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tinyagent_fast.errors import ConfigError, did_you_mean
+from tinyagent_fast.errors import ConfigError, did_you_mean, wrong_type
 from tinyagent_fast.strict_yaml import load_yaml
 
 Backend = Literal["auto", "unsloth", "transformers"]
@@ -253,6 +253,9 @@ def with_types(settings: Settings, name: str = "") -> Settings:
     Raises:
         ConfigError: Lists every value of a wrong type, and every unknown choice.
     """
+    if isinstance(settings, type) or not is_dataclass(settings):
+        wanted = "settings as an object, such as preset_config('smoke') or EvalOptions()"
+        raise wrong_type("settings", settings, wanted)
     problems: list[str] = []
     settings = _with_types(settings, name, problems)
     if problems:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tinyagent_fast.config import Config, dump_config, parse_config
-from tinyagent_fast.errors import ConfigError, did_you_mean, plainly
+from tinyagent_fast.errors import ConfigError, did_you_mean, plainly, wrong_type
 from tinyagent_fast.strict_yaml import read_yaml_text
 
 # fmt: off
@@ -384,18 +384,20 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def find_run(name: str, runs: Path | str = Path("runs")) -> Run:
+def find_run(name: str | Path, runs: Path | str = Path("runs")) -> Run:
     """Find a run by its name under `runs`, by its path, or as `latest`.
 
     Raises:
         ConfigError: There is none; the message lists those that are there.
     """
+    if not isinstance(name, str | Path):
+        raise wrong_type("run", name, "a run, or its name or folder")
     runs = Path(runs)
     with suppress(OSError, ValueError):  # no file can have that name
         for path in map(followed, (runs / name, Path(name))):
             if (path / "config.yaml").exists():
                 return Run(path.resolve())
-    raise unknown_run(name, runs)
+    raise unknown_run(str(name), runs)
 
 
 def unknown_run(name: str, runs: Path, what: str = "run") -> ConfigError:
