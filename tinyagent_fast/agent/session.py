@@ -98,7 +98,9 @@ def _refuse_no_program(command: str) -> None:
     if not words:
         raise ConfigError("--mcp", "it is empty", fix)
     if shutil.which(words[0]) is None:
-        raise ConfigError(f"--mcp {command}", f"there is no program {words[0]}", fix)
+        raise ConfigError(
+            f"--mcp {command}", f"there is no program {words[0]} that can be started", fix
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
