@@ -328,7 +328,7 @@ def test_a_document_that_is_no_catalogue_is_refused(
 
 
 def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it cannot be read: No such file"):
+    with pytest.raises(DataError, match="it cannot be read: there is no such file"):
         load_catalogue(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="it is no valid YAML"):

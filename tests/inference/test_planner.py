@@ -43,6 +43,9 @@ def run(
     merged = {"dtype": "float32"}
     (made.path / "export" / "merged" / "config.json").write_text(json.dumps(merged))
     (tmp_path / "runs" / "latest").symlink_to("one")
+    for file in (tmp_path / "x.gguf", made.path / "export" / "gguf" / "x.gguf"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     return made
 
 
@@ -102,6 +105,7 @@ def test_the_prompts_of_another_run_are_not_taken_in_silence(run: Run, tmp_path:
     [
         ({"run": "absent"}, "there: one"),
         ({"source": "nothing"}, "config.json"),
+        ({"source": "absent.gguf"}, "there is no such file"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0"),
         ({"threads": -1}, "--threads -1"),
         ({"engine": "vllm"}, "an adapter, which runs with the engine torch"),
