@@ -205,12 +205,12 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = eval_config(run, options)
-    # What is not there is told before anything takes long.
-    {"torch": _adapter_meant, "gguf": _files_meant, "vllm": _folder_meant}[engine](run, options)
     with ExitStack() as held:
         if processes.is_main_process:
             fix = "or name another folder with --out"
             held.enter_context(holding(options.out or run.path, "eval", fix))
+        # What is not there is told before anything takes long.
+        {"torch": _adapter_meant, "gguf": _files_meant, "vllm": _folder_meant}[engine](run, options)
         held.enter_context(display.working("eval"))  # for whatever has no label of its own
         return _evaluate(run, config, options, engine, display)
 
