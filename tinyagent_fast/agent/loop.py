@@ -505,13 +505,13 @@ class Outcome:
         }
 
     def cost_sentence(self) -> str:
-        """Say what it cost, such as `2 calls in 0.6 s (one after another 1.1 s), 40 tokens ...`."""
+        """Say what it cost; calls are made while the plan is still written."""
         cost = self.cost()
         tokens = count_of(cost["new_tokens"], "token")
         replans = f", {count_of(self.replans, 'replan')}" * bool(self.replans)
         return (
-            f"{count_of(cost['calls'], 'call')} in {cost['calls_s']:.1f} s (one after another "
-            f"{cost['calls_one_after_another_s']:.1f} s), {tokens} in "
+            f"{count_of(cost['calls'], 'call')}, {cost['calls_one_after_another_s']:.1f} s of work "
+            f"within {cost['calls_s']:.1f} s while plans were written, {tokens} in "
             f"{cost['model_s']:.1f} s{replans}"
         )
 

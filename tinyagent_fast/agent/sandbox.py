@@ -366,11 +366,17 @@ class Desktop:
         )
 
     def _addresses(self, values: Sequence[str], column: str) -> list[str]:
-        """Look names up where addresses or numbers were asked for; either of these will do."""
+        """Take addresses or numbers, whichever the column has; names are looked up."""
         given = [value for value in values if value.strip()]
+        if column == "email":
+            return [v if "@" in v else str(self._contact(v)[column]) for v in given]
+        for value in given:
+            if "@" in value:
+                raise ToolError(f'"{value}" is an e-mail address, not a phone number.')
+        numbers = (any(c.isdigit() for c in v) for v in given)
         return [
-            v if any(c in "@0123456789" for c in v) else str(self._contact(v)[column])
-            for v in given
+            v if is_number else str(self._contact(v)[column])
+            for v, is_number in zip(given, numbers, strict=True)
         ]
 
     def _paths(self, values: Sequence[str]) -> list[str]:

@@ -172,6 +172,9 @@ def _dry_run(estimator: MemoryEstimator) -> dict[str, Any]:
     What Unsloth computes by its own forward, and what it would where it is not installed, is
     counted on the transformers path.
     """
+    from rich.console import Console
+
+    from tinyagent_fast.display import Display
     from tinyagent_fast.training.dry_run import dry_run
     from tinyagent_fast.training.unsloth_dry_run import can_count, dry_runs_by_unsloth
 
@@ -183,11 +186,12 @@ def _dry_run(estimator: MemoryEstimator) -> dict[str, Any]:
         fits = [rows for rows in range(1, batch + 1) if counted.computed_tokens(rows) <= kept]
         batch, how = (fits[-1], "false") if fits else (1, "true")
     how = "true" if how == "unsloth" else how
-    got = (
-        dry_runs_by_unsloth([(counted, batch, how)])[0]
-        if by_unsloth
-        else dry_run(counted, batch, how)
-    )
+    with Display(Console(stderr=True)).working("memory --dry-run"):
+        got = (
+            dry_runs_by_unsloth([(counted, batch, how)])[0]
+            if by_unsloth
+            else dry_run(counted, batch, how)
+        )
     expected = counted.estimate(batch, how)
     return {
         "backend": counted.backend,
