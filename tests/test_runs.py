@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -321,6 +322,14 @@ def test_a_command_that_is_advised_finds_the_run_from_here(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert find_run(run.named).path == run.path.resolve()
+
+
+def test_a_run_with_spaces_is_quoted_where_a_command_is_advised(config: Config) -> None:
+    run = create_run(replace(config, name="a b"))
+    assert [find_run(word).path for word in shlex.split(run.named)] == [run.path.resolve()]
+    with pytest.raises(ConfigError) as error:
+        run.find_adapter("best")
+    assert run.named in error.value.fix
 
 
 def test_the_adapter_of_a_run_that_was_broken_off_is_its_best(config: Config) -> None:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -50,9 +51,9 @@ class Run:
 
     @property
     def named(self) -> str:
-        """Name it for a command in this folder: by its name if it lies in runs/, else by path."""
+        """Name it for a shell in this folder: by its name if it lies in runs/, else by path."""
         here = self.path.resolve().parent == Path("runs").resolve()
-        return self.path.name if here else str(self.path)
+        return shlex.quote(self.path.name if here else str(self.path))
 
     @property
     def config_path(self) -> Path:
@@ -173,7 +174,7 @@ class Run:
                 return folder
         why, fix = f"it holds no {_WEIGHTS}", "name a folder with one, such as a checkpoint's"
         if wanted == "best":
-            fix = f"finish the run (make train ARGS='--resume {self.named}'), or name a folder"
+            fix = f"finish the run (tinyagent-fast train --resume {self.named}), or name a folder"
         elif not folders[0].is_dir():
             why = "there is no such folder"
         raise ConfigError(f"adapter {folders[0]}", why, fix)
@@ -439,7 +440,7 @@ def point_latest(run: Run) -> None:
 def followed(path: Path) -> Path:
     """Give the run that `runs/latest` names where it is no link; another path stays as it is."""
     if path.name == _LATEST and path.is_file():
-        return path.parent / path.read_text(encoding="utf-8").strip()
+        return path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
     return path
 
 

@@ -144,6 +144,15 @@ def test_a_module_without_tools_says_why(tmp_path: Path, text: str) -> None:
         tools_of_module(tmp_path / "absent.py")
 
 
+def test_what_a_file_with_tools_prints_is_kept_out_of_the_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "loud.py"
+    path.write_text("print('loading')\n\ndef ring(bell: str) -> str:\n    return bell\n")
+    assert list(tools_of_module(path)) == ["ring"]
+    assert capsys.readouterr() == ("", "loading\n")
+
+
 SERVER = [sys.executable, str(Path(__file__).with_name("lamp_server.py"))]
 
 

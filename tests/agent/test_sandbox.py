@@ -208,6 +208,12 @@ def test_a_tool_that_fails_once_works_the_next_time(kind: str) -> None:
     assert sandbox.state().changes["notes"].total() == 1
 
 
+def test_an_sms_goes_to_no_address_and_an_email_to_no_number() -> None:
+    desktop = Desktop()
+    for call in ('send_sms(["ada@example.org"], "hi")', 'forward_email(["555-0101"], [], "", [])'):
+        assert execute(desktop.tools, f"1. {call}\n2. join()").calls[0].status == "failed"
+
+
 def test_a_desktop_can_be_looked_into_afterwards(tmp_path: object) -> None:
     import sqlite3
 

@@ -93,7 +93,7 @@ def test_a_word_that_ends_the_chat_is_no_request_and_help_is_none_either(
 def test_a_mistyped_command_is_no_request_and_two_slashes_begin_one(
     quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed = iter(["/hepl", "/open the door", "//etc/hosts: open it", "/exit"])
+    typed = iter(["/hepl", "/open the door", "/", "/exit now", "//etc/hosts: open it", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     writer = ScriptedWriter(PLAN.splitlines(keepends=True))
     converse(quiet, planner_with(writer))
@@ -101,3 +101,4 @@ def test_a_mistyped_command_is_no_request_and_two_slashes_begin_one(
     said = " ".join(quiet.file.getvalue().split())
     assert "no command /hepl; did you mean '/help'?; the commands are /help, /quit, /exit" in said
     assert "no command /open; the commands are" in said and "with two" in said
+    assert "no command /; the commands" in said and "no command /exit with more words" in said

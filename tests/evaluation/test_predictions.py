@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyagent_fast.errors import DataError
-from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.evaluation.predictions import PredictionFile, find_predictions
 from tinyagent_fast.evaluation.scoring import Prediction
 
 MADE_WITH = {"adapter_sha256": "a1", "max_new_tokens": 300}
@@ -162,3 +162,13 @@ def test_what_is_forgotten_is_put_aside(tmp_path: Path) -> None:
     assert file.start({"a": 1}) == {}
     assert not file.path.exists()
     assert (tmp_path / "predictions.previous.jsonl").read_bytes() == before
+
+
+def test_a_file_named_latest_that_is_no_run_does_not_hide_the_newest_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "latest").mkdir(parents=True)
+    (tmp_path / "runs" / "latest" / "predictions.jsonl").write_text("")
+    (tmp_path / "latest").write_bytes(b"\xff\xfe\0bin")
+    monkeypatch.chdir(tmp_path)
+    assert find_predictions("latest")[""].path == Path("runs/latest/predictions.jsonl")

@@ -7,6 +7,7 @@ call gave. `converted` makes of either what the parameter's type asks for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -204,7 +205,8 @@ def tools_of_module(path: Path) -> dict[str, RunnableTool]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # type hints are looked up there
     try:
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # the output may be read as JSON
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise DataError(
             f"tools {path}",

@@ -66,11 +66,12 @@ def converse(console: Console, planner: Planner) -> None:
             return
         if word == "help":
             console.print(_HELP, style="dim")
-        if word in ("", "help"):
+        if request == "" or word == "help":
             continue
         if request.startswith("/") and not request.startswith("//"):
             said = request.split()[0]
             near = did_you_mean(said.lower(), _COMMANDS)
+            near = " with more words" if said.lower() in _COMMANDS else near
             console.print(Text(_NO_COMMAND.format(printable(said), near), style="red"))
             continue
         request = request.removeprefix("/")

@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     files = [one.path for one in ExportRecord(folder).artefacts if one.kind == "gguf"]
     further = ""
     if files:
-        named = shlex.quote(find_run(settings.run, settings.runs).named)
+        named = find_run(settings.run, settings.runs).named
         model = "" if settings.out is None else f" MODEL={shlex.quote(str(folder / files[0]))}"
         further = f"; next: make eval RUN={named} ENGINE=gguf{model}"
     print(f"written: {folder}/export.json, report.md, README.md{further}")

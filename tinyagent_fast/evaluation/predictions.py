@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def find_predictions(name: str | Path, runs: Path = Path("runs")) -> dict[str, P
     raise ConfigError(
         f"predictions of {name}",
         f"{there[0]} holds no predictions.jsonl, eval/ or test/after/",
-        f"make them with `tinyagent-fast eval --run {name}`, or name a folder or file with them",
+        f"make them with `tinyagent-fast eval --run {shlex.quote(str(name))}`, "
+        "or name a folder or file with them",
     )
 
 

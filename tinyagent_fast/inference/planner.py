@@ -465,7 +465,8 @@ def find_source(
     run_or_none = own or named
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ConfigError(f"model {path}", "there is no such file", "check the path")
+            why = "it is no file" if path.exists() else "there is no such file"
+            raise ConfigError(f"model {path}", why, "check the path")
         return PlannerSource("gguf", path, run_or_none)
     if own and own.path == whole:
         return PlannerSource("adapter", own.find_adapter("best"), own)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +306,9 @@ def _doubts(
 
 def _read_export(run: Path, notes: list[str]) -> Export | None:
     if not (run / "export" / "export.json").exists():
-        notes.append(f"nothing was exported; `tinyagent-fast export --run {run.name}` does it")
+        notes.append(
+            f"nothing was exported; `tinyagent-fast export --run {shlex.quote(run.name)}` does it"
+        )
         return None
     try:
         record = ExportRecord(run / "export")

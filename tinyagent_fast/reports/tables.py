@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
@@ -262,7 +263,7 @@ def _export_table(contents: RunContents, export: Export) -> FactTable:
     return FactTable(
         title="Exported files",
         note=f"{export.verdict()} Success on test queries comes from "
-        f"tinyagent-fast eval --run {contents.name} --engine gguf.",
+        f"tinyagent-fast eval --run {shlex.quote(contents.name)} --engine gguf.",
         head=(
             *("file", "type", "size", "bits per weight"),
             *("success, validation prompts", "success, test queries", "points against the adapter"),

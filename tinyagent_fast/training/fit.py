@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -178,7 +177,7 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
         if not is_full_disk(error):
             _add_timings(prepared, started)
             raise
-        fix = f"free some space, then: tinyagent-fast train --resume {shlex.quote(run.named)}"
+        fix = f"free some space, then: tinyagent-fast train --resume {run.named}"
         raise TrainingError(f"run {run.path}", "the disk is full", fix) from error
     _add_timings(prepared, started)
     return run
@@ -193,9 +192,12 @@ def _add_timings(prepared: _Prepared, started: float) -> None:
         return
     path = prepared.run.path / "timings.json"
     total_s: dict[str, float] = {}
-    if path.exists():
+    if path.is_file():
         with suppress(ConfigError):  # damaged, and no training fails for that
-            total_s = {k: v for k, v in read_json(path).items() if isinstance(v, float)}
+            recorded = read_json(path).items()
+            total_s = {
+                k: v for k, v in recorded if isinstance(v, int | float) and 0 <= v < math.inf
+            }
     all_s = total_s.pop("all", 0.0) + time.perf_counter() - started
     for name, seconds in prepared.display.timings_s.items():
         total_s[name] = round(total_s.get(name, 0.0) + seconds, 2)
@@ -206,7 +208,7 @@ def _stopped(run: Run, what: str, why: str, number: int) -> Stopped:
     return Stopped(
         what,
         why,
-        f"go on with: tinyagent-fast train --resume {shlex.quote(run.named)}",
+        f"go on with: tinyagent-fast train --resume {run.named}",
         exit_code=exit_code(number),
     )
 
@@ -757,9 +759,7 @@ def _finish(prepared: _Prepared) -> None:
     with prepared.display.bar("tool retriever", "steps") as update:
         prepared.processes.on_main_process(lambda: retriever_of_run(run, update) is not None)
     test = "" if prepared.examples.files.test else " ARGS='--test FILE'"
-    prepared.display.say(
-        f"run folder: {run.path}; next: make eval RUN={shlex.quote(run.named)}{test}"
-    )
+    prepared.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}{test}")
 
 
 def _keep_best(prepared: _Prepared) -> bool:

@@ -562,7 +562,7 @@ def base_shape(base: str) -> ModelShape:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"base model {base!r}",
-            f"its sizes are not known: {plainly(error)}",
+            f"its sizes are not known: {path}: {plainly(error)}",
             f"put its config.json into a folder and name that with --model.base; known by name are "
             f"{', '.join((BASE_MODEL, *PUBLISHED))}, nano and random",
         ) from error
