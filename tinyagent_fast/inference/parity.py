@@ -9,7 +9,7 @@ from tinyagent_fast.inference.engine import Engine, Limits, Prompt
 from tinyagent_fast.plans.grammar import canonical_plan
 
 _SIXTEEN_BITS = ("bfloat16", "float16")
-_NEAR_TIE_SHARE = 0.25
+_NEAR_TIE_SHARE = 0.5
 """Most plans that may differ in 16 bits. There the sums of a batch are rounded otherwise than those
 of one prompt, which decides near-ties; a fault, such as wrong padding, changes most plans."""
 
