@@ -849,3 +849,9 @@ def test_nor_is_it_where_rich_prints(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_user_typed_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--once", "hi", "--model", "red\x1b[31m.gguf"]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and r"red\x1b[31m.gguf" in said

@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    from tinyagent_fast.errors import GateError, UserError
+    from tinyagent_fast.errors import GateError, UserError, printable
     from tinyagent_fast.interrupts import noted_interrupt
 
     try:
@@ -140,7 +140,7 @@ def _run(name: str, arguments: list[str]) -> int:
         sys.stdout.flush()  # here, where a closed pipe is no error yet
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except GateError as error:
         print(f"gate failed: {error}", file=sys.stderr)

@@ -41,7 +41,7 @@ class UserError(Exception):
         self.what = what
         self.why = why
         self.fix = fix
-        super().__init__(printable(f"{what}\n  why: {why}\n  fix: {fix}"))
+        super().__init__(f"{what}\n  why: {why}\n  fix: {fix}")
 
 
 class ConfigError(UserError):

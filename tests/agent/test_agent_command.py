@@ -158,7 +158,7 @@ def test_tools_that_no_plan_can_call_are_refused_before_a_model_is_loaded(
     assert main([*command, *flags]) == 2
     said = capsys.readouterr()
     assert "find_lamp, dim" in said.err and "docs/own_tools.md" in said.err
-    assert said.out.count("the file is run") == 1
+    assert said.err.count("the file is run") == 1
 
 
 def test_one_tool_that_plans_may_call_is_enough_and_their_file_is_run_once(
@@ -177,8 +177,8 @@ def test_one_tool_that_plans_may_call_is_enough_and_their_file_is_run_once(
     own = HOME + HOME.replace("find_lamp", "get_phone_number") + "print('the file is run')\n"
     Path("home_tools.py").write_text(own)
     assert main(["agent", "text Anna", "--run", "r", "--tools", "home_tools.py"]) == 1
-    said = capsys.readouterr().out
-    assert "note: the model may call" in said and said.count("the file is run") == 1
+    said = capsys.readouterr()
+    assert "note: the model may call" in said.out and said.err.count("the file is run") == 1
 
 
 class InTurn(ScriptedWriter):

@@ -240,7 +240,7 @@ def test_encoders_that_cannot_be_had_are_the_users_errors(
         settings = replace(settings_of(tiny_encoder, epochs=1, **changes), encoder=str(encoder))
         train_retriever(examples, recall=0.9, encoder=settings)
 
-    with pytest.raises(ModelError, match="no local folder, and the hub did not give it"):
+    with pytest.raises(ModelError, match="no local folder, and HF_HUB_OFFLINE is set"):
         train("nobody/nothing-here")
     with pytest.raises(TrainingError, match="learning-rate"):
         train(tiny_encoder, learning_rate=1e30)
