@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_shared_prefix_loss import (
     Rows,
@@ -85,6 +85,16 @@ def test_loss_and_gradients_equal_those_of_padded_rows(
     most_rows=st.integers(1, 3),
     most_tokens=st.integers(1, 200),
     prefix_once=st.booleans(),
+)
+@example(
+    # What the last two share behind what all share is too short to stand once.
+    rows=[
+        {"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]}
+        for ids in ([0] * 51, [0] * 7, [*[0] * 7, 1, 0], [*[0] * 7, 1, 0], [0, 1, 0])
+    ],
+    most_rows=3,
+    most_tokens=53,
+    prefix_once=False,
 )
 @settings(deadline=None, max_examples=100)
 def test_every_row_is_in_one_micro_batch_within_the_limits(

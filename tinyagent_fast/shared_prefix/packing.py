@@ -315,14 +315,22 @@ def pack_step(
     shares = _shares(kept)
     useful = [share if share >= smallest_shared_tokens else 0 for share in shares]
     groups: list[tuple[int, list[tuple[int, int]]]] = []
-    for first, stop in _cut(kept, useful, most_rows, most_tokens):
+
+    def fits(part: tuple[int, int], prefix: int) -> bool:
+        behind = _tokens(kept, shares, smallest_shared_tokens, part, prefix)
+        return part[1] - part[0] == 1 or prefix + behind <= most_tokens
+
+    for first, stop in _cut(kept, shares, smallest_shared_tokens, most_rows, most_tokens):
         shared = min(useful[first : stop - 1], default=_shared(kept[first], kept[first]))
         if groups and prefix_once:
             before, parts = groups[-1]
             joined = min(before, useful[first - 1], shared)
+            together = [*parts, (first, stop)]
             # What the parts save so far, and what all would save by what they share.
-            if joined and len(parts) * joined >= (len(parts) - 1) * before:
-                groups[-1] = (joined, [*parts, (first, stop)])
+            saves = joined and len(parts) * joined >= (len(parts) - 1) * before
+            # Behind a shorter prefix, rows of a part can have too little in common to share it.
+            if saves and all(fits(part, joined) for part in together):
+                groups[-1] = (joined, together)
                 continue
         groups.append((shared, [(first, stop)]))
     packed, apart = [], list[PackedSequence]()
@@ -343,18 +351,39 @@ def pack_step(
 
 
 def _cut(
-    rows: list[_Row], shares: list[int], most_rows: int, most_tokens: float
+    rows: list[_Row], shares: list[int], smallest: int, most_rows: int, most_tokens: float
 ) -> list[tuple[int, int]]:
     """Cut ordered rows into ranges of about as many rows, none of more tokens than allowed."""
     size = math.ceil(len(rows) / math.ceil(len(rows) / most_rows))
-    ranges, start, tokens = [], 0, 0
-    for at, row in enumerate(rows):
-        new = len(row.ids) - (shares[at - 1] if at > start else 0)
-        if at > start and (at - start == size or tokens + new > most_tokens):
+    ranges, start = [], 0
+    for at in range(1, len(rows)):
+        if at - start == size or _tokens(rows, shares, smallest, (start, at + 1)) > most_tokens:
             ranges.append((start, at))
-            start, tokens, new = at, 0, len(row.ids)
-        tokens += new
+            start = at
     return [*ranges, (start, len(rows))]
+
+
+def _tokens(
+    rows: Sequence[_Row],
+    shares: Sequence[int],
+    smallest: int,
+    part: tuple[int, int],
+    depth: int = 0,
+) -> int:
+    """Count the tokens of a part behind `depth` tokens, as `_Draft.place` will lay them out."""
+    start, stop = part
+    count = 0
+    for row in range(start, stop):
+        if row + 1 < stop and shares[row] - depth >= smallest:
+            continue
+        shared = min(shares[start:row], default=depth)
+        if row == start:
+            count += len(rows[row].ids) - depth
+        else:
+            inside = _tokens(rows, shares, smallest, (start, row + 1), shared)
+            count += shared - depth + inside
+        start = row + 1
+    return count
 
 
 def mean_shared_tokens(rows: Sequence[Mapping[str, Sequence[int]]], batch: int) -> float:
