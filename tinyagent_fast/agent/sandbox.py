@@ -367,17 +367,14 @@ class Desktop:
 
     def _addresses(self, values: Sequence[str], column: str) -> list[str]:
         """Take addresses or numbers, whichever the column has; names are looked up."""
-        given = [value for value in values if value.strip()]
-        if column == "email":
-            return [v if "@" in v else str(self._contact(v)[column]) for v in given]
-        for value in given:
-            if "@" in value:
+
+        def is_one(value: str) -> bool:
+            if column == "phone" and "@" in value:
                 raise ToolError(f'"{value}" is an e-mail address, not a phone number.')
-        numbers = (any(c.isdigit() for c in v) for v in given)
-        return [
-            v if is_number else str(self._contact(v)[column])
-            for v, is_number in zip(given, numbers, strict=True)
-        ]
+            return "@" in value or (column == "phone" and any(c.isdigit() for c in value))
+
+        given = [value for value in values if value.strip()]
+        return [v if is_one(v) else str(self._contact(v)[column]) for v in given]
 
     def _paths(self, values: Sequence[str]) -> list[str]:
         for value in values:

@@ -164,6 +164,7 @@ class _BySpans(torch.autograd.Function):
         kernel: SpanKernel,
     ) -> Tensor:
         # Tensors without content belong to one dry run, so none of them is kept for the next.
+        """Attend by spans, and keep what the kernel needs backwards."""
         spans = (spans_of.__wrapped__ if is_fake(query) else spans_of)(blocks, query.device)
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         copies = [_read(x, spans.keys) for x in (key, value)]
@@ -175,6 +176,7 @@ class _BySpans(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Sum the gradients of all copies of a key or value."""
         query, key, value, out, total = ctx.saved_tensors
         keys = ctx.spans.keys
         outputs = Outputs(out, total, ctx.extras)
@@ -211,6 +213,7 @@ class _ByBlocks(torch.autograd.Function):
         kernel: BlockKernel,
     ) -> Tensor:
         # Heads apart: rows of one head lie 4 KiB apart otherwise, which caches dislike.
+        """Attend by blocks, and join what they read."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         stored = query.new_empty(query.transpose(1, 2).shape, dtype=_accumulator(query.dtype))
         out, total = stored.transpose(1, 2), stored.new_empty(query.shape[:-1])
@@ -232,6 +235,7 @@ class _ByBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Sum the gradients that the blocks give."""
         query, key, value, out, total = ctx.saved_tensors
         grad, out = grad.transpose(1, 2).contiguous(), out.transpose(1, 2)
         sums = [

@@ -102,6 +102,7 @@ class _Adapted(torch.autograd.Function):
         biases: tuple[Tensor | None, ...],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
+        """Compute all projections of one input, their adapters' first factors in one product."""
         dtype, flat = x.dtype, x.flatten(0, -2)
         bases, downs, ups = weights[::3], weights[1::3], weights[2::3]
         ctx.scales, ctx.adapter_dtype = scales, downs[0].dtype
@@ -121,6 +122,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Give the gradients of the input and of the adapters; bases are frozen."""
         flat, inner, down, *rest = ctx.saved_tensors
         bases, ups = rest[: len(grads)], rest[len(grads) :]
         flat_grads = [grad.flatten(0, -2) for grad in grads]

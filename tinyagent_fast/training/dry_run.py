@@ -156,6 +156,7 @@ class _Dropout(nn.Dropout):
     """Keeps a truth value for each number, as on a GPU; on a CPU torch keeps a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop by the operation that a GPU has."""
         return torch.native_dropout(x, self.p, self.training)[0]
 
 
