@@ -93,18 +93,19 @@ def cpu() -> Config:
     return Config(
         preset="cpu",
         # More entries than the steps see: the retriever learns from all of them in seconds.
-        data=DataConfig(validation_entries=200, generated_entries=3_200, prompts="retrieved"),
+        data=DataConfig(validation_entries=200, generated_entries=6_400, prompts="retrieved"),
         model=ModelConfig(
             base="smollm2-135m", backend="transformers", weights="fp32", max_length_tokens=1024
         ),
+        # As good as rank 32 with alpha 32, and a step is cheaper.
+        lora=LoraConfig(rank=16, alpha=32),
         train=TrainConfig(
             epochs=1.0,
-            max_steps=640,
-            # Twice the rate learns no faster, and ends with a loss of 0.048 instead of 0.042.
+            max_steps=600,
             batch=4,
             accumulation=1,
             learning_rate=2e-3,
-            schedule="cosine",
+            schedule="linear",
             warmup=0.05,
             optimizer="adamw_torch",
             evaluations=2,

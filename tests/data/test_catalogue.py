@@ -489,7 +489,7 @@ def test_the_readme_names_every_key_and_every_kind_of_value() -> None:
     table_words = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
     keys = {"name", "values", "tools", "description", "parameters", "returns", "mention", "phrases"}
     keys |= {"weight", "type", "value", "from", "as", "follows", "default", "nullable"}
-    keys |= {"again", "unsaid", "several"}
+    keys |= {"again", "unsaid", "several", "lookup"}
     assert table_words == keys | set(values.BUILT_IN_VALUES) | {"end", "all_day"}
 
 

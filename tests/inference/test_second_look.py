@@ -108,6 +108,21 @@ def test_of_a_second_plan_only_needless_look_ups_may_be_missing(texts: int) -> N
     assert written(Twice(first, enough), [HELD])[0].text == enough
 
 
+def test_what_is_looked_up_twice_is_looked_up_once() -> None:
+    twice = (
+        '1. get_phone_number("Ada")\n2. open_note("x", "")\n3. get_phone_number("Ada")\n'
+        '4. send_sms(["$3"], "see $2 and ${2}")\n5. get_phone_number("Ada")\n6. join()'
+    )
+    once = (
+        '1. get_phone_number("Ada")\n2. open_note("x", "")\n'
+        '3. send_sms(["$1"], "see $2 and $2")\n4. join()'
+    )
+    assert written(Twice(twice), [HELD])[0].text == once
+    assert written(Twice(twice), [FREE])[0].text == twice
+    # Of a second plan too.
+    assert written(Twice(FORGOTTEN, twice), [HELD])[0].text == once
+
+
 def test_free_texts_plans_that_were_broken_off_and_what_is_no_plan_are_left_alone() -> None:
     for prompt, text in ((FREE, FORGOTTEN), (HELD, FORGOTTEN[:40]), (HELD, "no plan")):
         engine = Twice(text)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.chat.requests import read_requests
 from tinyagent_fast.data.generation.catalogue import load_catalogue
-from tinyagent_fast.plans.doubts import doubts
-from tinyagent_fast.plans.grammar import PlanError, parse_plan
+from tinyagent_fast.plans.doubts import doubts, without_repeats
+from tinyagent_fast.plans.grammar import Plan, PlanError, Step, parse_plan, render_call, substitute
 from tinyagent_fast.plans.tools import TINYAGENT, tools_by_name
 
 TOOLS = tools_by_name(load_catalogue().tools)
@@ -124,3 +124,44 @@ def test_few_labels_of_the_real_data_are_doubted(real_data: Path) -> None:
                 continue
     assert labels > 200
     assert found < 0.2 * labels
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    steps: list[Step] = []
+    for number in range(1, draw(st.integers(1, 9))):
+        found = [s.number for s in steps if s.tool in ("get_phone_number", "summarize_pdf")]
+        one = draw(st.sampled_from([*(f"${n}" for n in found), "Ada", "Bo"]))
+        two = draw(st.sampled_from([*(f"see ${{{n}}}" for n in found), "hi"]))
+        calls: dict[str, tuple[object, ...]] = {
+            "get_phone_number": (one,),
+            "summarize_pdf": (one,),
+            "send_sms": ([one, "1"], two),
+            "create_note": ("a", two, ""),
+        }
+        tool = draw(st.sampled_from(list(calls)))
+        steps.append(Step(number=number, tool=tool, arguments=calls[tool]))
+    return Plan((*steps, Step(number=len(steps) + 1, tool="join", arguments=())))
+
+
+def unfolded(plan: Plan) -> list[str]:
+    """Each call with the calls that it refers to written out in place of the references."""
+    written: dict[int, object] = {}
+    for step in plan.steps:
+        call = render_call(step.tool, [substitute(value, written) for value in step.arguments])
+        written[step.number] = f"<{call}>"
+    return [str(call) for call in written.values()]
+
+
+@given(plans())
+def test_leaving_repeats_out_changes_nothing_but_how_often_is_looked_up(plan: Plan) -> None:
+    shorter = without_repeats(plan, TOOLS)
+    assert [step.number for step in shorter.steps] == list(range(1, len(shorter.steps) + 1))
+    assert without_repeats(shorter, TOOLS) == shorter
+    before, after = unfolded(plan), unfolded(shorter)
+    changing = ("<send_sms", "<create_note", "<join")
+    assert [c for c in before if c.startswith(changing)] == [
+        c for c in after if c.startswith(changing)
+    ]
+    looked_up = [c for c in after if not c.startswith(changing)]
+    assert looked_up == list(dict.fromkeys(c for c in before if not c.startswith(changing)))

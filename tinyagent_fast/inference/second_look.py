@@ -1,7 +1,8 @@
 """Plans that are looked at when they are written, and asked for once more where a call is doubtful.
 
 The calls before the doubtful one stay. What follows is written anew under a grammar whose next call
-has arguments of the right kinds, so this works with every engine.
+has arguments of the right kinds, so this works with every engine. What is looked up twice in a plan
+is looked up once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from functools import cache
 
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
-from tinyagent_fast.plans.doubts import doubts
+from tinyagent_fast.plans.doubts import doubts, without_repeats
 from tinyagent_fast.plans.gbnf import MAX_CALLS, plan_grammar
-from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan
+from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan, render_plan
 from tinyagent_fast.plans.tools import Tool, tools_by_name
 from tinyagent_fast.prompts.builder import listed_tools
 
@@ -32,7 +33,8 @@ def generate_plans(
 
     A second plan replaces the first if it has fewer doubts and leaves no call out but needless
     look-ups: each tool is called as often. The cost is that of both. `on_token` gets only empty
-    texts of a second plan; `tools` are all by name, and None stands for TinyAgent's own.
+    texts of a second plan; `tools` are all by name, and None stands for TinyAgent's own. Look-ups
+    that a plan of theirs repeats are left out at last.
     """
     known = _own_tools() if tools is None else tools
     again: list[tuple[int, Completion, Prompt, Plan]] = []
@@ -45,7 +47,7 @@ def generate_plans(
             grammar = plan_grammar(listed, begun=found[0].before, following=found[0].instead)
             again.append((index, completion, replace(prompt, grammar=grammar), plan))
         else:
-            yield index, completion
+            yield index, _shortened(completion, listed)
 
     def waiting(at: int, _text: str) -> None:
         if on_token is not None:
@@ -55,16 +57,25 @@ def generate_plans(
         prompts = [prompt for _, _, prompt, _ in again]
         for at, second in engine.generate(prompts, limits, waiting):
             index, first, prompt, plan = again[at]
-            other = _plan(second)
-            better = other is not None and _is_better(other, plan, listed_tools(prompt, known))
+            other, listed = _plan(second), listed_tools(prompt, known)
+            better = other is not None and _is_better(other, plan, listed)
             yield (
                 index,
                 replace(
-                    second if better else first,
+                    _shortened(second if better else first, listed),
                     new_tokens=first.new_tokens + second.new_tokens,
                     seconds=first.seconds + second.seconds,
                 ),
             )
+
+
+def _shortened(done: Completion, tools: Mapping[str, Tool]) -> Completion:
+    """Leave repeated look-ups out of a plan; other texts stay as they are, to the letter."""
+    plan = _plan(done) if tools else None
+    shorter = without_repeats(plan, tools) if plan else None
+    if plan is None or shorter is None or len(shorter.steps) == len(plan.steps):
+        return done
+    return replace(done, text=render_plan(shorter))
 
 
 def _plan(done: Completion) -> Plan | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tinyagent_fast.plans.grammar import Plan, Step, reference_uses
+from tinyagent_fast.plans.grammar import Plan, Step, reference_uses, render_call, substitute
 from tinyagent_fast.plans.tools import Parameter, Tool
 
 _FORMS = {
@@ -56,6 +56,29 @@ def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
         if tool.returns:
             kinds[step.number] = tool.returns
     return found
+
+
+def without_repeats(plan: Plan, tools: Mapping[str, Tool]) -> Plan:
+    """Leave out calls that look up again what an earlier one found, and use what that found.
+
+    Those are calls with the same tool and arguments, of a tool whose result another one takes. No
+    published plan has such a pair. References of the plan point to earlier calls.
+    """
+    wanted = {kind for tool in tools.values() for one in tool.parameters for kind in one.sources}
+    first: dict[str, int] = {}
+    references: dict[int, object] = {}
+    kept: list[Step] = []
+    for step in plan.steps:
+        arguments = tuple(substitute(value, references) for value in step.arguments)
+        call = render_call(step.tool, arguments)
+        again = first.get(call)
+        if again is None:
+            again = len(kept) + 1
+            kept.append(replace(step, number=again, arguments=arguments))
+            if step.tool in tools and tools[step.tool].returns in wanted:
+                first[call] = again
+        references[step.number] = f"${again}"
+    return replace(plan, steps=tuple(kept))
 
 
 def takes(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> bool:

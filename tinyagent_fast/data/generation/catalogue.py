@@ -61,6 +61,8 @@ class CatalogueTool(Tool):
     again: tuple[str, ...] = ()
     """How a sentence speaks of its result once more."""
     weight: float = 1.0
+    lookup: bool = False
+    """Nobody wants its result for itself: among several calls, another one uses it."""
 
     def parameter(self, name: str) -> SlotParameter:
         """Find a parameter by name; phrases were checked, so it exists."""
@@ -293,6 +295,7 @@ def _read_tool(raw: dict[str, Any], problems: list[str]) -> CatalogueTool:
         returns=tool.take("returns", "one line of text", _is_line, None) or "",
         parameters=tuple({p.name: p for p in read}.values()),
         weight=float(weight),
+        lookup=tool.take("lookup", "true or false", lambda v: type(v) is bool, False),
     )
 
 

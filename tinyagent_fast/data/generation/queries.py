@@ -29,6 +29,7 @@ from tinyagent_fast.data.generation.values import (
 )
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.plans.doubts import takes
+from tinyagent_fast.plans.grammar import reference_uses
 
 _OPENERS = [
     *("Please ", "Please ", "Can you ", "Could you ", "Could you please ", "I need you to "),
@@ -150,7 +151,7 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
             clauses.append(text)
         # Some catalogues have no single calls, or nothing else: then any number will do.
         wanted = (len(draft.calls) == 1) == single or attempt > _MAX_ATTEMPTS // 2
-        fits = 0 < len(draft.calls) <= mix.max_calls
+        fits = 0 < len(draft.calls) <= mix.max_calls and (single or not _has_idle_lookup(draft))
         if clauses and wanted and fits and len(set(clauses)) == len(clauses):
             query = _sentence(clauses, rng)
             return Request(query, tuple(draft.calls), draft.values.now)
@@ -159,6 +160,15 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
         f"no request with at most {mix.max_calls} call(s) came out of {_MAX_ATTEMPTS} attempts, "
         "as its tools need results of too many others",
         "give parameters that have `from` a `value` too, so that a literal can end the chain",
+    )
+
+
+def _has_idle_lookup(draft: _Draft) -> bool:
+    """Say whether a call looks up what no other call uses; the published plans have none such."""
+    used = {number for call in draft.calls for number, _ in reference_uses(call.arguments)}
+    return any(
+        draft.catalogue.by_name[call.tool].lookup and number not in used
+        for number, call in enumerate(draft.calls, start=1)
     )
 
 
