@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -18,7 +19,10 @@ from tinyagent_fast import (
     DataConfig,
     EvalOptions,
     ExportSettings,
+    ModelConfig,
+    Run,
     UserError,
+    dump_config,
     evaluate_run,
     export_run,
     find_run,
@@ -97,23 +101,83 @@ def test_an_unknown_engine_is_refused_with_the_one_that_was_meant(tmp_path: Path
         load("one", engine="ggfu")  # type: ignore[arg-type]
 
 
+VALUES = {
+    "config": Config(),
+    "name": "one",
+    "pairs": [],
+    "text": "1. join()",
+}
+"""What stands for the parameters that a function must be given."""
+FUNCTIONS = {
+    name: value
+    for name in tinyagent_fast.__all__
+    if inspect.isfunction(value := getattr(tinyagent_fast, name))
+    and name not in ("load_config", "preset_config")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [(f, p) for f, call in FUNCTIONS.items() for p in inspect.signature(call).parameters],
+)
+def test_a_value_of_a_wrong_type_is_answered_whatever_it_is_for(name: str, parameter: str) -> None:
+    function = FUNCTIONS[name]
+    needed = [
+        p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty
+    ]
+    given = {p: VALUES[p] for p in needed if p != parameter}
+    with pytest.raises(
+        UserError, match=rf"{name}\(\)\n.*{parameter}: <object .* is not .*\n.*give "
+    ):
+        function(**given, **{parameter: object()})
+
+
 @pytest.mark.parametrize(
     ("call", "given", "wanted"),
     [
-        (lambda: train("smoke"), "'smoke'", r"preset_config\('smoke'\)"),  # type: ignore[arg-type]
-        (lambda: score_pairs([("a", None)]), r"\('a', None\)", "two texts"),  # type: ignore[list-item]
-        (lambda: score_pairs(["ab"]), "'ab'", "two texts"),  # type: ignore[list-item]
-        (lambda: draw_plan(None), "None", "text"),  # type: ignore[arg-type]
-        (lambda: load(3), "3", "run"),  # type: ignore[arg-type]
-        (lambda: find_run(3), "3", "run"),  # type: ignore[arg-type]
-        (lambda: evaluate_run("one", 3), "3", r"EvalOptions\(\)"),  # type: ignore[arg-type]
-        (lambda: export_run("one", "q8_0"), "'q8_0'", "settings"),  # type: ignore[arg-type]
+        (lambda: train("smoke"), "'smoke'", r".*preset_config\('smoke'\)"),  # type: ignore[arg-type]
+        (lambda: score_pairs(None), "None", "a list of pairs of texts"),  # type: ignore[arg-type]
+        (lambda: score_pairs("ab"), "'ab'", "a list of pairs of texts"),  # type: ignore[arg-type]
+        (lambda: score_pairs([("a", None)]), r"\('a', None\)", ".*two texts"),  # type: ignore[list-item]
+        (lambda: score_pairs(["ab"]), "'ab'", ".*two texts"),  # type: ignore[list-item]
+        (lambda: draw_plan(None), "None", "a text"),  # type: ignore[arg-type]
+        (lambda: load("one", threads="2"), "'2'", "a whole number"),  # type: ignore[arg-type]
+        (lambda: load("one", batch=True), "True", "a whole number"),
+        (lambda: find_run(find_run), "<function .*", "a text.* or a path"),  # type: ignore[arg-type]
+        (lambda: Run("one"), "'one'", ".*find_run"),  # type: ignore[arg-type]
+        (lambda: evaluate_run("one", EvalOptions), "<class .*", r".*EvalOptions\(\)"),  # type: ignore[arg-type]
+        (lambda: export_run("one", "q8_0"), "'q8_0'", r".*ExportSettings\(\)"),  # type: ignore[arg-type]
     ],
 )
 def test_a_value_of_a_wrong_type_is_answered_with_what_is_wanted(
     call: Callable[[], object], given: str, wanted: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"{given}\n.*type.*\n.*{wanted}"):
+    with pytest.raises(UserError, match=rf"{given} is not {wanted}|{given}\n.*type.*\n.*{wanted}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: find_run(""),
+        lambda: load(""),
+        lambda: load("one", system=""),
+        lambda: train(replace(preset_config("smoke"), model=ModelConfig(base=""))),
+        lambda: evaluate_run("one", EvalOptions(adapter="")),
+        lambda: export_run("one", ExportSettings(adapter="")),
+        lambda: export_run("one", ExportSettings(name="")),
+        lambda: export_run("one", ExportSettings(out="")),  # type: ignore[arg-type]
+    ],
+)
+def test_an_empty_text_names_nothing(
+    call: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = create_run(replace(preset_config("smoke"), name="one"))
+    # What the empty name would stand for as a path.
+    Path("config.yaml").write_text(dump_config(run.config()))
+    Path("adapter_model.safetensors").touch()
+    with pytest.raises(UserError, match=r"''|empty"):
         call()
 
 

@@ -168,7 +168,11 @@ def test_an_unknown_command_is_refused_with_the_one_that_was_meant(
         (["train", "so"], "train --help"),
         (["chat", "create", "a", "note"], "chat --once 'create a note'"),
         (["chat", "--run", "x", "--once", "create", "a", "note"], "chat --once 'create a note'"),
+        (["chat", "--run", "x", "create", "a", "note"], "chat --once 'create a note'"),
         (["agent", "create", "a", "note", "--dry-run"], "agent 'create a note'"),
+        (["agent", "--run", "x", "create", "a", "note"], "agent 'create a note'"),
+        (["agent", "create", "--run", "x", "a", "note"], "agent 'create a note'"),
+        (["serve", "--port", "0", "create", "a", "note"], "agent 'create a note'"),
     ],
 )
 def test_a_word_without_its_flag_is_answered_with_the_command_that_was_meant(
@@ -177,6 +181,24 @@ def test_a_word_without_its_flag_is_answered_with_the_command_that_was_meant(
     got = call(*words)
     assert (got.code, got.out) == (2, "")
     assert f"tinyagent-fast {meant}" in got.err
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["eval", "--adapter", ""], "--adapter ''"),
+        (["eval", "--out="], "--out="),
+        (["train", "--preset", "smoke", "--data.test", ""], "--data.test ''"),
+        (["report", ""], "report ''"),
+        (["chat", "--once", ""], "--once ''"),
+    ],
+)
+def test_an_empty_value_is_refused_whatever_it_is_for(
+    call: Callable[..., Output], words: list[str], shown: str
+) -> None:
+    got = call(*words)
+    assert (got.code, got.out) == (2, "")
+    assert shown in got.err and "empty" in got.err
 
 
 def test_an_unknown_command_that_is_like_no_other_suggests_none(

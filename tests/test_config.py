@@ -24,7 +24,7 @@ from tinyagent_fast.config import (
     dump_config,
     parse_config,
     to_mapping,
-    with_types,
+    typed,
 )
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.errors import ConfigError, UserError
@@ -500,7 +500,11 @@ def test_a_config_that_is_out_of_range_is_refused_wherever_it_comes_from(tmp_pat
 
 
 def test_settings_of_python_code_get_their_types_or_are_refused_together() -> None:
-    config = with_types(
+    @typed
+    def given(config: Config) -> Config:
+        return config
+
+    config = given(
         Config(
             runs="there",  # type: ignore[arg-type]
             data=DataConfig(train="a.json"),  # type: ignore[arg-type]
@@ -514,11 +518,11 @@ def test_settings_of_python_code_get_their_types_or_are_refused_together() -> No
         eval=None,  # type: ignore[arg-type]
     )
     with pytest.raises(ConfigError) as caught:
-        with_types(wrong)
+        given(wrong)
     for said in (
         "did you mean 'trackio'",
-        "train.epochs: 'two' is not a number",
+        "config.train.epochs: 'two' is not a number",
         "train.batch: True is not",
-        "eval: None is not settings of the type EvalConfig",
+        "eval: None is not an object of the type EvalConfig",
     ):
         assert said in str(caught.value)

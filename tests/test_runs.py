@@ -113,7 +113,7 @@ def test_a_run_is_found_by_name_and_by_path(config: Config) -> None:
         assert find_run(name, config.runs).path == run.path.resolve()
 
 
-@pytest.mark.parametrize("name", ["second", "", ".", "../runs"])
+@pytest.mark.parametrize("name", ["second", ".", "../runs"])
 def test_a_run_that_is_not_there_is_the_users_error_with_those_that_are(
     config: Config, name: str
 ) -> None:

@@ -8,24 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tinyagent_fast.config import Config, with_types
+from rich.console import Console
+
+from tinyagent_fast.config import Config, typed
+from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, wrong_type
+from tinyagent_fast.evaluation.evaluate import EvalOptions, evaluate
+from tinyagent_fast.evaluation.running import EvaluationResult
+from tinyagent_fast.evaluation.scoring import Metrics, score_pair, summarise
 from tinyagent_fast.export.settings import ExportSettings, check_settings
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run, holding
 
-if TYPE_CHECKING:
-    from rich.console import Console
 
-    from tinyagent_fast.evaluation.evaluate import EvalOptions
-    from tinyagent_fast.evaluation.running import EvaluationResult
-    from tinyagent_fast.evaluation.scoring import Metrics
-
-
+@typed
 def train(
-    config: Config, *, resume: Run | str | None = None, console: Console | None = None
+    config: Config, *, resume: Run | str | Path | None = None, console: Console | None = None
 ) -> Run:
     """Train an adapter as the config says.
 
@@ -47,8 +46,9 @@ def train(
     return fit(config, console, resume=found)
 
 
+@typed
 def evaluate_run(
-    run: Run | str | None = None,
+    run: Run | str | Path | None = None,
     options: EvalOptions | None = None,
     *,
     console: Console | None = None,
@@ -69,18 +69,14 @@ def evaluate_run(
     from tinyagent_fast.models.libraries import quieten
 
     quieten()  # before the first import that reaches bitsandbytes
-    from rich.console import Console
-
-    from tinyagent_fast.display import Display
-    from tinyagent_fast.evaluation.evaluate import EvalOptions, evaluate
-
-    options = with_types(options or EvalOptions())
+    options = options or EvalOptions()
     options = replace(options, run=str(_run_meant(run, options.run, options.runs).path))
     return evaluate(options, Display(console or Console(highlight=False)))
 
 
+@typed
 def export_run(
-    run: Run | str | None = None,
+    run: Run | str | Path | None = None,
     settings: ExportSettings | None = None,
     *,
     console: Console | None = None,
@@ -99,15 +95,11 @@ def export_run(
         GateError: A file does not do what the adapter does.
         UserError: Anything that a user can repair.
     """
-    settings = with_types(settings or ExportSettings())
+    settings = settings or ExportSettings()
     check_settings(settings)
     found = _run_meant(run, settings.run, settings.runs)
     adapter = found.find_adapter(settings.adapter)
     config = found.config()
-    from rich.console import Console
-
-    from tinyagent_fast.display import Display
-
     display = Display(console or Console(highlight=False))
     display.say(f"run {found.path.name}, adapter {adapter}")
     if (unfinished := found.unfinished()) is not None:
@@ -130,7 +122,7 @@ def export_run(
     return folder
 
 
-def _run_meant(run: Run | str | None, in_settings: str, runs: Path) -> Run:
+def _run_meant(run: Run | str | Path | None, in_settings: str, runs: Path) -> Run:
     """Find the run that was named, beside the settings or in them."""
     if run is None:
         return find_run(in_settings, runs)
@@ -144,6 +136,7 @@ def _run_meant(run: Run | str | None, in_settings: str, runs: Path) -> Run:
     return found
 
 
+@typed
 def score_pairs(
     pairs: Iterable[tuple[str, str]], tools: Mapping[str, Tool] | None = None
 ) -> Metrics:
@@ -160,8 +153,6 @@ def score_pairs(
     Raises:
         ConfigError: Something else than two texts is given as a pair.
     """
-    from tinyagent_fast.evaluation.scoring import score_pair, summarise
-
     scores = []
     for pair in pairs:
         match pair:

@@ -130,6 +130,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.interrupts import noted_interrupt
 
     try:
+        _refuse_empty(name, arguments)
         from tinyagent_fast.models.libraries import quieten
 
         quieten()  # before the first import that reaches bitsandbytes
@@ -168,6 +169,16 @@ def _run(name: str, arguments: list[str]) -> int:
             return _bug()
         print(f"error: {told}", file=sys.stderr)
         return 2
+
+
+def _refuse_empty(name: str, arguments: list[str]) -> None:
+    """Refuse a value without a character, such as that of a variable which is not set."""
+    from tinyagent_fast.errors import UserError
+
+    for before, word in zip([f"tinyagent-fast {name}", *arguments], arguments, strict=False):
+        if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
+            shown = word or f"{before} ''"
+            raise UserError(shown, "the value is empty", "give one, or leave it out")
 
 
 def _read_enough() -> int:

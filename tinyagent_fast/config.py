@@ -6,16 +6,18 @@ an error with the nearest known name, and `parse_config(dump_config(config)) == 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from tinyagent_fast.errors import ConfigError, did_you_mean, wrong_type
+from tinyagent_fast.errors import ConfigError, did_you_mean, shown
 from tinyagent_fast.strict_yaml import load_yaml
 
 Backend = Literal["auto", "unsloth", "transformers"]
@@ -238,47 +240,55 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-_SHOWN_CHARACTERS = 200
 _LARGEST = 2**31 - 1
+_UNIONS = (typing.Union, types.UnionType)
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_MADE_BY = {"Config": "preset_config('smoke')", "Run": "find_run('latest')"}
 
-Settings = TypeVar("Settings")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def with_types(settings: Settings, name: str = "") -> Settings:
-    """Give settings that Python code has made their types: a path may be given as text.
+def typed(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that Python code calls take values of its hints' types only.
 
-    `settings` is a dataclass such as `Config`; `name` stands before its fields in messages.
+    A path may be given as text, and what settings hold is looked at too.
 
     Raises:
-        ConfigError: Lists every value of a wrong type, and every unknown choice.
+        ConfigError: On the call; it lists every value of a wrong type, and every unknown choice.
     """
-    if isinstance(settings, type) or not is_dataclass(settings):
-        wanted = "settings as an object, such as preset_config('smoke') or EvalOptions()"
-        raise wrong_type("settings", settings, wanted)
-    problems: list[str] = []
-    settings = _with_types(settings, name, problems)
-    if problems:
-        raise ConfigError(
-            f"{len(problems)} setting(s) cannot be used",
-            "\n       ".join(problems),
-            "give values of these types",
+    signature = inspect.signature(function)
+    hints = functools.cache(lambda: typing.get_type_hints(function))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given, problems = signature.bind(*args, **kwargs), list[str]()
+        for name, value in given.arguments.items():
+            if name in hints():  # `self` is not
+                given.arguments[name] = _checked(name, value, hints()[name], problems)
+        if problems:
+            listed = "\n       ".join(problems)
+            raise ConfigError(f"{function.__name__}()", listed, "give values of these types")
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
+def _checked(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
+    """Convert a value and what settings hold; add a problem for each of another type."""
+    try:
+        value = _converted(value, hint)
+    except (TypeError, ValueError):
+        names = Path in (hint, *typing.get_args(hint))
+        wrong = "empty" if names and value == "" else f"not {_described(hint, value)}"
+        problems.append(f"{name}: {shown(value)} is {wrong}")
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = typing.get_type_hints(type(value)).items()
+        value = replace(
+            value, **{n: _checked(f"{name}.{n}", getattr(value, n), h, problems) for n, h in parts}
         )
-    return settings
-
-
-def _with_types(settings: Any, path: str, problems: list[str]) -> Any:
-    changes: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
-        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
-            changes[name] = _with_types(value, f"{path}{name}.", problems)
-            continue
-        try:
-            changes[name] = _converted(value, hint)
-        except (TypeError, ValueError):
-            problems.append(f"{path}{name}: {_shown(value)} is not {_described(hint, value)}")
-    return replace(settings, **changes)
+    return value
 
 
 def check_config(config: Config) -> None:
@@ -328,6 +338,8 @@ def check_config(config: Config) -> None:
 
 def _wanted(name: str, value: object) -> str | None:
     """Say what a value out of range should have been; None where it is right."""
+    if value == "":
+        return "a text that is not empty"
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     if isinstance(value, float):
@@ -352,6 +364,7 @@ def to_mapping(config: Config) -> dict[str, Any]:
     return asdict(config, dict_factory=plain)
 
 
+@typed
 def dump_config(config: Config) -> str:
     """Write a config as YAML that `parse_config` turns back into an equal config."""
     import yaml
@@ -390,7 +403,7 @@ def parse_config(text: str, base: Config | None = None, source: str = "config") 
 def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(raw, Mapping):
         where = path.rstrip(".") or "the top level"
-        problems.append(f"{where}: must be a mapping, got {_shown(raw)}")
+        problems.append(f"{where}: must be a mapping, got {shown(raw)}")
         return base
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
@@ -398,49 +411,44 @@ def _merge(base: Any, raw: Any, path: str, problems: list[str]) -> Any:
         name = str(key).replace("-", "_")
         if name not in hints:
             hint = did_you_mean(name, hints) or f"; known: {', '.join(hints)}"
-            problems.append(f"{path}{key!s:.{_SHOWN_CHARACTERS}}: unknown setting{hint}")
+            problems.append(f"{path}{key!s:.200}: unknown setting{hint}")
         elif name in changes:
             problems.append(f"{path}{key}: given twice, with - and with _")
         elif is_dataclass(hints[name]):
             changes[name] = _merge(getattr(base, name), value, f"{path}{name}.", problems)
         else:
-            try:
-                changes[name] = _converted(value, hints[name])
-            except (TypeError, ValueError):
-                wanted = _described(hints[name], value)
-                problems.append(f"{path}{key}: {_shown(value)} is not {wanted}")
+            changes[name] = _checked(f"{path}{key}", value, hints[name], problems)
     return replace(base, **changes)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
 
 
 def _described(hint: Any, value: object = None) -> str:
     """Name a field's type as who writes YAML knows it, and the choice that a value is near to."""
-    kinds = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    name = getattr(hint, "__name__", "")
+    if origin is Literal:
         wanted = f"one of {', '.join(kinds)}" if len(kinds) > 1 else kinds[0]
         return f"{wanted}{did_you_mean(value, kinds)}"
-    if kinds:
+    if origin in _UNIONS:
         return " or ".join(_described(kind, value) for kind in kinds)
     if is_dataclass(hint):
-        return f"settings of the type {getattr(hint, '__name__', hint)}"
-    return {
+        return f"an object of the type {name}, such as {_MADE_BY.get(name, f'{name}()')}"
+    known: Mapping[Any, str] = {
         types.NoneType: "null",
         bool: "true or false",
         int: "a whole number",
         float: "a number",
         str: "a text (put it in quotes)",
         Path: "a path",
-    }[hint]
+        Sequence[str]: "a list of texts",
+        Iterable[tuple[str, str]]: "a list of pairs of texts",
+    }
+    return known.get(hint, f"an object of the type {name}")
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """Convert a YAML value to a field's type; `2e-4` is a string to YAML 1.1."""
-    kinds = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
+    """Convert a value to the type of a field or argument; `2e-4` is a string to YAML 1.1."""
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
         if value in kinds and isinstance(value, str):
             return value
         # A truth value stands for the choice that says the same: `true` and `on` for one another.
@@ -448,8 +456,8 @@ def _converted(value: Any, hint: Any) -> Any:
         same = [kind for kind in kinds if truth is not None and _TRUTH.get(kind) is truth]
         if len(same) == 1:
             return same[0]
-    elif kinds:  # a union: the first type that takes the value
-        for kind in kinds:
+    elif origin in _UNIONS:  # the first type that takes the value; no path is an empty text
+        for kind in () if value == "" and Path in kinds else kinds:
             try:
                 return _converted(value, kind)
             except (TypeError, ValueError):
@@ -459,10 +467,12 @@ def _converted(value: Any, hint: Any) -> Any:
     elif isinstance(value, bool) or value is None:
         if type(value) is hint:  # a truth value is no number, although Python takes it for one
             return value
-    elif hint is float and math.isfinite(float(value)):
-        return float(value)
-    elif hint is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    elif hint in (int, str) and isinstance(value, hint):
-        return value
+    elif hint is float:
+        if math.isfinite(float(value)):
+            return float(value)
+    elif hint is Path:
+        if value != "" and isinstance(value, (str, Path)):
+            return Path(value)
+    elif isinstance(value, origin or hint) and not (origin and isinstance(value, str)):
+        return value  # a text is no list of texts, although Python takes it for one
     raise TypeError(f"{value!r} is not {_described(hint)}")

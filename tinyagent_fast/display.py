@@ -62,9 +62,9 @@ class Display:
     def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
         """Keep the console to print to, and the clock in seconds by which silence is measured."""
         self.console = console
-        self.timings_s: dict[str, float] = {}
-        """Seconds of each piece of long work, by its label; written to timings.json."""
         self._clock = clock
+        self._begun_s: dict[str, float] = {}
+        self._spent_s: dict[str, float] = {}
         self._said_s = clock()
         self._works: list[_Work] = []
 
@@ -89,6 +89,21 @@ class Display:
         works, now_s = self._works[-1:], self._clock()
         if works and now_s - self._said_s >= SILENT_S:
             self._print(works[0].line(now_s))
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        """Seconds of each piece of long work, also of what is under way, by its label."""
+        now_s = self._clock()
+        return self._spent_s | {label: now_s - s for label, s in self._begun_s.copy().items()}
+
+    @contextmanager
+    def timed(self, label: str) -> Iterator[None]:
+        """Count the seconds of a piece of work."""
+        self._begun_s[label] = self._clock()
+        try:
+            yield
+        finally:
+            self._spent_s[label] = self._clock() - self._begun_s.pop(label)
 
     @contextmanager
     def working(self, label: str, unit: str = "") -> Iterator[Update]:
@@ -126,7 +141,6 @@ class Display:
     @contextmanager
     def bar(self, label: str, unit: str = "") -> Iterator[Update]:
         """Do as `working`, show a bar on a terminal, and at the end say how long it took."""
-        started = time.perf_counter()
         count = ""
         progress = Progress(
             TextColumn(label),
@@ -140,7 +154,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         task = progress.add_task(label, total=None)
-        with self.working(label, unit) as tell, progress:
+        with self.timed(label), self.working(label, unit) as tell, progress:
 
             def update(done: int, total: int) -> None:
                 nonlocal count
@@ -149,6 +163,4 @@ class Display:
                 tell(done, total)
 
             yield update
-        seconds = time.perf_counter() - started
-        self.timings_s[label] = round(seconds, 2)
-        self.say(f"{label}: {count}in {seconds:.1f} s")
+        self.say(f"{label}: {count}in {self._spent_s[label]:.1f} s")

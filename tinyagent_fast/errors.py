@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 _SHOWN_CHARACTERS = 600
-_SHOWN_VALUE = 100
+_SHOWN_VALUE = 200
 _CONTROLS = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069"
 )
@@ -118,11 +118,16 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def shown(value: object) -> str:
+    """Write a value for a message; of a long one only the beginning."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_VALUE else f"{text[:_SHOWN_VALUE]} ..."
+
+
 def wrong_type(what: str, given: object, wanted: str) -> ConfigError:
     """Say that Python code has given a value of another type than is wanted."""
-    shown = repr(given)
-    shown = shown if len(shown) <= _SHOWN_VALUE else f"{shown[:_SHOWN_VALUE]} ..."
-    return ConfigError(f"{what} {shown}", f"its type is {type(given).__name__}", f"give {wanted}")
+    why = f"its type is {type(given).__name__}"
+    return ConfigError(f"{what} {shown(given)}", why, f"give {wanted}")
 
 
 def printable(value: object, *, one_line: bool = False) -> str:

@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-from tinyagent_fast.config import Config, dump_config, parse_config
+from tinyagent_fast.config import Config, dump_config, parse_config, typed
 from tinyagent_fast.errors import ConfigError, did_you_mean, plainly, wrong_type
 from tinyagent_fast.strict_yaml import read_yaml_text
 
@@ -48,6 +48,11 @@ class Run:
     """One run's folder."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        """Refuse a name, which says nothing of where the folder lies."""
+        if not isinstance(self.path, Path):
+            raise wrong_type("run", self.path, "the folder as a Path, or ask find_run()")
 
     @property
     def named(self) -> str:
@@ -161,19 +166,20 @@ class Run:
         path = self.path / name
         return read_json(path) if path.exists() else {}
 
-    def find_adapter(self, wanted: str = "best") -> Path:
+    @typed
+    def find_adapter(self, adapter: str | Path = "best") -> Path:
         """Find a folder with adapter weights: the run's `best`, or the one that is named.
 
         Raises:
             ConfigError: There are none.
         """
         # A run that was broken off has its best adapter only.
-        folders = [self.adapter, self.best] if wanted == "best" else [Path(wanted)]
+        folders = [self.adapter, self.best] if adapter == "best" else [Path(adapter)]
         for folder in folders:
             if (folder / _WEIGHTS).exists():
                 return folder
         why, fix = f"it holds no {_WEIGHTS}", "name a folder with one, such as a checkpoint's"
-        if wanted == "best":
+        if adapter == "best":
             fix = f"finish the run (tinyagent-fast train --resume {self.named}), or name a folder"
         elif not folders[0].is_dir():
             why = "there is no such folder"
@@ -385,14 +391,13 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+@typed
 def find_run(name: str | Path, runs: Path | str = Path("runs")) -> Run:
     """Find a run by its name under `runs`, by its path, or as `latest`.
 
     Raises:
         ConfigError: There is none; the message lists those that are there.
     """
-    if not isinstance(name, str | Path):
-        raise wrong_type("run", name, "a run, or its name or folder")
     runs = Path(runs)
     with suppress(OSError, ValueError):  # no file can have that name
         for path in map(followed, (runs / name, Path(name))):

@@ -307,7 +307,7 @@ def test_closing_a_planner_ends_a_plan_in_another_thread() -> None:
         ("a \ud83d b", None, "half a character stands at 2"),
         ("a \udcff b", None, "Unicode"),
         ("a", "\ud83d", "system text"),
-        (None, None, "NoneType"),
+        (None, None, "None is not a text"),
     ],
 )
 def test_what_no_model_can_read_is_refused_before_it_is_asked(
@@ -318,7 +318,7 @@ def test_what_no_model_can_read_is_refused_before_it_is_asked(
     for ask in (planner.plan, planner.stream, lambda *asked: planner.plan_batch(asked[:1], system)):
         with pytest.raises(ConfigError, match=said):
             ask(request_, system)
-    with pytest.raises(ConfigError, match="give a list"):
+    with pytest.raises(ConfigError, match="not a list of texts"):
         planner.plan_batch("Call")
     assert writer.asked == []
 

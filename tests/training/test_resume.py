@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,28 @@ def test_six_steps_are_three_and_three_after_a_kill(
     assert "going on from checkpoint-3: 2 later records" in quiet.file.getvalue()
     assert_same(killed, whole)
     assert len({r["loss"] for r in whole.history() if r["event"] == "step"}) == 6
+
+
+def test_times_are_written_while_a_run_trains_so_that_a_kill_leaves_them(
+    tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: dict[str, float] = {}
+    original = History.on_log
+
+    def on_log(self: History, *rest: Any, **keywords: Any) -> None:
+        original(self, *rest, **keywords)
+        path, end = self.run.path / "timings.json", time.monotonic() + 20
+        while "steps and validation" not in left and time.monotonic() < end:
+            left.update(read_json(path) if path.exists() else {})
+
+    monkeypatch.setattr(History, "on_log", on_log)
+    monkeypatch.setattr(fit, "_TIMES_EVERY_S", 0.01)
+    config = tiny_config(data={"limit_entries": 8}, train={"max_steps": 1})
+    run = fit.train(config, quiet)
+    assert left["all"] > left["steps and validation"] > 0 and left["reading data"] > 0
+    ended = read_json(run.path / "timings.json")
+    assert all(ended[name] >= seconds for name, seconds in left.items())
+    assert list(ended)[-1] == "all"
 
 
 def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_never_stopped(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +63,11 @@ class AgentSpec:
     trace: Path | None = None
     """File that gets a line of JSON for each request; by default agent/traces.jsonl in the run's
     folder."""
+
+    @cached_property
+    def own_tools(self) -> Mapping[str, RunnableTool] | None:
+        """The tools of the Python file, which is run when they are first asked for."""
+        return tools_of_module(self.tools) if self.tools else None
 
     def check(self) -> None:
         """Refuse what makes no sense, before a model is loaded.
@@ -151,12 +157,10 @@ class OpenAgent:
 
 
 @asynccontextmanager
-async def open_agent(
-    planner: Planner, spec: AgentSpec, tools: Mapping[str, RunnableTool] | None = None
-) -> AsyncIterator[OpenAgent]:
+async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAgent]:
     """Open the tools that are meant, and give an agent that plans with them.
 
-    The planner stays the caller's to close. `tools` are those of the file, if it is loaded already.
+    The planner stays the caller's to close.
 
     Raises:
         ConfigError: An MCP server does not answer, or the planner can call none of the tools.
@@ -166,8 +170,8 @@ async def open_agent(
     text = joiner_of_run(run, spec.joiner, None)
     joiner = RuleJoiner() if text is None else ModelJoiner(StreamingModel(planner).complete, text)
     async with AsyncExitStack() as stack:
-        if spec.tools:
-            tools = tools_of_module(spec.tools) if tools is None else tools
+        if spec.own_tools is not None:
+            tools = spec.own_tools
         elif spec.mcp:
             tools = await stack.enter_async_context(mcp_tools(spec.mcp))
         else:

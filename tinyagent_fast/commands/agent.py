@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tinyagent_fast.commands.planner_flags import AgentFlags, refuse_loose_words
+from tinyagent_fast.agent.session import open_agent
+from tinyagent_fast.commands.planner_flags import AgentFlags, read_flags
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.interrupts import run_async
 
@@ -35,8 +36,7 @@ class RequestFlags(AgentFlags):
 
 def run(arguments: Sequence[str]) -> int:
     """Answer a request; gives 0 when it is done, 1 when something of it is not."""
-    refuse_loose_words(arguments, 1, "agent")
-    flags = tyro.cli(RequestFlags, args=list(arguments), prog="tinyagent-fast agent")
+    flags = read_flags(RequestFlags, "agent", arguments, "agent")
     if not flags.request.strip():
         raise ConfigError("the request", "it is empty", "write what should be done")
     flags.check()
@@ -46,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.display import Display
 
     console = Console(highlight=False, quiet=flags.json)
-    tools = None if flags.dry_run else flags.load_tools()
+    if not flags.dry_run:
+        flags.check_tools()
     with flags.load() as planner:
         Display(console).header("tinyagent-fast agent", planner.facts)
         if flags.dry_run:
@@ -55,21 +56,16 @@ def run(arguments: Sequence[str]) -> int:
             else:
                 show_stream(console, planner.stream(flags.request))
             return 0
-        outcome = run_async(_answer(flags, planner, tools, console))
+        outcome = run_async(_answer(flags, planner, console))
     if flags.json:
         print(json.dumps(outcome.to_json(), ensure_ascii=False))
     return int(outcome.failed)
 
 
-async def _answer(
-    flags: RequestFlags,
-    planner: Planner,
-    tools: Mapping[str, RunnableTool] | None,
-    console: Console,
-) -> Outcome:
+async def _answer(flags: RequestFlags, planner: Planner, console: Console) -> Outcome:
     from tinyagent_fast.agent.terminal import AgentView, show_outcome
 
-    async with flags.open_agent(planner, tools) as agent:
+    async with open_agent(planner, flags) as agent:
         for note in agent.notes:
             console.print(note, style="dim", soft_wrap=True)
         view = AgentView(console, agent.plain_tools, ask=agent.real and not flags.yes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyagent_fast.commands.planner_flags import PlannerFlags, refuse_loose_words
+from tinyagent_fast.commands.planner_flags import PlannerFlags, read_flags
 from tinyagent_fast.errors import ConfigError
 
 
@@ -28,13 +28,7 @@ class ChatFlags(PlannerFlags):
 
 def run(arguments: Sequence[str]) -> int:
     """Chat; gives 0, whatever the plans are worth."""
-    import tyro
-
-    words = list(arguments)
-    refuse_loose_words(words, 0, "chat --once")
-    if "--once" in words:
-        refuse_loose_words(words[words.index("--once") + 1 :], 1, "chat --once")
-    flags = tyro.cli(ChatFlags, args=words, prog="tinyagent-fast chat")
+    flags = read_flags(ChatFlags, "chat", arguments, "chat --once")
     if flags.once is not None and flags.requests is not None:
         raise ConfigError("--once with --requests", "both say what to answer", "leave one out")
     if flags.json and flags.once is None and flags.requests is None:

@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-from tinyagent_fast.agent.session import AgentSpec
+import tyro
+
+from tinyagent_fast.agent.session import AgentSpec, refuse_unplanned
 from tinyagent_fast.config import GrammarUse
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.inference import planner
 
-if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
-    from tinyagent_fast.agent.session import OpenAgent
-    from tinyagent_fast.agent.tools import RunnableTool
-    from tinyagent_fast.inference.planner import Planner
+Flags = TypeVar("Flags", bound="PlannerFlags")
 
 
-def refuse_loose_words(words: Sequence[str], most: int, command: str) -> None:
-    """Refuse a request that a shell has taken apart, since it was not in quotes.
+def read_flags(kind: type[Flags], command: str, arguments: Sequence[str], asks: str) -> Flags:
+    """Read the flags of a command, and refuse a request that a shell has taken apart.
 
     Args:
-        words: What is typed behind `command`.
-        most: Words without a flag that may stand there.
-        command: The beginning of the command, as far as the request.
+        kind: The flags; a field `request` or `once` has the request's first word.
+        command: The command's name.
+        arguments: What is typed behind it.
+        asks: The beginning of a command that answers one request, as far as the request.
 
     Raises:
-        ConfigError: There are more words than that.
+        ConfigError: Words stand without a flag, as those of a request that is not in quotes do.
+        SystemExit: A flag is wrong (2) or help was asked for (0).
     """
-    loose = list(takewhile(lambda word: not word.startswith("-"), words))
-    if len(loose) > most:
-        request = " ".join(loose)
+    name = f"tinyagent-fast {command}"
+    flags, rest = tyro.cli(kind, args=list(arguments), prog=name, return_unknown_args=True)
+    if any(word.startswith("-") for word in rest):
+        return tyro.cli(kind, args=list(arguments), prog=name)  # says which flags are meant
+    if rest:
+        first = getattr(flags, "request", getattr(flags, "once", None))
+        words = " ".join(rest if first is None else [first, *rest])
         raise ConfigError(
-            f"the words {request}",
+            f"the words {words}",
             "they stand without a flag, or a request is not in quotes",
-            f"for a request: tinyagent-fast {command} {shlex.quote(request)}; "
+            f"for a request: tinyagent-fast {asks} {shlex.quote(words)}; "
             "a run or model is named by --run or --model",
         )
+    return flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class PlannerFlags:
     """`on` lets the model write nothing but plans of the tools that its prompt lists; `off` lets
     it write freely."""
 
-    def load(self, batch: int = 1) -> Planner:
+    def load(self, batch: int = 1) -> planner.Planner:
         """Open the planner that is meant; `batch` requests can be answered together."""
         from rich.console import Console
 
@@ -75,8 +79,6 @@ class PlannerFlags:
         from tinyagent_fast.interrupts import raise_swallowed_interrupt
 
         with Display(Console(stderr=True)).working("loading the planner"):
-            from tinyagent_fast.inference import planner
-
             opened = planner.load(
                 self.model,
                 run=self.run,
@@ -98,29 +100,13 @@ class AgentFlags(PlannerFlags, AgentSpec):
     yes: bool = False
     """Do what changes something without asking; a sandbox never asks."""
 
-    def load_tools(self) -> Mapping[str, RunnableTool] | None:
-        """Load the Python file with tools, if one is named, before the model, which takes long.
+    def check_tools(self) -> None:
+        """Refuse own tools that are none, before the model is loaded, which takes long.
 
         Raises:
             ConfigError: The model plans with none of them.
             DataError: The file gives no tools.
         """
-        if self.tools is None:
-            return None
-        from tinyagent_fast.agent.session import refuse_unplanned
-        from tinyagent_fast.agent.tools import tools_of_module
-        from tinyagent_fast.inference.planner import find_source
-
-        tools = tools_of_module(self.tools)
-        if self.grammar == "on":
-            source = find_source(self.model, run=self.run, runs=self.runs)
-            refuse_unplanned(source.tools(), tools)
-        return tools
-
-    def open_agent(
-        self, planner: Planner, tools: Mapping[str, RunnableTool] | None
-    ) -> AbstractAsyncContextManager[OpenAgent]:
-        """Give the agent that is meant, to be opened in the loop that it will run in."""
-        from tinyagent_fast.agent.session import open_agent
-
-        return open_agent(planner, self, tools)
+        if self.own_tools is not None and self.grammar == "on":
+            source = planner.find_source(self.model, run=self.run, runs=self.runs)
+            refuse_unplanned(source.tools(), self.own_tools)

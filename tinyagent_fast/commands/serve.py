@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyagent_fast.commands.planner_flags import AgentFlags
+from tinyagent_fast.agent.session import open_agent
+from tinyagent_fast.commands.planner_flags import AgentFlags, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,7 @@ class ServeFlags(AgentFlags):
 
 def run(arguments: Sequence[str]) -> int:
     """Serve until Ctrl-C; gives 0."""
-    import tyro
-
-    flags = tyro.cli(ServeFlags, args=list(arguments), prog="tinyagent-fast serve")
+    flags = read_flags(ServeFlags, "serve", arguments, "agent")
     flags.check()
     from contextlib import suppress
 
@@ -32,9 +31,9 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.display import Display
 
     console = Console(highlight=False)
-    tools = flags.load_tools()
+    flags.check_tools()
     with listen(flags.host, flags.port) as listener, flags.load() as planner:
-        agent = flags.open_agent(planner, tools)
+        agent = open_agent(planner, flags)
         server = PlannerServer(planner, listener, flags.host, agent, ask=not flags.yes)
         Display(console).header("tinyagent-fast serve", planner.facts)
         if not is_loopback(flags.host):

@@ -137,7 +137,7 @@ def check_settings(settings: ExportSettings) -> None:
         r"[\w.-]+/[\w.-]+", settings.push_to_hub
     ):
         problems.append(f"--push-to-hub must be owner/name, got {settings.push_to_hub!r}")
-    if settings.name is not None and settings.name != Path(settings.name).name:
+    if settings.name is not None and settings.name != (Path(settings.name).name or None):
         problems.append(f"--name must be the name of a file, got {settings.name!r}")
     if problems:
         raise ConfigError(

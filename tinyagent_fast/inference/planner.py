@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights
+from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights, typed
 from tinyagent_fast.data.generation.catalogue import plan_tools
-from tinyagent_fast.errors import ConfigError, ModelError, did_you_mean, reading, wrong_type
+from tinyagent_fast.errors import ConfigError, ModelError, reading
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
 from tinyagent_fast.inference.second_look import generate_plans
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
@@ -211,13 +211,10 @@ class Planner:
         Raises:
             ModelError: A prompt does not fit into the model's context.
         """
-        if isinstance(requests, str):
-            raise ConfigError(
-                f"requests {requests!r}", "it is one text", "give a list, or ask plan()"
-            )
         done = dict(self.plan_each(requests, system))
         return [done[index] for index in range(len(requests))]
 
+    @typed
     def plan_each(
         self, requests: Sequence[str], system: str | None = None
     ) -> Iterator[tuple[int, PlannedRequest]]:
@@ -334,11 +331,12 @@ _ENGINES: Mapping[str, tuple[EngineName, ...]] = {
 _KINDS = {"adapter": "an adapter", "folder": "a merged folder", "gguf": "a GGUF file"}
 
 
+@typed
 def load(
     source: Run | str | Path | None = None,
     *,
     engine: EngineName = "auto",
-    run: str | None = None,
+    run: str | Path | None = None,
     runs: Path | str = Path("runs"),
     system: str | Path = "auto",
     max_new_tokens: int | None = None,
@@ -375,11 +373,6 @@ def load(
     for name, value in (("max-new-tokens", max_new_tokens), ("threads", threads), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
-    if grammar not in get_args(GrammarUse):
-        raise ConfigError(f"grammar {grammar!r}", "it is `on` or `off`", "take one of them")
-    _refuse_unknown_engine(engine)
-    if not isinstance(source, Run | str | Path | None):
-        raise wrong_type("source", source, "a run, or the name or path of a run or model")
     path = source.path if isinstance(source, Run) else source
     found = find_source(path, run=run, runs=Path(runs))
     chosen = _engine_of(engine, found)
@@ -398,15 +391,6 @@ def load(
         facts={**_facts(found, prompts, grammar), "engine": runs_with},
         run=found.run,
     )
-
-
-def _refuse_unknown_engine(engine: str) -> None:
-    if engine not in get_args(EngineName):
-        raise ConfigError(
-            f"engine {engine!r}",
-            f"there is no such engine{did_you_mean(engine, get_args(EngineName))}",
-            f"take one of {', '.join(get_args(EngineName))}",
-        )
 
 
 def _engine_of(asked: EngineName, source: PlannerSource) -> EngineName:
@@ -439,7 +423,7 @@ def _facts(source: PlannerSource, prompts: PromptBuilder, grammar: GrammarUse) -
 
 
 def find_source(
-    source: str | Path | None = None, *, run: str | None = None, runs: Path = Path("runs")
+    source: str | Path | None = None, *, run: str | Path | None = None, runs: Path = Path("runs")
 ) -> PlannerSource:
     """Find the model that is meant, and the run that it belongs to; arguments as in `load`.
 

@@ -17,7 +17,8 @@ from io import StringIO
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from tinyagent_fast.errors import printable, wrong_type
+from tinyagent_fast.config import typed
+from tinyagent_fast.errors import printable
 from tinyagent_fast.plans.grammar import Step, read_plan
 from tinyagent_fast.plans.graph import Dag, followed_references, same_dag, surroundings
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, call_problems
@@ -179,6 +180,7 @@ class PlanDrawing:
         return f"{counts}: {'; '.join(links or named)}" if named else _NO_CALL
 
 
+@typed
 def draw_plan(
     text: str, tools: Mapping[str, Tool] | None = None, *, finished: bool = True
 ) -> PlanDrawing:
@@ -196,8 +198,6 @@ def draw_plan(
     Raises:
         ConfigError: The plan is no text.
     """
-    if not isinstance(text, str):
-        raise wrong_type("plan", text, "the plan as a text")
     reading = read_plan(text if finished else text[: text.rfind("\n") + 1])
     by_number = {step.number: step for step in reading.steps}
     every = [step for step in reading.steps if step.tool != JOIN]

@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyagent_fast.config import typed
 from tinyagent_fast.errors import ConfigError, count_of, plainly
 from tinyagent_fast.inference.engine import Prompt
 from tinyagent_fast.plans.gbnf import plan_grammar
@@ -80,6 +81,7 @@ class PromptBuilder:
     grammar: bool = False
     """Whether plans can only be plans of the tools that their prompt lists."""
 
+    @typed
     def build(self, request: str, system: str | None = None) -> BuiltPrompt:
         """Make the prompt of a request.
 
@@ -177,14 +179,11 @@ def _tools_named(system: str | None, tools: Mapping[str, Tool] | None) -> tuple[
 
 
 def check_text(name: str, text: str) -> None:
-    """Refuse what is no text that a model can read.
+    """Refuse a text that no model can read.
 
     Raises:
-        ConfigError: It is no text, or no valid Unicode.
+        ConfigError: It is no valid Unicode.
     """
-    if not isinstance(text, str):
-        why = f"it must be a text, and is of the type {type(text).__name__}"
-        raise ConfigError(f"{name} {text!r}", why, "give one text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

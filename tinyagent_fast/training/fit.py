@@ -8,9 +8,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tinyagent_fast.config import Config, CpuCompute, EvalConfig, Weights, check_config, with_types
+from tinyagent_fast.config import Config, CpuCompute, EvalConfig, Weights, check_config
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
 
 _SAMPLED_ROWS = 256
 _MARGIN_TOKENS = 16
+_TIMES_EVERY_S = 5.0
 _FIRST_SAMPLE = 16
 """Validation queries before the first step: enough to see that an untrained model plans nothing."""
 
@@ -127,18 +129,19 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
         UserError: Anything that a user can repair, before the first step wherever possible.
         Stopped: Ctrl-C or SIGTERM; the run can be resumed.
     """
-    config = with_types(config)
     check_config(config)
     check_tracker(config.track)
     processes = init_processes()
     if not processes.is_main_process:
         console = Console(quiet=True)
     display = Display(console or Console(highlight=False))
+    started = time.perf_counter()
     with ExitStack() as held:
 
         def hold(run: Run) -> Run:
             if processes.is_main_process:
                 held.enter_context(holding(run.path, "train", "or train under another --name"))
+                held.enter_context(_keeping_times(run, display, started))
             return run
 
         if resume is None:
@@ -158,50 +161,58 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
     plain = config.train.qat != "off"
     with display.working("loading libraries"):
         prepare_libraries(replace(config.model, backend="transformers") if plain else config.model)
-    started = time.perf_counter()
     prepared = _prepare(config, display, resume, hold)
-    run, prepared_s = prepared.run, time.perf_counter()
+    run, steps = prepared.run, "steps and validation"
     try:
-        try:
+        with display.timed(steps):
             _fit(prepared, checkpoint, resumed=resume is not None)
-        finally:
-            display.timings_s["steps and validation"] = time.perf_counter() - prepared_s
-        display.say(f"trained in {time.perf_counter() - prepared_s:.0f} s")
+        display.say(f"trained in {display.timings_s[steps]:.0f} s")
         _finish(prepared)
     except KeyboardInterrupt as stop:
-        _add_timings(prepared, started)
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         why = "it was between two checkpoints; steps behind the last one are made again"
         raise _stopped(run, f"stopped by {NAMES[number]}", why, number) from stop
     except Exception as error:
         if not is_full_disk(error):
-            _add_timings(prepared, started)
             raise
         fix = f"free some space, then: tinyagent-fast train --resume {run.named}"
         raise TrainingError(f"run {run.path}", "the disk is full", fix) from error
-    _add_timings(prepared, started)
     return run
 
 
-def _add_timings(prepared: _Prepared, started: float) -> None:
-    """Add the seconds of this session to those of the sessions before it, where a run is resumed.
+@contextmanager
+def _keeping_times(run: Run, display: Display, started: float) -> Iterator[None]:
+    """Add the seconds of a session to those of the ones before it, as they pass: a kill loses few.
 
-    One that ended by a kill or a power cut has left none.
+    No training fails for want of them, such as where the file is damaged or the disk is full.
     """
-    if not prepared.processes.is_main_process:
-        return
-    path = prepared.run.path / "timings.json"
-    total_s: dict[str, float] = {}
+    path, over = run.path / "timings.json", threading.Event()
+    before_s: dict[str, float] = {}
     if path.is_file():
-        with suppress(ConfigError):  # damaged, and no training fails for that
+        with suppress(ConfigError):
             recorded = read_json(path).items()
-            total_s = {
+            before_s = {
                 k: v for k, v in recorded if isinstance(v, int | float) and 0 <= v < math.inf
             }
-    all_s = total_s.pop("all", 0.0) + time.perf_counter() - started
-    for name, seconds in prepared.display.timings_s.items():
-        total_s[name] = round(total_s.get(name, 0.0) + seconds, 2)
-    write_json(path, {**total_s, "all": round(all_s, 2)})
+
+    def write() -> None:
+        now_s = {**display.timings_s, "all": time.perf_counter() - started}
+        names = sorted({**before_s, **now_s}, key="all".__eq__)
+        with suppress(OSError):
+            write_json(path, {n: round(before_s.get(n, 0) + now_s.get(n, 0), 2) for n in names})
+
+    def keep() -> None:
+        while not over.wait(_TIMES_EVERY_S):
+            write()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join()
+        write()
 
 
 def _stopped(run: Run, what: str, why: str, number: int) -> Stopped:
