@@ -6,9 +6,9 @@ A native module that imports another one in the middle of Ctrl-C clears the exce
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -17,9 +17,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a program to end: the keys of a terminal; `kill`, batch systems and containers."""
 NAMES: Mapping[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
+_BLOCKED_S = 2.0
+"""An event loop that has not taken up a stop signal after so long is blocked by what it runs."""
+
 _noted: list[int] = []
-_cancel: list[Callable[[], object]] = []
-"""How the event loop under way is stopped, while it has not been yet."""
+_cancel: list[Callable[[int], object]] = []
+"""How the event loop under way is stopped by a signal, while it has not been yet."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,7 +42,7 @@ def noting_interrupts() -> Iterator[None]:
         _noted.append(number)
         if not _cancel:
             raise _interrupt(number)
-        _cancel.pop()()
+        _cancel.pop()(number)
 
     previous = {}
     for number, usual in zip(
@@ -62,7 +65,8 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine from the main thread; a stop signal cancels it and is raised at its end.
 
     Raised in the midst of an event loop, an exception takes with it what the loop had in hand, and
-    a task that waits for that never ends. `asyncio.run` knows this for its own handler only.
+    a task that waits for that never ends. `asyncio.run` knows this for its own handler only. A loop
+    that is blocked has nothing else in hand, and gets the signal once more.
 
     Raises:
         KeyboardInterrupt: A stop signal came. A second one is raised at once.
@@ -71,8 +75,17 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
     async def whole() -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        here = threading.get_ident()
         assert task is not None
-        _cancel.append(partial(loop.call_soon_threadsafe, task.cancel))
+
+        def cancel(number: int) -> None:
+            again = threading.Timer(_BLOCKED_S, lambda: signal.pthread_kill(here, number))
+            again.daemon = True
+            again.start()
+            loop.call_soon_threadsafe(again.cancel)
+            loop.call_soon_threadsafe(task.cancel)
+
+        _cancel.append(cancel)
         try:
             return await work
         finally:

@@ -297,6 +297,11 @@ async def wait() -> None:
         Path("tidied").touch()
 
 @tool(changes=False)
+async def block() -> None:
+    print("begun", flush=True)
+    time.sleep(60)
+
+@tool(changes=False)
 def sleep() -> None:
     print("begun", flush=True)
     time.sleep(60)
@@ -304,7 +309,13 @@ def sleep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "sign"), [("1. change()", "do it?"), ("1. wait()", "begun"), ("1. sleep()", "begun")]
+    ("plan", "sign"),
+    [
+        ("1. change()", "do it?"),
+        ("1. wait()", "begun"),
+        ("1. sleep()", "begun"),
+        ("1. block()", "begun"),
+    ],
 )
 def test_ctrl_c_ends_it_at_once_at_the_question_and_in_a_call(
     plan: str, sign: str, tmp_path: Path
