@@ -23,6 +23,7 @@ from tinyagent_fast.config import Config
 from tinyagent_fast.data.cache import cache_folder
 from tinyagent_fast.data.download import DATASET_REPOSITORY
 from tinyagent_fast.data.reading import check_head, is_incomplete
+from tinyagent_fast.display import size_text
 from tinyagent_fast.errors import DataError, ModelError, TrainingError, UserError, count_of
 from tinyagent_fast.models.published import PUBLISHED
 from tinyagent_fast.presets import REAL_TEST, REAL_TRAIN
@@ -551,8 +552,8 @@ def check_data(config: Config) -> list[Finding]:
             text = f"{REAL_TRAIN} is not there, and HF_HUB_OFFLINE forbids to download it"
             fix = f"unset HF_HUB_OFFLINE and run {download}, or copy it as data/README.md says"
             return [Finding("data", "failure", text, fix)]
-        size = sum(_PUBLISHED_BYTES.values()) / 1e6
-        text = f"{REAL_TRAIN} is not there: training downloads the published files ({size:.0f} MB)"
+        size = size_text(sum(_PUBLISHED_BYTES.values()))
+        text = f"{REAL_TRAIN} is not there: training downloads the published files ({size})"
         return [Finding("data", "ok", text)]
     found = []
     for path in filter(None, (data.train, data.test)):
@@ -567,8 +568,7 @@ def check_data(config: Config) -> list[Finding]:
             fix = download if path in _PUBLISHED_BYTES else named
             found.append(Finding("data", "failure", problem, fix))
         else:
-            size = path.stat().st_size / 1e6
-            found.append(Finding("data", "ok", f"{path}: {size:,.1f} MB"))
+            found.append(Finding("data", "ok", f"{path}: {size_text(path.stat().st_size)}"))
     return found
 
 

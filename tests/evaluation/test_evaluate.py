@@ -113,6 +113,7 @@ def test_all_exported_files_are_evaluated_and_compared_with_f16(
     written = (exported.path / "eval-gguf.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     assert all(line in printed for line in written.splitlines()[2:])
+    assert printed.count("## ") == 1, "nothing is printed at length but the table"
     f16, f32 = ([cell.strip() for cell in line.split("|")] for line in written.splitlines()[-2:])
     assert f16[4:7] == ["reference", "", ""]
     assert f32[4].startswith("+0.0 (")

@@ -43,12 +43,12 @@ def run(arguments: Sequence[str]) -> int:
         )
     from rich.console import Console
 
-    from tinyagent_fast.display import Display
+    from tinyagent_fast.display import Display, size_text
 
     with Display(Console(stderr=True)).working("data generate"):
         files = generate_dataset(spec, flags.out)
     for path, entries in ((files.train, spec.train_entries), (files.test, spec.test_entries)):
-        print(f"{path}: {entries} entries, {path.stat().st_size / 1e6:.1f} MB")
+        print(f"{path}: {entries} entries, {size_text(path.stat().st_size)}")
     names = [f"--data.train {files.train}"]
     if spec.test_entries:
         names.append(f"--data.test {files.test}")

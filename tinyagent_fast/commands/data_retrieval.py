@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.data.splits import without_leaks
-    from tinyagent_fast.display import Display
+    from tinyagent_fast.display import Display, size_text
     from tinyagent_fast.errors import ConfigError
     from tinyagent_fast.models.encoder import EncoderTraining
     from tinyagent_fast.plans.tools import TINYAGENT
@@ -84,5 +84,5 @@ def run(arguments: Sequence[str]) -> int:
     if flags.out is not None:
         flags.out.mkdir(parents=True, exist_ok=True)
         for path in retriever.save(flags.out):
-            print(f"written: {path} ({path.stat().st_size / 2**20:,.1f} MiB)")
+            print(f"written: {path} ({size_text(path.stat().st_size)})")
     return 0

@@ -142,7 +142,7 @@ def _place(source: _Source, on_progress: Callable[[int, int], None]) -> Download
         raise DataError(
             f"{target.name}: cannot be placed in {target.parent}",
             "the disk is full" if full else plainly(error),
-            "free at least 2 GB in this folder and in the hub cache (HF_HOME), then try again"
+            "free at least 2 GiB in this folder and in the hub cache (HF_HOME), then try again"
             if full
             else "check the rights of this folder and of the hub cache (HF_HOME)",
         ) from error

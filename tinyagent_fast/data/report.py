@@ -17,6 +17,7 @@ from typing import Any
 from tinyagent_fast.data.reading import ReadReport, read_entries
 from tinyagent_fast.data.schema import Example, plan_steps
 from tinyagent_fast.data.splits import LeakReport, leak_report
+from tinyagent_fast.display import size_text
 
 Encode = Callable[[list[str]], list[list[int]]]
 Render = Callable[[Example], tuple[str, str]]
@@ -92,7 +93,7 @@ class DataCheck:
             "  fix: nothing; every command reads JSON Lines too",
         )
         lines = [
-            f"{self.path}: {read.size_bytes / 1e6:,.1f} MB, sha256 {read.file_sha256}",
+            f"{self.path}: {size_text(read.size_bytes)}, sha256 {read.file_sha256}",
             *(json_lines if read.json_lines else ()),
             f"entries: {read.entries:,} usable, {read.skipped:,} not; points: {points}",
             "steps per plan (without join):",

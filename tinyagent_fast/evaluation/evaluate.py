@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from tinyagent_fast.config import Backend, Config, GrammarUse, check_config
+from tinyagent_fast.display import Display, size_text
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.evaluation.comparison import compare_plans
@@ -31,7 +32,6 @@ from tinyagent_fast.runs import Run, find_run, holding, read_json, write_json, w
 
 if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
-    from tinyagent_fast.display import Display
     from tinyagent_fast.inference.engine import Engine
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
@@ -136,8 +136,8 @@ class _Job:
         return "-grammar" if self.options.grammar == "on" else ""
 
 
-def _check_options(options: EvalOptions) -> tuple[EngineName, EvalOptions]:
-    """Give the engine that is meant; refuse what it would have to ignore. Needs no torch."""
+def _check_options(options: EvalOptions) -> EvalOptions:
+    """Name the engine that is meant; refuse what it would have to ignore. Needs no torch."""
     engine: EngineName
     if options.engine == "transformers":
         if options.backend not in (None, "transformers"):
@@ -187,7 +187,7 @@ def _check_options(options: EvalOptions) -> tuple[EngineName, EvalOptions]:
             "it answers several queries at once in a single process",
             "start it without torchrun",
         )
-    return engine, options
+    return replace(options, engine=engine)
 
 
 def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResult]:
@@ -201,7 +201,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
         ModelError: A model cannot be loaded, or a prompt does not fit.
         DataError: The test file is faulty.
     """
-    engine, options = _check_options(options)
+    options = _check_options(options)
     processes = init_processes()  # takes this process's GPU before any library looks for one
     run = find_run(options.run, options.runs)
     config = eval_config(run, options)
@@ -210,18 +210,19 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
             fix = "or name another folder with --out"
             held.enter_context(holding(options.out or run.path, "eval", fix))
         # What is not there is told before anything takes long.
-        {"torch": _adapter_meant, "gguf": _files_meant, "vllm": _folder_meant}[engine](run, options)
+        find = {"torch": _adapter_meant, "gguf": _files_meant, "vllm": _folder_meant}
+        find[options.engine](run, options)
         held.enter_context(display.working("eval"))  # for whatever has no label of its own
-        return _evaluate(run, config, options, engine, display)
+        return _evaluate(run, config, options, display)
 
 
 def _evaluate(
-    run: Run, config: Config, options: EvalOptions, engine: EngineName, display: Display
+    run: Run, config: Config, options: EvalOptions, display: Display
 ) -> dict[str, EvaluationResult]:
     """Evaluate a run whose folder for results this process holds."""
     from tinyagent_fast.models.libraries import prepare_libraries
 
-    backend = config.model.backend if engine == "torch" else "transformers"
+    backend = config.model.backend if options.engine == "torch" else "transformers"
     prepare_libraries(replace(config.model, backend=backend))
     from tinyagent_fast.data.generation.catalogue import plan_tools
 
@@ -239,7 +240,8 @@ def _evaluate(
     display.say(f"run {run.path.name}: {len(examples)} test queries")
     if (unfinished := run.unfinished()) is not None:
         display.say(f"note: the training of run {run.path.name} is {unfinished}")
-    return {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}[engine](job)
+    measure = {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}
+    return measure[options.engine](job)
 
 
 def test_queries(
@@ -316,8 +318,9 @@ def _measure(
             engine, task, folder, processes=processes, on_progress=update, say=display.say
         )
     if processes.is_main_process:
-        report = (folder / "report.md").read_text(encoding="utf-8")
-        display.say(report.split("\n## The first")[0])
+        if job.options.engine != "gguf":  # several files, which are compared in one table
+            report = (folder / "report.md").read_text(encoding="utf-8")
+            display.say(report.split("\n## The first")[0])
         display.say(f"{name}: {headline(result.metrics)}")
         display.say(f"written: {folder}/metrics.json, predictions.jsonl, report.md")
     return result
@@ -352,7 +355,7 @@ def _adapter(job: _Job) -> dict[str, EvaluationResult]:
 
 def _adapter_meant(run: Run, options: EvalOptions) -> Path | None:
     """Find the adapter; None stands for the bare base."""
-    wanted = options.adapter or "best"
+    wanted = "best" if options.adapter is None else options.adapter
     return None if wanted == "none" else run.find_adapter(wanted)
 
 
@@ -474,14 +477,14 @@ def _compare_files(
             compared = compare_plans(measured[reference], plans)
             same = f"{compared.identical_texts} of {compared.n}"
             told = (compared.points(), f"{compared.mcnemar_p:.3g}", same)
-        shown = "" if size is None else f"{size / 1e6:,.1f} MB"
+        shown = "" if size is None else size_text(size)
         rows.append((name, shown, success, *told, f"{seconds:.1f} s"))
         record = {"name": name, "size_bytes": size, "success": success.to_json()}
         compared_json = compared.to_json() if compared else None
         records.append({**record, "seconds": seconds, "comparison": compared_json})
     against = f"points against {reference or '(none)'}"
     table = FactTable(
-        title=f"GGUF files of {job.run.path.name}",
+        title=f"GGUF files of {job.run.path.name}" + ", with the grammar" * job.task.grammar,
         head=("engine", "size", "success", against, "McNemar p", "same plans", "generation"),
         rows=tuple(rows),
     ).to_markdown()

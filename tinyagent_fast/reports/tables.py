@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.agent.evaluate import agent_tables
+from tinyagent_fast.display import size_text
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import Cell, FactTable, percent, success_by_calls
@@ -253,7 +254,7 @@ def _export_table(contents: RunContents, export: Export) -> FactTable:
             (
                 file.path,
                 file.quant,
-                f"{file.size_bytes / 1e6:,.1f}\u00a0MB",
+                size_text(file.size_bytes).replace(" ", "\u00a0"),
                 "" if bits is None else f"{bits:.2f}",
                 validated or "not measured",
                 tested.metrics.success if tested else "not measured",
