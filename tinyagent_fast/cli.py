@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 
 _RIGHTS = "look at the rights of that place, or name another one"
 _SPACE = "free some space, or name another place; the same command goes on"
@@ -130,7 +131,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.interrupts import noted_interrupt
 
     try:
-        _refuse_empty(name, arguments)
+        _refuse_empty(arguments)
         from tinyagent_fast.models.libraries import quieten
 
         quieten()  # before the first import that reaches bitsandbytes
@@ -171,14 +172,15 @@ def _run(name: str, arguments: list[str]) -> int:
         return 2
 
 
-def _refuse_empty(name: str, arguments: list[str]) -> None:
-    """Refuse a value without a character, such as that of a variable which is not set."""
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse a flag's value without a character, such as that of a variable which is not set."""
     from tinyagent_fast.errors import UserError
 
-    for before, word in zip([f"tinyagent-fast {name}", *arguments], arguments, strict=False):
-        if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
-            shown = word or f"{before} ''"
-            raise UserError(shown, "the value is empty", "give one, or leave it out")
+    for flag, word in pairwise(["", *arguments]):
+        behind_flag = word == "" and flag.startswith("--")
+        if behind_flag or (word.startswith("--") and word.find("=") == len(word) - 1):
+            what = word or f"{flag} ''"
+            raise UserError(what, "the value is empty", "give one, or leave the flag out")
 
 
 def _read_enough() -> int:
