@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from tinyagent_fast.shared_prefix import forward as layers
-from tinyagent_fast.shared_prefix.packing import PackedSequence, PackedStep
-from tinyagent_fast.shared_prefix.prefix import NO_PREFIX, Prefix, compute_prefix
+from tinyagent_fast.shared_prefix.packing import PackedGroup, PackedSequence, PackedStep
+from tinyagent_fast.shared_prefix.prefix import Prefix, compute_prefix
 
 _Found = tuple[Tensor, Sequence[Tensor]]
 """A micro-batch's loss and gradients."""
@@ -56,53 +57,74 @@ def step_gradients(
     Returns:
         The loss, a scalar without gradient.
     """
-    items = step.supervised_tokens if num_items is None else num_items
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    passes = _Passes(
+        model=model,
+        parameters=[p for p in model.parameters() if p.requires_grad],
+        items=step.supervised_tokens if num_items is None else num_items,
+        kept_tokens=kept_tokens,
+        backward=backward,
+        autocast=autocast,
+        workers=workers,
+    )
+    losses = [loss for group in step.groups for loss in passes.of_group(group)]
+    return torch.stack(losses).sum()
 
-    def part_gradients(part: PackedSequence, prefix: Prefix) -> _Found:
-        """Give a micro-batch's loss, and gradients to its prefix and, of a worker, parameters."""
-        leaves = [x.detach().requires_grad_() for pair in prefix.layers for x in pair]
-        pairs = tuple(zip(leaves[::2], leaves[1::2], strict=True))
-        tokens = part.behind_tokens + part.computed_tokens
-        with autocast():
-            loss = layers.shared_prefix_loss(
-                model,
-                part,
-                items,
-                behind=Prefix(prefix.tokens, pairs).followed_by if leaves else None,
-                checkpointing=layers.computes_again(model) or tokens > kept_tokens,
-            )
-        if workers > 1:
-            return loss.detach(), torch.autograd.grad(loss, (*leaves, *parameters))
-        backward(loss)
-        found = [leaf.grad for leaf in leaves]
-        assert None not in found, "every micro-batch reads its prefix in every layer"
-        return loss.detach(), [x for x in found if x is not None]
 
-    losses = []
-    for group in step.groups:
-        prefix = NO_PREFIX
-        if len(group.prefix_ids):
-            with autocast():
-                prefix = compute_prefix(layers.DecoderForward(model), group.prefix_ids)
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """The passes of a step, forward and backward; its fields are as in `step_gradients`."""
+
+    model: Any
+    parameters: Sequence[Tensor]
+    items: float | Tensor
+    kept_tokens: float
+    backward: Callable[[Tensor], None]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    workers: int
+
+    def of_group(self, group: PackedGroup) -> list[Tensor]:
+        """Run a prefix forward, the micro-batches behind it, and it backward; give their losses."""
+        with self.autocast():
+            prefix = compute_prefix(layers.DecoderForward(self.model), group.prefix_ids)
         outputs = [x for pair in prefix.layers for x in pair]
         # In fp32, as 16 bits would round at each micro-batch.
         sums = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in outputs
         ]
-        runs = (partial(part_gradients, part, prefix) for part in group.parts)
-        for loss, found in _at_once(runs, workers):
+        losses = []
+        runs = (partial(self.of_part, part, prefix) for part in group.parts)
+        for loss, found in _at_once(runs, self.workers):
             losses.append(loss)
             for total, gradient in zip(sums, found, strict=False):
                 total.add_(gradient)
-            for parameter, gradient in zip(parameters, found[len(sums) :], strict=False):
+            for parameter, gradient in zip(self.parameters, found[len(sums) :], strict=False):
                 parameter.grad = (
                     gradient if parameter.grad is None else parameter.grad.add_(gradient)
                 )
         if outputs:
             gradients = [total.to(x.dtype) for total, x in zip(sums, outputs, strict=True)]
             torch.autograd.backward(outputs, gradients)
-    return torch.stack(losses).sum()
+        return losses
+
+    def of_part(self, part: PackedSequence, prefix: Prefix) -> _Found:
+        """Give a micro-batch's loss, and gradients to its prefix and, of a worker, parameters."""
+        leaves = [x.detach().requires_grad_() for pair in prefix.layers for x in pair]
+        pairs = tuple(zip(leaves[::2], leaves[1::2], strict=True))
+        tokens = part.behind_tokens + part.computed_tokens
+        with self.autocast():
+            loss = layers.shared_prefix_loss(
+                self.model,
+                part,
+                self.items,
+                behind=Prefix(prefix.tokens, pairs).followed_by if leaves else None,
+                checkpointing=layers.computes_again(self.model) or tokens > self.kept_tokens,
+            )
+        if self.workers > 1:
+            return loss.detach(), torch.autograd.grad(loss, (*leaves, *self.parameters))
+        self.backward(loss)
+        found = [leaf.grad for leaf in leaves]
+        assert None not in found, "every micro-batch reads its prefix in every layer"
+        return loss.detach(), [x for x in found if x is not None]
 
 
 def _at_once(runs: Iterable[Callable[[], _Found]], workers: int) -> Iterator[_Found]:
