@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, quants
+from gguf import GGMLQuantizationType, GGUFReader, quants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,14 @@ from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export import checkpoints, conversion
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.importance import SOURCE, Importance
-from tinyagent_fast.export.quantising import GgmlLibrary, block_values, file_type, tensor_type
+from tinyagent_fast.export.quantising import (
+    WORST_RELATIVE_RMSE,
+    GgmlLibrary,
+    block_values,
+    file_type,
+    open_ggml,
+    tensor_type,
+)
 from tinyagent_fast.export.settings import QUANTS
 from tinyagent_fast.models.families import LLAMA, ModelShape, Tensor
 
@@ -310,6 +317,24 @@ def test_a_damaged_block_of_rows_fails_the_check(
     assert calls["blocks"] > 5
     assert target.read_bytes() == b"from last time"
     assert not list(tmp_path.glob("*.part"))
+
+
+@needs_ggml
+@pytest.mark.parametrize("kind", ["Q6_K", "Q4_K"])
+def test_one_column_with_all_the_weight_is_no_mistake(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((8, 512)).astype(np.float32)
+    rows[:, 7] = 0.01  # small beside the others of its block
+    weights = np.full(512, 1e-9, dtype=np.float32)
+    weights[7] = 1.0
+    number, limit = GGMLQuantizationType[kind], WORST_RELATIVE_RMSE[kind]
+    with open_ggml({kind}) as library:
+        stored = library.rows(kind, rows, None)
+    back = quants.dequantize(stored, number)
+    assert conversion._relative_error(rows, back, weights) <= limit
+    for damage in (swapped, zeroed):
+        wrong = quants.dequantize(damage(stored), number)
+        assert not conversion._relative_error(rows, wrong, weights) <= limit
 
 
 def test_every_part_of_a_tensor_is_compared() -> None:

@@ -119,6 +119,9 @@ def test_what_is_looked_up_twice_is_looked_up_once() -> None:
     )
     assert written(Twice(twice), [HELD])[0].text == once
     assert written(Twice(twice), [FREE])[0].text == twice
+    # Nobody gets a text twice.
+    both = '1. get_phone_number("Ada")\n2. send_sms(["$1", "$1"], "hi")\n3. join()'
+    assert written(Twice(both), [HELD])[0].text == SURE
     # Of a second plan too.
     assert written(Twice(FORGOTTEN, twice), [HELD])[0].text == once
 

@@ -23,7 +23,7 @@ def show_stream(console: Console, stream: PlanStream) -> None:
                 shown += piece
     console.out("")
     if stream.text.strip() != shown.strip():
-        console.print("asked again, since an argument is none that its tool takes:", style="dim")
+        console.print("looked at once more, this is the plan:", style="dim")
         console.out(printable(stream.text), highlight=False)
     console.print(stream.drawing)
     if stream.result is not None:

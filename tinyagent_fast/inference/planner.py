@@ -50,7 +50,7 @@ class PlannedRequest:
 
     @property
     def text(self) -> str:
-        """The plan as the model wrote it."""
+        """The plan as it came out of the second look, else as the model wrote it."""
         return self.completion.text
 
     @cached_property

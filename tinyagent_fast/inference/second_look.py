@@ -20,6 +20,9 @@ from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan, render_pla
 from tinyagent_fast.plans.tools import Tool, tools_by_name
 from tinyagent_fast.prompts.builder import listed_tools
 
+SECOND_LOOK = 2
+"""What it does, by number: predictions that another one looked at are not mixed with these."""
+
 
 def generate_plans(
     engine: Engine,
@@ -34,20 +37,21 @@ def generate_plans(
     A second plan replaces the first if it has fewer doubts and leaves no call out but needless
     look-ups: each tool is called as often. The cost is that of both. `on_token` gets only empty
     texts of a second plan; `tools` are all by name, and None stands for TinyAgent's own. Look-ups
-    that a plan of theirs repeats are left out at last.
+    that a plan of theirs repeats are left out.
     """
     known = _own_tools() if tools is None else tools
     again: list[tuple[int, Completion, Prompt, Plan]] = []
-    for index, completion in engine.generate(prompts, limits, on_token):
+    for index, written in engine.generate(prompts, limits, on_token):
         prompt = prompts[index]
         listed = listed_tools(prompt, known) if prompt.grammar is not None else {}
+        completion = _shortened(written, listed)
         plan = _plan(completion) if listed else None
         found = doubts(plan, listed) if plan else []
         if plan and found and len(found[0].before) < MAX_CALLS:
             grammar = plan_grammar(listed, begun=found[0].before, following=found[0].instead)
             again.append((index, completion, replace(prompt, grammar=grammar), plan))
         else:
-            yield index, _shortened(completion, listed)
+            yield index, completion
 
     def waiting(at: int, _text: str) -> None:
         if on_token is not None:
@@ -55,14 +59,16 @@ def generate_plans(
 
     if again:
         prompts = [prompt for _, _, prompt, _ in again]
-        for at, second in engine.generate(prompts, limits, waiting):
+        for at, written in engine.generate(prompts, limits, waiting):
             index, first, prompt, plan = again[at]
-            other, listed = _plan(second), listed_tools(prompt, known)
+            listed = listed_tools(prompt, known)
+            second = _shortened(written, listed)
+            other = _plan(second)
             better = other is not None and _is_better(other, plan, listed)
             yield (
                 index,
                 replace(
-                    _shortened(second if better else first, listed),
+                    second if better else first,
                     new_tokens=first.new_tokens + second.new_tokens,
                     seconds=first.seconds + second.seconds,
                 ),
@@ -73,9 +79,7 @@ def _shortened(done: Completion, tools: Mapping[str, Tool]) -> Completion:
     """Leave repeated look-ups out of a plan; other texts stay as they are, to the letter."""
     plan = _plan(done) if tools else None
     shorter = without_repeats(plan, tools) if plan else None
-    if plan is None or shorter is None or len(shorter.steps) == len(plan.steps):
-        return done
-    return replace(done, text=render_plan(shorter))
+    return done if shorter is None or shorter == plan else replace(done, text=render_plan(shorter))
 
 
 def _plan(done: Completion) -> Plan | None:

@@ -10,7 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tinyagent_fast.plans.grammar import Plan, Step, reference_uses, render_call, substitute
+from tinyagent_fast.plans.grammar import (
+    Plan,
+    Step,
+    reference_uses,
+    references,
+    render_call,
+    render_plan,
+    substitute,
+)
 from tinyagent_fast.plans.tools import Parameter, Tool
 
 _FORMS = {
@@ -18,6 +26,8 @@ _FORMS = {
     "phone": re.compile(r"(?<![\w.@])[+(]?\d[\d ().-]{2,}(?![\w@])"),
 }
 """Kinds of values that are told from all others by their form."""
+_BEFORE_A_DIGIT = re.compile(r"\$\{\d+\}\d")
+"""A reference that another number cannot be written for as `$n`."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +71,44 @@ def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
 def without_repeats(plan: Plan, tools: Mapping[str, Tool]) -> Plan:
     """Leave out calls that look up again what an earlier one found, and use what that found.
 
-    Those are calls with the same tool and arguments, of a tool whose result another one takes. No
-    published plan has such a pair. References of the plan point to earlier calls.
+    Those are calls with the same tool and arguments, of a tool whose result another one takes, if
+    no call between them changes something that has one of these arguments, such as a note's name.
+    No published plan has such a pair. References of the plan point to earlier calls.
     """
+    if _BEFORE_A_DIGIT.search(render_plan(plan)):
+        return plan
     wanted = {kind for tool in tools.values() for one in tool.parameters for kind in one.sources}
-    first: dict[str, int] = {}
-    references: dict[int, object] = {}
+    first: dict[str, Step] = {}
+    numbers: dict[int, object] = {}
     kept: list[Step] = []
     for step in plan.steps:
-        arguments = tuple(substitute(value, references) for value in step.arguments)
+        arguments = tuple(_once_each(substitute(a, numbers)) for a in step.arguments)
+        now = replace(step, number=len(kept) + 1, arguments=arguments)
         call = render_call(step.tool, arguments)
-        again = first.get(call)
-        if again is None:
-            again = len(kept) + 1
-            kept.append(replace(step, number=again, arguments=arguments))
-            if step.tool in tools and tools[step.tool].returns in wanted:
-                first[call] = again
-        references[step.number] = f"${again}"
+        if step.tool not in tools or tools[step.tool].returns not in wanted:
+            named = {text for value in arguments for text in _literals(value)}
+            first = {
+                known: other
+                for known, other in first.items()
+                if not named.intersection(t for v in other.arguments for t in _literals(v))
+            }
+        elif call in first:
+            numbers[step.number] = f"${first[call].number}"
+            continue
+        else:
+            first[call] = now
+        numbers[step.number] = f"${now.number}"
+        kept.append(now)
     return replace(plan, steps=tuple(kept))
+
+
+def _once_each(value: object) -> object:
+    """Leave out what a list says again by the same reference."""
+    if not isinstance(value, list):
+        return value
+    return [
+        item for at, item in enumerate(value) if item not in value[:at] or not references([item])
+    ]
 
 
 def takes(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> bool:

@@ -599,7 +599,8 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
         f"{trainable:,} parameters",
         "steps": f"{'packed rows:' if train.batching == 'packed' else steps} "
-        f"of {train.batch} x {train.accumulation} rows, {train.batching}",
+        f"of {train.batch} x {train.accumulation} rows, {train.batching}"
+        + (", by --train.max-steps and not --train.epochs" if train.max_steps else ""),
     }
     if count > 1:
         batch = train.rows_per_batch * count

@@ -347,6 +347,12 @@ def _catalogue_problems(catalogue: Catalogue) -> list[str]:
         for word in words
         if references([word])
     ]
+    taken = {kind for t in catalogue.tools for p in t.parameters for kind in p.sources}
+    problems += [
+        f"{tool.name}.lookup: no parameter takes its result by `from`, or it has no `mention`"
+        for tool in catalogue.tools
+        if tool.lookup and (tool.mention is None or tool.returns not in taken)
+    ]
     for tool in catalogue.tools:
         for parameter in tool.parameters:
             where = f"{tool.name}.{parameter.name}"

@@ -6,6 +6,7 @@ literal value or with the result of another tool, which the plan then calls firs
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import defaultdict
@@ -151,22 +152,22 @@ def write_request(catalogue: Catalogue, mix: Mix, rng: random.Random) -> Request
             clauses.append(text)
         # Some catalogues have no single calls, or nothing else: then any number will do.
         wanted = (len(draft.calls) == 1) == single or attempt > _MAX_ATTEMPTS // 2
-        fits = 0 < len(draft.calls) <= mix.max_calls and (single or not _has_idle_lookup(draft))
+        fits = 0 < len(draft.calls) <= mix.max_calls and not _has_idle_lookup(draft)
         if clauses and wanted and fits and len(set(clauses)) == len(clauses):
             query = _sentence(clauses, rng)
             return Request(query, tuple(draft.calls), draft.values.now)
     raise DataError(
         f"tool catalogue {catalogue.name!r}",
         f"no request with at most {mix.max_calls} call(s) came out of {_MAX_ATTEMPTS} attempts, "
-        "as its tools need results of too many others",
+        "as its tools need results of too many others, or look up (`lookup`) what none can use",
         "give parameters that have `from` a `value` too, so that a literal can end the chain",
     )
 
 
 def _has_idle_lookup(draft: _Draft) -> bool:
-    """Say whether a call looks up what no other call uses; the published plans have none such."""
+    """Say whether one of several calls looks up what no other uses: no published plan does."""
     used = {number for call in draft.calls for number, _ in reference_uses(call.arguments)}
-    return any(
+    return len(draft.calls) > 1 and any(
         draft.catalogue.by_name[call.tool].lookup and number not in used
         for number, call in enumerate(draft.calls, start=1)
     )
@@ -207,7 +208,9 @@ def _expand(
             if isinstance(part, str):
                 text += part
             elif isinstance(part, Kind):
-                text += draft.values.draw(part.name).text
+                text += (
+                    _pronoun(draft) if part.name == "them" else draft.values.draw(part.name).text
+                )
             elif isinstance(part, Either):
                 text += fill(draft.rng.choice(part.wordings))
             elif isinstance(part, Maybe):
@@ -322,7 +325,7 @@ def _provide(
     made = draft.made(provider.name)
     if provider.again and len(made) == 1 and rng.random() < draft.mix.again_share:
         return [rng.choice(provider.again)], made
-    again = _said_again(draft, provider)
+    again = _said_again(draft, provider, math.inf if parameter.type == "list[str]" else 1)
     if again is not None:
         return again
     texts: list[str] = []
@@ -340,15 +343,25 @@ def _provide(
     return texts, references
 
 
-def _said_again(draft: _Draft, provider: CatalogueTool) -> tuple[list[str], list[str]] | None:
-    """Speak with one word of those who were named last, at times."""
+def _pronoun(draft: _Draft) -> str:
+    """Speak of the people who were named last."""
+    named = draft.together.get("person") or draft.mentioned["person"][-1:]
+    if not named:
+        raise _NotNow
+    return draft.rng.choice(REUSABLE_KINDS["person"][min(len(named), 3) - 1])
+
+
+def _said_again(
+    draft: _Draft, provider: CatalogueTool, most: float
+) -> tuple[list[str], list[str]] | None:
+    """Speak with one word of those who were named last, at times, if they are not too many."""
     parameter = provider.parameters[0] if len(provider.parameters) == 1 else None
     kind = (parameter.value or "") if parameter is not None and not parameter.sources else ""
     values = draft.together.get(kind)
     if kind not in REUSABLE_KINDS or not values or draft.rng.random() >= draft.mix.reuse_share:
         return None
     words = REUSABLE_KINDS[kind][min(len(values), 3) - 1]
-    if not words:
+    if not words or len(values) > most:
         return None
     calls = [Call(provider.name, (value.argument,)) for value in values]
     return [draft.rng.choice(words)], [draft.reference(call) for call in calls]

@@ -338,7 +338,7 @@ _MADE: Mapping[str, Callable[[Values], str | Value]] = {
 BUILT_IN_VALUES = frozenset(_MADE) | {
     *("event", "titled", "gathering", "about", "topic", "subject", "heading", "note", "folder"),
     *("content", "addition", "chore", "reminded", "remark", "message", "notice", "reminding"),
-    *("answer", "covering", "transport", "mode", "details", "occasion"),
+    *("answer", "covering", "transport", "mode", "details", "occasion", "them"),
 }
 """Kinds of value that every catalogue can name."""
 
