@@ -105,6 +105,7 @@ VALUES = {
     "config": Config(),
     "name": "one",
     "pairs": [],
+    "path": "mine.yaml",
     "text": "1. join()",
 }
 """What stands for the parameters that a function must be given."""
@@ -112,7 +113,6 @@ FUNCTIONS = {
     name: value
     for name in tinyagent_fast.__all__
     if inspect.isfunction(value := getattr(tinyagent_fast, name))
-    and name not in ("load_config", "preset_config")
 }
 
 

@@ -14,6 +14,7 @@ from tinyagent_fast.config import (
     ModelConfig,
     TrainConfig,
     parse_config,
+    typed,
 )
 from tinyagent_fast.errors import ConfigError, did_you_mean, plainly
 from tinyagent_fast.strict_yaml import read_yaml_text
@@ -171,6 +172,7 @@ PRESETS: Mapping[str, Callable[[], Config]] = {
 """Every preset by name."""
 
 
+@typed
 def preset_config(name: str) -> Config:
     """Make the config of a preset, a key of `PRESETS`.
 
@@ -205,6 +207,7 @@ def preset_of_card(memory_gib: float, capability_major: int) -> str:
     return preset if capability_major >= 8 else "t4"
 
 
+@typed
 def load_config(
     path: str | Path,
     *,
