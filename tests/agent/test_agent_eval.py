@@ -165,7 +165,7 @@ def test_a_right_graph_with_a_wrong_argument_is_plan_success_and_no_task_success
         return text.replace("2024", "2031").replace("2025", "2031")
 
     async def run() -> list[TaskResult]:
-        tasks, _ = await tasks_of(plans(30))
+        tasks, _ = await tasks_of(plans(60))
         return await run_tasks(tasks, Oracle(tasks, spoil=spoil), RuleJoiner(), None)
 
     results = asyncio.run(run())
