@@ -384,6 +384,18 @@ def test_flags_are_named_as_in_training_and_may_be_short(
     assert observed.seen[name.replace("_", "-")] == int(value)
 
 
+def test_a_limit_of_the_run_can_be_lifted(run: Run, observed: Observed) -> None:
+    from tinyagent_fast.config import dump_config
+
+    config = run.config()
+    limited = replace(config, eval=replace(config.eval, limit=1))
+    run.config_path.write_text(dump_config(limited), encoding="utf-8")
+    assert main(["eval", "--run", str(run.path)]) == 0
+    assert observed.seen["eval.limit"] == 1
+    assert main(["eval", "--run", str(run.path), "--limit", "all"]) == 0
+    assert observed.seen["eval.limit"] > 1
+
+
 @pytest.mark.parametrize(
     ("words", "folder", "name"),
     [

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -77,8 +77,8 @@ class EvalChanges:
     """Prompts generated at batch 1 and at batch N before the sweep; 0 skips the comparison."""
     lookup_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--lookup-tokens"])] = None
     """Guesses from the prompt that a decoding step checks at once; plans stay the same."""
-    limit: Annotated[int | None, tyro.conf.arg(aliases=["--limit"])] = None
-    """Evaluate only the first so many entries."""
+    limit: Annotated[int | Literal["all"] | None, tyro.conf.arg(aliases=["--limit"])] = None
+    """Evaluate only the first so many entries; `all` also where the run's config has a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,8 @@ def test_queries(
 def eval_config(run: Run, options: EvalOptions) -> Config:
     """Take the run's config with what the options change."""
     config = run.config()
-    changes = {name: value for name, value in asdict(options.eval).items() if value is not None}
+    given = {name: value for name, value in asdict(options.eval).items() if value is not None}
+    changes: dict[str, Any] = {n: None if value == "all" else value for n, value in given.items()}
     data, model = config.data, config.model
     if options.test is not None:
         data = replace(data, test=options.test)
