@@ -105,7 +105,7 @@ def test_without_a_test_file_nothing_is_measured_on_one_and_the_header_says_so(
     assert [e["samples"] for e in evaluations_of(run)] == [3, 3]
     assert not (run.path / "test").exists()
     text = " ".join(quiet.file.getvalue().split())
-    assert "3 validation queries during training, no test file" in text
+    assert "of which 3 are planned during training; no test file" in text
     assert "test queries" not in text
     assert f"make eval RUN={run.named} ARGS='--test FILE'" in text
     with pytest.raises(DataError, match="no test file"):

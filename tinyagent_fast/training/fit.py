@@ -586,7 +586,8 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         "data": f"{files.train}{' (generated)' if files.generated else ''}",
         "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
         f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
-        "held out": f"{len(prepared.examples.validation)} validation queries during training, "
+        "held out": f"{prepared.examples.summary['examples']['validation']} entries, of which "
+        f"{len(prepared.examples.validation)} are planned during training; "
         + (
             f"{len(prepared.examples.test)} test queries"
             if files.test is not None
