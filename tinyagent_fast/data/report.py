@@ -17,7 +17,6 @@ from typing import Any
 from tinyagent_fast.data.reading import ReadReport, read_entries
 from tinyagent_fast.data.schema import Example, plan_steps
 from tinyagent_fast.data.splits import LeakReport, leak_report
-from tinyagent_fast.display import size_text
 
 Encode = Callable[[list[str]], list[list[int]]]
 Render = Callable[[Example], tuple[str, str]]
@@ -85,6 +84,8 @@ class DataCheck:
 
     def render_text(self) -> str:
         """Return the figures as plain text for the terminal."""
+        from tinyagent_fast.display import size_text
+
         read = self.read
         points = ", ".join(f"{count:,} {kind}" for kind, count in self.point_counts.items())
         json_lines = (
