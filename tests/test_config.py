@@ -361,6 +361,7 @@ WRONG = [
     ("eval", "limit", 0),
     ("eval", "before_limit", 0),
     ("data", "generated_entries", 0),
+    ("data", "own_passes", 0),
     ("data", "limit_entries", 0),
     ("data", "validation_entries", -1),
 ]
@@ -378,6 +379,20 @@ def test_a_setting_out_of_range_is_refused_by_name(section: str, name: str, valu
     flag = f"{section}.{name.replace('_', '-')}"
     assert any(line.strip().startswith(flag) for line in caught.value.why.splitlines())
     assert str(value) in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("data", "needed"),
+    [
+        ({"with_generated": True, "prompts": "short"}, "data.train"),
+        ({"with_generated": True, "train": Path("mine.json")}, "data.prompts"),
+        ({"own_passes": 2, "train": Path("mine.json")}, "data.with-generated"),
+    ],
+)
+def test_mixing_with_generated_rows_says_what_it_needs(data: dict[str, Any], needed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(Config(data=DataConfig(**data)))
+    assert f"needs {needed}" in caught.value.why
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -82,6 +82,11 @@ class DataConfig:
     """Use only this many training entries (seeded choice); None uses all."""
     generated_entries: int = 8000
     """Training entries to generate when `train` is None; 200 test entries come with them."""
+    with_generated: bool = False
+    """Train on so many generated entries too, mixed with those of the training file. A few hundred
+    entries of your own teach a small model more among generated ones than alone."""
+    own_passes: int = 1
+    """How often each row of the training file is taken in an epoch, among generated ones."""
     generated_max_calls: int = 8
     """Most calls of a generated plan, join not counted; fewer are easier to learn."""
     catalogue: Path | None = None
@@ -315,6 +320,15 @@ def check_config(config: Config) -> None:
             "train.evaluations needs eval.sample and data.validation-entries above 0 "
             "(or set train.evaluations to 0)"
         )
+    if config.data.with_generated and config.data.train is None:
+        problems.append("data.with-generated needs data.train, the file to mix them with")
+    if config.data.with_generated and config.data.prompts == "as-is":
+        problems.append(
+            "data.with-generated needs data.prompts short (or retrieved), so that all rows have "
+            "prompts of one kind"
+        )
+    if config.data.own_passes > 1 and not config.data.with_generated:
+        problems.append("data.own-passes needs data.with-generated (else set train.epochs)")
     if config.data.prompts != "as-is" and config.data.points == "join":
         problems.append("data.prompts retrieved needs data.points plan or all")
     if config.data.retriever == "tfidf" and config.data.retriever_encoder != ENCODER:

@@ -424,7 +424,8 @@ def disk_uses(config: Config) -> list[tuple[str, Path, float]]:
     size = float(data.generated_entries * _GENERATED_BYTES)
     if data.train is not None:
         there = data.train.exists()
-        size = data.train.stat().st_size if there else _PUBLISHED_BYTES.get(data.train, 0)
+        own = data.train.stat().st_size if there else _PUBLISHED_BYTES.get(data.train, 0)
+        size = own * data.own_passes + size * data.with_generated
     uses = [("cache", cache_folder(), 2 * size)]  # entries, and rows as token ids
     if data.train is None or not data.train.exists():
         # The hub's cache and this folder share one copy if they are on the same disk.

@@ -15,7 +15,12 @@ from tinyagent_fast.config import Config, DataConfig, EvalConfig, Leaks
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.presets import preset_config
-from tinyagent_fast.training.inputs import RunExamples, load_run_examples, refuse_unscorable
+from tinyagent_fast.training.inputs import (
+    RunExamples,
+    data_files,
+    load_run_examples,
+    refuse_unscorable,
+)
 
 PLANTED = 3
 
@@ -125,6 +130,40 @@ def test_generated_data_has_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     examples = load_run_examples(replace(config, data=data))
     assert (len(examples.train), examples.left_out_as_leaks) == (140, 0)
     assert all(pair.normalised == 0 for pair in examples.leaks.between)
+
+
+def test_own_rows_stand_several_times_among_generated_ones(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mixing = {"with_generated": True, "generated_entries": 60, "prompts": "short"}
+    alone = load(files, "drop", prompts="short")
+    mixed = load(files, "drop", own_passes=3, **mixing)
+    rows = Counter(normalise_query(e.query) for e in mixed.train)
+    own = queries(alone.train)
+    assert {query for query, count in rows.items() if count == 3} == own
+    assert len(rows) - len(own) == sum(count == 1 for count in rows.values()) > 50
+    assert mixed.summary["generated"]["own_rows"] == len(alone.train)
+    assert mixed.summary["examples"]["train"] == len(mixed.train)
+    assert queries(mixed.validation) == queries(alone.validation)
+    assert not set(rows) & (queries(mixed.validation) | queries(mixed.test))
+    # A row that the retriever was trained on would always have its tools found.
+    once = load(files, "drop", **mixing)
+    assert mixed.retriever is not None and once.retriever is not None
+    assert mixed.retriever.figures == once.retriever.figures
+    assert [e.system for e in mixed.train[: len(once.train)]] == [e.system for e in once.train]
+
+
+def test_generated_rows_whose_query_is_measured_are_left_out(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The file's own rows are the generated ones, so all validation queries would come back.
+    data = {"seed": 4, "generated_entries": 60, "validation_entries": 10}
+    generated = data_files(Config(data=DataConfig(**data))).train
+    mixed = load((generated, files[1]), "drop", prompts="short", with_generated=True, **data)
+    assert len(mixed.train) == 50 + 50
+    assert not queries(mixed.train) & queries(mixed.validation)
 
 
 @pytest.mark.parametrize(("ratio", "wanted"), [(None, 1.0), (0.0, 0.0), (0.3, 0.3), (9.0, 1.0)])

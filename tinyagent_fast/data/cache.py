@@ -156,6 +156,12 @@ class ExampleTable(Sequence[Example]):
         """Return a table over some examples, such as one side of a split, in the given order."""
         return ExampleTable(self.dataset.select(indices), self.report)
 
+    def followed_by(self, other: ExampleTable) -> ExampleTable:
+        """Return a table of these examples and those of another; it keeps this one's report."""
+        from datasets import concatenate_datasets
+
+        return ExampleTable(concatenate_datasets([self.dataset, other.dataset]), self.report)
+
     def column(self, name: str) -> list[str]:
         """Return one field of every example without decoding the prompts."""
         values: list[str] = self.dataset[name][:]

@@ -29,6 +29,7 @@ from tinyagent_fast.errors import (
     ModelError,
     Stopped,
     TrainingError,
+    count_of,
     is_full_disk,
 )
 from tinyagent_fast.evaluation.report import headline
@@ -580,10 +581,15 @@ def _header(prepared: _Prepared) -> dict[str, str]:
     ]
     if prepared.examples.left_out_as_leaks:
         leaks.append(f"{prepared.examples.left_out_as_leaks} training rows left out for them")
+    data = f"{files.train}{' (generated)' if files.generated else ''}"
+    if (mixed := prepared.examples.summary.get("generated")) is not None:
+        data += f": {count_of(mixed['own_rows'], 'row')}, "
+        data += f"{count_of(config.data.own_passes, 'time')} each, "
+        data += f"among {mixed['rows']:,} generated ones"
     lines = {
         "run": str(prepared.run.path),
         "preset": config.preset,
-        "data": f"{files.train}{' (generated)' if files.generated else ''}",
+        "data": data,
         "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
         f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
         "held out": f"{prepared.examples.summary['examples']['validation']} entries, of which "

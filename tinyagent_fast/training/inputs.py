@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config
+from tinyagent_fast.config import Config, DataConfig
 from tinyagent_fast.data import generation, splits
 from tinyagent_fast.data.cache import ExampleTable, Points, cache_folder, load_examples
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, plan_tools
@@ -59,6 +59,9 @@ class DataFiles:
     train: Path
     test: Path | None
     generated: bool
+    """Whether the training file is."""
+    mixed_in: Path | None = None
+    """A generated file whose rows stand among those of the training file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +105,7 @@ def data_files(config: Config) -> DataFiles:
                 "a generated training file may hold its queries",
                 "name --data.train too, or neither",
             )
-        spec = GenerationSpec(
-            train_entries=data.generated_entries,
-            max_calls=data.generated_max_calls,
-            seed=data.seed,
-            catalogue=data.catalogue or BUILT_IN_CATALOGUE,
-        )
-        key = hashlib.sha256(_generation_key(spec).encode()).hexdigest()[:10]
-        folder = GENERATED / f"seed{data.seed}-{data.generated_entries}-{key}"
-        train, test = folder / "training_data.json", folder / "testing_data.json"
-        if not (train.exists() and test.exists()):
-            generate_dataset(spec, folder)
-        return DataFiles(train, test, True)
+        return DataFiles(*_generated_files(data), True)
     for path in (data.train, data.test):
         if path is not None and not path.exists():
             raise DataError(
@@ -121,7 +113,24 @@ def data_files(config: Config) -> DataFiles:
                 "it is not there",
                 "make data downloads the published files; --data.train and --data.test name others",
             )
-    return DataFiles(data.train, data.test, False)
+    mixed_in = _generated_files(data)[0] if data.with_generated else None
+    return DataFiles(data.train, data.test, False, mixed_in)
+
+
+def _generated_files(data: DataConfig) -> tuple[Path, Path]:
+    """Generate a training and a test file, unless they are there."""
+    spec = GenerationSpec(
+        train_entries=data.generated_entries,
+        max_calls=data.generated_max_calls,
+        seed=data.seed,
+        catalogue=data.catalogue or BUILT_IN_CATALOGUE,
+    )
+    key = hashlib.sha256(_generation_key(spec).encode()).hexdigest()[:10]
+    folder = GENERATED / f"seed{data.seed}-{data.generated_entries}-{key}"
+    train, test = folder / "training_data.json", folder / "testing_data.json"
+    if not (train.exists() and test.exists()):
+        generate_dataset(spec, folder)
+    return train, test
 
 
 def _generation_key(spec: GenerationSpec) -> str:
@@ -156,10 +165,19 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
     leaked = len(split.train) - len(train_indices)
     if data.limit_entries is not None:
         train_indices = _limit(keys, train_indices, data.limit_entries, data.seed)
-    if data.joins_per_plan is not None:
-        kinds = table.column("kind")
-        train_indices = _mix(kinds, train_indices, data.joins_per_plan, data.seed)
-    train = table.select(train_indices)
+    train = _with_joins_as_asked(table.select(train_indices), data)
+    own_rows, mixed_in = len(train), {}
+    if files.mixed_in is not None:
+        generated = _load(files.mixed_in, config, data.points)
+        measured = [*held_out, *(queries[row] for row in split.validation)]
+        kept = without_leaks(
+            range(len(generated)), generated.column("query"), measured, policy="drop"
+        )
+        train = train.followed_by(_with_joins_as_asked(generated.select(kept), data))
+        rows = len(train) - own_rows
+        mixed_in = {"sha256": generated.sha256, "own_rows": own_rows, "rows": rows}
+    # What a retriever is trained on has each row once, so that it is tried on unseen queries.
+    epoch = [*range(len(train)), *[*range(own_rows)] * (data.own_passes - 1)]
     plans = _plans(table, split.validation)
     sample = plans
     if config.eval.sample < len(plans):
@@ -176,12 +194,13 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
         "train_file": {"path": str(files.train), "sha256": table.sha256},
         "test_file": {"path": str(files.test), "sha256": test.sha256} if test else None,
         "examples": {
-            "train": len(train),
+            "train": len(epoch),
             "left_out_as_leaks": leaked,
             "validation": len(split.validation),
             "sample": len(validation),
             "test": len(test_examples),
         },
+        **({"generated": mixed_in} if mixed_in else {}),
         "read": {"train": asdict(table.report), "test": asdict(test.report) if test else None},
         "leaks": asdict(leaks),
     }
@@ -196,26 +215,34 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
     )
     if data.prompts == "as-is":
         return examples
-    return _with_retrieved_tools(examples, config, on_progress)
+    return _with_retrieved_tools(examples, train, epoch, config, on_progress)
 
 
 def _with_retrieved_tools(
-    examples: RunExamples, config: Config, on_progress: OnProgress
+    examples: RunExamples,
+    train: ExampleTable,
+    epoch: Sequence[int],
+    config: Config,
+    on_progress: OnProgress,
 ) -> RunExamples:
     """Train a retriever on the training plans, and rewrite the prompts of all plans.
 
     Training rows list what is retrieved for a query that the retriever has not seen, as at
     inference, and the tools of their plan; the others list what is retrieved.
+
+    Args:
+        examples: Those of the run.
+        train: Its training rows, each once.
+        epoch: The rows of `train` that are trained on in an epoch; one may come several times.
+        config: The run's config.
+        on_progress: Told how far the training of an encoder is.
     """
-    retriever, retrieved = _train_retriever(examples.train, config, on_progress)
+    retriever, retrieved = _train_retriever(train, config, on_progress)
     of_plans = iter(retrieved)
-    listed = [
-        (*called_tools(e.output), *next(of_plans)) if e.kind == "plan" else ()
-        for e in examples.train
-    ]
+    listed = [(*called_tools(e.output), *next(of_plans)) if e.kind == "plan" else () for e in train]
     return replace(
         examples,
-        train=RewrittenExamples(examples.train, retriever, listed),
+        train=RewrittenExamples(train.select(epoch), retriever, [listed[row] for row in epoch]),
         validation=retriever.rewrite(examples.validation),
         test=retriever.rewrite(examples.test),
         summary={**examples.summary, "retriever": retriever.facts()},
@@ -260,6 +287,7 @@ def retriever_of_run(run: Run, on_progress: OnProgress = _in_silence) -> ToolRet
         test=test if test is not None and test.exists() else None,
         points="plan",
         prompts="as-is",
+        own_passes=1,
     )
     examples = load_run_examples(replace(config, data=data))
     if len(examples.train) < 2:
@@ -322,13 +350,15 @@ def _limit(keys: Sequence[str], indices: list[int], entries: int, seed: int) -> 
     return [index for index in indices if keys[index] in chosen]
 
 
-def _mix(kinds: Sequence[str], indices: list[int], joins_per_plan: float, seed: int) -> list[int]:
-    """Keep so many joins for each plan, chosen with the seed, and all else, in file order."""
-    joins = [index for index in indices if kinds[index] == "join"]
-    plans = sum(kinds[index] == "plan" for index in indices)
-    wanted = min(len(joins), round(joins_per_plan * plans))
-    left_out = set(joins).difference(random.Random(seed).sample(joins, wanted))
-    return [index for index in indices if index not in left_out]
+def _with_joins_as_asked(table: ExampleTable, data: DataConfig) -> ExampleTable:
+    """Keep `data.joins_per_plan` joins for each plan, chosen with the seed, and all else."""
+    if data.joins_per_plan is None:
+        return table
+    kinds = table.column("kind")
+    joins = [row for row, kind in enumerate(kinds) if kind == "join"]
+    wanted = min(len(joins), round(data.joins_per_plan * kinds.count("plan")))
+    left_out = set(joins).difference(random.Random(data.seed).sample(joins, wanted))
+    return table.select([row for row in range(len(table)) if row not in left_out])
 
 
 def _plans(table: ExampleTable, indices: list[int]) -> list[int]:
@@ -353,6 +383,7 @@ def encode_run_rows(
     key_parts = [
         summary["train_file"]["sha256"],
         summary["test_file"] and summary["test_file"]["sha256"],
+        summary.get("generated"),
         vocabulary,
         tokenizer.bos_id,
         tokenizer.eos_id,
