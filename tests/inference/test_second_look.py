@@ -154,6 +154,34 @@ def test_a_stream_shows_the_first_plan_as_it_is_written_and_gives_the_second() -
         assert "".join(whole) == whole.text == FORGOTTEN
 
 
+@pytest.mark.parametrize(
+    ("answers", "grammar", "faulty"),
+    [
+        ([FORGOTTEN, FORGOTTEN], True, [2]),
+        ([FORGOTTEN, MENDED], True, []),
+        ([SURE], True, []),
+        ([FORGOTTEN], False, []),
+    ],
+)
+def test_what_stays_in_doubt_is_a_problem_of_its_call(
+    answers: list[str], grammar: bool, faulty: list[int]
+) -> None:
+    prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), grammar=grammar)
+    with Planner(Twice(*answers), prompts) as planner:
+        stream = planner.stream("text Ada")
+        list(stream)
+        planned = stream.result
+    assert planned is not None
+    assert stream.drawing == planned.drawing, "what the terminal and the page show"
+    assert [step.number for step in planned.drawing.steps if step.problems] == faulty
+    assert list(planned.problems) == planned.to_json()["problems"]
+    assert len(planned.problems) == len(faulty)
+    for told in planned.problems:
+        assert "phone number" in told
+        assert "$1 is note text" in told
+    assert ("faulty" in planned.drawing.to_svg()) == bool(faulty)
+
+
 def test_the_terminal_shows_both_and_a_plan_that_stays_once() -> None:
     prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), grammar=True)
     for answers, times in (([FORGOTTEN, MENDED], 2), ([FORGOTTEN, FORGOTTEN], 1), ([SURE], 1)):

@@ -87,7 +87,13 @@ def test_only_a_look_up_of_what_was_given_is_needless() -> None:
     plan = parse_plan(
         '1. get_phone_number("911")\n2. send_sms(["Ada"], "")\n3. summarize_pdf("$1")\n4. join()'
     )
-    assert [doubt.needless for doubt in doubts(plan, TOOLS)] == [True, False, False]
+    found = doubts(plan, TOOLS)
+    assert [doubt.needless for doubt in found] == [True, False, False]
+    assert [doubt.why for doubt in found] == [
+        "get_phone_number is given what it looks up",
+        "recipients takes phone number, and 'Ada' is none",
+        "pdf_path takes file path, and $1 is phone number",
+    ]
 
 
 @given(

@@ -20,7 +20,7 @@ from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat,
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError, reading
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
-from tinyagent_fast.inference.second_look import generate_plans
+from tinyagent_fast.inference.second_look import doubts_left, generate_plans
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_plan
 from tinyagent_fast.plans.tools import Tool
@@ -63,12 +63,17 @@ class PlannedRequest:
 
     @cached_property
     def drawing(self) -> PlanDrawing:
-        """The plan's graph, also of a text that is no plan, with what is wrong at each call."""
-        return draw_plan(self.text, self.tools)
+        """The plan's graph, also of a text that is no plan, with what is wrong at each call.
+
+        That is also what is still in doubt after the second look.
+        """
+        left = doubts_left(self.built.prompt, self.completion, self.tools)
+        doubtful = {doubt.number: f"in doubt: {doubt.why}" for doubt in left}
+        return draw_plan(self.text, self.tools).with_problems(doubtful)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Everything that is wrong with the plan, in words."""
+        """Everything that is wrong with the plan or in doubt, in words."""
         return self.drawing.all_problems
 
     def cost(self) -> str:
@@ -88,6 +93,7 @@ class PlannedRequest:
             "system_text": self.built.source,
             "plan": self.text,
             "view": self.drawing.to_json(),
+            "problems": list(self.problems),
             "stop_reason": done.stop_reason,
             "new_tokens": done.new_tokens,
             "prompt_tokens": done.prompt_tokens,

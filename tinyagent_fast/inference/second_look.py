@@ -14,7 +14,7 @@ from functools import cache
 
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
-from tinyagent_fast.plans.doubts import doubts, without_repeats
+from tinyagent_fast.plans.doubts import Doubt, doubts, without_repeats
 from tinyagent_fast.plans.gbnf import MAX_CALLS, plan_grammar
 from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan, render_plan
 from tinyagent_fast.plans.tools import Tool, tools_by_name
@@ -39,14 +39,12 @@ def generate_plans(
     texts of a second plan; `tools` are all by name, and None stands for TinyAgent's own. Look-ups
     that a plan of theirs repeats are left out.
     """
-    known = _own_tools() if tools is None else tools
     again: list[tuple[int, Completion, Prompt, Plan]] = []
     for index, written in engine.generate(prompts, limits, on_token):
         prompt = prompts[index]
-        listed = listed_tools(prompt, known) if prompt.grammar is not None else {}
+        listed = _listed(prompt, tools)
         completion = _shortened(written, listed)
-        plan = _plan(completion) if listed else None
-        found = doubts(plan, listed) if plan else []
+        plan, found = _plan(completion), doubts_left(prompt, completion, tools)
         if plan and found and len(found[0].before) < MAX_CALLS:
             grammar = plan_grammar(listed, begun=found[0].before, following=found[0].instead)
             again.append((index, completion, replace(prompt, grammar=grammar), plan))
@@ -61,7 +59,7 @@ def generate_plans(
         prompts = [prompt for _, _, prompt, _ in again]
         for at, written in engine.generate(prompts, limits, waiting):
             index, first, prompt, plan = again[at]
-            listed = listed_tools(prompt, known)
+            listed = _listed(prompt, tools)
             second = _shortened(written, listed)
             other = _plan(second)
             better = other is not None and _is_better(other, plan, listed)
@@ -73,6 +71,18 @@ def generate_plans(
                     seconds=first.seconds + second.seconds,
                 ),
             )
+
+
+def doubts_left(prompt: Prompt, done: Completion, tools: Mapping[str, Tool] | None) -> list[Doubt]:
+    """Find the doubts about a plan; none without a grammar, as nothing is looked at then."""
+    listed = _listed(prompt, tools)
+    plan = _plan(done) if listed else None
+    return doubts(plan, listed) if plan else []
+
+
+def _listed(prompt: Prompt, tools: Mapping[str, Tool] | None) -> Mapping[str, Tool]:
+    known = _own_tools() if tools is None else tools
+    return listed_tools(prompt, known) if prompt.grammar is not None else {}
 
 
 def _shortened(done: Completion, tools: Mapping[str, Tool]) -> Completion:

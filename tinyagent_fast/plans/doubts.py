@@ -34,11 +34,14 @@ _BEFORE_A_DIGIT = re.compile(r"\$\{\d+\}\d")
 class Doubt:
     """A call that may be wrong."""
 
+    number: int
     before: tuple[Step, ...]
     """The calls before it."""
     instead: tuple[str, ...]
     """Tools that may be called in its place, with other arguments if its own is among them; those
     that the plan calls later where there are such, since they come too late then."""
+    why: str
+    """What speaks against it, such as `recipients takes phone number, and $1 is note text`."""
     needless: bool = False
     """It looks up what it was given, so a plan without it may be right."""
 
@@ -60,8 +63,14 @@ def doubts(plan: Plan, tools: Mapping[str, Tool]) -> list[Doubt]:
             if instead := _instead(tool, parameter, value, kinds, tools):
                 later = {other.tool for other in plan.steps[at + 1 :]}
                 meant = tuple(name for name in instead if name in later)
-                needless = takes(parameter, value, kinds)
-                found.append(Doubt(plan.steps[:at], meant or instead, needless))
+                wrong = _not_taken(parameter, value, kinds)
+                why = f"{tool.name} is given what it looks up"
+                if wrong:
+                    taken = " or ".join(parameter.sources)
+                    why = f"{parameter.name} takes {taken}, and {' and '.join(wrong)}"
+                found.append(
+                    Doubt(step.number, plan.steps[:at], meant or instead, why, needless=not wrong)
+                )
                 break
         if tool.returns:
             kinds[step.number] = tool.returns
@@ -117,11 +126,16 @@ def takes(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> bool
     A literal may hold more than the wanted thing, such as a name beside an address. `kinds` are
     those of earlier results, by number.
     """
-    named = {kinds[number] for number, _ in reference_uses([value]) if number in kinds}
-    if parameter.sources and not named <= set(parameter.sources):
-        return False
-    form = _FORMS.get(parameter.value or "")
-    return form is None or all(map(form.search, _literals(value)))
+    return not _not_taken(parameter, value, kinds)
+
+
+def _not_taken(parameter: Parameter, value: object, kinds: Mapping[int, str]) -> list[str]:
+    """Say of each part of a value that a parameter does not take what it is."""
+    form, wanted = _FORMS.get(parameter.value or ""), parameter.sources
+    named = {n: kinds[n] for n, _ in reference_uses([value]) if wanted and n in kinds}
+    wrong = [f"${number} is {kind}" for number, kind in named.items() if kind not in wanted]
+    odd = [text for text in _literals(value) if form and not form.search(text)]
+    return [*wrong, *(f"{text!r} is none" for text in odd)]
 
 
 def _literals(value: object) -> list[str]:

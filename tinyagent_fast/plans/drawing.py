@@ -99,6 +99,14 @@ class PlanDrawing:
         )
         return replace(self, steps=tuple(steps))
 
+    def with_problems(self, problems: Mapping[int, str]) -> PlanDrawing:
+        """Add to what is wrong with calls, by number."""
+        steps = (
+            replace(s, problems=(*s.problems, problems[s.number])) if s.number in problems else s
+            for s in self.steps
+        )
+        return replace(self, steps=tuple(steps))
+
     def to_json(self) -> dict[str, Any]:
         """Give plain values, edges as a list of pairs of positions."""
         return asdict(self) | {"edges": [list(edge) for edge in self.edges]}
