@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -176,7 +177,6 @@ def test_without_a_gpu_memory_is_this_machine_s_and_no_hours_are_promised(
     assert "TFLOP/s" not in said and "not predicted" in said
     with_card = plan("--preset", preset, "--card", "l4")
     assert (with_card["gpu_gib"], with_card["tflops"]) == (22.16, 57)
-    assert " hours for 1 epoch;" in text("--preset", preset, "--card", "l4")
 
 
 def test_a_dry_run_stands_beside_the_estimate(plan: Plan, text: Callable[..., str]) -> None:
@@ -247,6 +247,19 @@ def test_hours_follow_the_rate_and_the_rows(plan: Plan) -> None:
     for how, (best, _) in slow["hours_per_epoch"].items():
         assert half["hours_per_epoch"][how][0] == pytest.approx(best / 2, rel=0.01)
     assert slow["hours_per_epoch"]["off"][0] < slow["hours_per_epoch"]["true"][0]
+
+
+def test_hours_are_those_of_the_steps_that_are_made(plan: Plan, text: Callable[..., str]) -> None:
+    l4 = ("--preset", "l4", "--train.shared-prefix", "off", "--model.gradient-checkpointing")
+    l4 = (*l4, "false", "--tflops", "1", "--lengths", "1000,2000")
+    whole = plan(*l4, "--train.epochs", "1")["preset"]
+    half = plan(*l4, "--train.max-steps", str(math.ceil(39_030 / 16) // 2))["preset"]
+    assert (whole["epochs"], half["epochs"]) == (1, pytest.approx(0.5, abs=0.001))
+    assert half["hours"] == pytest.approx([hours / 2 for hours in whole["hours"]], rel=0.01)
+    packed = plan(*l4, "--train.batching", "packed", "--train.max-steps", "100")["preset"]
+    assert packed["epochs"] > 3 * plan(*l4, "--train.max-steps", "100")["preset"]["epochs"]
+    said = text("--preset", "cpu", "--card", "l4")
+    assert "600 steps, 0.387 epochs" in said
 
 
 @pytest.mark.parametrize(

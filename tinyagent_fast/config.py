@@ -183,6 +183,22 @@ class TrainConfig:
         assert self.batch != "auto", "training resolves `auto` before anything uses the batch"
         return self.batch
 
+    def steps(self, rows: int, processes: int = 1) -> int:
+        """Count the optimizer steps over rows, or packed rows, as the trainer does."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return math.ceil(self.epochs * self._steps_per_epoch(rows, processes))
+
+    def passes(self, rows: int, processes: int = 1) -> float:
+        """Say how many epochs over rows, or packed rows, these steps are."""
+        if self.max_steps is None:
+            return self.epochs
+        return self.max_steps / self._steps_per_epoch(rows, processes)
+
+    def _steps_per_epoch(self, rows: int, processes: int) -> int:
+        micro_batches = math.ceil(rows / (self.rows_per_batch * processes))
+        return max(1, math.ceil(micro_batches / self.accumulation))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:

@@ -34,7 +34,6 @@ from tinyagent_fast.training.preflight import PreflightReport, check_collator, p
 from tinyagent_fast.training.trainer import (
     build_trainer,
     collate,
-    optimizer_steps,
     refuse_non_finite,
     rehearse,
     steps_between,
@@ -205,7 +204,7 @@ def test_the_steps_said_beforehand_are_the_steps_the_trainer_makes(
     trainer, _, dataset = build(rows=rows, **{"max_steps": None, **train})
     values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     wanted = TrainConfig(**{"batch": 2, "accumulation": 1, **train})
-    assert values[-1] == optimizer_steps(len(dataset), wanted)
+    assert values[-1] == wanted.steps(len(dataset))
 
 
 @given(steps=st.integers(1, 5000), evaluations=st.integers(1, 50))

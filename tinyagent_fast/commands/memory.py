@@ -148,7 +148,7 @@ def _hours(flops: float, tflops: float | None) -> list[float] | None:
 
 
 def _as_asked(estimator: MemoryEstimator, tflops: float | None) -> dict[str, Any]:
-    """Estimate the config as it was asked for, for all of its epochs."""
+    """Estimate the config as it was asked for, for all of its steps."""
     config, batch = estimator.config, preset_batch(estimator.config)
     how = config.model.gradient_checkpointing
     estimate, flops = estimator.estimate(batch), estimator.flops_per_epoch(how)
@@ -161,8 +161,8 @@ def _as_asked(estimator: MemoryEstimator, tflops: float | None) -> dict[str, Any
         "kept_micro_batch_tokens": estimator.kept_tokens(batch),
         "total_gib": round(estimate.total_gib, 3),
         "fits": estimate.fits(estimator.usable_gib),
-        "epochs": config.train.epochs,
-        "hours": _hours(config.train.epochs * flops, tflops),
+        "epochs": round(estimator.passes, 3),
+        "hours": _hours(estimator.passes * flops, tflops),
     }
 
 
@@ -310,8 +310,9 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
     asked = answer["preset"]
     hours = ""
     if asked["hours"] is not None:
-        epochs = count_of(asked["epochs"], "epoch")
-        hours = ", {:.1f}-{:.1f} hours for ".format(*asked["hours"]) + epochs
+        steps = "" if config.train.max_steps is None else f"{config.train.max_steps:,} steps, "
+        hours = ", {:g}-{:g} hours for ".format(*asked["hours"]) + steps
+        hours += count_of(asked["epochs"], "epoch")
     lines = [
         "",
         f"as it is: {asked['batch']} x {config.train.accumulation} rows, checkpointing "
@@ -336,7 +337,7 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
         lines.append("hours are not predicted for a CPU; the first steps of a training tell them")
     else:
         hours = ", ".join(
-            f"{best:.1f}-{worst:.1f} with checkpointing {how}"
+            f"{best:g}-{worst:g} with checkpointing {how}"
             for how, (best, worst) in answer["hours_per_epoch"].items()
         )
         lines.append(

@@ -105,7 +105,6 @@ from tinyagent_fast.training.tracking import check_tracker, track_evaluation, tr
 from tinyagent_fast.training.trainer import (
     build_trainer,
     collate,
-    optimizer_steps,
     steps_between,
     validation_loss,
 )
@@ -573,7 +572,7 @@ def _header(prepared: _Prepared) -> dict[str, str]:
     config, loaded, rows = prepared.config, prepared.loaded, prepared.rows.train.statistics
     train, count, files = config.train, prepared.processes.count, prepared.examples.files
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    steps = str(optimizer_steps(rows.rows, train, count))
+    steps = str(train.steps(rows.rows, count))
     leaks = [
         f"{pair.normalised} {pair.first}/{pair.second}"
         for pair in prepared.examples.leaks.between

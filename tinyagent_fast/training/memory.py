@@ -132,6 +132,14 @@ class MemoryEstimator:
     """Memory of the card without what is reserved."""
 
     @property
+    def passes(self) -> float:
+        """Epochs that the config's steps make."""
+        packed = self.config.train.batching == "packed"
+        filled = self.lengths.mean_tokens / self.row_tokens if packed else 1
+        train = replace(self.config.train, batch=preset_batch(self.config))
+        return train.passes(math.ceil(self.lengths.rows * filled))
+
+    @property
     def checkpointings(self) -> tuple[Checkpointing, ...]:
         """What the backend can compute again, from nothing to what saves most memory."""
         return ("false", "true", "unsloth") if self.backend == "unsloth" else ("false", "true")

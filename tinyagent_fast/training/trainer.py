@@ -41,14 +41,6 @@ _SENSELESS = 3.0
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def optimizer_steps(rows: int, train: TrainConfig, processes: int = 1) -> int:
-    """Count the optimizer steps over rows, or packed rows, as the trainer does."""
-    if train.max_steps is not None:
-        return train.max_steps
-    micro_batches = math.ceil(rows / (train.rows_per_batch * processes))
-    return math.ceil(train.epochs * max(1, math.ceil(micro_batches / train.accumulation)))
-
-
 def steps_between(steps: int, evaluations: int) -> int:
     """Spread so many evaluations over the steps of a run; the last one comes at its end."""
     return max(1, math.ceil(steps / evaluations))
@@ -132,7 +124,7 @@ class PlanTraining(_Trainer):  # type: ignore[misc]
         for parameter, data in adapter:
             parameter.data = data
         # Only now is the number of packed rows known.
-        self.steps = optimizer_steps(len(self.train_dataset), self.recipe, processes.count)
+        self.steps = self.recipe.steps(len(self.train_dataset), processes.count)
         self.args.logging_steps = max(1, min(10, self.steps // 20))
         every = steps_between(self.steps, self.recipe.evaluations or 6)
         self.args.save_steps = self.recipe.save_every_steps or every
