@@ -92,6 +92,21 @@ def test_a_run_leaves_all_it_was_made_from_and_all_it_gave(
     assert "after training: plan success" in text
 
 
+@pytest.mark.parametrize("batching", ["shuffled", "packed"])
+def test_how_often_the_steps_pass_over_the_rows_is_said_and_many_times_are_warned_of(
+    tiny_config: MakeConfig, quiet: Any, batching: Any
+) -> None:
+    batch = {"batch": 32, "accumulation": 1, "evaluations": 0}
+    for steps, fix in ((5, "--train.max-steps 4"), (4, None)):
+        train = {**batch, "batching": batching, "max_steps": steps}
+        fit.train(tiny_config(name=f"s{steps}", train=train), quiet)
+        said = next(line for line in quiet.file.getvalue().splitlines() if "passes over" in line)
+        quiet.file.truncate(quiet.file.seek(0))
+        assert f"{steps} steps are {steps} passes" in said
+        assert ("warning" in said) == (fix is not None)
+        assert (fix or "") in said
+
+
 def test_without_a_test_file_nothing_is_measured_on_one_and_the_header_says_so(
     tiny_config: MakeConfig, quiet: Any
 ) -> None:

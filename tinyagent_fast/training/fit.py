@@ -116,6 +116,9 @@ if TYPE_CHECKING:
 _SAMPLED_ROWS = 256
 _MARGIN_TOKENS = 16
 _TIMES_EVERY_S = 5.0
+_MANY_PASSES = 4.0
+"""Until then rows seen again teach about as much as new ones (Muennighoff et al., Scaling
+Data-Constrained Language Models, 2023), and recipes for LoRA take one to three."""
 _FIRST_SAMPLE = 16
 """Validation queries before the first step: enough to see that an untrained model plans nothing."""
 
@@ -697,6 +700,8 @@ def _checked_trainer(prepared: _Prepared, *, resumed: bool) -> Any:
         processes=processes,
         tracking=tracking_arguments(config.track, run),
     )
+    if not resumed:
+        display.say(_passes(config, trainer.steps, len(trainer.train_dataset), processes.count))
     prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
     with display.working("checking the longest batch"):
         report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
@@ -715,6 +720,22 @@ def _checked_trainer(prepared: _Prepared, *, resumed: bool) -> Any:
             difference = check_same_loss(trainer, loaded, rows)
         display.say(f"checked: shared prefixes give the loss of whole rows within {difference:.0e}")
     return trainer
+
+
+def _passes(config: Config, steps: int, rows: int, processes: int) -> str:
+    """Say how often the steps pass over the rows, or packed rows, and warn where that is often."""
+    train = config.train
+    passes = train.passes(rows, processes)
+    said = f"{count_of(steps, 'step')} are {float(f'{passes:.3g}'):,g} passes over {rows:,} rows"
+    if passes <= _MANY_PASSES:
+        return said
+    fewer = f"--train.epochs {_MANY_PASSES:g}"
+    if train.max_steps is not None:
+        fewer = f"--train.max-steps {max(1, int(steps / passes * _MANY_PASSES))}"
+    return (
+        f"warning: {said}; after {_MANY_PASSES:g} an adapter mostly learns them by heart; "
+        f"fix: {fewer}, or more rows"
+    )
 
 
 def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSuccess:
