@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -15,10 +16,12 @@ import pytest
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.errors import Stopped, TrainingError
+from tinyagent_fast.interrupts import Terminated
 from tinyagent_fast.runs import Run, find_run, point_latest, read_json, write_json
 from tinyagent_fast.training import fit
 from tinyagent_fast.training.callbacks import History
 from tinyagent_fast.training.resume import (
+    checkpoints,
     forget_after,
     keep_checkpoint,
     last_checkpoint,
@@ -155,6 +158,38 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_never_stopped(
         assert both_s[name] > first_s[name] > 0
     assert both_s["all"] >= both_s["steps and validation"]
     assert find_run("latest", config.runs).path == stopped.path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("when", "stop", "code", "named"),
+    [
+        ("before", Terminated, 143, set()),
+        ("before", KeyboardInterrupt, 130, set()),
+        ("after", Terminated, 143, {"checkpoint-2"}),
+    ],
+)
+def test_a_stop_beside_the_steps_names_only_checkpoints_that_are_there(
+    when: str,
+    stop: type[KeyboardInterrupt],
+    code: int,
+    named: set[str],
+    tiny_config: MakeConfig,
+    quiet: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(_: Any, now: str) -> None:
+        if now == when:
+            raise stop
+
+    monkeypatch.setattr(fit._Prepared, "measure_test_queries", measure)
+    config = tiny_config(
+        data={"limit_entries": 8}, train={"max_steps": 2, "save_every_steps": 1, "evaluations": 0}
+    )
+    with pytest.raises(Stopped, match="--resume tiny") as got:
+        fit.train(config, quiet)
+    assert got.value.exit_code == code
+    assert set(re.findall(r"checkpoint-\d+", str(got.value))) == named
+    assert {path.name for path in checkpoints(Run(config.runs / "tiny"))} >= named
 
 
 @pytest.fixture

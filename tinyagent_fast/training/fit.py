@@ -94,6 +94,7 @@ from tinyagent_fast.training.memory import (
 )
 from tinyagent_fast.training.preflight import preflight
 from tinyagent_fast.training.resume import (
+    checkpoints,
     forget_after,
     last_checkpoint,
     refuse_changed_config,
@@ -173,7 +174,10 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
         _finish(prepared)
     except KeyboardInterrupt as stop:
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        why = "it was between two checkpoints; steps behind the last one are made again"
+        saved = next((path.name for path in checkpoints(run)), None)
+        why = "there is no checkpoint yet, so it begins with the first step"
+        if saved is not None:
+            why = f"{saved} is the last one that was saved; steps behind it are made again"
         raise _stopped(run, f"stopped by {NAMES[number]}", why, number) from stop
     except Exception as error:
         if not is_full_disk(error):

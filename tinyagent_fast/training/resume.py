@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def last_checkpoint(run: Run, say: Callable[[str], None] = lambda _: None) -> Pa
         TrainingError: There are checkpoints, and none is whole.
     """
     problems: list[str] = []
-    for checkpoint in sorted(_checkpoints(run), key=_step_of, reverse=True):
+    for checkpoint in checkpoints(run):
         problem = why_not_whole(checkpoint)
         if problem is None:
             for line in problems:
@@ -76,10 +76,11 @@ def last_checkpoint(run: Run, say: Callable[[str], None] = lambda _: None) -> Pa
     )
 
 
-def _checkpoints(run: Run) -> Iterator[Path]:
-    for path in run.checkpoints.glob("checkpoint-*"):
-        if path.name.rpartition("-")[2].isdigit():
-            yield path
+def checkpoints(run: Run) -> list[Path]:
+    """List the folders of a run's checkpoints, the newest first; whether they are whole is open."""
+    found = run.checkpoints.glob("checkpoint-*")
+    numbered = (path for path in found if path.name.rpartition("-")[2].isdigit())
+    return sorted(numbered, key=_step_of, reverse=True)
 
 
 def training_is_over(run: Run, checkpoint: Path, steps: int) -> bool:
@@ -104,7 +105,7 @@ def forget_after(run: Run, checkpoint: Path | None) -> int:
         checkpoint: Where it goes on; None drops everything.
     """
     step = -1 if checkpoint is None else _step_of(checkpoint)
-    for other in [path for path in _checkpoints(run) if _step_of(path) > step]:
+    for other in [path for path in checkpoints(run) if _step_of(path) > step]:
         shutil.rmtree(other)
     cut_broken_line(run.history_path)
     history = run.history()
