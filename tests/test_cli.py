@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -325,6 +326,19 @@ def test_pairs_are_scored_with_the_tools_of_a_catalogue(
     catalogue = write_catalogue(tmp_path / "tools.yaml", "f")
     label = PAIRS[-1]["label"]
     pairs_file.write_text(json.dumps([{"label": label, "prediction": label}]))
+    got = call("score", "--pairs", pairs_file, "--json", "--catalogue", catalogue)
+    assert json.loads(got.out)["success"] == 1.0
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_byte_order_mark_is_no_part_of_pairs_nor_of_a_catalogue(
+    lines: bool, call: Callable[..., Output], tmp_path: Path, pairs_file: Path
+) -> None:
+    catalogue = write_catalogue(tmp_path / "tools.yaml", "f")
+    pair = {"label": PAIRS[-1]["label"], "prediction": PAIRS[-1]["label"]}
+    pairs_file.write_text(json.dumps(pair) if lines else json.dumps([pair]))
+    for path in (catalogue, pairs_file):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
     got = call("score", "--pairs", pairs_file, "--json", "--catalogue", catalogue)
     assert json.loads(got.out)["success"] == 1.0
 

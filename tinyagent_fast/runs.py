@@ -460,6 +460,16 @@ def cut_broken_line(path: Path) -> None:
                 stream.truncate(whole)
 
 
+def read_text(path: Path) -> str:
+    """Read a text that a user wrote; the byte-order mark of some editors is no part of it.
+
+    Raises:
+        OSError: The file cannot be read.
+        UnicodeDecodeError: It is no UTF-8.
+    """
+    return path.read_text(encoding="utf-8-sig")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either whole or as it was before."""
     temporary = path.with_name(f"{path.name}.part")
@@ -479,7 +489,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         ConfigError: It is damaged, lacks a key that is needed, or was edited into something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
         lacks = [key for key in needed if key not in value]
         if not isinstance(value, dict) or lacks:
             raise ValueError(f"it lacks {', '.join(lacks)}" if lacks else "it is no JSON object")

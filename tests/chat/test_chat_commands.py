@@ -107,7 +107,7 @@ def test_a_file_of_requests_is_answered_in_order_and_can_be_scored(
     monkeypatch.setattr(planner, "load", lambda *_, **__: planner_with(writer))
     path = tmp_path / "requests.json"
     entries = ["one", {"request": "two \u2028"}, {"request": "three", "label": "".join(PLAN)}]
-    path.write_text(json.dumps(entries), encoding="utf-8")
+    path.write_text(json.dumps(entries), encoding="utf-8-sig")  # as some editors do
     assert main(["chat", "--requests", str(path), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
     assert [line["request"] for line in lines] == ["one", "two \u2028", "three"]

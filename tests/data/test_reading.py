@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from published_entry import make_entry
 
 from tinyagent_fast.data import reading
-from tinyagent_fast.data.reading import PROBLEMS_KEPT, ReadReport, read_entries
+from tinyagent_fast.data.reading import PROBLEMS_KEPT, ReadReport, is_incomplete, read_entries
 from tinyagent_fast.errors import DataError
 
 PEAK_MIB = 512
@@ -100,7 +101,7 @@ GOOD = json.dumps({"k": make_entry()}).encode()
         (b'  "text"', "not a JSON object"),
         (b"\x1f\x8b\x08 zipped", "not a JSON object"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs pointer"),
-        (b"\xef\xbb\xbf" + GOOD, "byte order mark"),
+        (codecs.BOM_UTF8, "is empty"),
         (GOOD.decode().encode("utf-16"), "UTF-16"),
         (GOOD.decode().encode("utf-16-be"), "zero bytes"),
         (b'{"k": ' + b"[" * 300_000, "is nested too deeply"),
@@ -363,3 +364,18 @@ def test_json_lines_give_the_entries_of_the_one_object(tmp_path: Path, form: str
     file.write_text(file.read_text(encoding="utf-8") + '{"key": "cut", "inp', encoding="utf-8")
     with pytest.raises(DataError, match="3 entries"):
         list(read_entries(file, on_bad_entry="skip"))
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, lines: bool) -> None:
+    path, marked = with_query(tmp_path, "x", lines=lines), tmp_path / "marked.json"
+    marked.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    reports: list[ReadReport] = []
+    read = [
+        list(read_entries(one, on_bad_entry="error", on_report=reports.append))
+        for one in (path, marked)
+    ]
+    assert read[0] == read[1]
+    assert [report.json_lines for report in reports] == [lines, lines]
+    assert reports[1].file_sha256 == hashlib.sha256(marked.read_bytes()).hexdigest()
+    assert not is_incomplete(marked)

@@ -85,7 +85,7 @@ def test_a_request_like_no_query_still_gets_a_system_text() -> None:
 
 
 def test_a_file_is_taken_as_it_is(run_of: Callable[..., Run], tmp_path: Path) -> None:
-    (tmp_path / "system.txt").write_text("my tools\n", encoding="utf-8")
+    (tmp_path / "system.txt").write_text("my tools\n", encoding="utf-8-sig")  # as some editors do
     prompt = prompt_builder(str(tmp_path / "system.txt"), run_of()).build("do it").prompt
     assert prompt == Prompt(system="my tools\n", user="Question: do it")
 

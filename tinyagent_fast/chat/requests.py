@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.errors import DataError, UserError, plainly
 from tinyagent_fast.prompts.builder import check_text
+from tinyagent_fast.runs import read_text
 
 if TYPE_CHECKING:
     from tinyagent_fast.display import Display
@@ -35,7 +36,7 @@ def read_requests(path: Path) -> list[FiledRequest]:
     """
     name = f"requests file {path}"
     try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"))
+        entries: Any = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(name, f"it cannot be read as JSON: {plainly(error)}", _FIX) from error
     if not isinstance(entries, list) or not entries:

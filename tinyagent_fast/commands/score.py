@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.errors import ConfigError, DataError, plainly
 from tinyagent_fast.plans.tools import Tool
+from tinyagent_fast.runs import read_text
 
 if TYPE_CHECKING:
     from tinyagent_fast.evaluation.predictions import PredictionFile
@@ -90,7 +91,7 @@ def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool)
 
 def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = read_text(path).strip()
         lines = text.split("\n") if text.startswith("{") else None
         pairs: Any = json.loads(text) if lines is None else list(map(json.loads, lines))
     except (OSError, ValueError, RecursionError) as error:

@@ -33,7 +33,6 @@ _CHUNK_BYTES = 256 * 1024
 _LFS = b"version https://git-lfs"
 _HEAD_PROBLEMS = (
     (_LFS, "it is a git-lfs pointer, not the data", "run `git lfs pull`"),
-    (b"\xef\xbb\xbf", "it starts with a byte order mark", "save it as UTF-8 without BOM"),
     (b"\xff\xfe", "it is UTF-16 text", "save it as UTF-8"),
     (b"\xfe\xff", "it is UTF-16 text", "save it as UTF-8"),
 )
@@ -108,7 +107,7 @@ class _Object:
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
         self._read = read
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at = "", 0
         self._twice: str | None = None
         self._decode = json.JSONDecoder(
@@ -252,7 +251,7 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 def is_incomplete(path: Path) -> bool:
     """Say whether a file is the beginning of a data file, empty, or a git-lfs pointer."""
     with path.open("rb") as file:
-        head = file.read(64).lstrip()
+        head = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(max(0, path.stat().st_size - 64))
         tail = file.read().rstrip()
     return not head or (head.startswith((b"{", _LFS)) and not tail.endswith(b"}"))
@@ -272,7 +271,7 @@ def check_head(path: Path) -> None:
         )
     try:
         with path.open("rb") as file:
-            head = file.read(4096)
+            head = file.read(4096).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise _unreadable(path, error) from error
     for mark, why, fix in _HEAD_PROBLEMS:
@@ -343,7 +342,8 @@ def _decoded(file: _File, path: Path, report: ReadReport) -> Iterator[_Member]:
 
 
 def _members_of_lines(file: _File) -> Iterator[_Member]:
-    for number, line in enumerate(file, start=1):
+    for number, whole in enumerate(file, start=1):
+        line = whole.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         if not line.lstrip().startswith(b"{"):

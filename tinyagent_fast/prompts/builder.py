@@ -23,7 +23,7 @@ from tinyagent_fast.plans.gbnf import plan_grammar
 from tinyagent_fast.plans.tools import TINYAGENT, Tool, tools_by_name
 from tinyagent_fast.prompts.system_text import parse, render
 from tinyagent_fast.prompts.templates import render_prompt
-from tinyagent_fast.runs import Run
+from tinyagent_fast.runs import Run, read_text
 
 if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
@@ -314,7 +314,7 @@ def _question(example: Example) -> tuple[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--system {path}",
