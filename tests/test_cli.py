@@ -190,7 +190,12 @@ def test_a_word_without_its_flag_is_answered_with_the_command_that_was_meant(
         (["eval", "--adapter", ""], "--adapter ''"),
         (["eval", "--out="], "--out="),
         (["train", "--preset", "smoke", "--data.test", ""], "--data.test ''"),
-        (["report", ""], "''"),
+        (["report", ""], "report ''"),
+        (["score", ""], "score ''"),
+        (["data", "check", ""], "data check ''"),
+        (["compare", "a", ""], "a ''"),
+        (["tools", "check", ""], "tools check ''"),
+        (["agent", "--dry-run", ""], "--dry-run ''"),
         (["chat", "--once", ""], "--once ''"),
     ],
 )

@@ -131,7 +131,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.interrupts import noted_interrupt
 
     try:
-        _refuse_empty(arguments)
+        _refuse_empty(name, arguments)
         from tinyagent_fast.models.libraries import quieten
 
         quieten()  # before the first import that reaches bitsandbytes
@@ -172,15 +172,17 @@ def _run(name: str, arguments: list[str]) -> int:
         return 2
 
 
-def _refuse_empty(arguments: list[str]) -> None:
-    """Refuse a flag's value without a character, such as that of a variable which is not set."""
+def _refuse_empty(name: str, arguments: list[str]) -> None:
+    """Refuse a value without a character, such as that of a variable which is not set.
+
+    Words are looked at, as a parsed path of no character is the folder here.
+    """
     from tinyagent_fast.errors import UserError
 
-    for flag, word in pairwise(["", *arguments]):
-        behind_flag = word == "" and flag.startswith("--")
-        if behind_flag or (word.startswith("--") and word.find("=") == len(word) - 1):
-            what = word or f"{flag} ''"
-            raise UserError(what, "the value is empty", "give one, or leave the flag out")
+    for before, word in pairwise([name, *arguments]):
+        if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
+            what = word or f"{before} ''"
+            raise UserError(what, "the value is empty", "give one, or leave it out")
 
 
 def _read_enough() -> int:
