@@ -5,16 +5,39 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tinyagent_fast.config import Config, check_config
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.presets import PRESETS, load_config, preset_config
+
+Flags = TypeVar("Flags")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Make a parser of flags that are taken out before the config's are read."""
     name = f"tinyagent-fast {command}"
     return argparse.ArgumentParser(prog=name, add_help=False, allow_abbrev=False)
+
+
+def parse_flags(
+    kind: type[Flags], command: str, arguments: Sequence[str], **how: Any
+) -> tuple[Flags, list[str]]:
+    """Parse flags, and give the words that stand without one too; `how` is for tyro.
+
+    Raises:
+        SystemExit: A flag is wrong (2) or help was asked for (0).
+    """
+    import tyro
+
+    def parse(**more: Any) -> Any:
+        name = f"tinyagent-fast {command}"
+        return tyro.cli(kind, args=list(arguments), prog=name, **how, **more)
+
+    flags, words = parse(return_unknown_args=True)
+    if any(word.startswith("-") for word in words):
+        parse()  # says which flags are meant, and ends
+    return flags, words
 
 
 def resolve_config(
@@ -41,8 +64,6 @@ def resolve_config(
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
     known, rest = first.parse_known_args(list(arguments))
-    if rest and not rest[0].startswith("-"):
-        raise _is_no_flag(command, rest[0])
     named = None if known.preset == "auto" else known.preset
     if start is not None and (named or known.config):
         raise ConfigError(
@@ -53,6 +74,10 @@ def resolve_config(
     # Help comes at once, without a look at the machine.
     asks_help = "-h" in rest or "--help" in rest
     default: Callable[[], str] = (lambda: "cpu") if asks_help else default_preset
+    if not asks_help:  # before the look at the machine too
+        _, words = parse_flags(Config, command, rest, default=preset_config(named or "cpu"))
+        if words:
+            raise _is_no_flag(command, words[0])
     if known.config is not None:
         start = load_config(known.config, preset=named, default=default)
     elif start is None:

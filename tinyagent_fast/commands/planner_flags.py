@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from tinyagent_fast.agent.session import AgentSpec, refuse_unplanned
+from tinyagent_fast.commands.config_flags import parse_flags
 from tinyagent_fast.config import GrammarUse
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.inference import planner
@@ -31,10 +30,7 @@ def read_flags(kind: type[Flags], command: str, arguments: Sequence[str], asks: 
         ConfigError: Words stand without a flag, as those of a request that is not in quotes do.
         SystemExit: A flag is wrong (2) or help was asked for (0).
     """
-    name = f"tinyagent-fast {command}"
-    flags, rest = tyro.cli(kind, args=list(arguments), prog=name, return_unknown_args=True)
-    if any(word.startswith("-") for word in rest):
-        return tyro.cli(kind, args=list(arguments), prog=name)  # says which flags are meant
+    flags, rest = parse_flags(kind, command, arguments)
     if rest:
         first = getattr(flags, "request", getattr(flags, "once", None))
         words = " ".join(rest if first is None else [first, *rest])
