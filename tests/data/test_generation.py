@@ -30,6 +30,7 @@ from tinyagent_fast.data.generation.dataset import (
     generate_dataset,
     generate_entries,
 )
+from tinyagent_fast.data.generation.queries import Mix, write_request
 from tinyagent_fast.data.reading import read_entries
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import leak_report, normalise_query
@@ -245,6 +246,16 @@ def test_days_count_from_the_moment_that_the_prompt_tells(short: Generated) -> N
                 assert (due.date() - now.date()).days == 1, entry.query
                 found += 1
     assert found > 0
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=300, deadline=None)
+def test_no_comma_stands_before_punctuation_however_clauses_end(seed: int) -> None:
+    phrases = ("ring {who}, today,", "ring {who}", "what is {who}, then,")
+    request = write_request(
+        small_catalogue("Ann", "Bo", phrases=phrases), Mix(), random.Random(seed)
+    )
+    assert not re.search(r",\s*([,.?!]|$)", request.query), request.query
 
 
 def test_requests_are_worded_in_many_ways(short: Generated) -> None:

@@ -398,12 +398,16 @@ def _sentence(clauses: Sequence[str], rng: random.Random) -> str:
             text = _capital(opener + clause)
         elif asks or ending == "?" or rng.random() < _SENTENCE_SHARE:
             word = "" if asks else rng.choice(_LAST_SENTENCE if last else _NEXT_SENTENCE)
-            text += f"{ending} {_capital(word + clause)}"
+            text = f"{text.removesuffix(',')}{ending} {_capital(word + clause)}"
         else:
-            text += rng.choice(_LAST_CLAUSE if last else _NEXT_CLAUSE) + clause
+            between = rng.choice(_LAST_CLAUSE if last else _NEXT_CLAUSE)
+            # A clause may end with a comma of its own, such as that behind "lasting 1 hour,".
+            text = text.removesuffix(",") if between.startswith(",") else text
+            text += between + clause
             continue
         ending = "?" if asks or (at == 0 and opener.startswith(("Can", "Could"))) else "."
     text = _typed(re.sub(r"\b([Aa]) (?=[aeio](?!ne\b))", r"\1n ", _possessive(text)), rng)
+    text = text.removesuffix(",")
     return text if rng.random() < 0.08 else text + ending
 
 
