@@ -111,6 +111,7 @@ def test_a_file_of_requests_is_answered_in_order_and_can_be_scored(
     assert main(["chat", "--requests", str(path), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
     assert [line["request"] for line in lines] == ["one", "two \u2028", "three"]
+    assert sum(line["share_s"] for line in lines) == 0.75, "0.25 s each"
     assert [line["plan"] for line in lines] == ["".join(PLAN), "1. join()", "".join(PLAN)]
     answers = tmp_path / "answers.jsonl"
     answers.write_text(json.dumps(lines[2]) + "\n", encoding="utf-8")

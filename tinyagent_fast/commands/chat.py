@@ -23,7 +23,8 @@ class ChatFlags(PlannerFlags):
     """Requests of a file that are answered together; llama.cpp reserves memory for each."""
     json: bool = False
     """With `--once` or `--requests`: print a JSON object a line for each request, in order, with
-    `request`, `plan`, the plan's graph and every problem."""
+    `request`, `plan`, the plan's graph, every problem, and the request's share in seconds of the
+    time that those answered together took (`share_s`)."""
 
 
 def run(arguments: Sequence[str]) -> int:

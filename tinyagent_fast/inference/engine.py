@@ -40,7 +40,7 @@ class Completion:
     cached_tokens: int = 0
     """Tokens of the prompt that had been computed before, for this or another prompt."""
     seconds: float = 0.0
-    """Time of its batch, divided by the prompts in it."""
+    """Its share of the time in which it was written beside others; shares add up to the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ class PlannedRequest:
             "new_tokens": done.new_tokens,
             "prompt_tokens": done.prompt_tokens,
             "kept_tokens": done.cached_tokens,
-            "seconds": round(done.seconds, 3),
+            "share_s": round(done.seconds, 3),
         }
 
 
