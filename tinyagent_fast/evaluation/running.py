@@ -22,7 +22,7 @@ from tinyagent_fast.evaluation.scoring import (
 )
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, Prompt
 from tinyagent_fast.inference.parity import ParityReport, compare_batches
-from tinyagent_fast.inference.second_look import SECOND_LOOK, generate_plans
+from tinyagent_fast.inference.second_look import SECOND_LOOK_VERSION, generate_plans
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.prompts.builder import held_to_tools
@@ -91,7 +91,7 @@ class EvaluationTask:
 
     def identity(self) -> dict[str, Any]:
         """Give what predictions may not be mixed across."""
-        held = {"grammar": "on", "second_look": SECOND_LOOK} if self.grammar else {}
+        held = {"grammar": "on", "second_look": SECOND_LOOK_VERSION} if self.grammar else {}
         return {**self.made_with, "max_new_tokens": self.settings.max_new_tokens, **held}
 
     def prompts(self, examples: Sequence[Example]) -> list[Prompt]:

@@ -20,8 +20,10 @@ from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan, render_pla
 from tinyagent_fast.plans.tools import Tool, tools_by_name
 from tinyagent_fast.prompts.builder import listed_tools
 
-SECOND_LOOK = 2
-"""What it does, by number: predictions that another one looked at are not mixed with these."""
+SECOND_LOOK_VERSION = 2
+"""Raised when other plans come out of it, as predictions of two versions are not mixed.
+
+No hash of its sources: that would put predictions aside for a comment."""
 
 
 def generate_plans(
