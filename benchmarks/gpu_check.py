@@ -186,10 +186,6 @@ def plan(scale: Scale) -> list[Measurement]:
         on(WHOLE, "train", fused, UNSHARED, micro_batch(2)),
         on(EVALUATION, "evaluation", fused),
         on(SEED, "train", TRANSFORMERS, preset="seed"),
-        on(PLAIN_EVALUATION, "evaluation", plain),
-        on(PLAIN_SHARED, "train", plain, SHARED, micro_batch(2)),
-        on(PLAIN_WHOLE, "train", plain, UNSHARED, micro_batch(1)),
-        on(CHECKPOINTING, "train", UNSLOTH, RECOMPUTED, UNSHARED),
         *(
             on(
                 f"memory: {batch} x {tokens} tokens, unsloth checkpointing",
@@ -201,6 +197,10 @@ def plan(scale: Scale) -> list[Measurement]:
             )
             for batch, tokens in scale.shapes
         ),
+        on(CHECKPOINTING, "train", UNSLOTH, RECOMPUTED, UNSHARED),
+        on(PLAIN_EVALUATION, "evaluation", plain),
+        on(PLAIN_SHARED, "train", plain, SHARED, micro_batch(2)),
+        on(PLAIN_WHOLE, "train", plain, UNSHARED, micro_batch(1)),
         on("numerics: transformers, bf16", "numerics", plain, BF16),
         on("numerics: unsloth, bf16", "numerics", fused, BF16),
         on(IN_BF16, "train", UNSLOTH, CUT_TO_FIT, BF16),
