@@ -431,7 +431,7 @@ def test_predictions_are_scored_again_by_file_evaluation_or_run(
     assert figures["n"] == 3
     assert figures["success"]["share"] == pytest.approx(2 / 3)
     assert figures["failures"] == {"empty": 1}
-    assert call("score", "--predictions", target).out.startswith("#")
+    assert call("score", target).out.startswith("#")
 
 
 @pytest.mark.parametrize("words", [["score", "secnd"], ["compare", "secnd", "first"]])
@@ -513,7 +513,7 @@ def test_generated_data_is_checked_without_a_problem(
     counts = figures["point_counts"]
     assert counts["plan"] == 40
     assert counts["join"] == 40 + counts["replan"]
-    text = call("data", "check", "--file", train_file).out
+    text = call("data", "check", train_file).out
     assert "entries: 40 usable, 0 not" in text
     assert "problems: none" in text
 

@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from tinyagent_fast.config import PromptFormat
 
@@ -14,8 +17,8 @@ from tinyagent_fast.config import PromptFormat
 class CheckFlags:
     """Flags of `data check`."""
 
-    file: Path
-    """Data file in the published schema (also without --file, as the first word)."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """Data file in the published schema."""
     tokenizer: str | None = None
     """Folder or hub name of a base model whose tokens are counted; None counts words."""
     prompt_format: PromptFormat = "alpaca"
@@ -32,12 +35,7 @@ class CheckFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Check a data file; the exit code is 1 when entries cannot be used or labels scored."""
-    import tyro
-
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--file")
-    flags = tyro.cli(CheckFlags, args=words, prog="tinyagent-fast data check")
+    flags = tyro.cli(CheckFlags, args=list(arguments), prog="tinyagent-fast data check")
     from rich.console import Console
 
     from tinyagent_fast.data.generation.catalogue import plan_tools

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from tinyagent_fast.errors import ConfigError, DataError, plainly
 from tinyagent_fast.plans.tools import Tool
@@ -22,7 +24,7 @@ _CATALOGUE = "name the catalogue of these tools with --catalogue FILE"
 class ScoreFlags:
     """Flags of `score`."""
 
-    predictions: Path | None = None
+    predictions: Annotated[Path | None, tyro.conf.Positional] = None
     """A predictions.jsonl, or the run, by name or folder, or evaluation that holds one; default:
     the latest run."""
     pairs: Path | None = None
@@ -35,13 +37,8 @@ class ScoreFlags:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Score; a predictions file may come first without a flag."""
-    import tyro
-
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--predictions")
-    flags = tyro.cli(ScoreFlags, args=words, prog="tinyagent-fast score")
+    """Score; gives 0 whatever the plans are worth."""
+    flags = tyro.cli(ScoreFlags, args=list(arguments), prog="tinyagent-fast score")
     from tinyagent_fast.data.generation.catalogue import plan_tools
     from tinyagent_fast.evaluation.predictions import find_predictions
     from tinyagent_fast.reports.reading import catalogue_of_run
