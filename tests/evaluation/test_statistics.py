@@ -32,12 +32,6 @@ def test_the_interval_holds_the_share_and_stays_within_0_and_1(n: int, data: st.
     assert 0 <= low <= successes / n <= high <= 1
 
 
-@pytest.mark.parametrize(("successes", "n"), [(-1, 3), (4, 3), (0, -1)])
-def test_impossible_counts_have_no_interval(successes: int, n: int) -> None:
-    with pytest.raises(ValueError, match="no interval"):
-        wilson_interval(successes, n)
-
-
 def test_a_proportion_has_share_interval_and_json() -> None:
     share = Proportion(8, 10)
     assert share.share == 0.8
@@ -70,5 +64,3 @@ def test_mcnemar_has_its_known_values(only_a: int, only_b: int, p: float) -> Non
 
 def test_mcnemar_works_where_floats_would_overflow() -> None:
     assert 0 < mcnemar_exact_p(1000, 1100) < 0.05
-    with pytest.raises(ValueError, match="negative"):
-        mcnemar_exact_p(-1, 2)
