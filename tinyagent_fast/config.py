@@ -30,6 +30,8 @@ Batching = Literal["prefix-grouped", "length-grouped", "packed", "shuffled"]
 Prompts = Literal["as-is", "retrieved", "short"]
 RetrieverKind = Literal["tfidf", "encoder"]
 GrammarUse = Literal["on", "off"]
+Points = Literal["plan", "join", "all"]
+OnBadEntry = Literal["error", "skip"]
 Leaks = Literal["drop", "keep", "error"]
 QuantisationAware = Literal["off", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 Tracker = Literal["off", "tensorboard", "trackio", "wandb"]
@@ -49,12 +51,12 @@ class DataConfig:
     test: Path | None = None
     """Test file in the published schema; None takes the generated one, and none beside a training
     file of your own: then nothing is measured on test queries."""
-    points: Literal["plan", "join", "all"] = "plan"
+    points: Points = "plan"
     """Which points of an entry become training rows; evaluation always takes the plans."""
     joins_per_plan: float | None = None
     """Join points for each plan among the training rows, chosen with the seed; replans are all
     kept. None keeps every join."""
-    on_bad_entry: Literal["error", "skip"] = "error"
+    on_bad_entry: OnBadEntry = "error"
     """What to do with entries that break the schema; skipped ones are counted and listed."""
     over_long: Literal["error", "drop"] = "error"
     """What to do with rows over model.max-length-tokens; no row is ever cut."""

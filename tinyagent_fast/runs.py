@@ -8,6 +8,7 @@ retriever.json and .npz, and retriever-encoder/ where an encoder scores the tool
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -37,7 +38,7 @@ _PACKAGES = (
     "sentencepiece", "safetensors", "numpy", "pyarrow", "tyro", "gguf", "xllamacpp",
 )
 # fmt: on
-_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _LATEST = "latest"
 _RESERVED = (_LATEST, "bases")
 """Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
@@ -176,9 +177,10 @@ class Run:
         # A run that was broken off has its best adapter only.
         folders = [self.adapter, self.best] if adapter == "best" else [Path(adapter)]
         for folder in folders:
-            if (folder / _WEIGHTS).exists():
+            if (folder / ADAPTER_WEIGHTS).exists():
                 return folder
-        why, fix = f"it holds no {_WEIGHTS}", "name a folder with one, such as a checkpoint's"
+        why = f"it holds no {ADAPTER_WEIGHTS}"
+        fix = "name a folder with one, such as a checkpoint's"
         if adapter == "best":
             fix = f"finish the run (tinyagent-fast train --resume {self.named}), or name a folder"
         elif not folders[0].is_dir():
@@ -191,7 +193,7 @@ class Run:
         Returns:
             What follows after "the training is"; None where it has ended.
         """
-        if (self.adapter / _WEIGHTS).exists():
+        if (self.adapter / ADAPTER_WEIGHTS).exists():
             return None
         steps: list[dict[str, Any]] = []
         best: object = None
@@ -204,7 +206,7 @@ class Run:
         of = next((f" of {r['of']:,}" for r in steps if type(r.get("of")) is int), "")
         # What was edited into something else is not printed.
         adapter = f"the adapter is that of step {best if type(best) is int else 'unknown'}"
-        if not (self.best / _WEIGHTS).exists():
+        if not (self.best / ADAPTER_WEIGHTS).exists():
             adapter = "there is no adapter yet"
         elif best == 0:
             adapter += ", which is the untrained base"
@@ -500,6 +502,28 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
             "put the file back as it was written, from another copy, or make it anew",
         ) from error
     return value
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file, or a folder by the names and contents of its files; in blocks, of any size."""
+    digest = hashlib.sha256()
+    for file in files_of(path):
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """List all files of a folder in their order, or the file itself."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def key_of(parts: Iterable[object]) -> str:
+    """Name plain values that something depends on by 20 hex digits of their sha256."""
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:20]
 
 
 @contextmanager

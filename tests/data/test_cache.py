@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from tinyagent_fast.config import Points
 from tinyagent_fast.data import cache
-from tinyagent_fast.data.cache import ExampleTable, Points, cached_table, load_examples
+from tinyagent_fast.data.cache import ExampleTable, cached_table, load_examples
 from tinyagent_fast.data.reading import read_entries
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError
@@ -78,7 +79,7 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the data file was read again")
 
     monkeypatch.setattr(cache, "read_entries", fail)
-    monkeypatch.setattr(cache, "file_sha256", fail)
+    monkeypatch.setattr(cache, "sha256_of", fail)
 
 
 def test_the_table_has_the_rows_of_the_file(data_file: Path) -> None:
@@ -234,7 +235,7 @@ def test_a_failed_build_leaves_no_file_behind(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_read_is_refused(
     data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(cache, "sha256_of", lambda path: "0" * 64)
     with pytest.raises(DataError, match="changed while it was read"):
         load(data_file)
 

@@ -11,9 +11,10 @@ from chat_templates import LINES, LLAMA, PLAIN, SMOL, THINKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyagent_fast.config import PromptFormat
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.chat_template import chat_template
-from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
+from tinyagent_fast.prompts.templates import render_prompt
 
 FORMATS: tuple[PromptFormat, ...] = ("alpaca", "flat")
 NASTY = (

@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyagent_fast.config import PromptFormat
 from tinyagent_fast.export.companions import go_template, recommended, write_companions
 from tinyagent_fast.export.gates import Gate
 from tinyagent_fast.export.record import Artefact
 from tinyagent_fast.plans.gbnf import plan_grammar
 from tinyagent_fast.plans.tools import TINYAGENT, Parameter, Tool, tools_by_name
-from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
+from tinyagent_fast.prompts.templates import render_prompt
 
 FORMATS: tuple[PromptFormat, ...] = ("alpaca", "flat")
 

@@ -11,7 +11,8 @@ import pytest
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.preparation import refuse_full_disk, refuse_small_memory
-from tinyagent_fast.export.record import ExportRecord, key_of, sha256_of
+from tinyagent_fast.export.record import ExportRecord
+from tinyagent_fast.runs import key_of, sha256_of
 
 
 def writer(text: str, made: list[str]) -> Any:

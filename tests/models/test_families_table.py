@@ -9,9 +9,9 @@ from typing import get_args
 import pytest
 from tiny_families import MODELS
 
+from tinyagent_fast.config import PromptFormat
 from tinyagent_fast.export.settings import QUANTS
 from tinyagent_fast.models.families import FAMILIES, Family
-from tinyagent_fast.prompts.templates import PromptFormat
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 

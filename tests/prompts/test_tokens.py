@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyagent_fast.config import PromptFormat
 from tinyagent_fast.errors import DataError, ModelError
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import load_tokenizer
-from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample, render_prompt
+from tinyagent_fast.prompts.templates import RenderedExample, render_prompt
 from tinyagent_fast.prompts.tokens import (
     IGNORED,
     EncodedRow,

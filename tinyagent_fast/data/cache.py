@@ -16,14 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
-from tinyagent_fast.data.reading import OnBadEntry, ReadReport, check_head, read_entries
+from tinyagent_fast.config import OnBadEntry, Points
+from tinyagent_fast.data.reading import ReadReport, check_head, read_entries
 from tinyagent_fast.data.schema import EntryProblem, Example
 from tinyagent_fast.errors import DataError, plainly
-from tinyagent_fast.runs import unfinished_folder
-
-Points = Literal["plan", "join", "all"]
+from tinyagent_fast.runs import sha256_of, unfinished_folder
 
 _SCHEMA_VERSION = 3
 CACHE_VARIABLE = "TINYAGENT_FAST_CACHE"
@@ -217,15 +216,6 @@ def load_examples(
     return table.select([row for row, kind in enumerate(kinds) if kind == points])
 
 
-def file_sha256(path: Path) -> str:
-    """Hash a file in blocks, so that its size does not matter."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
-
-
 def _remembered_sha256(path: Path) -> str:
     """Hash a file, unless that was done before for the same path, size, time and inode."""
     status = path.stat()
@@ -238,7 +228,7 @@ def _remembered_sha256(path: Path) -> str:
             return known
     except (OSError, ValueError):
         pass  # No usable record: hashing costs time only.
-    sha256 = file_sha256(path)
+    sha256 = sha256_of(path)
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         temporary = record.with_name(f"{record.name}.{os.getpid()}.tmp")

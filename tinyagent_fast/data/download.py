@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.data.reading import check_head, is_incomplete
 from tinyagent_fast.errors import DataError, plainly
+from tinyagent_fast.runs import sha256_of
 
 DATASET_REPOSITORY = "squeeze-ai-lab/TinyAgent-dataset"
 DATASET_FILES = ("training_data.json", "testing_data.json")
@@ -107,7 +107,7 @@ def download_dataset(
 
 def _place(source: _Source, on_progress: Callable[[int, int], None]) -> DownloadedFile:
     target, revision, record = source.target, source.revision, source.record()
-    there = file_sha256(target) if target.is_file() else None
+    there = sha256_of(target) if target.is_file() else None
     ours = there is not None and there == record.get("sha256")
     if ours and (record.get("repo"), record.get("revision")) == (source.repo, revision):
         return source.found(str(there), f"already there, fetched at {revision}")
@@ -129,7 +129,7 @@ def _place(source: _Source, on_progress: Callable[[int, int], None]) -> Download
                     "move it away or delete it, or name another folder",
                 )
         fetched = _fetch(source, on_progress, offline=not reachable)
-        sha256 = file_sha256(fetched)
+        sha256 = sha256_of(fetched)
         if published not in (None, sha256):
             raise DataError(
                 f"{target.name}: the fetched file is damaged",

@@ -20,12 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from tinyagent_fast.config import OnBadEntry
 from tinyagent_fast.data.schema import Entry, EntryProblem, entry_from_json, short_text
 from tinyagent_fast.errors import DataError, plainly, printable
-
-OnBadEntry = Literal["error", "skip"]
 
 _PROBLEMS_SHOWN = 20
 PROBLEMS_KEPT = 1000

@@ -27,8 +27,17 @@ from tinyagent_fast.evaluation.running import (
 )
 from tinyagent_fast.evaluation.scoring import ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
-from tinyagent_fast.export.record import ExportRecord, sha256_of
-from tinyagent_fast.runs import Run, find_run, holding, read_json, write_json, write_text
+from tinyagent_fast.export.record import ExportRecord
+from tinyagent_fast.runs import (
+    ADAPTER_WEIGHTS,
+    Run,
+    find_run,
+    holding,
+    read_json,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from tinyagent_fast.data.schema import Example
@@ -41,7 +50,6 @@ _SLOTS = 8
 _SPARE_TOKENS = 64
 """For prompts that a file encodes with more tokens than the run's tokenizer does."""
 _ADAPTER = "adapter"
-_WEIGHTS = "adapter_model.safetensors"
 _MERGED = "the adapter is merged into what it runs"
 
 NOT_HONOURED: Mapping[EngineName, Mapping[str, str]] = {
@@ -344,7 +352,7 @@ def _adapter(job: _Job) -> dict[str, EvaluationResult]:
     name = _ADAPTER if adapter else "base"
     made_with = {
         "base": base,
-        "adapter_sha256": sha256_of(adapter / _WEIGHTS) if adapter else None,
+        "adapter_sha256": sha256_of(adapter / ADAPTER_WEIGHTS) if adapter else None,
         "prompt_format": config.model.prompt_format,
         "weights": config.model.weights,
     }
@@ -508,7 +516,7 @@ def _adapter_plans(job: _Job) -> Sequence[ScoredPlan] | None:
         say(f"note: {remedy}")
         return None
     made_with = read_json(file.made_with_path)
-    weights = job.run.adapter / _WEIGHTS
+    weights = job.run.adapter / ADAPTER_WEIGHTS
     wanted = {
         "retriever": None,
         "grammar": None,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
+from tinyagent_fast.config import PromptFormat
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.prompts.templates import PromptFormat
 
 _BOS = "{{- bos_token -}}\n"
 

@@ -17,14 +17,14 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
-from tinyagent_fast.config import Config, dump_config
+from tinyagent_fast.config import Config, PromptFormat, dump_config
 from tinyagent_fast.export.gates import SUCCESS_OF, Gate
 from tinyagent_fast.export.record import Artefact
 from tinyagent_fast.export.settings import QUANTS, QuantSpec
 from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, NO_CHARACTERS, plan_grammar
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
-from tinyagent_fast.prompts.templates import PromptFormat, render_prompt
+from tinyagent_fast.prompts.templates import render_prompt
 from tinyagent_fast.runs import Run, write_text
 from tinyagent_fast.training.best import Best
 from tinyagent_fast.version import __version__

@@ -34,7 +34,7 @@ from tinyagent_fast.export.checkpoints import (
 )
 from tinyagent_fast.models.older_readers import config_for_both, write_for_older_readers
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import write_json
+from tinyagent_fast.runs import ADAPTER_WEIGHTS, write_json
 
 _DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _HALF_ULP = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -70,7 +70,7 @@ def read_adapter(folder: Path) -> dict[str, LowRankUpdate]:
     Raises:
         ModelError: Files are missing, or the adapter holds more than plain LoRA updates.
     """
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
     if not config.exists() or not weights.exists():
         raise ModelError(
             f"adapter {folder}",

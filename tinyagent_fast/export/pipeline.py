@@ -29,11 +29,18 @@ from tinyagent_fast.export.importance import (
 from tinyagent_fast.export.merging import merge_adapter, write_tokenizer
 from tinyagent_fast.export.preparation import Export
 from tinyagent_fast.export.proof import prove, reference_model
-from tinyagent_fast.export.record import Artefact, Kind, Work, key_of, sha256_of
+from tinyagent_fast.export.record import Artefact, Kind, Work
 from tinyagent_fast.export.settings import QuantSpec
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import render_prompt
-from tinyagent_fast.runs import environment, unfinished_folder, write_text
+from tinyagent_fast.runs import (
+    ADAPTER_WEIGHTS,
+    environment,
+    key_of,
+    sha256_of,
+    unfinished_folder,
+    write_text,
+)
 from tinyagent_fast.training.inputs import retriever_of_run
 from tinyagent_fast.version import __version__
 
@@ -79,7 +86,7 @@ def _identity(export: Export) -> dict[str, Any]:
         "run": export.run.path.name,
         "base": str(export.config.model.base),
         "base_sha256": key_of(weights),
-        "adapter_sha256": sha256_of(export.adapter / "adapter_model.safetensors"),
+        "adapter_sha256": sha256_of(export.adapter / ADAPTER_WEIGHTS),
         "tokenizer": key_of([vocabulary, export.tokenizer.bos_id, export.tokenizer.eos_id]),
         "prompt_format": export.config.model.prompt_format,
         "stop": END_OF_PLAN,

@@ -29,7 +29,6 @@ from tinyagent_fast.evaluation.running import (
 from tinyagent_fast.export import gates
 from tinyagent_fast.export.checkpoints import read_json
 from tinyagent_fast.export.gates import DistributionDifference, Gate
-from tinyagent_fast.export.record import key_of
 from tinyagent_fast.inference.engine import Limits
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
 from tinyagent_fast.inference.torch_engine import TorchEngine, generating
@@ -39,6 +38,7 @@ from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.loading import HARD_STRINGS
 from tinyagent_fast.prompts.templates import prompt_messages, render_prompt
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
+from tinyagent_fast.runs import key_of
 
 if TYPE_CHECKING:
     from tinyagent_fast.export.preparation import Export

@@ -6,16 +6,14 @@ adapter, base and settings, an export keeps the artefacts that still have that h
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tinyagent_fast.runs import read_json, write_json
+from tinyagent_fast.runs import files_of, read_json, sha256_of, write_json
 
 Kind = Literal["merged", "gguf", "importance"]
 Work = Callable[[Path], tuple[str, Mapping[str, Any]]]
@@ -85,34 +83,13 @@ class ExportRecord:
             kind=kind,
             quant=quant,
             sha256=sha256_of(final),
-            size_bytes=sum(file.stat().st_size for file in _files(final)),
+            size_bytes=sum(file.stat().st_size for file in files_of(final)),
             seconds=seconds,
             made_from=made_from,
             details=details,
         )
         self.update(artefacts=[dict(vars(one)) for one in (*others, artefact)])
         return artefact, False
-
-
-def sha256_of(path: Path) -> str:
-    """Hash a file, or a folder by the names and contents of its files."""
-    digest = hashlib.sha256()
-    for file in _files(path):
-        if path.is_dir():
-            digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def key_of(parts: Iterable[object]) -> str:
-    """Name plain values that something depends on by 20 hex digits of their sha256."""
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:20]
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def _remove(path: Path) -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.export.record import sha256_of
 from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt, StopReason
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.templates import prompt_messages
+from tinyagent_fast.runs import sha256_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.data.generation.catalogue import load_catalogue
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entries
 from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError, ModelError
-from tinyagent_fast.export.record import key_of
 from tinyagent_fast.models.gguf_base import base_from_gguf
 from tinyagent_fast.models.loading import save_model
 from tinyagent_fast.models.nano import (
@@ -36,6 +34,7 @@ from tinyagent_fast.models.threads import take_faster_threads
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.prompts.templates import RenderedExample, render, render_prompt
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import key_of, sha256_of
 
 _TOKENIZER_TEXTS = 2000
 _RANDOM_TEXTS = 200
@@ -117,7 +116,7 @@ def _from_gguf(
 ) -> Path:
     if not path.is_file():
         raise ModelError(f"base {path}", "there is no such file", "name a .gguf file or a folder")
-    folder = config.runs / "bases" / f"{path.stem}-{file_sha256(path)[:10]}"
+    folder = config.runs / "bases" / f"{path.stem}-{sha256_of(path)[:10]}"
     if not (folder / "config.json").exists():
         base_from_gguf(path, folder, on_progress)
         say(f"the weights of {path} are dequantised into {folder}, which is the base from now on")

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyagent_fast.config import ENCODER, DataConfig
-from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.errors import ModelError, TrainingError, reading
 from tinyagent_fast.models.libraries import quieten
 from tinyagent_fast.prompts.loading import hub_folder
-from tinyagent_fast.runs import whole_folder
+from tinyagent_fast.runs import sha256_of, whole_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,13 +113,13 @@ class Encoder:
     @classmethod
     def in_folder(cls, folder: Path) -> Encoder:
         """Take the encoder that a folder holds."""
-        return cls(folder, file_sha256(folder / _WEIGHTS))
+        return cls(folder, sha256_of(folder / _WEIGHTS))
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         fix = "delete it, with retriever.json where that lies beside it, and it is trained anew"
         with reading(f"encoder in {self.folder}", fix):
-            if file_sha256(self.folder / _WEIGHTS) != self.sha256:
+            if sha256_of(self.folder / _WEIGHTS) != self.sha256:
                 raise ValueError(f"{_WEIGHTS} is not the one that was saved")
         return _load(self.folder, fix)
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from tinyagent_fast.config import Targets
 from tinyagent_fast.errors import ModelError
-
-Targets = Literal["all-linear", "attention"]
 
 _MOST_LAYERS = 10_000
 OUTPUT = "lm_head.weight"

@@ -24,9 +24,8 @@ from tinyagent_fast.prompts.loading import (
     switched_off,
 )
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import whole_folder, write_json, write_text
+from tinyagent_fast.runs import ADAPTER_WEIGHTS, whole_folder, write_json, write_text
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _SMALL_WEIGHTS = 20_000_000
 """A smaller model gains nothing by bf16 on a CPU."""
 

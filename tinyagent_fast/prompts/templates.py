@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from tinyagent_fast.config import PromptFormat
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.plans.grammar import END_OF_PLAN, END_OF_RESPONSE
 
-PromptFormat = Literal["alpaca", "flat", "chat"]
 ChatRenderer = Callable[[Sequence[Mapping[str, str]]], str]
 """Messages to text that ends where the assistant's turn begins (a tokenizer's chat template)."""
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinyagent_fast.config import PromptFormat
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import DataError, ModelError
 from tinyagent_fast.prompts.chat_template import ChatTemplate
-from tinyagent_fast.prompts.templates import PromptFormat, RenderedExample, render
+from tinyagent_fast.prompts.templates import RenderedExample, render
 
 IGNORED = -100
 """The label of tokens without loss."""

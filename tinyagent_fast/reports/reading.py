@@ -20,9 +20,9 @@ from tinyagent_fast.errors import ConfigError, DataError, plainly
 from tinyagent_fast.evaluation.predictions import MAIN_EVALUATIONS, PredictionFile
 from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
 from tinyagent_fast.evaluation.statistics import Proportion
-from tinyagent_fast.export.record import Artefact, ExportRecord, sha256_of
+from tinyagent_fast.export.record import Artefact, ExportRecord
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.runs import Run
+from tinyagent_fast.runs import ADAPTER_WEIGHTS, Run, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +286,7 @@ def _doubts(
     run: Run, data: Mapping[str, object], evaluations: Mapping[str, Evaluation]
 ) -> Iterator[str]:
     """Say where predictions are not those of the run's adapter for all of its test queries."""
-    weights = run.adapter / "adapter_model.safetensors"
+    weights = run.adapter / ADAPTER_WEIGHTS
     test_sha256 = child(data, "test_file").get("sha256")
     queries = number(child(data, "examples"), "test")
     for name, evaluation in evaluations.items():

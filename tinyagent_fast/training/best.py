@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.errors import reading
-from tinyagent_fast.runs import Run, read_json
+from tinyagent_fast.runs import ADAPTER_WEIGHTS, Run, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from tinyagent_fast.models.loading import ADAPTER_WEIGHTS, check_adapter
+    from tinyagent_fast.models.loading import check_adapter
 
     check_adapter(model, folder)
     with reading(f"adapter {folder}", "let it be copied or trained again"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import Config, DataConfig
+from tinyagent_fast.config import Config, DataConfig, Points
 from tinyagent_fast.data import generation, splits
-from tinyagent_fast.data.cache import ExampleTable, Points, cache_folder, load_examples
+from tinyagent_fast.data.cache import ExampleTable, cache_folder, load_examples
 from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE, plan_tools
 from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_dataset
 from tinyagent_fast.data.generation.prompts import short_planner_prompt
@@ -39,7 +38,7 @@ from tinyagent_fast.prompts.rows import RowFile, encode_examples
 from tinyagent_fast.prompts.system_text import parse
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import Run
+from tinyagent_fast.runs import Run, key_of
 
 GENERATED = Path("data/generated")
 _SOME_MOMENT = datetime(2000, 1, 1)
@@ -395,8 +394,7 @@ def encode_run_rows(
         config.eval.sample,
         examples.retriever and examples.retriever.key(),
     ]
-    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:20]
-    folder = cache_folder() / "rows"
+    key, folder = key_of(key_parts), cache_folder() / "rows"
 
     def encode(name: str, chosen: Sequence[Example], report: Callable[[int], None]) -> RowFile:
         return encode_examples(

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import Config, to_mapping
-from tinyagent_fast.data.cache import file_sha256
 from tinyagent_fast.errors import TrainingError, plainly
-from tinyagent_fast.runs import Run, cut_broken_line, read_json, write_json, write_text
+from tinyagent_fast.runs import (
+    Run,
+    cut_broken_line,
+    files_of,
+    read_json,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 _LISTED = 20
 _CHECKSUMS = "checksums.json"
@@ -24,8 +31,7 @@ _CHECKSUMS = "checksums.json"
 
 def keep_checkpoint(written: Path, target: Path) -> None:
     """Give a checkpoint that was written its name, with the checksums of its files."""
-    files = sorted(path for path in written.rglob("*") if path.is_file())
-    sums = {path.relative_to(written).as_posix(): file_sha256(path) for path in files}
+    sums = {path.relative_to(written).as_posix(): sha256_of(path) for path in files_of(written)}
     write_json(written / _CHECKSUMS, sums)
     shutil.rmtree(target, ignore_errors=True)
     written.replace(target)
@@ -38,7 +44,7 @@ def why_not_whole(checkpoint: Path) -> str | None:
         for name, sha256 in sums.items():
             if not (checkpoint / name).exists():
                 return f"{name} is missing"
-            if file_sha256(checkpoint / name) != sha256:
+            if sha256_of(checkpoint / name) != sha256:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError) as error:
         return f"{_CHECKSUMS}, which is written last, cannot be read: {plainly(error)}"
