@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tinyagent_fast.agent.loop import (
     Agent,
@@ -36,10 +36,16 @@ from tinyagent_fast.agent.sandbox import (
     sandbox_for,
 )
 from tinyagent_fast.agent.session import JoinerName, join_points, joiner_of_run
-from tinyagent_fast.config import GrammarUse
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.evaluation.evaluate import (
+    EvalChanges,
+    EvalOptions,
+    EvaluatedRun,
+    eval_config,
+    test_queries,
+)
 from tinyagent_fast.evaluation.joins import JoinMetrics, score_joins
 from tinyagent_fast.evaluation.report import Cell, FactTable, percent, plain
 from tinyagent_fast.evaluation.scoring import score_pair
@@ -63,23 +69,11 @@ _MEANINGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentEvalOptions:
+class AgentEvalOptions(EvaluatedRun):
     """What to evaluate and how."""
 
-    run: str = "latest"
-    """Run to evaluate: its name, its folder, or `latest`."""
-    runs: Path = Path("runs")
-    """Folder of all runs."""
     model: Path | None = None
     """A .gguf file, a merged folder or an adapter instead of the run's own adapter."""
-    test: Path | None = None
-    """Another test file in the published schema."""
-    prompts: Literal["as-is", "retrieved"] | None = None
-    """System prompts as the test file has them, or with the tools that the run's retriever finds;
-    None takes what the run was trained with."""
-    grammar: GrammarUse = "off"
-    """`on` lets the model write nothing but plans of the tools that each prompt lists, as `agent`
-    does."""
     joiner: JoinerName = "auto"
     """Who judges the observations: the model, or a rule that finishes when every call is done and
     plans again when an observation says to try again; `auto` is the model where it was trained on
@@ -96,8 +90,6 @@ class AgentEvalOptions:
     """Sandbox calls take this share of the time that such calls take on a desktop."""
     max_new_tokens: int | None = None
     """Tokens after which a plan or an answer is broken off; None takes the run's."""
-    threads: int | None = None
-    """CPU threads; None leaves it to torch or llama.cpp."""
     out: Path | None = None
     """Folder for metrics, report and traces; by default `agent/` in the run's folder, and
     `agent-grammar/` with `--grammar on`."""
@@ -414,12 +406,6 @@ def _evaluate(
 ) -> tuple[list[TaskResult], dict[str, Any]]:
     """Carry out the plans of a run's test queries."""
     from tinyagent_fast.data.generation.catalogue import plan_tools
-    from tinyagent_fast.evaluation.evaluate import (
-        EvalChanges,
-        EvalOptions,
-        eval_config,
-        test_queries,
-    )
     from tinyagent_fast.inference.planner import load
 
     asked = EvalOptions(

@@ -90,13 +90,29 @@ class EvalChanges:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """What to evaluate and how; what is not given comes from the run's config."""
+class EvaluatedRun:
+    """Which run is evaluated, on which queries with which prompts."""
 
     run: str = "latest"
     """Run to evaluate: its name, its folder, or `latest`."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    test: Path | None = None
+    """Another test file in the published schema."""
+    prompts: Literal["as-is", "retrieved"] | None = None
+    """System prompts as the test file has them, or with the tools that the run's retriever finds,
+    in the form in which the run was trained; None takes what the run was trained with."""
+    grammar: GrammarUse = "off"
+    """`on` lets the model write nothing but plans of the tools that each prompt lists, as chat
+    and agent do; the headline metric is without."""
+    threads: int | None = None
+    """CPU threads; None leaves it to torch, and gives llama.cpp one per core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(EvaluatedRun):
+    """What to evaluate and how; what is not given comes from the run's config."""
+
     engine: Literal["auto", "torch", "transformers", "gguf", "vllm"] = "auto"
     """`torch` runs the adapter on its base (`transformers`: with that backend), `gguf` the exported
     files in llama.cpp, `vllm` the merged folder on CUDA; `auto` takes what `--model` is, and the
@@ -106,19 +122,9 @@ class EvalOptions:
     adapter: str | None = None
     """`best` for the run's adapter, which is the default, `none` for the bare base model, or a
     folder."""
-    test: Path | None = None
-    """Another test file in the published schema."""
-    prompts: Literal["as-is", "retrieved"] | None = None
-    """System prompts as the test file has them, or with the tools that the run's retriever finds,
-    in the form in which the run was trained; None takes what the run was trained with."""
-    grammar: GrammarUse = "off"
-    """`on` lets the model write nothing but plans of the tools that each prompt lists, as chat
-    does; the headline metric is without."""
     eval: EvalChanges = field(default_factory=EvalChanges)
     backend: Backend | None = None
     """Another backend than the run's."""
-    threads: int | None = None
-    """CPU threads; None leaves it to torch, and gives llama.cpp one per core."""
     out: Path | None = None
     """Folder for predictions and report; by default `eval/` in the run's folder, and
     `eval-grammar/` with `--grammar on`. With `--engine gguf` each file gets a folder
