@@ -103,11 +103,6 @@ class LlamaServer:
             self.close()
             raise
 
-    @property
-    def pid(self) -> int:
-        """The id of the server's process."""
-        return self._process.pid
-
     def close(self) -> None:
         """End the server; requests under way fail, and a second call does nothing."""
         # The end of its input is the child's sign to go.
@@ -188,10 +183,6 @@ class LlamaServer:
         body = {"content": text, "parse_special": special, "add_special": bos}
         ids: list[int] = self.request("POST", "/tokenize", body)["tokens"]
         return ids
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Decode ids with special tokens shown."""
-        return str(self.request("POST", "/detokenize", {"tokens": list(ids)})["content"])
 
     def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Render messages as `chat` does, without BOS, which llama.cpp adds as an id."""
