@@ -157,12 +157,6 @@ def test_the_bases_own_template_writes_bos_exactly_once_and_is_otherwise_unchang
     assert written == "<s>" + own.removeprefix("<s>")
 
 
-def test_the_chat_format_needs_a_template_of_the_base() -> None:
-    for bos in (True, False):
-        with pytest.raises(ModelError, match="no chat template"):
-            chat_template("chat", None, bos=bos)
-
-
 @pytest.fixture(scope="module", params=FORMATS)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_merged: Path

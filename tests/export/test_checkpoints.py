@@ -132,7 +132,7 @@ def test_a_file_written_in_pieces_is_read_by_safetensors(tmp_path: Path) -> None
 
     random = np.random.default_rng(3)
     norm, matrix = random.standard_normal(5, np.float32), random.standard_normal((7, 3), np.float32)
-    path = tmp_path / "deep" / "model.safetensors"
+    path = tmp_path / "model.safetensors"
     write_safetensors(
         path,
         [

@@ -17,7 +17,7 @@ from tinyagent_fast.export.importance import (
     save_importance,
 )
 
-ROWS = [[1, 5, 9, 300, 2], [1, 7, 7], [], [1, *range(20, 60)]]
+ROWS = [[1, 5, 9, 300, 2], [1, 7, 7], [1, *range(20, 60)]]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_output_layer_is_measured_after_the_last_norm(
 
     total = np.zeros(256)
     with torch.inference_mode():
-        for row in filter(None, ROWS):
+        for row in ROWS:
             hidden = model.model(input_ids=torch.tensor([row])).last_hidden_state[0]
             total += hidden.double().square().sum(0).numpy()
     assert np.allclose(collected.mean_squares["output.weight"], total / 49, rtol=1e-5)
@@ -97,13 +97,11 @@ def test_an_embedding_that_is_also_the_output_is_left_out() -> None:
 def test_collecting_leaves_no_hook_and_reports_progress(model: Any) -> None:
     seen: list[tuple[int, int]] = []
     collect_importance(model, ROWS, on_progress=lambda done, of: seen.append((done, of)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_nothing_to_measure_and_other_families_are_refused(model: Any) -> None:
-    with pytest.raises(DataError, match="0 tokens"):
-        collect_importance(model, [[], []])
+def test_other_families_are_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     small = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16)

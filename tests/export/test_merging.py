@@ -151,8 +151,11 @@ def test_adapters_that_are_more_than_plain_lora_are_refused(
         read_adapter(rewritten(adapter, tmp_path / "a", **settings))
 
 
-def test_an_unfinished_adapter_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="missing"):
+def test_an_unfinished_adapter_is_named(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no adapter_config"):
+        read_adapter(tmp_path)
+    shutil.copyfile(adapter / "adapter_config.json", tmp_path / "adapter_config.json")
+    with pytest.raises(ModelError, match="adapter_model"):
         read_adapter(tmp_path)
 
 

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyagent_fast.errors import GateError, ModelError
+from tinyagent_fast.errors import GateError
 from tinyagent_fast.export import checkpoints, conversion
 from tinyagent_fast.export.conversion import ConversionReport, convert_to_gguf
 from tinyagent_fast.export.importance import SOURCE, Importance
@@ -306,8 +306,8 @@ def test_a_damaged_block_of_rows_fails_the_check(
 
     def sometimes(self: GgmlLibrary, kind: str, rows: np.ndarray, weights: Any) -> np.ndarray:
         done = original(self, kind, rows, weights)
-        calls["blocks"] += len(rows) != 4  # the sample that proves the library
-        return damage(done) if calls["blocks"] == 5 and len(rows) != 4 else done
+        calls["blocks"] += 1
+        return damage(done) if calls["blocks"] == 5 else done
 
     target = tmp_path / "out.gguf"
     target.write_bytes(b"from last time")
@@ -328,7 +328,7 @@ def test_one_column_with_all_the_weight_is_no_mistake(kind: str) -> None:
     weights = np.full(512, 1e-9, dtype=np.float32)
     weights[7] = 1.0
     number, limit = GGMLQuantizationType[kind], WORST_RELATIVE_RMSE[kind]
-    with open_ggml({kind}) as library:
+    with open_ggml() as library:
         stored = library.rows(kind, rows, None)
     back = quants.dequantize(stored, number)
     assert conversion._relative_error(rows, back, weights) <= limit
@@ -344,108 +344,3 @@ def test_every_part_of_a_tensor_is_compared() -> None:
         assert picked[-1] == rows - 1
         assert max(np.diff(picked), default=0) <= 256
         assert len(set(picked)) == len(picked) <= rows
-
-
-@needs_ggml
-def test_a_library_that_quantises_otherwise_is_refused_before_it_starts(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = GgmlLibrary.rows
-
-    def off_by_one(self: GgmlLibrary, kind: str, rows: np.ndarray, weights: Any) -> np.ndarray:
-        assert len(rows) == 4, "a model was begun with a library that was not proved"
-        done = original(self, kind, rows, weights)
-        done[0, 5] += 1
-        return done
-
-    monkeypatch.setattr(GgmlLibrary, "rows", off_by_one)
-    with pytest.raises(GateError, match="the ggml library writes Q8_0 differently"):
-        convert(llama, tmp_path / "out.gguf", "q8_0")
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_ggml
-def test_tiny_rows_beside_usual_ones_pass(
-    llama_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    def unused_tokens(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
-        drawn = random.standard_normal(shape, np.float32)
-        if shape == (700, 256):
-            drawn[10:20] *= np.float32(1e-5)
-            drawn[30] = 0
-        return drawn
-
-    folder = llama_folder(
-        draw=unused_tokens, hidden_size=256, intermediate_size=256, tie_word_embeddings=False
-    )
-    report = convert(folder, tmp_path / "out.gguf", "q4_k_m")
-    assert report.worst_relative_rmse["Q4_K"] < 0.15
-
-
-@needs_ggml
-@pytest.mark.parametrize("quant", K_QUANTS)
-def test_importance_lowers_the_error_where_inputs_are_large(
-    llama: Path, tmp_path: Path, quant: str
-) -> None:
-    name = "blk.0.ffn_up.weight"
-    weights = np.where(np.arange(256) % 4 == 0, 50.0, 0.5).astype(np.float32)
-    importance = Importance({name: weights}, 2000)
-    exact, plain, weighed = (tmp_path / one for one in ("exact", "plain", "weighed"))
-    convert(llama, exact, "f16")
-    first = convert(llama, plain, quant)
-    second = convert(llama, weighed, quant, importance=importance)
-    truth, before, after = map(values, (exact, plain, weighed))
-
-    def error(found: dict[str, Any]) -> float:
-        return float(((found[name] - truth[name]).astype(np.float64) ** 2 @ weights).sum())
-
-    assert error(after) < 0.9 * error(before)
-    assert [one for one in after if not np.array_equal(before[one], after[one])] == [name]
-    assert first.without_importance == ()
-    assert name not in second.without_importance
-    assert "blk.1.ffn_up.weight" in second.without_importance
-    assert "quantize.imatrix.dataset" not in keys(plain)
-    found = keys(weighed)
-    assert found["quantize.imatrix.dataset"] == SOURCE
-    assert found["quantize.imatrix.entries_count"] == 1
-    assert found["quantize.imatrix.chunks_count"] == 3
-
-
-@needs_ggml
-def test_importance_changes_nothing_in_types_that_do_not_weigh(llama: Path, tmp_path: Path) -> None:
-    importance = Importance({"blk.0.ffn_up.weight": np.arange(256, dtype=np.float32)}, 9)
-    convert(llama, tmp_path / "plain", "q8_0")
-    convert(llama, tmp_path / "weighed", "q8_0", importance=importance)
-    assert (tmp_path / "plain").read_bytes() == (tmp_path / "weighed").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "name", ["blk.0.ffn_up.weight", "blk.7.ffn_up.weight"], ids=["other width", "other layer"]
-)
-def test_importance_of_another_model_is_a_bug(llama: Path, tmp_path: Path, name: str) -> None:
-    importance = Importance({name: np.ones(128, dtype=np.float32)}, 10)
-    with pytest.raises(AssertionError, match=f"importance of .*{name}"):
-        convert(llama, tmp_path / "out.gguf", "q4_k_m", importance=importance)
-
-
-def test_without_ggml_files_of_floats_are_made_and_others_refused_with_what_to_install(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert set(convert(llama, tmp_path / "f16.gguf", "f16").types) == {"F16", "F32"}
-    with pytest.raises(ModelError, match="pip install xllamacpp"):
-        convert(llama, tmp_path / "out.gguf", "q8_0")
-    assert [path.name for path in tmp_path.iterdir()] == ["f16.gguf"]
-
-
-@needs_ggml
-def test_a_library_without_the_functions_is_refused(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "xllamacpp.so"
-    broken.write_bytes(b"no library")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        GgmlLibrary(broken)
-    monkeypatch.setattr(GgmlLibrary, "SYMBOLS", (*GgmlLibrary.SYMBOLS, "ggml_of_tomorrow"))
-    with pytest.raises(ModelError, match="exports no ggml_of_tomorrow"):
-        convert(llama, tmp_path / "out.gguf", "q4_k_m")

@@ -152,9 +152,3 @@ def test_the_context_is_the_models_and_a_prompt_that_fills_it_is_refused(
     with pytest.raises(ModelError, match="a context of 60 tokens"):
         list(engine.generate(long, LIMITS))
     assert vllm.calls == []
-
-
-@pytest.mark.parametrize("wrong", [{"stop": ""}, {"max_new_tokens": 0}, {"batch": 0}])
-def test_limits_that_no_engine_can_keep_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        replace(LIMITS, **wrong)

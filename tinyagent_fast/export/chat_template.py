@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 
 from tinyagent_fast.config import PromptFormat
-from tinyagent_fast.errors import ModelError
 
 _BOS = "{{- bos_token -}}\n"
 
@@ -74,17 +73,9 @@ def chat_template(prompt_format: PromptFormat, base_template: str | None, *, bos
         base_template: The base model's template; needed for `chat` only.
         bos: Whether the template writes BOS itself, exactly once. True for a Hugging Face folder,
             whose readers add none to a rendered chat; False for a GGUF, where the tokenizer does.
-
-    Raises:
-        ModelError: The format is `chat` and the base has no template.
     """
     if prompt_format == "chat":
-        if not base_template:
-            raise ModelError(
-                "a model trained with --model.prompt-format chat",
-                "its base has no chat template, so there is none to put into the export",
-                "keep chat_template.jinja of the base next to its tokenizer files",
-            )
+        assert base_template is not None, "the tokenizer has refused a base without one"
         return _with_bos(base_template) if bos else base_template
     template = _ALPACA if prompt_format == "alpaca" else _FLAT
     return _BOS + template if bos else template

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from tinyagent_fast.errors import ModelError, printable
-from tinyagent_fast.prompts.loading import hub_folder, refuse_pickles
+from tinyagent_fast.prompts.loading import hub_folder, read_model_json, refuse_pickles
+from tinyagent_fast.runs import whole_file
 
 Floats = NDArray[np.float32]
 
@@ -97,7 +97,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "it holds an adapter, which is only the difference to a base model",
             "merge it with its base model first, and name the merged folder",
         )
-    config = read_json(folder / "config.json")
+    config = read_model_json(folder / "config.json")
     if quantised := config.get("quantization_config"):
         method = dict(quantised).get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(
@@ -114,27 +114,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     raise ModelError(f"folder {folder}", why, "copy the weights into it")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a model folder that holds one JSON object.
-
-    Raises:
-        ModelError: No such file, or it holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        fix = "name a model folder as transformers saves it"
-        raise ModelError(f"folder {path.parent}", f"it has no {path.name}", fix) from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}", f"it is no JSON: {error}", "copy the file again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}", "it holds no JSON object", "copy the file again")
-    return value
-
-
 def _open_shards(folder: Path) -> dict[str, StoredTensor]:
     """Read the headers of all shards, and hold them against the index."""
-    where = read_json(folder / _INDEX).get("weight_map")
+    where = read_model_json(folder / _INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ModelError(f"{folder / _INDEX}", "it has no weight_map", "copy the file again")
     for name in where.values():
@@ -298,15 +280,3 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
                 file.write(encode_values(block, one.dtype, one.name).data)
                 rows += len(block)
             assert rows == one.shape[0], f"{one.name} has {rows} of {one.shape[0]} rows"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give the place of a file beside its own, to which it moves only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

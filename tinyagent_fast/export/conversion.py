@@ -39,7 +39,6 @@ from tinyagent_fast.export.checkpoints import (
     open_checkpoint,
     read_rows,
     row_blocks,
-    whole_file,
 )
 from tinyagent_fast.export.importance import SOURCE, Importance
 from tinyagent_fast.export.quantising import (
@@ -55,6 +54,7 @@ from tinyagent_fast.export.vocabulary import GgufVocabulary, read_vocabulary
 from tinyagent_fast.models.families import OUTPUT, Family, ModelShape, Tensor, family_of
 from tinyagent_fast.models.threads import usable_cores
 from tinyagent_fast.prompts.tokens import PromptTokenizer
+from tinyagent_fast.runs import whole_file
 
 _CHECKED_EVERY_ROWS = 256
 _WINDOWED_BASE = 10000.0
@@ -179,7 +179,7 @@ def convert_to_gguf(
     weighed = importance if any(one.weights is not None for one in targets) else None
     worst: dict[str, float] = {}
     with (
-        open_ggml(kinds) if kinds else nullcontext(None) as ggml,
+        open_ggml() if kinds else nullcontext(None) as ggml,
         whole_file(target) as part,
         closing(GGUFWriter(part, model.family.gguf_architecture)) as writer,
     ):

@@ -52,15 +52,13 @@ def collect_importance(
     up, which has no inputs to weigh. Each row is run by itself, and the mode stays as it is.
 
     Raises:
-        DataError: There are no tokens, or a mean is not finite or all are zero.
+        DataError: A mean is not finite or all are zero.
         ModelError: The model is of no family that can be exported.
 
     Source: llama.cpp, tools/imatrix/imatrix.cpp: collect_imatrix.
     """
     import torch
 
-    if not any(rows):
-        raise DataError("importance of 0 tokens", "nothing can be measured", "give some rows")
     family = family_of(model.config.to_dict(), "config of the model")
     sums: dict[str, torch.Tensor] = {}
 
@@ -82,12 +80,11 @@ def collect_importance(
                 )
         with torch.inference_mode():
             for done, row in enumerate(rows, start=1):
-                if row:
-                    ids_1T = torch.tensor([list(row)], device=embeddings.device)
-                    hidden_1TH = model.model(input_ids=ids_1T, use_cache=False).last_hidden_state
-                    if has_output:
-                        add("output.weight", hidden_1TH)
-                    tokens += len(row)
+                ids_1T = torch.tensor([list(row)], device=embeddings.device)
+                hidden_1TH = model.model(input_ids=ids_1T, use_cache=False).last_hidden_state
+                if has_output:
+                    add("output.weight", hidden_1TH)
+                tokens += len(row)
                 on_progress(done, len(rows))
     finally:
         for hook in hooks:

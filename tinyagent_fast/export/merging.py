@@ -26,13 +26,13 @@ from tinyagent_fast.export.checkpoints import (
     NewTensor,
     StoredTensor,
     open_checkpoint,
-    read_json,
     read_rows,
     row_blocks,
     stored_tensors,
     write_safetensors,
 )
 from tinyagent_fast.models.older_readers import config_for_both, write_for_older_readers
+from tinyagent_fast.prompts.loading import read_model_json
 from tinyagent_fast.prompts.tokens import PromptTokenizer
 from tinyagent_fast.runs import ADAPTER_WEIGHTS, write_json
 
@@ -70,21 +70,14 @@ def read_adapter(folder: Path) -> dict[str, LowRankUpdate]:
     Raises:
         ModelError: Files are missing, or the adapter holds more than plain LoRA updates.
     """
-    config, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
-    if not config.exists() or not weights.exists():
-        raise ModelError(
-            f"adapter {folder}",
-            f"{config.name} or {weights.name} is missing",
-            "let training finish, or name another run",
-        )
-    settings = read_json(config)
+    settings = read_model_json(folder / "adapter_config.json")
     unusual = [name for name in _UNUSUAL if settings.get(name) and settings[name] != "none"]
     if settings.get("peft_type") != "LORA":
         unusual.append("another peft_type")
     if unusual:
         raise _not_plain(folder, f"it uses {', '.join(unusual)}")
     halves: dict[str, dict[str, Floats]] = {}
-    for name, tensor in stored_tensors(weights).items():
+    for name, tensor in stored_tensors(folder / ADAPTER_WEIGHTS).items():
         found = _MATRIX.fullmatch(name)
         if found is None:
             raise _not_plain(folder, f"it holds {name}, which is no LoRA matrix")
@@ -244,13 +237,13 @@ def _not_the_sum(name: str, why: str) -> GateError:
 
 
 def _write_configs(base: Path, target: Path, dtype: str) -> None:
-    config = config_for_both(read_json(base / "config.json"))
+    config = config_for_both(read_model_json(base / "config.json"))
     if dtype != "base":
         config["dtype"] = config["torch_dtype"] = _DTYPE_NAMES[dtype]
     write_json(target / "config.json", config)
     index = base / "model.safetensors.index.json"
     if index.exists():
-        content = read_json(index)
+        content = read_model_json(index)
         size_bytes = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         content["metadata"] = {**content.get("metadata", {}), "total_size": size_bytes}
         write_json(target / index.name, content)

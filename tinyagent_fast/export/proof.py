@@ -27,7 +27,6 @@ from tinyagent_fast.evaluation.running import (
     evaluate_examples,
 )
 from tinyagent_fast.export import gates
-from tinyagent_fast.export.checkpoints import read_json
 from tinyagent_fast.export.gates import DistributionDifference, Gate
 from tinyagent_fast.inference.engine import Limits
 from tinyagent_fast.inference.llama_cpp import LlamaCppEngine, LlamaCppSettings, LlamaServer
@@ -35,7 +34,7 @@ from tinyagent_fast.inference.torch_engine import TorchEngine, generating
 from tinyagent_fast.models.families import family_of
 from tinyagent_fast.models.loading import LoadedModel, load_for_generation
 from tinyagent_fast.plans.grammar import END_OF_PLAN
-from tinyagent_fast.prompts.loading import HARD_STRINGS
+from tinyagent_fast.prompts.loading import HARD_STRINGS, read_model_json
 from tinyagent_fast.prompts.templates import prompt_messages, render_prompt
 from tinyagent_fast.prompts.tokens import IGNORED, EncodedRow, PromptTokenizer
 from tinyagent_fast.runs import key_of
@@ -263,7 +262,7 @@ def f32_gate(export: Export, f32: Path, witness: Witness) -> Gate:
     """Compare the f32 file with an f32 KV cache, which hides no mistake of the conversion."""
     with _server(export, f32, slots=1, cache_type="f32") as server:
         found = _distributions(export, server, witness, "distributions of the f32 file")
-    config = read_json(export.merged / "config.json")
+    config = read_model_json(export.merged / "config.json")
     return gates.same_logits(found, family_of(config).logit_noise)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from gguf import TokenType
 
 from tinyagent_fast.errors import ModelError
-from tinyagent_fast.export.checkpoints import read_json
+from tinyagent_fast.prompts.loading import read_model_json
 
 _SPACE = "\u2581"
 _BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))
@@ -90,11 +90,14 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
         ModelError: No tokenizer, one whose ids llama.cpp would not reproduce, or more tokens than
             embeddings.
     """
-    file = read_json(folder / "tokenizer.json")
+    file = read_model_json(folder / "tokenizer.json")
     model = file.get("model", {})
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise _other_ids(folder, f"its model is {model.get('type')}, and only BPE is known here")
-    settings, added = read_json(folder / "tokenizer_config.json"), file.get("added_tokens", [])
+    settings, added = (
+        read_model_json(folder / "tokenizer_config.json"),
+        file.get("added_tokens", []),
+    )
     names = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
     if model.get("byte_fallback"):
         vocabulary = _llama_vocabulary(folder, file, added)

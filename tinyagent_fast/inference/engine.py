@@ -54,13 +54,6 @@ class Limits:
     batch: int = 1
     """Prompts completed together."""
 
-    def __post_init__(self) -> None:
-        """Raise ValueError if `stop` is empty or a number is below 1."""
-        if not self.stop or self.max_new_tokens < 1 or self.batch < 1:
-            raise ValueError(
-                f"a stop text, and at least 1 new token and a batch of 1, are needed; got {self}"
-            )
-
 
 class Engine(Protocol):
     """A model that completes prompts greedily."""

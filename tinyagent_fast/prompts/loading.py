@@ -237,13 +237,25 @@ def _settings_of(folder: Path) -> dict[str, Any]:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    with reading(f"{path}", "copy or download the file again"):
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-        return content
+    return read_model_json(path) if path.exists() else {}
+
+
+def read_model_json(path: Path) -> dict[str, Any]:
+    """Read a file of a model folder that holds one JSON object.
+
+    Raises:
+        ModelError: No such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        fix = "name a model folder as transformers saves it"
+        raise ModelError(f"folder {path.parent}", f"it has no {path.name}", fix) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}", f"it is no JSON: {error}", "copy the file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}", "it holds no JSON object", "copy the file again")
+    return value
 
 
 def _declared_tokens(folder: Path) -> dict[str, dict[str, Any]]:

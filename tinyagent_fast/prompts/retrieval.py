@@ -37,6 +37,7 @@ from tinyagent_fast.runs import (
     replace_folder,
     sha256_of,
     unfinished_folder,
+    whole_file,
     write_json,
     write_text,
 )
@@ -207,10 +208,8 @@ class ToolRetriever:
             arrays |= {"weights": self.scorer.weights, "bias": self.scorer.bias}
         else:
             encoder = self.scorer.save(folder / _ENCODER)
-        part = weights.with_name(f"{weights.name}.part")
-        with part.open("wb") as stream:
+        with whole_file(weights) as part, part.open("wb") as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)
-        part.replace(weights)
         write_text(path, json.dumps(self._plain(), ensure_ascii=False) + "\n")
         return [path, weights, *encoder]
 

@@ -57,7 +57,7 @@ from tinyagent_fast.runs import (
     point_latest,
     read_json,
     refuse_taken_name,
-    replace_folder,
+    whole_folder,
     write_json,
 )
 from tinyagent_fast.shared_prefix.packing import mean_shared_tokens, pack_step
@@ -814,10 +814,8 @@ def _keep_best(prepared: _Prepared) -> bool:
         save_model(loaded.model, loaded.tokenizer.hf, run.adapter, notes)
         display.say("no evaluation was made: the last adapter is kept")
     else:
-        copy = run.path / f"{run.adapter.name}.part"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(run.best, copy)
-        replace_folder(copy, run.adapter)
+        with whole_folder(run.adapter) as part:
+            shutil.copytree(run.best, part, dirs_exist_ok=True)
         display.say(f"best adapter: step {best.step}, {best.reason}")
     plot_training(run)
     return best is not None
