@@ -87,9 +87,10 @@ def planner_with(
 def serving(
     planner: Planner, host: str = "127.0.0.1", agent: AgentSpec | None = None
 ) -> Iterator[PlannerServer]:
-    """Serve a planner, and an agent if one is described, in a thread, on a free port."""
-    opened = None if agent is None else open_agent(planner, agent)
-    server = PlannerServer(planner, listen(host, 0), host, opened)
+    """Serve a planner and an agent, by default in a sandbox, in a thread, on a free port."""
+    server = PlannerServer(
+        planner, listen(host, 0), host, open_agent(planner, agent or AgentSpec())
+    )
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
     try:

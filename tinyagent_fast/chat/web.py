@@ -15,7 +15,7 @@ import secrets
 import socket
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
+from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -175,7 +175,7 @@ class PlannerServer:
         planner: Planner,
         listener: socket.socket,
         host: str,
-        agent: AbstractAsyncContextManager[OpenAgent] | None = None,
+        agent: AbstractAsyncContextManager[OpenAgent],
         *,
         ask: bool = True,
     ) -> None:
@@ -185,7 +185,7 @@ class PlannerServer:
             planner: Writes the plans.
             listener: Where requests arrive; closed when the serving ends.
             host: Address or name by which it was asked for.
-            agent: Carries plans out; it is opened where the serving begins. None is plans only.
+            agent: Carries plans out; it is opened where the serving begins.
             ask: Ask before each call that changes something real; else all are allowed.
         """
         self.port = int(listener.getsockname()[1])
@@ -196,7 +196,7 @@ class PlannerServer:
         self._queue: list[asyncio.Event] = []
         """One for each request, in the order of arrival; set when a request has left."""
         self._opened = agent
-        self._agent: OpenAgent | None = None
+        self._agent: OpenAgent
         self._ask = ask
         self._questions: dict[str, asyncio.Future[bool]] = {}
         """Calls that wait for a word of the user, by random names."""
@@ -231,9 +231,7 @@ class PlannerServer:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        async with AsyncExitStack() as stack:
-            if self._opened is not None:
-                self._agent = await stack.enter_async_context(self._opened)
+        async with self._opened as self._agent:
             await self._uvicorn.serve(sockets=[self._listener])
 
     def stop(self) -> None:
@@ -247,11 +245,8 @@ class PlannerServer:
         return HTMLResponse(self._page.replace("@NONCE@", nonce), headers=policy)
 
     async def _give_facts(self, _: Request) -> Response:
-        facts = dict(self._planner.facts)
-        if self._agent is not None:
-            tools = ", ".join(self._agent.tools)
-            facts["carried out"] = "; ".join([*self._agent.notes, f"tools: {tools}"])
-        return _json({"facts": facts, "agent": self._agent is not None})
+        carried_out = "; ".join([*self._agent.notes, f"tools: {', '.join(self._agent.tools)}"])
+        return _json({"facts": {**self._planner.facts, "carried out": carried_out}})
 
     async def _plan(self, request: Request) -> ASGIApp:
         def begin(text: str, system: str | None) -> _Answer:
@@ -260,12 +255,8 @@ class PlannerServer:
         return partial(self._in_turn, request, begin)
 
     async def _carry_out(self, request: Request) -> ASGIApp:
-        agent = self._agent
-        if agent is None:
-            raise HTTPException(HTTPStatus.NOT_FOUND, "this server only plans")
-
         def begin(text: str, system: str | None) -> _Answer:
-            return partial(self._answer_by_agent, agent, text, system)
+            return partial(self._answer_by_agent, text, system)
 
         return partial(self._in_turn, request, begin)
 
@@ -313,9 +304,10 @@ class PlannerServer:
             )
 
     async def _answer_by_agent(
-        self, agent: OpenAgent, text: str, system: str | None, _: asyncio.Event, send: Send
+        self, text: str, system: str | None, _: asyncio.Event, send: Send
     ) -> None:
         """Tell what an agent does until it has ended; it ends too when the reader leaves."""
+        agent = self._agent
         events: asyncio.Queue[tuple[str, Mapping[str, Any]] | None] = asyncio.Queue()
         plan, ask = PlanUnderWay(agent.plain_tools), self._ask and agent.real
         story = _Story(plan, ask, self._questions, events.put_nowait)
