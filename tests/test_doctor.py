@@ -479,6 +479,11 @@ def test_whole_files_are_all_right_and_missing_ones_fail(tiny_data: Path) -> Non
     assert "--data.test" in str(found[1].fix)
     (found_generated,) = doctor.check_data(Config())
     assert found_generated.status == "ok"
+    mixed = DataConfig(train=train, with_generated=True, generated_entries=77)
+    assert [("77 entries" in f.text) for f in doctor.check_data(Config(data=mixed))] == [
+        True,
+        False,
+    ]
 
 
 def test_a_test_file_that_was_lost_is_downloaded_again(tiny_data: Path, tmp_path: Path) -> None:

@@ -216,6 +216,17 @@ def test_rows_of_a_base_made_on_the_spot_count_as_the_longest_allowed(plan: Plan
     assert plan("--preset", "cpu")["shape"]["hidden"] == 576
 
 
+def test_the_rows_of_a_file_of_ones_own_are_its_own_and_those_that_are_mixed_in(
+    plan: Plan, tiny_base: Path, tiny_data: Path
+) -> None:
+    own = ["--data.train", str(tiny_data / "training_data.json"), "--data.validation-entries", "8"]
+    mixed = ["--data.prompts", "short", "--data.with-generated", "--data.generated-entries", "70"]
+    passes = ["--data.own-passes", "3"]
+    for base in ([], ["--model.base", str(tiny_base)]):  # with a tokenizer, and without
+        assert plan(*base, *own)["lengths"]["rows"] == 32
+        assert plan(*base, *own, *mixed, *passes)["lengths"]["rows"] == 3 * 32 + 70
+
+
 def test_rows_are_counted_where_data_and_a_tokenizer_are_there(
     plan: Plan, tiny_base: Path, tiny_data: Path
 ) -> None:

@@ -83,10 +83,12 @@ class DataConfig:
     limit_entries: int | None = None
     """Use only this many training entries (seeded choice); None uses all."""
     generated_entries: int = 8000
-    """Training entries to generate when `train` is None; 200 test entries come with them."""
+    """Training entries to generate when `train` is None (200 test entries come with them), or
+    with `with_generated`."""
     with_generated: bool = False
-    """Train on so many generated entries too, mixed with those of the training file. A few hundred
-    entries of your own teach a small model more among generated ones than alone."""
+    """Train on `generated_entries` generated entries too, mixed with those of the training file, in
+    `short` or `retrieved` prompts; those that ask what is held out are left out and counted. A few
+    hundred entries of your own shall not make a small model forget what many plans teach."""
     own_passes: int = 1
     """How often each row of the training file is taken in an epoch, among generated ones."""
     generated_max_calls: int = 8
@@ -348,7 +350,7 @@ def check_config(config: Config) -> None:
     if config.data.own_passes > 1 and not config.data.with_generated:
         problems.append("data.own-passes needs data.with-generated (else set train.epochs)")
     if config.data.prompts != "as-is" and config.data.points == "join":
-        problems.append("data.prompts retrieved needs data.points plan or all")
+        problems.append(f"data.prompts {config.data.prompts} needs data.points plan or all")
     if config.data.retriever == "tfidf" and config.data.retriever_encoder != ENCODER:
         problems.append("data.retriever-encoder needs data.retriever encoder")
     if config.data.joins_per_plan is not None and config.data.points != "all":

@@ -557,6 +557,9 @@ def check_data(config: Config) -> list[Finding]:
         text = f"{REAL_TRAIN} is not there: training downloads the published files ({size})"
         return [Finding("data", "ok", text)]
     found = []
+    if data.with_generated:
+        text = f"{data.generated_entries:,} entries are generated on the spot, beside the file's"
+        found.append(Finding("data", "ok", text))
     for path in filter(None, (data.train, data.test)):
         try:
             check_head(path)

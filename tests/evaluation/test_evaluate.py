@@ -434,6 +434,15 @@ def test_retrieved_prompts_are_other_predictions_than_those_as_they_are(
     assert json.loads(made_with.read_text(encoding="utf-8"))["retriever"] == saved.facts()
 
 
+def test_a_run_that_mixed_rows_is_measured_on_prompts_as_they_are_too(run: Run) -> None:
+    from tinyagent_fast.config import dump_config
+
+    config = run.config()
+    data = replace(config.data, with_generated=True, own_passes=2, prompts="short")
+    run.config_path.write_text(dump_config(replace(config, data=data)), encoding="utf-8")
+    assert evaluate(run, "--adapter", "none", "--prompts", "as-is") == 0
+
+
 def test_retrieved_prompts_need_a_retriever_or_the_training_file(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tinyagent_fast.config import Config
+from tinyagent_fast.config import Config, DataConfig
 from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export.companions import adapter_card, model_card
 from tinyagent_fast.export.publishing import publish
@@ -87,6 +87,14 @@ def test_the_card_has_measured_figures_and_names_what_was_not_measured(tmp_path:
     assert "Success of these files was not measured: q4_k_m." in card
     assert "base_model" not in card.split("---")[1]
     assert "generated requests" in card
+
+
+def test_the_card_of_a_mixed_run_says_what_was_mixed(tmp_path: Path) -> None:
+    mixed = {"path": "gen.json", "rows": 299, "left_out": 1, "own_rows": 64, "own_passes": 3}
+    (tmp_path / "data.json").write_text(json.dumps({"generated": mixed}), encoding="utf-8")
+    card = model_card(Run(tmp_path), Config(data=DataConfig(train=Path("own.json"))), content())
+    assert "64 rows, 3 times each, among 299 generated ones" in card
+    assert "Trained on generated requests too" in card
 
 
 def evaluated(folder: Path, total: int, **made_with: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config, DataConfig, EvalConfig, Leaks
-from tinyagent_fast.data.splits import normalise_query
+from tinyagent_fast.data.splits import mixture_text, normalise_query
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.presets import preset_config
 from tinyagent_fast.training.inputs import (
@@ -143,7 +143,12 @@ def test_own_rows_stand_several_times_among_generated_ones(
     own = queries(alone.train)
     assert {query for query, count in rows.items() if count == 3} == own
     assert len(rows) - len(own) == sum(count == 1 for count in rows.values()) > 50
-    assert mixed.summary["generated"]["own_rows"] == len(alone.train)
+    about = mixed.summary["generated"]
+    assert (about["own_rows"], about["own_passes"]) == (len(alone.train), 3)
+    assert about["rows"] + 3 * about["own_rows"] == len(mixed.train)
+    assert f"{about['rows']} generated" in mixture_text(about) and about["path"] in mixture_text(
+        about
+    )
     assert mixed.summary["examples"]["train"] == len(mixed.train)
     assert queries(mixed.validation) == queries(alone.validation)
     assert not set(rows) & (queries(mixed.validation) | queries(mixed.test))
@@ -163,6 +168,7 @@ def test_generated_rows_whose_query_is_measured_are_left_out(
     generated = data_files(Config(data=DataConfig(**data))).train
     mixed = load((generated, files[1]), "drop", prompts="short", with_generated=True, **data)
     assert len(mixed.train) == 50 + 50
+    assert mixed.summary["generated"]["left_out"] == 10
     assert not queries(mixed.train) & queries(mixed.validation)
 
 

@@ -26,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--rows {known.rows}", "there is nothing to show", "ask for 1 or more")
     from rich.console import Console
 
+    from tinyagent_fast.data.splits import mixture_text
     from tinyagent_fast.display import Display
     from tinyagent_fast.models.bases import base_tokenizer, resolve_base
     from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
@@ -43,7 +44,14 @@ def run(arguments: Sequence[str]) -> int:
             base = resolve_base(config, examples.train, on_progress=update, say=console.print)
             hf = load_tokenizer(resolve_tokenizer_folder(base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)
-    rows = tokenizer.training_rows(islice(examples.train, known.rows))
+    mixed = examples.summary.get("generated")
+    if mixed is not None:
+        console.print(mixture_text(mixed), markup=False)
+    # Own rows come first and generated ones behind them, so that some of both are shown.
+    step = len(examples.train) // known.rows if mixed else 1
+    rows = tokenizer.training_rows(
+        islice(examples.train, 0, max(1, step) * known.rows, max(1, step))
+    )
     for row in rows:
         _show(console, tokenizer, row)
     supervised = sum(row.supervised_tokens for row in rows)

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from tinyagent_fast.config import Leaks
 from tinyagent_fast.data.schema import short_text
-from tinyagent_fast.errors import DataError
+from tinyagent_fast.errors import DataError, count_of
 
 _SEPARATORS = re.compile(r"[\W_]+")
 
@@ -142,6 +143,21 @@ def without_leaks(
         )
     left_out = set(leaking)
     return [row for row in rows if row not in left_out]
+
+
+def mixture_text(generated: Mapping[str, Any]) -> str:
+    """Say how a file's rows and generated ones were mixed.
+
+    Args:
+        generated: What data.json of a run has under that name.
+    """
+    left_out = generated["left_out"]
+    return (
+        f"{count_of(generated['own_rows'], 'row')}, "
+        f"{count_of(generated['own_passes'], 'time')} each, among {generated['rows']:,} generated "
+        f"ones ({generated['path']}"
+        + (f"; {count_of(left_out, 'more')} left out for held-out queries)" if left_out else ")")
+    )
 
 
 def leak_report(splits: Mapping[str, Sequence[str]]) -> LeakReport:

@@ -314,6 +314,8 @@ def eval_config(run: Run, options: EvalOptions) -> Config:
         model = replace(model, backend=options.backend)
     if options.prompts == "as-is" or (options.prompts and data.prompts == "as-is"):
         data = replace(data, prompts=options.prompts)
+    # What training mixes matters to no test query.
+    data = replace(data, with_generated=False, own_passes=1)
     config = replace(config, data=data, model=model, eval=replace(config.eval, **changes))
     check_config(config)
     return config

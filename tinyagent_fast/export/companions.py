@@ -18,6 +18,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from tinyagent_fast.config import Config, PromptFormat, dump_config
+from tinyagent_fast.data.splits import mixture_text
 from tinyagent_fast.export.gates import SUCCESS_OF, Gate
 from tinyagent_fast.export.record import Artefact
 from tinyagent_fast.export.settings import QUANTS, QuantSpec
@@ -170,6 +171,7 @@ def model_card(run: Run, config: Config, content: Mapping[str, Any]) -> str:
         "config": config,
         "config_text": dump_config(config).strip(),
         "generated": config.data.train is None,
+        "mixture": mixture_text(data["generated"]) if "generated" in data else "",
         "unfinished": run.unfinished(),
         "data_sha256": data.get("train_file", {}).get("sha256", "unknown"),
         "data_rows": data.get("examples", {}).get("train", "unknown"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.agent.evaluate import agent_tables
+from tinyagent_fast.data.splits import mixture_text
 from tinyagent_fast.display import size_text
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_plans
@@ -281,6 +282,8 @@ def _facts(contents: RunContents) -> Iterator[tuple[str, str]]:
     for name, own in (("train", config.data.train), ("test", config.data.test)):
         path = child(contents.data, f"{name}_file").get("path", own)
         yield f"{name} file", f"{path}{'' if own else ' (generated)'}"
+    if mixed := child(contents.data, "generated"):
+        yield "rows of the train file", mixture_text(mixed)
     rows = child(child(contents.data, "rows"), "train")
     if (count := number(rows, "rows")) is not None:
         tokens, supervised = number(rows, "tokens") or 0, number(rows, "supervised_tokens") or 0

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from tinyagent_fast.config import Config, CpuCompute, EvalConfig, Weights, check_config
 from tinyagent_fast.data.generation.catalogue import plan_tools
+from tinyagent_fast.data.splits import mixture_text
 from tinyagent_fast.display import Display
 from tinyagent_fast.distributed import Processes, init_processes
 from tinyagent_fast.errors import (
@@ -589,9 +590,7 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         leaks.append(f"{prepared.examples.left_out_as_leaks} training rows left out for them")
     data = f"{files.train}{' (generated)' if files.generated else ''}"
     if (mixed := prepared.examples.summary.get("generated")) is not None:
-        data += f": {count_of(mixed['own_rows'], 'row')}, "
-        data += f"{count_of(config.data.own_passes, 'time')} each, "
-        data += f"among {mixed['rows']:,} generated ones"
+        data += f": {mixture_text(mixed)}"
     lines = {
         "run": str(prepared.run.path),
         "preset": config.preset,

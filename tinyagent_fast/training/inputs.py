@@ -173,8 +173,14 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
             range(len(generated)), generated.column("query"), measured, policy="drop"
         )
         train = train.followed_by(_with_joins_as_asked(generated.select(kept), data))
-        rows = len(train) - own_rows
-        mixed_in = {"sha256": generated.sha256, "own_rows": own_rows, "rows": rows}
+        mixed_in = {
+            "path": str(files.mixed_in),
+            "sha256": generated.sha256,
+            "rows": len(train) - own_rows,
+            "left_out": len(generated) - len(kept),
+            "own_rows": own_rows,
+            "own_passes": data.own_passes,
+        }
     # What a retriever is trained on has each row once, so that it is tried on unseen queries.
     epoch = [*range(len(train)), *[*range(own_rows)] * (data.own_passes - 1)]
     plans = _plans(table, split.validation)
@@ -332,7 +338,7 @@ def refuse_unscorable(
             what,
             [example.output for example in examples],
             plan_tools(config.data.catalogue),
-            "train with --data.catalogue FILE, the catalogue of these tools (a run that is there: "
+            "train with a --data.catalogue FILE that lists these tools (a run that is there: "
             "`catalogue: FILE` under `data` in its config.yaml)",
             some_are_fine=some_are_fine,
         )

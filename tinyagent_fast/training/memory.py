@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
+from tinyagent_fast.data.cache import ExampleTable, load_examples
 from tinyagent_fast.errors import ModelError, plainly
 from tinyagent_fast.models.families import ModelShape, nearest_family
 from tinyagent_fast.models.published import PUBLISHED, TINYLLAMA_32K
@@ -600,11 +601,15 @@ def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengt
     data, allowed = config.data, config.model.max_length_tokens
     if given is None and data.train is not None and _can_count(data.train, config.model.base):
         return _counted(config, data.train), f"a sample and the longest texts of {data.train}"
+    published = data.train == REAL_TRAIN
     rows = _PUBLISHED.rows
-    published = config.model.base == BASE_MODEL or data.train == REAL_TRAIN
     if data.train is None:
         rows = max(1, data.generated_entries - data.validation_entries)
+    elif not published and data.train.exists():
+        rows = _kept_rows(config, _examples_of(config, data.train))
     rows = min(rows, data.limit_entries or rows)
+    if data.with_generated:
+        rows = rows * data.own_passes + data.generated_entries
     if given is not None:
         (mean, longest), source = given, "as given"
     elif published:
@@ -632,12 +637,11 @@ def _can_count(train: Path, base: str) -> bool:
 
 def _counted(config: Config, train: Path) -> RowLengths:
     """Count tokens of a seeded sample, and of the rows with the longest texts."""
-    from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
     data = config.data
-    table = load_examples(train, on_bad_entry=data.on_bad_entry, points=data.points)
+    table = _examples_of(config, train)
     tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), config.model.prompt_format)
 
     def encode(indices: Iterable[int]) -> list[dict[str, list[int]]]:
@@ -650,11 +654,21 @@ def _counted(config: Config, train: Path) -> RowLengths:
     picked = random.Random(data.seed).sample(range(len(sizes)), min(len(sizes), _SAMPLE_ROWS))
     sample = RowLengths.of(encode(picked), config)
     tokens = max(sample.longest_tokens, *(len(row["input_ids"]) for row in longest))
-    entries = len(set(table.column("entry_key")))
-    kept = max(0, entries - data.validation_entries)
-    kept = min(kept, data.limit_entries or kept)
+    rows = _kept_rows(config, table)
     return replace(
         sample,
-        rows=max(1, round(len(table) * kept / entries)),
+        rows=rows * data.own_passes + data.generated_entries * data.with_generated,
         longest_tokens=min(tokens, config.model.max_length_tokens),
     )
+
+
+def _examples_of(config: Config, train: Path) -> ExampleTable:
+    return load_examples(train, on_bad_entry=config.data.on_bad_entry, points=config.data.points)
+
+
+def _kept_rows(config: Config, table: ExampleTable) -> int:
+    """Count the rows of a file that are trained on, held-out entries apart."""
+    entries = len(set(table.column("entry_key")))
+    kept = max(0, entries - config.data.validation_entries)
+    kept = min(kept, config.data.limit_entries or kept)
+    return max(1, round(len(table) * kept / entries))
