@@ -175,10 +175,13 @@ def _run(name: str, arguments: list[str]) -> int:
 def _refuse_empty(name: str, arguments: list[str]) -> None:
     """Refuse a value without a character, such as that of a variable which is not set.
 
-    Words are looked at, as a parsed path of no character is the folder here.
+    Words are looked at, as a parsed path of no character is the folder here. `compare` itself says
+    which of its two names is empty.
     """
     from tinyagent_fast.errors import UserError
 
+    if name == "compare":
+        return
     for before, word in pairwise([name, *arguments]):
         if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
             what = word or f"{before} ''"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tinyagent_fast.agent.session import open_agent
-from tinyagent_fast.commands.planner_flags import AgentFlags, read_flags
+from tinyagent_fast.agent.session import AgentSpec, open_agent, refuse_unplanned
+from tinyagent_fast.commands.planner_flags import PlannerFlags, read_flags
 from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.inference import planner
 from tinyagent_fast.interrupts import run_async
 
 if TYPE_CHECKING:
@@ -20,6 +21,25 @@ if TYPE_CHECKING:
     from tinyagent_fast.agent.loop import Outcome
     from tinyagent_fast.agent.tools import RunnableTool
     from tinyagent_fast.inference.planner import Planner
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentFlags(PlannerFlags, AgentSpec):
+    """Flags that also say which tools plans are carried out with; `serve` has them too."""
+
+    yes: bool = False
+    """Do what changes something without asking; a sandbox never asks."""
+
+    def check_tools(self) -> None:
+        """Refuse own tools that are none, before the model is loaded, which takes long.
+
+        Raises:
+            ConfigError: The model plans with none of them.
+            DataError: The file gives no tools.
+        """
+        if self.own_tools is not None and self.grammar == "on":
+            source = planner.find_source(self.model, run=self.run, runs=self.runs)
+            refuse_unplanned(source.tools(), self.own_tools)
 
 
 @dataclass(frozen=True, kw_only=True)

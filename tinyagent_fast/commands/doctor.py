@@ -28,10 +28,11 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from tinyagent_fast.display import Display
-    from tinyagent_fast.doctor import find_out, read_machine
 
     @cache  # once, and not for the help
     def machine() -> Machine:
+        from tinyagent_fast.doctor import read_machine
+
         with Display(Console(stderr=True)).working("looking at this machine"):
             return read_machine()
 
@@ -43,6 +44,8 @@ def run(arguments: Sequence[str]) -> int:
         return _preset(machine())
 
     config = resolve_config("doctor", rest, preset_of_this_machine, more_flags=_FLAGS_HELP)
+    from tinyagent_fast.doctor import find_out
+
     found = find_out(config, machine(), automatic=automatic, quick=False, online=flags.online)
     if flags.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))

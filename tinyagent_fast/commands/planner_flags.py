@@ -1,4 +1,4 @@
-"""Flags that `chat`, `serve` and `agent` share."""
+"""Flags that `chat`, `serve` and `agent` share: which model plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tinyagent_fast.agent.session import AgentSpec, refuse_unplanned
 from tinyagent_fast.commands.config_flags import parse_flags
 from tinyagent_fast.config import GrammarUse
 from tinyagent_fast.errors import ConfigError
@@ -87,22 +86,3 @@ class PlannerFlags:
             )
         raise_swallowed_interrupt()
         return opened
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentFlags(PlannerFlags, AgentSpec):
-    """Flags that also say which tools plans are carried out with."""
-
-    yes: bool = False
-    """Do what changes something without asking; a sandbox never asks."""
-
-    def check_tools(self) -> None:
-        """Refuse own tools that are none, before the model is loaded, which takes long.
-
-        Raises:
-            ConfigError: The model plans with none of them.
-            DataError: The file gives no tools.
-        """
-        if self.own_tools is not None and self.grammar == "on":
-            source = planner.find_source(self.model, run=self.run, runs=self.runs)
-            refuse_unplanned(source.tools(), self.own_tools)

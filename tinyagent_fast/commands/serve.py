@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinyagent_fast.agent.session import open_agent
-from tinyagent_fast.commands.planner_flags import AgentFlags, read_flags
+from tinyagent_fast.commands.agent import AgentFlags
+from tinyagent_fast.commands.planner_flags import read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
