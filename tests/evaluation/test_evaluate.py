@@ -429,6 +429,8 @@ def test_retrieved_prompts_are_other_predictions_than_those_as_they_are(
     said = capsys.readouterr().out
     assert "prompts rewritten: all tools retrieved for" in said
     assert "of 3 queries" in said
+    report = (run.path / "eval-base" / "report.md").read_text(encoding="utf-8")
+    assert "all tools retrieved for" in report and "of 3 queries" in report
     saved = load_retriever(run.path)
     assert saved is not None
     assert json.loads(made_with.read_text(encoding="utf-8"))["retriever"] == saved.facts()

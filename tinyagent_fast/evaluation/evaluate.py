@@ -239,6 +239,7 @@ def _evaluate(
     backend = config.model.backend if options.engine == "torch" else "transformers"
     prepare_libraries(replace(config.model, backend=backend))
     from tinyagent_fast.data.generation.catalogue import plan_tools
+    from tinyagent_fast.prompts.retrieval import RewrittenExamples
 
     examples, about_test = test_queries(run, config, display)
     if options.grammar == "on":
@@ -249,6 +250,9 @@ def _evaluate(
         made_with=about_test,
         tools=plan_tools(config.data.catalogue),
         grammar=options.grammar == "on",
+        note=f"Prompts rewritten: {examples.figures().sentence()}."
+        if isinstance(examples, RewrittenExamples)
+        else "",
     )
     job = _Job(run=run, config=config, options=options, task=task, display=display)
     display.say(f"run {run.path.name}: {len(examples)} test queries")

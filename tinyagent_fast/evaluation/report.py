@@ -75,8 +75,17 @@ def markdown_report(
     metrics: Metrics,
     plans: Sequence[ScoredPlan],
     tools: Mapping[str, Tool] | None,
+    note: str = "",
 ) -> str:
-    """Write the figures of plans, and the first failing plans, as Markdown."""
+    """Write the figures of plans, and the first failing plans, as Markdown.
+
+    Args:
+        title: The heading.
+        metrics: The figures.
+        plans: What they are of.
+        tools: By name; None stands for TinyAgent's own.
+        note: A sentence on how the plans were asked for.
+    """
     figures: list[tuple[Cell, ...]] = [
         ("success (the published metric)", metrics.success),
         ("success_dag (pure graph isomorphism)", metrics.success_dag),
@@ -99,6 +108,7 @@ def markdown_report(
         (
             f"# {plain(title)}\n",
             f"**{headline(metrics)}** (95 % Wilson interval)\n",
+            *([f"{plain(note)}\n"] if note else []),
             *(table.to_markdown() for table in tables),
             f"## The first {_SHOWN_FAILURES} failing plans\n",
             *(failing_plan(plan, tools) for plan in failing),

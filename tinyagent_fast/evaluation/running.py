@@ -82,6 +82,8 @@ class EvaluationTask:
     """Whether plans are held to the tools that their prompt lists."""
     title: str = "evaluation"
     """Heading of the report."""
+    note: str = ""
+    """What the report says of the prompts."""
 
     @property
     def limits(self) -> Limits:
@@ -164,7 +166,7 @@ def evaluate_examples(
         say(f"{strange} labels call unknown tools; --data.catalogue names tools of your own")
     if processes.is_main_process:
         write_json(folder / "metrics.json", result.to_json())
-        report = markdown_report(task.title, result.metrics, plans, task.tools)
+        report = markdown_report(task.title, result.metrics, plans, task.tools, task.note)
         write_text(folder / "report.md", report)
     return result
 
