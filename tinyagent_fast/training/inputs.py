@@ -165,22 +165,11 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
     if data.limit_entries is not None:
         train_indices = _limit(keys, train_indices, data.limit_entries, data.seed)
     train = _with_joins_as_asked(table.select(train_indices), data)
-    own_rows, mixed_in = len(train), {}
+    own_rows = len(train)
+    mixed_in: dict[str, Any] = {}
     if files.mixed_in is not None:
-        generated = _load(files.mixed_in, config, data.points)
         measured = [*held_out, *(queries[row] for row in split.validation)]
-        kept = without_leaks(
-            range(len(generated)), generated.column("query"), measured, policy="drop"
-        )
-        train = train.followed_by(_with_joins_as_asked(generated.select(kept), data))
-        mixed_in = {
-            "path": str(files.mixed_in),
-            "sha256": generated.sha256,
-            "rows": len(train) - own_rows,
-            "left_out": len(generated) - len(kept),
-            "own_rows": own_rows,
-            "own_passes": data.own_passes,
-        }
+        train, mixed_in = _with_generated_rows(train, files.mixed_in, measured, config)
     # What a retriever is trained on has each row once, so that it is tried on unseen queries.
     epoch = [*range(len(train)), *[*range(own_rows)] * (data.own_passes - 1)]
     plans = _plans(table, split.validation)
@@ -221,6 +210,28 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
     if data.prompts == "as-is":
         return examples
     return _with_retrieved_tools(examples, train, epoch, config, on_progress)
+
+
+def _with_generated_rows(
+    own: ExampleTable, file: Path, measured: Sequence[str], config: Config
+) -> tuple[ExampleTable, dict[str, Any]]:
+    """Put generated rows behind those of one's own, apart from queries that success is measured on.
+
+    Returns:
+        All rows, each once, and what data.json says of the mixture.
+    """
+    generated = _load(file, config, config.data.points)
+    rows = range(len(generated))
+    kept = without_leaks(rows, generated.column("query"), measured, policy="drop")
+    both = own.followed_by(_with_joins_as_asked(generated.select(kept), config.data))
+    return both, {
+        "path": str(file),
+        "sha256": generated.sha256,
+        "rows": len(both) - len(own),
+        "left_out": len(generated) - len(kept),
+        "own_rows": len(own),
+        "own_passes": config.data.own_passes,
+    }
 
 
 def _with_retrieved_tools(
