@@ -77,8 +77,8 @@ report: setup ## a run as one HTML page and as Markdown (RUN=latest)
 compare: setup ## two runs on the same queries, and which plans flipped (A=run B=run)
 	$(BIN)/tinyagent-fast compare $(call quoted,$(A)) $(call quoted,$(B)) $(ARGS)
 
-test: setup-dev setup-unsloth ## run the tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+test: setup-dev setup-unsloth ## run the tests that need no GPU, on all cores (ARGS="-n 0": on one)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not gpu and not slow" $(ARGS)
 
 test-faults: setup-dev ## break commands off, and compare with what came of no kill
 	$(BIN)/python tests/faults/kills.py $(ARGS)

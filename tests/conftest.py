@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     All other tests say what a CPU does, to the last bit, and must say it on every machine.
     """
+    # A shell that starts this in the background has Ctrl-C ignored, and tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = config.option.markexpr
     sees = bool(re.search(r"\bgpu\b", asked)) and not re.search(r"\bnot\s+gpu\b", asked)
     config.stash[SEES_GPU] = sees

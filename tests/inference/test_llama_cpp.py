@@ -319,7 +319,8 @@ def cut(folder: Path, whole: Path) -> Path:
 def test_a_file_that_cannot_be_run_is_named_with_llama_cpps_own_reason(
     tiny_gguf: dict[str, Path], tmp_path: Path
 ) -> None:
-    text = tmp_path / "notes.gguf"
+    text = tmp_path / ("a folder of a long name " * 8).strip() / "notes.gguf"
+    text.parent.mkdir()
     text.write_text("no model")
     cases = {
         tmp_path / "absent.gguf": "it is no file",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +36,6 @@ def serve_here() -> None:
     try:
         server = xllamacpp.Server(_parameters(xllamacpp, settings))
     except RuntimeError as error:
-        time.sleep(0.3)  # llama.cpp writes its reasons into the log from a thread of its own
         tell(error=str(error))
         return
     tell(url=server.listening_address)

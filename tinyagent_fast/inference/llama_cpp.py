@@ -146,10 +146,11 @@ class LlamaServer:
         """Quote the end of what llama.cpp has said, and the exit code if the process is gone."""
         words = ""
         with suppress(subprocess.TimeoutExpired):
-            words = f"; its process ended with code {self._process.wait(timeout=1)}"
+            # llama.cpp writes its reasons from a thread of its own, up to the end of the process.
+            words = f"; its process ended with code {self._process.wait(timeout=5)}"
         try:
             self._log.seek(0)
-            said = self._log.read()[-600:].decode(errors="replace").strip()
+            said = self._log.read()[-3000:].decode(errors="replace").strip()
         except ValueError:  # the server was closed by another thread, and its log with it
             said = ""
         return words + (f"; it said: {said}" if said else "")
