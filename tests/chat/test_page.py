@@ -89,7 +89,8 @@ def test_a_typed_request_becomes_a_plan_and_its_graph(page: Chrome, writer: Scri
     )
     assert edges == ["0-2", "0-3", "1-2", "2-3"]
     assert "there is no tool fly" in text_of(page, "problems")
-    assert page.execute_script("return document.querySelectorAll('#graph .faulty').length") == 1
+    assert "is not in the request" in text_of(page, "problems")
+    assert page.execute_script("return document.querySelectorAll('#graph .faulty').length") == 2
 
 
 def test_the_enter_key_sends(page: Chrome, writer: ScriptedWriter) -> None:

@@ -182,6 +182,14 @@ def test_what_stays_in_doubt_is_a_problem_of_its_call(
     assert ("faulty" in planned.drawing.to_svg()) == bool(faulty)
 
 
+def test_a_name_that_the_request_has_not_is_a_problem_of_its_call() -> None:
+    prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), grammar=True)
+    with Planner(Twice(SURE), prompts) as planner:
+        planned = planner.plan("text Bo")
+    assert [step.number for step in planned.drawing.steps if step.problems] == [1]
+    assert planned.problems[0].endswith("'Ada' is not in the request")
+
+
 def test_the_terminal_shows_both_and_a_plan_that_stays_once() -> None:
     prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), grammar=True)
     for answers, times in (([FORGOTTEN, MENDED], 2), ([FORGOTTEN, FORGOTTEN], 1), ([SURE], 1)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinyagent_fast.chat.requests import read_requests
 from tinyagent_fast.data.generation.catalogue import load_catalogue
-from tinyagent_fast.plans.doubts import doubts, without_repeats
+from tinyagent_fast.plans.doubts import doubts, not_asked_for, without_repeats
 from tinyagent_fast.plans.grammar import (
     Plan,
     PlanError,
@@ -138,6 +138,55 @@ def test_few_labels_of_the_real_data_are_doubted(real_data: Path) -> None:
                 continue
     assert labels > 200
     assert found < 0.2 * labels
+
+
+def unsaid(request: str, *calls: str) -> set[int]:
+    lines = [f"{n}. {call}" for n, call in enumerate((*calls, "join()"), start=1)]
+    return set(not_asked_for(parse_plan("\n".join(lines)), TOOLS, request))
+
+
+@pytest.mark.parametrize(
+    ("request_", "call", "told"),
+    [
+        ("text Uncle Joe", 'get_phone_number("Joe")', False),
+        ("text uncle joe", 'get_phone_number("Uncle Joe")', False),
+        ("text Uncle Joe", 'get_phone_number("Dad")', True),
+        ("text Uncle Joe", 'get_phone_number("Aunt Joe")', True),
+        ("write to O'Neil", 'get_email_address("O\'Neil")', False),
+        ("open report-v2.pdf", 'open_and_get_file_path("report-v2.pdf")', False),
+        ("open report-v2.pdf", 'open_and_get_file_path("report-v3.pdf")', True),
+        ("安娜にメールして", 'get_email_address("安娜")', False),
+        ("安娜にメールして", 'get_email_address("健太")', True),
+        ("a note", 'create_note("Shopping", "milk", "")', False),  # it may be put into own words
+        ("text Joe", 'get_phone_number("")', False),
+        ("text Joe", "get_phone_number(None)", False),
+    ],
+)
+def test_a_name_that_nobody_said_is_told(request_: str, call: str, told: bool) -> None:
+    assert unsaid(request_, call) == ({1} if told else set())
+
+
+def test_what_earlier_calls_found_need_not_be_said() -> None:
+    calls = ('open_and_get_file_path("plan.pdf")', 'summarize_pdf("$1")')
+    assert unsaid("summarise plan.pdf", *calls) == set()
+
+
+def test_names_of_typed_requests_and_almost_all_of_real_ones_are_said(
+    request: pytest.FixtureRequest,
+) -> None:
+    for entry in read_requests(Path(__file__).parents[1] / "requests.json"):
+        assert not_asked_for(parse_plan(entry.label or ""), TOOLS, entry.request) == {}
+    real_data: Path = request.getfixturevalue("real_data")
+    looked_up, told = 0, 0
+    for entry in json.loads((real_data / "training_data.json").read_text("utf-8")).values():
+        try:
+            plan = parse_plan(entry["output"][0]["raw_output"])
+        except PlanError:
+            continue
+        looked_up += sum(step.tool.startswith(("get_email", "get_phone")) for step in plan.steps)
+        told += len(not_asked_for(plan, TOOLS, entry["input"]))
+    assert looked_up > 400
+    assert told < 0.05 * looked_up
 
 
 @st.composite

@@ -20,7 +20,8 @@ from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat,
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError, reading
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
-from tinyagent_fast.inference.second_look import doubts_left, generate_plans
+from tinyagent_fast.inference.second_look import doubts_left, generate_plans, known_tools
+from tinyagent_fast.plans.doubts import not_asked_for
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanError, parse_plan
 from tinyagent_fast.plans.tools import Tool
@@ -65,10 +66,14 @@ class PlannedRequest:
     def drawing(self) -> PlanDrawing:
         """The plan's graph, also of a text that is no plan, with what is wrong at each call.
 
-        That is also what is still in doubt after the second look.
+        That is also what is still in doubt after the second look, and what is looked up though
+        nobody named it.
         """
         left = doubts_left(self.built.prompt, self.completion, self.tools)
         doubtful = {doubt.number: f"in doubt: {doubt.why}" for doubt in left}
+        if self.plan is not None:
+            unsaid = not_asked_for(self.plan, known_tools(self.tools), self.request)
+            doubtful = {n: f"in doubt: {why}" for n, why in unsaid.items()} | doubtful
         return draw_plan(self.text, self.tools).with_problems(doubtful)
 
     @property

@@ -82,9 +82,13 @@ def doubts_left(prompt: Prompt, done: Completion, tools: Mapping[str, Tool] | No
     return doubts(plan, listed) if plan else []
 
 
+def known_tools(tools: Mapping[str, Tool] | None) -> Mapping[str, Tool]:
+    """Give tools by name; None stands for TinyAgent's own, with the kinds of what they take."""
+    return _own_tools() if tools is None else tools
+
+
 def _listed(prompt: Prompt, tools: Mapping[str, Tool] | None) -> Mapping[str, Tool]:
-    known = _own_tools() if tools is None else tools
-    return listed_tools(prompt, known) if prompt.grammar is not None else {}
+    return listed_tools(prompt, known_tools(tools)) if prompt.grammar is not None else {}
 
 
 def _shortened(done: Completion, tools: Mapping[str, Tool]) -> Completion:
