@@ -271,10 +271,11 @@ def test_an_error_that_is_no_bug_gives_its_message_without_a_traceback(
         ValueError("unexpected"),
         ModuleNotFoundError("x", name="tinyagent_fast.absent"),
         ModuleNotFoundError("x", name="torch.absent"),
+        BaseException("as a panic of the tokenizers library is"),
     ],
 )
 def test_a_bug_gives_a_traceback_and_exit_code_3(
-    call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch, error: Exception
+    call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def fail(_: object) -> int:
         raise error
@@ -380,6 +381,7 @@ def test_pairs_are_summed_up_for_people(call: Callable[..., Output], pairs_file:
         ("{}", "item 0"),
         ("[1]", "item 0"),
         ('[{"label": "a", "prediction": "b"}, {"label": "a"}]', "item 1"),
+        ('[{"label": "a", "label": "c", "prediction": "b"}]', "'label' stands twice"),
         ('[{"label": "a", "prediction": null}]', "it has no texts `label` and `prediction`"),
         ("[]", "the list is empty"),
     ],

@@ -353,6 +353,7 @@ WRONG = [
     ("train", "save_every_steps", 0),
     ("train", "early_stopping", 0),
     ("train", "threads", 0),
+    ("train", "threads", 100_000),
     ("train", "evaluations", -1),
     ("eval", "batch", 0),
     ("eval", "max_new_tokens", 0),
@@ -362,6 +363,7 @@ WRONG = [
     ("eval", "before_limit", 0),
     ("data", "generated_entries", 0),
     ("data", "own_passes", 0),
+    ("data", "own_passes", 100_000),
     ("data", "limit_entries", 0),
     ("data", "validation_entries", -1),
 ]

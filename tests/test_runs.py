@@ -59,6 +59,15 @@ def test_a_new_run_has_its_config_and_its_environment(config: Config) -> None:
     assert {"cpus", "platform", "gpu", "git", "command", "started"} <= set(environment)
 
 
+@pytest.mark.parametrize("kept", [0, 0.3, 0.6])
+def test_a_config_that_was_cut_off_does_not_count_as_defaults(config: Config, kept: float) -> None:
+    run = create_run(config)
+    text = run.config_path.read_text(encoding="utf-8")
+    run.config_path.write_text(text[: text.index("\n", int(kept * len(text))) + 1] * bool(kept))
+    with pytest.raises(ConfigError, match="cut off"):
+        run.config()
+
+
 def test_what_a_killed_process_has_left_goes_and_what_is_under_way_stays(config: Config) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
@@ -214,7 +223,8 @@ def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
 
 def test_a_config_that_was_edited_into_something_wrong_is_named(config: Config) -> None:
     run = create_run(config)
-    run.config_path.write_text("train: {bach: 1}")
+    text = run.config_path.read_text(encoding="utf-8")
+    run.config_path.write_text(text.replace(" batch:", " bach:"), encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'batch'") as caught:
         run.config()
     assert str(run.config_path) in caught.value.what

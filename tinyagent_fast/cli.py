@@ -170,6 +170,8 @@ def _run(name: str, arguments: list[str]) -> int:
             return _bug()
         print(f"error: {told}", file=sys.stderr)
         return 2
+    except BaseException:  # a panic in Rust code is none of Exception
+        return _bug()
 
 
 def _refuse_empty(name: str, arguments: list[str]) -> None:

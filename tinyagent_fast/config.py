@@ -265,7 +265,10 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
+MOST_THREADS = 1024
 _LARGEST = 2**31 - 1
+_MOST = {"train.threads": MOST_THREADS, "data.own-passes": 1000}
+"""Of counts that would take a machine's memory or hours long before the largest number."""
 _UNIONS = (typing.Union, types.UnionType)
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _MADE_BY = {"Config": "preset_config('smoke')", "Run": "find_run('latest')"}
@@ -384,8 +387,8 @@ def _wanted(name: str, value: object) -> str | None:
     if name in _SEEDS:
         return None if 0 <= value < 2**32 else "from 0 to 4,294,967,295"
     least = 0 if name in _MAY_BE_ZERO else 1
-    if value > _LARGEST:
-        return f"{_LARGEST:,} or less"
+    if value > (most := _MOST.get(name, _LARGEST)):
+        return f"{most:,} or less"
     return None if value >= least else f"{least} or more"
 
 
@@ -411,10 +414,13 @@ def dump_config(config: Config) -> str:
     return text
 
 
-def parse_config(text: str, base: Config | None = None, source: str = "config") -> Config:
+def parse_config(
+    text: str, base: Config | None = None, source: str = "config", *, whole: bool = False
+) -> Config:
     """Read YAML over a base config; every unknown key and wrong type is an error.
 
-    Sections and keys may be left out: then `base` holds, or the defaults.
+    Sections and keys may be left out: then `base` holds, or the defaults. In a `whole` config, such
+    as that of a run, every section must be there.
 
     Raises:
         ConfigError: Lists all problems, with the nearest known name for each unknown key.
@@ -423,6 +429,11 @@ def parse_config(text: str, base: Config | None = None, source: str = "config") 
         raw = load_yaml(text)
     except ValueError as error:
         raise ConfigError(source, f"it is no valid YAML: {error}", "correct the file") from error
+    there = raw if isinstance(raw, Mapping) else {}
+    sections = (f.name for f in fields(Config) if is_dataclass(f.default_factory))
+    if whole and (lacks := [name for name in sections if name not in there]):
+        why = f"it is cut off: it lacks {', '.join(lacks)}"
+        raise ConfigError(source, why, "put it back as it was written, or train again")
     problems: list[str] = []
     config: Config = _merge(base or Config(), {} if raw is None else raw, "", problems)
     if problems:

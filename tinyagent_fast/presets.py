@@ -223,7 +223,7 @@ def load_config(
     """
     try:
         text = read_yaml_text(Path(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also a name with a character of value 0
         raise ConfigError(
             f"config {path}", f"it cannot be read: {plainly(error)}", "check the path"
         ) from error

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ class Run:
                 f"it cannot be read: {plainly(error)}",
                 "put the file back as it was written, from another copy, or train again",
             ) from error
-        config = parse_config(text, source=str(self.config_path))
+        config = parse_config(text, source=str(self.config_path), whole=True)
         data = config.data
         train, test, catalogue = (
             None if path is None else self.locate(path)
@@ -356,7 +357,7 @@ def holding(folder: Path, work: str, fix: str) -> Iterator[None]:
             raise ConfigError(
                 f"folder {folder} is in use",
                 f"process {number or '?'} on {host or '?'} writes into it ({what or 'starting'})",
-                f"wait until it has ended, or end it (kill {number}); {fix}",
+                f"wait until it has ended, end it (kill {number}), or {fix}",
             )
         stream.truncate(0)
         stream.write(here)
@@ -470,6 +471,23 @@ def read_text(path: Path) -> str:
         UnicodeDecodeError: It is no UTF-8.
     """
     return path.read_text(encoding="utf-8-sig")
+
+
+def strict_json(text: str) -> Any:
+    """Read JSON that a user wrote, in which a name that stands twice is a mistake.
+
+    Raises:
+        ValueError: It is no JSON, or an object has a name twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{name!r} stands twice in one object")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 @contextmanager

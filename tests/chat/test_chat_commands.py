@@ -129,6 +129,7 @@ def test_a_file_of_requests_is_answered_in_order_and_can_be_scored(
         ('["open it", "  "]', "entry 2"),
         ('[{"label": "1. join()"}]', "entry 1"),
         ('[{"request": "x", "label": 1}]', "label"),
+        ('[{"request": "x", "request": "y"}]', "twice"),
         ('["\\ud800"]', "Unicode"),
     ],
 )

@@ -88,12 +88,15 @@ def test_entries_with_the_same_query_stay_together() -> None:
 
 
 def test_too_small_a_file_is_refused_with_what_to_set() -> None:
-    with pytest.raises(DataError, match="set validation_entries to 5 or less"):
+    with pytest.raises(DataError, match=r"--data\.validation-entries 5"):
         split([f"q {at}" for at in range(50)], 50)
+    with pytest.raises(DataError) as error:
+        split(["a", "b", "c"], 3)
+    assert error.value.fix == "give a larger file"
 
 
 def test_a_number_that_groups_cannot_make_is_refused_with_what_to_set() -> None:
-    with pytest.raises(DataError, match="set validation_entries to 2"):
+    with pytest.raises(DataError, match=r"--data\.validation-entries 2"):
         split(["a", "A", "b", "B"], 3)
 
 

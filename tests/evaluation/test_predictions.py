@@ -123,6 +123,13 @@ def test_scoring_alone_does_not_repair_but_names_the_broken_line(tmp_path: Path)
     assert file.path.read_bytes() == content[:-20]
 
 
+def test_a_query_that_stands_twice_is_named_and_not_counted_twice(tmp_path: Path) -> None:
+    file = started(tmp_path, make("a"), make("b"))
+    file.append([make("a")])
+    with pytest.raises(DataError, match="line 3"):
+        file.read()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("[1, 2]", "no JSON object"), ("{oops", "no JSON"), ('{"key": "k"}', "query")],

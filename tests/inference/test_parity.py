@@ -114,10 +114,17 @@ def test_in_32_bits_a_single_other_plan_lowers_the_batch() -> None:
 
 def test_a_batch_larger_than_the_sample_is_filled_by_repeating_prompts() -> None:
     engine = spoiled_from(32)
-    report = compare(engine, count=20, batch=64)
+    report = compare(engine, count=100, batch=64)
     assert [size for size, _ in report.tried] == [64, 32, 16]
     assert report.safe_batch == 16
     assert [len(prompts) for _, prompts in engine.asked] == [8, 64, 32, 16]
+
+
+def test_a_batch_larger_than_all_prompts_is_compared_by_as_many_as_they_are() -> None:
+    engine = spoiled_from(32)
+    report = compare(engine, count=20, batch=100_000)
+    assert report.tried == ((20, 0),)
+    assert report.safe_batch == 100_000
 
 
 @pytest.mark.parametrize(

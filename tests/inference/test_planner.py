@@ -264,7 +264,7 @@ def test_a_request_in_the_middle_of_a_stream_is_refused_instead_of_waiting_for_e
     planner = planner_with(ScriptedWriter(PLAN))
     stream = iter(planner.stream("a"))
     next(stream)
-    with pytest.raises(RuntimeError, match="close it"):
+    with pytest.raises(ModelError, match="close it"):
         planner.plan("b")
     stream.close()
     assert planner.plan("b").plan is not None

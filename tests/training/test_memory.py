@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -586,6 +587,13 @@ def test_the_largest_batch_keeps_the_rows_of_a_step_and_no_larger_one_fits(
     for larger in range(found.batch + 1, min(wanted, most or wanted) + 1):
         if wanted % larger == 0:
             assert not estimator.estimate(larger, how).fits(usable_gib)
+
+
+def test_a_batch_beyond_all_reason_is_looked_at_in_moments() -> None:
+    started = time.process_time()
+    found = estimator_of(Config(train=TrainConfig(batch=2**31 - 1)), 20.0).recommend()
+    assert found.fits
+    assert time.process_time() - started < 10
 
 
 @given(st.integers(1, 16), st.sampled_from(["unsloth", "transformers"]), st.floats(1, 150))

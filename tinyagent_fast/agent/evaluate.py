@@ -394,7 +394,7 @@ def evaluate_agent(options: AgentEvalOptions, display: Display) -> dict[str, Any
     _check(options)
     run = find_run(options.run, options.runs)
     folder = options.out or run.path / ("agent" if options.grammar == "off" else "agent-grammar")
-    fix = "or name another folder with --out"
+    fix = "name another folder with --out"
     with holding(folder, "agent-eval", fix), display.working("agent-eval"):
         results, figures = _evaluate(run, options, display)
         _write(results, figures, folder, run, display)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyagent_fast.errors import DataError, UserError, plainly
 from tinyagent_fast.prompts.builder import check_text
-from tinyagent_fast.runs import read_text
+from tinyagent_fast.runs import read_text, strict_json
 
 if TYPE_CHECKING:
     from tinyagent_fast.display import Display
@@ -36,7 +35,7 @@ def read_requests(path: Path) -> list[FiledRequest]:
     """
     name = f"requests file {path}"
     try:
-        entries: Any = json.loads(read_text(path))
+        entries = strict_json(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(name, f"it cannot be read as JSON: {plainly(error)}", _FIX) from error
     if not isinstance(entries, list) or not entries:

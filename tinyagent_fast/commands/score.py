@@ -12,7 +12,7 @@ import tyro
 
 from tinyagent_fast.errors import ConfigError, DataError, plainly
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.runs import read_text
+from tinyagent_fast.runs import read_text, strict_json
 
 if TYPE_CHECKING:
     from tinyagent_fast.evaluation.predictions import PredictionFile
@@ -90,7 +90,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
         text = read_text(path).strip()
         lines = text.split("\n") if text.startswith("{") else None
-        pairs: Any = json.loads(text) if lines is None else list(map(json.loads, lines))
+        pairs: Any = strict_json(text) if lines is None else list(map(strict_json, lines))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"pairs file {path}",

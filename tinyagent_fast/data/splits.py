@@ -88,7 +88,8 @@ def split_validation(
         raise DataError(
             f"validation_entries = {validation_entries:,} of {entry_count:,} entries",
             "no entry would be left for training",
-            f"set validation_entries to {entry_count // 10} or less, or give a larger file",
+            "give a larger file"
+            + f", or --data.validation-entries {entry_count // 10}" * (entry_count >= 10),
         )
     chosen = _chosen_groups(groups, validation_entries, seed)
     sides: tuple[list[int], list[int]] = ([], [])
@@ -113,7 +114,7 @@ def _chosen_groups(groups: Mapping[str, set[str]], wanted: int, seed: int) -> se
         raise DataError(
             f"validation_entries = {wanted:,} cannot be met exactly",
             "entries with the same query stay together, and their groups do not add up to it",
-            f"set validation_entries to {wanted - missing:,}",
+            f"--data.validation-entries {wanted - missing}",
         )
     return chosen
 

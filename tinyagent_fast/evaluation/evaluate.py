@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tinyagent_fast.config import Backend, Config, GrammarUse, check_config
+from tinyagent_fast.config import MOST_THREADS, Backend, Config, GrammarUse, check_config
 from tinyagent_fast.display import Display, size_text
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
@@ -192,8 +192,9 @@ def _check_options(options: EvalOptions) -> EvalOptions:
             raise ConfigError(
                 f"--{flag} {path}", "there is no such file or folder", "check the path"
             )
-    if options.threads is not None and options.threads < 1:
-        raise ConfigError(f"--threads {options.threads}", "it must be at least 1", "leave it out")
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
+        why = f"it must be from 1 to {MOST_THREADS:,}"
+        raise ConfigError(f"--threads {options.threads}", why, "leave it out")
     count = launch_environment().count
     if engine != "torch" and count > 1:
         raise ConfigError(
@@ -221,7 +222,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
     config = eval_config(run, options)
     with ExitStack() as held:
         if processes.is_main_process:
-            fix = "or name another folder with --out"
+            fix = "name another folder with --out"
             held.enter_context(holding(options.out or run.path, "eval", fix))
         # What is not there is told before anything takes long.
         find = {"torch": _adapter_meant, "gguf": _files_meant, "vllm": _folder_meant}

@@ -89,7 +89,7 @@ class PredictionFile:
         """Read all predictions in file order; `repair` cuts off a last line that is half-written.
 
         Raises:
-            DataError: The file is missing, or a line is no prediction.
+            DataError: The file is missing, a line is no prediction, or two are of one query.
         """
         if not self.path.exists() and not repair:
             raise DataError(
@@ -100,7 +100,16 @@ class PredictionFile:
         content = self.path.read_bytes() if self.path.exists() else b""
         # Not splitlines: a query may hold a separator that JSON leaves as it is, such as U+2028.
         lines = content.split(b"\n")
-        return [_parse(self.path, n, line) for n, line in enumerate(lines, 1) if line]
+        found: dict[str, Prediction] = {}
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            prediction = _parse(self.path, number, line)
+            if prediction.key in found:
+                why = f"another line has the same key, {prediction.key!r}"
+                raise DataError(f"{self.path}, line {number}", why, "remove one of them")
+            found[prediction.key] = prediction
+        return list(found.values())
 
 
 def find_predictions(name: str | Path, runs: Path = Path("runs")) -> dict[str, PredictionFile]:

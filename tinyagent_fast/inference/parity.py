@@ -81,7 +81,8 @@ def compare_batches(
 
     single = plans(1)
     tried: list[tuple[int, int]] = []
-    size, differing = batch, 0
+    first = size = min(batch, len(prompts))
+    differing = 0
     while size > 1:
         differing = sum(a != b for a, b in zip(single, plans(size), strict=True))
         tried.append((size, differing))
@@ -91,7 +92,7 @@ def compare_batches(
     return ParityReport(
         prompts=count,
         asked_batch=batch,
-        safe_batch=size,
+        safe_batch=batch if size == first else size,
         tried=tuple(tried),
         near_ties=differing if size > 1 else 0,
         compute_dtype=dtype,

@@ -16,7 +16,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
-from tinyagent_fast.config import Config, GrammarUse, ModelConfig, PromptFormat, Weights, typed
+from tinyagent_fast.config import (
+    MOST_THREADS,
+    Config,
+    GrammarUse,
+    ModelConfig,
+    PromptFormat,
+    Weights,
+    typed,
+)
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError, reading
 from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
@@ -288,11 +296,15 @@ class Planner:
         """Wait until no other thread has plans written, since two at once would share one cache.
 
         Raises:
-            RuntimeError: This thread itself is in the middle of a stream, and would wait for ever.
-            ModelError: The planner is closed.
+            ModelError: The planner is closed, or this thread itself is in the middle of a stream,
+                and would wait for ever.
         """
         if self._writes_for == threading.get_ident():
-            raise RuntimeError("take the stream to its end, or close it, before the next request")
+            why, fix = (
+                "a stream is open",
+                "take it to its end, or close it, before the next request",
+            )
+            raise ModelError("planner", why, fix)
         with self._lock:
             why, fix = "it has been closed, and its model is gone", "open another one with load()"
             if self.closed:
@@ -384,6 +396,8 @@ def load(
     for name, value in (("max-new-tokens", max_new_tokens), ("threads", threads), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
+    if threads is not None and threads > MOST_THREADS:
+        raise ConfigError(f"--threads {threads}", f"{MOST_THREADS:,} is the most", "leave it out")
     path = source.path if isinstance(source, Run) else source
     found = find_source(path, run=run, runs=Path(runs))
     chosen = _engine_of(engine, found)

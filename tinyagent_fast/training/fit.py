@@ -145,7 +145,7 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
 
         def hold(run: Run) -> Run:
             if processes.is_main_process:
-                held.enter_context(holding(run.path, "train", "or train under another --name"))
+                held.enter_context(holding(run.path, "train", "train under another --name"))
                 held.enter_context(_keeping_times(run, display, started))
             return run
 

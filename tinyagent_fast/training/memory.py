@@ -315,16 +315,17 @@ class MemoryEstimator:
         wanted = preset_batch(self.config) * self.config.train.accumulation
 
         def is_good(batch: int, estimate: MemoryEstimate) -> bool:
-            if wanted % batch or not estimate.fits(self.usable_gib):
+            if not estimate.fits(self.usable_gib):
                 return False
             mean_tokens = self.computed_tokens(batch, self.lengths.mean_tokens)
             return checkpointing != "auto" or mean_tokens <= self.kept_tokens(batch)
 
-        batch = min(wanted, most or wanted)
-        estimate = self.estimate(batch, checkpointing)
-        while batch > 1 and not is_good(batch, estimate):
-            batch -= 1
+        small = [rows for rows in range(1, math.isqrt(wanted) + 1) if wanted % rows == 0]
+        divisors = sorted({*small, *(wanted // rows for rows in small)}, reverse=True)
+        for batch in (rows for rows in divisors if rows <= (most or wanted)):
             estimate = self.estimate(batch, checkpointing)
+            if is_good(batch, estimate):
+                break
         return BatchChoice(
             batch=batch,
             accumulation=wanted // batch,
