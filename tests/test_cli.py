@@ -616,6 +616,9 @@ def test_rows_are_shown_with_their_counts_as_the_preset_of_this_machine_has_them
     marked = re.findall("\u00ab(.*?)\u00bb", got.out, re.DOTALL)
     assert "".join(marked).count("join()<END_OF_PLAN>") == 2
     assert len(marked) == sum(supervised)
+    assert "shared prefix" in last
+    alone = call("preview", "--preset", "smoke", "--rows", "1", *files).out.splitlines()[-1]
+    assert alone.startswith("1 row: ") and "shared" not in alone
 
 
 def test_no_rows_are_nothing_to_show(call: Callable[..., Output]) -> None:

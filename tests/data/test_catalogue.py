@@ -15,6 +15,7 @@ import yaml
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from tinyagent_fast.cli import main
 from tinyagent_fast.data.generation import values
 from tinyagent_fast.data.generation.catalogue import REQUIRED, Catalogue, load_catalogue
 from tinyagent_fast.data.generation.dataset import (
@@ -333,6 +334,18 @@ def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="it is no valid YAML"):
         load_catalogue(tmp_path / "binary.yaml")
+
+
+def test_functions_in_place_of_a_catalogue_are_refused_with_the_way_to_make_one(
+    tmp_path: Path,
+) -> None:
+    functions = tmp_path / "home.py"
+    functions.write_text('def ring(person: str) -> str:\n    """Rings."""\n    return person\n')
+    with pytest.raises(DataError, match="tools check") as caught:
+        load_catalogue(functions)
+    command = re.findall("`tinyagent-fast (.*?)`", caught.value.fix)[0]
+    assert main(command.split()) == 0
+    assert [tool.name for tool in load_catalogue(tmp_path / "home.yaml").tools] == ["ring"]
 
 
 EVENT: dict[str, Any] = {

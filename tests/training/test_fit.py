@@ -107,6 +107,16 @@ def test_how_often_the_steps_pass_over_the_rows_is_said_and_many_times_are_warne
         assert (fix or "") in said
 
 
+def test_one_pass_and_a_part_of_the_test_queries_are_said_as_such(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    train = {"batch": 32, "accumulation": 1, "max_steps": 1}
+    fit.train(tiny_config(train=train, eval={"limit": 2}), quiet)
+    text = " ".join(quiet.file.getvalue().split())
+    assert "1 step is 1 pass over 32 rows" in text
+    assert "; 2 of 6 test queries" in text
+
+
 def test_without_a_test_file_nothing_is_measured_on_one_and_the_header_says_so(
     tiny_config: MakeConfig, quiet: Any
 ) -> None:

@@ -56,13 +56,13 @@ def run(arguments: Sequence[str]) -> int:
         _show(console, tokenizer, row)
     supervised = sum(row.supervised_tokens for row in rows)
     tokens = sum(len(row.input_ids) for row in rows)
-    columns = zip(*(row.input_ids for row in rows), strict=False)
-    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
-    console.print(
-        f"{count_of(len(rows), 'row')}: {tokens} tokens, {supervised} supervised "
-        f"({100 * supervised / max(1, tokens):.1f} %), shared prefix {shared} tokens",
-        markup=False,
-    )
+    said = f"{count_of(len(rows), 'row')}: {tokens} tokens, {supervised} supervised "
+    said += f"({100 * supervised / max(1, tokens):.1f} %)"
+    if len(rows) > 1:
+        columns = zip(*(row.input_ids for row in rows), strict=False)
+        shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+        said += f", shared prefix {shared} tokens"
+    console.print(said, markup=False)
     return 0
 
 

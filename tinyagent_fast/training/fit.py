@@ -600,7 +600,7 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         "held out": f"{prepared.examples.summary['examples']['validation']} entries, of which "
         f"{len(prepared.examples.validation)} are planned during training; "
         + (
-            f"{len(prepared.examples.test)} test queries"
+            f"{_of(len(prepared.examples.test), prepared.examples.test_in_file)} test queries"
             if files.test is not None
             else "no test file: nothing is measured on one (--data.test FILE names one)"
         ),
@@ -637,6 +637,10 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         )
     lines["rate"] = f"{train.learning_rate:g}, {train.schedule}, {train.optimizer}"
     return lines
+
+
+def _of(some: int, all_there: int) -> str:
+    return f"{some}" if some == all_there else f"{some} of {all_there}"
 
 
 def _fit(prepared: _Prepared, checkpoint: Path | None, *, resumed: bool) -> None:
@@ -729,7 +733,9 @@ def _passes(config: Config, steps: int, rows: int, processes: int) -> str:
     """Say how often the steps pass over the rows, or packed rows, and warn where that is often."""
     train = config.train
     passes = train.passes(rows, processes)
-    said = f"{count_of(steps, 'step')} are {float(f'{passes:.3g}'):,g} passes over {rows:,} rows"
+    shown = float(f"{passes:.3g}")
+    said = f"{count_of(steps, 'step')} {'is' if steps == 1 else 'are'} {shown:,g} "
+    said += f"{'pass' if shown == 1 else 'passes'} over {count_of(rows, 'row')}"
     if passes <= _MANY_PASSES:
         return said
     fewer = f"--train.epochs {_MANY_PASSES:g}"

@@ -72,7 +72,9 @@ class RunExamples:
     validation: Sequence[Example]
     """Plans of the fixed validation sample."""
     test: Sequence[Example]
-    """Plans of the test file."""
+    """Plans of the test file, or the first `eval.limit` of them."""
+    test_in_file: int
+    """How many plans the test file has."""
     summary: dict[str, Any]
     """Hashes and counts, written to data.json; a resumed run must have the same."""
     leaks: LeakReport
@@ -203,6 +205,7 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
         train=train,
         validation=validation,
         test=test_examples,
+        test_in_file=len(test) if test else 0,
         summary=summary,
         leaks=leaks,
         left_out_as_leaks=leaked,

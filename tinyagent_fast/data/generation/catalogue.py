@@ -133,6 +133,13 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
         DataError: The file is missing, no YAML, or breaks a rule; all problems are listed.
     """
     path = path or BUILT_IN_CATALOGUE
+    if path.suffix == ".py":
+        raise DataError(
+            f"tool catalogue {path}",
+            "it is a Python file: a catalogue (YAML) is wanted here, and not functions",
+            f"make one of its functions with `tinyagent-fast tools check {path} --draft "
+            f"{path.with_suffix('.yaml')}` and edit its phrases and words (docs/own_tools.md)",
+        )
     try:
         document = load_yaml(read_yaml_text(path))
     except OSError as error:
