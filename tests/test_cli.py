@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -655,6 +656,23 @@ def test_train_takes_the_preset_of_this_machine_and_says_why(
     config = preset_config("smoke")
     wanted = replace(config, train=replace(config.train, batch=3))
     assert trained == [(wanted, None)] * 3
+
+
+def test_a_stop_before_there_is_a_run_gives_the_command_that_starts_again(
+    call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "check_machine", stop)
+    words = ["train", "--preset", "smoke", "--name", "a b"]
+    got = call(*words)
+    assert got.code == 130
+    assert "no step was made" in got.err and "--resume" not in got.err
+    assert shlex.split(got.err.splitlines()[-1].partition("with: ")[2]) == [
+        "tinyagent-fast",
+        *words,
+    ]
 
 
 def test_a_run_is_resumed_with_its_own_config_also_by_make(

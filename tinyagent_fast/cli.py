@@ -11,6 +11,7 @@ import errno
 import importlib
 import io
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -67,8 +68,10 @@ _GOES_ON = {
     "eval": "the same command goes on; plans that were written are kept",
     "export": "the same command goes on; files that are whole are kept",
     "data download": "the same command goes on where the transfer stopped",
+    "train": "no step was made, so there is no new run; generated data, encoded rows and a base "
+    "are kept where they were finished; start again with: {command}",
 }
-"""What to do after a stop, by command; `train` says it itself."""
+"""What to do after a stop, by command; once there is a run, `train` says it itself."""
 _FORMER_NAMES = {"plan": "memory"}
 
 
@@ -150,7 +153,7 @@ def _run(name: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         return _read_enough()
     except KeyboardInterrupt as stop:
-        return _stopped(name, stop)
+        return _stopped(name, arguments, stop)
     except SystemExit as leave:
         if isinstance(leave.__context__, BrokenPipeError):  # rich makes it an exit with code 1
             return _read_enough()
@@ -165,7 +168,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return 2
     except Exception as error:
         if isinstance(error, SystemError) and (noted := noted_interrupt()):
-            return _stopped(name, noted)
+            return _stopped(name, arguments, noted)
         if (told := _explained(name, error)) is None:
             return _bug()
         print(f"error: {told}", file=sys.stderr)
@@ -196,12 +199,13 @@ def _read_enough() -> int:
     return 0
 
 
-def _stopped(name: str, stop: KeyboardInterrupt) -> int:
+def _stopped(name: str, arguments: Sequence[str], stop: KeyboardInterrupt) -> int:
     """Say what stopped a command and how it goes on; give the exit code."""
     from tinyagent_fast.interrupts import NAMES, Terminated, exit_code
 
     number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-    goes_on = f"; {_GOES_ON[name]}" if name in _GOES_ON else ""
+    command = shlex.join(["tinyagent-fast", *name.split(), *arguments])
+    goes_on = f"; {_GOES_ON[name].format(command=command)}" if name in _GOES_ON else ""
     print(f"stopped by {NAMES[number]}{goes_on}", file=sys.stderr)
     return exit_code(number)
 

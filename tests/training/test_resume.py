@@ -192,6 +192,32 @@ def test_a_stop_beside_the_steps_names_only_checkpoints_that_are_there(
     assert {path.name for path in checkpoints(Run(config.runs / "tiny"))} >= named
 
 
+@pytest.mark.parametrize("where", ["encode_run_rows", "_record"])
+def test_a_run_to_go_on_with_is_named_once_it_is_there_and_never_before(
+    where: str, tiny_config: MakeConfig, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise Terminated
+
+    config = tiny_config(train={"max_steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, where, stop)
+        with pytest.raises((Stopped, Terminated)) as got:
+            fit.train(config, quiet)
+    named = re.findall(r"--resume (\S+)", str(got.value))
+    assert named == [path.parent.name for path in config.runs.glob("tiny/config.yaml")]
+    assert bool(named) == (where == "_record")
+    if not named:
+        fit.train(config, quiet)
+        return
+    run = find_run(named[0], config.runs)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="--resume tiny") as got:
+        patch.setattr(fit, "_read", stop)
+        fit.train(config, quiet, resume=run)
+    assert got.value.exit_code == 143
+    assert fit.train(config, quiet, resume=run).adapter.exists()
+
+
 @pytest.fixture
 def finished(tiny_config: MakeConfig, quiet: Any) -> tuple[Config, Run]:
     config = tiny_config(data={"limit_entries": 8}, train={"max_steps": 2, "save_every_steps": 2})

@@ -133,6 +133,7 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
     Raises:
         UserError: Anything that a user can repair, before the first step wherever possible.
         Stopped: Ctrl-C or SIGTERM; the run can be resumed.
+        KeyboardInterrupt: One of them came before there was a run.
     """
     check_config(config)
     check_tracker(config.track)
@@ -161,19 +162,28 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
 
 def _train(config: Config, display: Display, resume: Run | None, hold: Callable[[Run], Run]) -> Run:
     """Train a new run, or go on with one that this process holds."""
-    checkpoint = None if resume is None else last_checkpoint(resume, display.say)
-    # Quantisation-aware training goes by transformers, which Unsloth would patch.
-    plain = config.train.qat != "off"
-    with display.working("loading libraries"):
-        prepare_libraries(replace(config.model, backend="transformers") if plain else config.model)
-    prepared = _prepare(config, display, resume, hold)
-    run, steps = prepared.run, "steps and validation"
+    run, steps = resume, "steps and validation"
+
+    def begin(new: Run) -> Run:
+        nonlocal run
+        run = hold(new)
+        return run
+
     try:
+        checkpoint = None if resume is None else last_checkpoint(resume, display.say)
+        # Quantisation-aware training goes by transformers, which Unsloth would patch.
+        plain, model = config.train.qat != "off", config.model
+        with display.working("loading libraries"):
+            prepare_libraries(replace(model, backend="transformers") if plain else model)
+        prepared = _prepare(config, display, resume, begin)
+        run = prepared.run
         with display.timed(steps):
             _fit(prepared, checkpoint, resumed=resume is not None)
         display.say(f"trained in {display.timings_s[steps]:.0f} s")
         _finish(prepared)
     except KeyboardInterrupt as stop:
+        if run is None:
+            raise
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         saved = next((path.name for path in checkpoints(run)), None)
         why = "there is no checkpoint yet, so it begins with the first step"
@@ -181,7 +191,7 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
             why = f"{saved} is the last one that was saved; steps behind it are made again"
         raise _stopped(run, f"stopped by {NAMES[number]}", why, number) from stop
     except Exception as error:
-        if not is_full_disk(error):
+        if run is None or not is_full_disk(error):
             raise
         fix = f"free some space, then: tinyagent-fast train --resume {run.named}"
         raise TrainingError(f"run {run.path}", "the disk is full", fix) from error
