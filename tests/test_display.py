@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from typing import Any
 
@@ -60,6 +61,34 @@ def test_work_that_says_nothing_is_told_of_at_least_every_ten_seconds(
     assert len(found) == 6 and max(found) <= 10
     assert lines_of(display)[-1].startswith("training: 3 of 80 steps, 5")
     assert silences(display, clock, 60) == [], "nothing goes on any more"
+
+
+@pytest.mark.parametrize(("before", "in_100_s"), [(0, 40), (0, 70), (80, 10)])
+def test_the_time_left_is_told_by_the_pace_of_this_session(
+    display: Display, clock: Clock, before: int, in_100_s: int
+) -> None:
+    with display.working("training", "steps") as update:
+        update(before, 100)
+        silences(display, clock, 10)
+        assert "left" not in lines_of(display)[-1], "nothing has been made yet"
+        clock.now_s += 90
+        update(before + in_100_s, 100)
+        display.tell_if_silent()
+        number, unit = re.findall(r"about (\d+) (s|min) left", lines_of(display)[-1])[0]
+        left_s = 100 * (100 - before - in_100_s) / in_100_s
+        assert abs(int(number) * {"s": 1, "min": 60}[unit] - left_s) <= 30
+        for done, total in ((100, 100), (1, 300)):  # the end, and the beginning of another file
+            update(done, total)
+            silences(display, clock, 10)
+            assert "left" not in lines_of(display)[-1]
+
+
+def test_pieces_of_one_name_add_up(display: Display, clock: Clock) -> None:
+    for seconds in (3, 4):
+        with display.bar("reading data"):
+            clock.now_s += seconds
+    assert display.timings_s == {"reading data": 7.0}
+    assert lines_of(display) == ["reading data: in 3.0 s", "reading data: in 4.0 s"]
 
 
 def test_bytes_are_said_in_units_that_people_read(display: Display, clock: Clock) -> None:

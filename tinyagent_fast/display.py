@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -23,6 +23,8 @@ _TICK_S = 0.5
 
 Update = Callable[[int, int], None]
 """Is told what is done and how much there is in all; a total of 0 stands for an unknown one."""
+Stage = Callable[[str, str], AbstractContextManager[Update]]
+"""Begins a piece of long work by its label and unit: `Display.bar`, `Display.working`, `unseen`."""
 
 
 @dataclass(eq=False)
@@ -34,12 +36,25 @@ class _Work:
     started_s: float
     done: int = 0
     total: int = 0
+    first_done: int = 0
+    """What was done when it was first told of, such as before a resume."""
+    first_s: float = 0.0
+
+    def tell(self, done: int, total: int, now_s: float) -> None:
+        """Take up how far the work is; another total is that of another piece, such as a file."""
+        if total != self.total or done < self.done:
+            self.first_done, self.first_s = done, now_s
+        self.done, self.total = done, total
 
     def line(self, now_s: float) -> str:
-        """Say how far the work is."""
+        """Say how far the work is, and what is left once its pace is known."""
         known = self.done or self.total
         far = f"{_amount(self.done, self.unit, self.total)}, " if known else ""
-        return f"{self.label}: {far}{now_s - self.started_s:.0f} s so far"
+        left, made = "", self.done - self.first_done
+        if made > 0 and self.total > self.done:
+            left_s = (now_s - self.first_s) * (self.total - self.done) / made
+            left = f", about {_rounded_time(left_s)} left"
+        return f"{self.label}: {far}{now_s - self.started_s:.0f} s so far{left}"
 
 
 def size_text(size_bytes: int) -> str:
@@ -54,6 +69,19 @@ def _amount(done: int, unit: str, total: int = 0) -> str:
     if unit == "bytes":
         return size_text(done) + (f" of {size_text(total)}" if total else "")
     return f"{done:,}{f' of {total:,}' if total else ''} {unit}".rstrip()
+
+
+def _rounded_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+@contextmanager
+def unseen(_label: str, _unit: str = "") -> Iterator[Update]:
+    """Be a stage that nobody is told of."""
+    yield lambda _done, _total: None
 
 
 class Display:
@@ -93,17 +121,20 @@ class Display:
     @property
     def timings_s(self) -> dict[str, float]:
         """Seconds of each piece of long work, also of what is under way, by its label."""
-        now_s = self._clock()
-        return self._spent_s | {label: now_s - s for label, s in self._begun_s.copy().items()}
+        now_s, seconds = self._clock(), self._spent_s.copy()
+        for label, begun_s in self._begun_s.copy().items():
+            seconds[label] = seconds.get(label, 0.0) + now_s - begun_s
+        return seconds
 
     @contextmanager
     def timed(self, label: str) -> Iterator[None]:
-        """Count the seconds of a piece of work."""
+        """Count the seconds of a piece of work; those of pieces with the same label add up."""
         self._begun_s[label] = self._clock()
         try:
             yield
         finally:
-            self._spent_s[label] = self._clock() - self._begun_s.pop(label)
+            seconds = self._clock() - self._begun_s.pop(label)
+            self._spent_s[label] = self._spent_s.get(label, 0.0) + seconds
 
     @contextmanager
     def working(self, label: str, unit: str = "") -> Iterator[Update]:
@@ -118,7 +149,7 @@ class Display:
         work = _Work(label, unit, self._clock())
 
         def update(done: int, total: int) -> None:
-            work.done, work.total = done, total
+            work.tell(done, total, self._clock())
 
         outermost = not self._works
         self._works.append(work)
@@ -141,7 +172,7 @@ class Display:
     @contextmanager
     def bar(self, label: str, unit: str = "") -> Iterator[Update]:
         """Do as `working`, show a bar on a terminal, and at the end say how long it took."""
-        count = ""
+        count, begun_s = "", self._clock()
         progress = Progress(
             TextColumn(label),
             BarColumn(),
@@ -163,4 +194,4 @@ class Display:
                 tell(done, total)
 
             yield update
-        self.say(f"{label}: {count}in {self._spent_s[label]:.1f} s")
+        self.say(f"{label}: {count}in {self._clock() - begun_s:.1f} s")

@@ -470,6 +470,13 @@ def test_a_spec_that_makes_no_dataset_is_refused(wrong: dict[str, int]) -> None:
         GenerationSpec(**wrong)  # type: ignore[arg-type]
 
 
+def test_every_entry_is_counted_when_it_is_written(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    spec = GenerationSpec(train_entries=4, test_entries=2)
+    generate_dataset(spec, tmp_path, lambda done, total: told.append((done, total)))
+    assert told == [(done, 6) for done in range(1, 7)]
+
+
 @pytest.mark.parametrize("there_before", [False, True])
 def test_a_catalogue_that_is_too_small_leaves_the_folder_as_it_was(
     tmp_path: Path, there_before: bool

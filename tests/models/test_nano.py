@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.data.splits import normalise_query
+from tinyagent_fast.display import Update
 from tinyagent_fast.models import bases
 from tinyagent_fast.models.nano import (
     NANO_SHAPE,
@@ -133,6 +136,23 @@ def test_the_base_knows_the_words_of_the_catalogue_that_a_run_names(tmp_path: Pa
         ' wind_kite("turquoise")'
     )
     assert len(tokens) < 8 < len(others)
+
+
+def test_the_nano_base_is_trained_once_and_its_steps_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def stage(label: str, _unit: str) -> Iterator[Update]:
+        yield lambda done, total: told.append((label, done, total))
+
+    monkeypatch.setattr(bases, "PretrainSpec", lambda: SPEC)
+    config = replace(nano(), runs=tmp_path, train=replace(nano().train, threads=1))
+    folder = bases.resolve_base(config, [], stage=stage)
+    assert told == [("training the nano base", step, 30) for step in (10, 20, 30)]
+    assert bases.resolve_base(config, [], stage=stage) == folder
+    assert len(told) == 3
 
 
 def test_the_random_base_is_built_once_and_loads_like_any_base(tmp_path: Path) -> None:

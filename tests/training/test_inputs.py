@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from tinyagent_fast.config import Config, DataConfig, EvalConfig, Leaks
 from tinyagent_fast.data.splits import mixture_text, normalise_query
+from tinyagent_fast.display import Update
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.presets import preset_config
 from tinyagent_fast.training.inputs import (
@@ -48,6 +51,26 @@ def load(files: tuple[Path, Path], leaks: Leaks, **data: Any) -> RunExamples:
         train=files[0], test=files[1], leaks=leaks, **{"validation_entries": 5, "seed": 4, **data}
     )
     return load_run_examples(Config(data=settings, eval=EvalConfig(limit=2)))
+
+
+def test_what_takes_long_is_a_stage_with_a_name_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages: dict[str, list[tuple[int, int]]] = {}
+
+    @contextmanager
+    def stage(label: str, _unit: str) -> Iterator[Update]:
+        told = stages.setdefault(label, [])
+        yield lambda done, total: told.append((done, total))
+
+    data = DataConfig(generated_entries=30, validation_entries=5, prompts="retrieved")
+    load_run_examples(Config(data=data), stage)
+    assert list(stages) == ["generating entries", "reading data", "training the tool retriever"]
+    assert stages["generating entries"][-1] == (230, 230)
+    stages.clear()
+    load_run_examples(Config(data=data), stage)
+    assert "generating entries" not in stages, "they are there"
 
 
 def queries(examples: Any) -> set[str]:

@@ -45,8 +45,8 @@ def run(arguments: Sequence[str]) -> int:
 
     from tinyagent_fast.display import Display, size_text
 
-    with Display(Console(stderr=True)).working("data generate"):
-        files = generate_dataset(spec, flags.out)
+    with Display(Console(stderr=True)).working("generating entries") as update:
+        files = generate_dataset(spec, flags.out, update)
     for path, entries in ((files.train, spec.train_entries), (files.test, spec.test_entries)):
         print(f"{path}: {entries} entries, {size_text(path.stat().st_size)}")
     names = [f"--data.train {files.train}"]

@@ -70,7 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     queries = train.column("query")
     rows = without_leaks(range(len(queries)), queries, held_out, "drop")
     known = plan_tools(flags.catalogue) or TINYAGENT
-    with Display(Console(stderr=True)).working("data retrieval", "steps") as update:
+    display = Display(Console(stderr=True))
+    with display.working("training the tool retriever", "steps") as update:
         retriever, _ = train_retriever(
             train.select(rows),
             recall=flags.recall,
@@ -78,8 +79,9 @@ def run(arguments: Sequence[str]) -> int:
             encoder=EncoderTraining.of(data),
             on_progress=update,
         )
-        print(f"{flags.file}, cross-validation: {retriever.figures.sentence()}")
-        if test is not None:
+    print(f"{flags.file}, cross-validation: {retriever.figures.sentence()}")
+    if test is not None:
+        with display.working("retrieving tools"):
             print(f"{flags.test}: {retriever.rewrite(test).figures().sentence()}")
     if flags.out is not None:
         flags.out.mkdir(parents=True, exist_ok=True)

@@ -35,13 +35,12 @@ def run(arguments: Sequence[str]) -> int:
 
     console = Console(highlight=False)
     display = Display(Console(stderr=True))
-    with display.working("generating or reading data", "steps of the retriever") as update:
-        examples = load_run_examples(config, update)
+    examples = load_run_examples(config, display.working)
     with display.working("tokenizer of a base that is made on the spot"):
         hf = base_tokenizer(config, examples.train, [e.query for e in examples.test])
     if hf is None:
-        with display.working("base model, for its tokenizer", "steps") as update:
-            base = resolve_base(config, examples.train, on_progress=update, say=console.print)
+        base = resolve_base(config, examples.train, stage=display.working, say=console.print)
+        with display.working("loading the tokenizer"):
             hf = load_tokenizer(resolve_tokenizer_folder(base, config.model.revision))
     tokenizer = PromptTokenizer(hf, config.model.prompt_format)
     mixed = examples.summary.get("generated")

@@ -288,8 +288,7 @@ def test_queries(
     refuse_unscorable(config, examples)
     about_test: dict[str, object] = {"test_sha256": test_sha256}
     if config.data.prompts != "as-is":
-        with display.working("tool retriever", "steps") as update:
-            retriever = processes.main_process_first(lambda: retriever_of_run(run, update))
+        retriever = processes.main_process_first(lambda: retriever_of_run(run, display.working))
         if retriever is None or retriever.system is None:
             raise ConfigError(
                 "--prompts retrieved",

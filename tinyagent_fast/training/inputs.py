@@ -23,6 +23,7 @@ from tinyagent_fast.data.splits import (
     split_validation,
     without_leaks,
 )
+from tinyagent_fast.display import Stage, unseen
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.scoring import refuse_unknown_tools
 from tinyagent_fast.models.encoder import EncoderTraining
@@ -43,12 +44,6 @@ from tinyagent_fast.runs import Run, key_of
 GENERATED = Path("data/generated")
 _SOME_MOMENT = datetime(2000, 1, 1)
 """Stands in prompts only where a row tells no other."""
-OnProgress = Callable[[int, int], None]
-"""Called while an encoder is trained for a retriever, with its steps and their number."""
-
-
-def _in_silence(_done: int, _total: int) -> None:
-    """Take the place of a progress bar where there is none."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,8 @@ class RunRows:
     validation: RowFile | None
 
 
-def data_files(config: Config) -> DataFiles:
-    """Find the run's files; generate them when the config names no file.
+def data_files(config: Config, stage: Stage = unseen) -> DataFiles:
+    """Find the run's files; generate them, as a stage, when the config names no file.
 
     Raises:
         DataError: A named file is missing, or only the test file is named.
@@ -106,7 +101,7 @@ def data_files(config: Config) -> DataFiles:
                 "a generated training file may hold its queries",
                 "name --data.train too, or neither",
             )
-        return DataFiles(*_generated_files(data), True)
+        return DataFiles(*_generated_files(data, stage), True)
     for path in (data.train, data.test):
         if path is not None and not path.exists():
             raise DataError(
@@ -114,11 +109,11 @@ def data_files(config: Config) -> DataFiles:
                 "it is not there",
                 "make data downloads the published files; --data.train and --data.test name others",
             )
-    mixed_in = _generated_files(data)[0] if data.with_generated else None
+    mixed_in = _generated_files(data, stage)[0] if data.with_generated else None
     return DataFiles(data.train, data.test, False, mixed_in)
 
 
-def _generated_files(data: DataConfig) -> tuple[Path, Path]:
+def _generated_files(data: DataConfig, stage: Stage) -> tuple[Path, Path]:
     """Generate a training and a test file, unless they are there."""
     spec = GenerationSpec(
         train_entries=data.generated_entries,
@@ -130,7 +125,8 @@ def _generated_files(data: DataConfig) -> tuple[Path, Path]:
     folder = GENERATED / f"seed{data.seed}-{data.generated_entries}-{key}"
     train, test = folder / "training_data.json", folder / "testing_data.json"
     if not (train.exists() and test.exists()):
-        generate_dataset(spec, folder)
+        with stage("generating entries", "") as update:
+            generate_dataset(spec, folder, update)
     return train, test
 
 
@@ -143,8 +139,8 @@ def _generation_key(spec: GenerationSpec) -> str:
     return settings + hashlib.sha256(b"".join(contents)).hexdigest()
 
 
-def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> RunExamples:
-    """Read, split and sample the examples of a run.
+def load_run_examples(config: Config, stage: Stage = unseen) -> RunExamples:
+    """Read, split and sample the examples of a run; each part that takes long is a stage.
 
     Returns:
         The examples; validation entries and test queries are kept out of training.
@@ -152,7 +148,18 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
     Raises:
         DataError: A file is faulty or too small.
     """
-    files = data_files(config)
+    files = data_files(config, stage)
+    with stage("reading data", ""):
+        examples, train, epoch = _read_examples(files, config)
+    if config.data.prompts == "as-is":
+        return examples
+    return _with_retrieved_tools(examples, train, epoch, config, stage)
+
+
+def _read_examples(
+    files: DataFiles, config: Config
+) -> tuple[RunExamples, ExampleTable, Sequence[int]]:
+    """Give the examples with prompts as in the files, and what `_with_retrieved_tools` takes."""
     data = config.data
     table = _load(files.train, config, data.points)
     keys, queries = table.column("entry_key"), table.column("query")
@@ -210,9 +217,7 @@ def load_run_examples(config: Config, on_progress: OnProgress = _in_silence) -> 
         leaks=leaks,
         left_out_as_leaks=leaked,
     )
-    if data.prompts == "as-is":
-        return examples
-    return _with_retrieved_tools(examples, train, epoch, config, on_progress)
+    return examples, train, epoch
 
 
 def _with_generated_rows(
@@ -242,7 +247,7 @@ def _with_retrieved_tools(
     train: ExampleTable,
     epoch: Sequence[int],
     config: Config,
-    on_progress: OnProgress,
+    stage: Stage,
 ) -> RunExamples:
     """Train a retriever on the training plans, and rewrite the prompts of all plans.
 
@@ -254,9 +259,9 @@ def _with_retrieved_tools(
         train: Its training rows, each once.
         epoch: The rows of `train` that are trained on in an epoch; one may come several times.
         config: The run's config.
-        on_progress: Told how far the training of an encoder is.
+        stage: The training is one.
     """
-    retriever, retrieved = _train_retriever(train, config, on_progress)
+    retriever, retrieved = _train_retriever(train, config, stage)
     of_plans = iter(retrieved)
     listed = [(*called_tools(e.output), *next(of_plans)) if e.kind == "plan" else () for e in train]
     return replace(
@@ -270,23 +275,24 @@ def _with_retrieved_tools(
 
 
 def _train_retriever(
-    train: Sequence[Example], config: Config, on_progress: OnProgress
+    train: Sequence[Example], config: Config, stage: Stage
 ) -> tuple[ToolRetriever, list[tuple[str, ...]]]:
     data = config.data
-    retriever, retrieved = train_retriever(
-        [example for example in train if example.kind == "plan"],
-        recall=data.retrieval_recall,
-        known=plan_tools(data.catalogue) or TINYAGENT,
-        encoder=EncoderTraining.of(data),
-        on_progress=on_progress,
-    )
+    with stage("training the tool retriever", "steps") as update:
+        retriever, retrieved = train_retriever(
+            [example for example in train if example.kind == "plan"],
+            recall=data.retrieval_recall,
+            known=plan_tools(data.catalogue) or TINYAGENT,
+            encoder=EncoderTraining.of(data),
+            on_progress=update,
+        )
     if data.prompts == "short":
         system = parse(short_planner_prompt(retriever.tools, _SOME_MOMENT), retriever.tools)
         retriever = replace(retriever, system=system, examples=0, solved=())
     return retriever, retrieved
 
 
-def retriever_of_run(run: Run, on_progress: OnProgress = _in_silence) -> ToolRetriever | None:
+def retriever_of_run(run: Run, stage: Stage = unseen) -> ToolRetriever | None:
     """Read the tool retriever of a run, or train and save it from the run's training queries.
 
     Returns:
@@ -308,10 +314,10 @@ def retriever_of_run(run: Run, on_progress: OnProgress = _in_silence) -> ToolRet
         prompts="as-is",
         own_passes=1,
     )
-    examples = load_run_examples(replace(config, data=data))
+    examples = load_run_examples(replace(config, data=data), stage)
     if len(examples.train) < 2:
         return None
-    retriever, _ = _train_retriever(examples.train, config, on_progress)
+    retriever, _ = _train_retriever(examples.train, config, stage)
     retriever.save(run.path)
     return retriever
 

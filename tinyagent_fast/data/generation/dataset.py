@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import uuid
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,14 @@ class GeneratedFiles:
     test: Path
 
 
-def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
+def generate_dataset(
+    spec: GenerationSpec,
+    out_dir: Path,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> GeneratedFiles:
     """Write training_data.json and testing_data.json into a folder, atomically.
+
+    `on_progress` is called with the entries of both files that are written, and all of them.
 
     Raises:
         DataError: The catalogue is faulty or too small for that many different queries, or the
@@ -80,13 +87,16 @@ def generate_dataset(spec: GenerationSpec, out_dir: Path) -> GeneratedFiles:
     catalogue = load_catalogue(spec.catalogue)
     files = GeneratedFiles(out_dir / "training_data.json", out_dir / "testing_data.json")
     taken: set[str] = set()
+    done, total = count(1), spec.test_entries + spec.train_entries
     parts = ((files.test, spec.test_entries, "test"), (files.train, spec.train_entries, "train"))
     try:
         with unfinished_folder(out_dir, "part") as unfinished:
-            for path, count, part in parts:
+            for path, wanted, part in parts:
                 rng = random.Random(f"{spec.seed}/{part}")
-                entries = generate_entries(catalogue, spec, count, rng, taken)
-                _write_object(unfinished / path.name, entries)
+                entries = generate_entries(catalogue, spec, wanted, rng, taken)
+                _write_object(
+                    unfinished / path.name, entries, lambda: on_progress(next(done), total)
+                )
             # Only now, as each file's queries were chosen for the other's.
             for path, _, _ in parts:
                 (unfinished / path.name).replace(path)
@@ -128,7 +138,9 @@ def generate_entries(
             yield writer.uuid().hex, writer.entry(request)
 
 
-def _write_object(path: Path, entries: Iterator[tuple[str, dict[str, Any]]]) -> None:
+def _write_object(
+    path: Path, entries: Iterator[tuple[str, dict[str, Any]]], on_entry: Callable[[], None]
+) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         stream.write("{")
         separator = "\n"
@@ -136,6 +148,7 @@ def _write_object(path: Path, entries: Iterator[tuple[str, dict[str, Any]]]) -> 
             text = json.dumps(entry, indent=4, ensure_ascii=False).replace("\n", "\n    ")
             stream.write(f"{separator}    {json.dumps(key)}: {text}")
             separator = ",\n"
+            on_entry()
         stream.write("\n}\n")
 
 
