@@ -656,6 +656,8 @@ def test_train_takes_the_preset_of_this_machine_and_says_why(
     config = preset_config("smoke")
     wanted = replace(config, train=replace(config.train, batch=3))
     assert trained == [(wanted, None)] * 3
+    named = call("train", "--preset", "nano").out
+    assert named.count("preset nano: ") == 1 and "the reason" not in named
 
 
 def test_a_stop_before_there_is_a_run_gives_the_command_that_starts_again(

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyagent_fast.data.generation import dataset
 from tinyagent_fast.data.generation.catalogue import (
     Catalogue,
     CatalogueTool,
@@ -427,7 +428,10 @@ def test_the_examples_of_a_full_prompt_are_right_and_give_no_answer_away(full: G
                 assert normalise_query(question) not in forbidden | {normalise_query(entry.query)}
 
 
-def test_a_full_prompt_that_can_have_no_examples_is_refused() -> None:
+def test_a_full_prompt_that_can_have_no_examples_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dataset, "_MAX_REPEATS", 200)  # enough for so few requests
     catalogue = small_catalogue("Ann")
     with pytest.raises(DataError) as error:
         some_entries(catalogue, 99)

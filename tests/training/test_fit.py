@@ -18,6 +18,7 @@ from tinyagent_fast.api import evaluate_run
 from tinyagent_fast.config import Config, EvalConfig
 from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
 from tinyagent_fast.evaluation.predictions import PredictionFile
+from tinyagent_fast.models.nano import PretrainSpec
 from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.reports.charts import plot_training
 from tinyagent_fast.runs import Run, create_run
@@ -105,6 +106,40 @@ def test_how_often_the_steps_pass_over_the_rows_is_said_and_many_times_are_warne
         assert f"{steps} steps are {steps} passes" in said
         assert ("warning" in said) == (fix is not None)
         assert (fix or "") in said
+
+
+def test_what_is_known_before_any_long_work_is_said_first_and_once(
+    tiny_config: MakeConfig, quiet: Any
+) -> None:
+    config = tiny_config(
+        data={"train": None, "test": None, "generated_entries": 30}, train={"max_steps": 2}
+    )
+    fit.train(config, quiet)
+    text = quiet.file.getvalue()
+    first = text[: text.index("generating entries")]
+    known = ["30 generated entries", config.model.base, "2 steps of 2 x 1 rows, prefix-grouped"]
+    header = text[text.index("tinyagent-fast train") :].partition("\u2570")[0]
+    for fact in known:
+        assert fact in first
+        assert fact not in header
+    assert str(Path("data", "generated")) in header
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": {"base": "nano"}}, ["nano (fp32), built once", f"{PretrainSpec().steps} steps"]),
+        ({"data": {"train": Path("a.json"), "with_generated": True}}, ["a.json, among 8,000"]),
+        ({"data": {"catalogue": Path("home.yaml"), "train": None}}, ["tools of home.yaml"]),
+        ({"train": {"max_steps": None, "epochs": 1.0}}, ["1 epoch in steps of 2 x 1 rows"]),
+        ({"train": {"batch": "auto"}}, ["4 steps of as many rows as fit"]),
+    ],
+)
+def test_what_is_planned_names_what_a_config_leaves_to_the_run(
+    tiny_config: MakeConfig, changes: dict[str, Any], told: list[str]
+) -> None:
+    said = "\n".join(fit._planned(tiny_config(**changes)))
+    assert all(text in said for text in told), said
 
 
 def test_one_pass_and_a_part_of_the_test_queries_are_said_as_such(
@@ -549,7 +584,6 @@ def test_an_automatic_batch_is_the_largest_that_fits_and_is_what_the_run_remembe
     assert (trained.batch, trained.accumulation) == (batch, 4 // batch)
     shown = quiet.file.getvalue()
     assert f"batch auto: {batch} x {4 // batch} rows" in shown
-    assert f"of {batch} x {4 // batch} rows" in shown
     memory = json.loads((run.path / "memory.json").read_text(encoding="utf-8"))
     assert (memory["batch"], memory["usable_gib"], memory["peak_gib"]) == (batch, gib, None)
     predicted = memory["predicted"]["total_gib"]

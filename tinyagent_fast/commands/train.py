@@ -57,6 +57,8 @@ def _settings(arguments: Sequence[str]) -> tuple[Config, Run | None]:
         start=resumed.config() if resumed else None,
         more_flags="--resume RUN goes on with a run that was broken off.",
     )
+    if not automatic and resumed is None:
+        console.print(f"preset {config.preset}: as asked for", markup=False)
     here = resumed.located(config) if resumed else config
     check_machine(here, console, automatic=automatic)
     if resumed is None and config.data.train == REAL_TRAIN and not REAL_TRAIN.exists():

@@ -67,7 +67,7 @@ def resolve_base(
     if base == "nano":
         return str(_nano(config, held_out, stage))
     if base == "random":
-        return str(_random(config, examples))
+        return str(_random(config, examples, stage))
     if base in PUBLISHED:
         return str(_published(config, PUBLISHED[base], stage, say))
     if base.endswith(".gguf"):
@@ -201,13 +201,14 @@ def _random_texts(examples: Sequence[Example]) -> list[str]:
     return [t.prompt + t.completion for t in (render(example, "alpaca") for example in chosen)]
 
 
-def _random(config: Config, examples: Sequence[Example]) -> Path:
+def _random(config: Config, examples: Sequence[Example], stage: Stage) -> Path:
     texts = _random_texts(examples)
     text_hash = hashlib.sha256("".join(texts).encode()).hexdigest()
     key = key_of([asdict(RANDOM_SHAPE), text_hash, config.train.seed])
     folder = config.runs / "bases" / f"random-{key[:10]}"
     if (folder / "config.json").exists():
         return folder
-    hf = train_bpe_tokenizer(texts, RANDOM_SHAPE.vocab)
-    save_model(random_llama(RANDOM_SHAPE, hf, config.train.seed), hf, folder)
+    with stage("making the random base", ""):
+        hf = train_bpe_tokenizer(texts, RANDOM_SHAPE.vocab)
+        save_model(random_llama(RANDOM_SHAPE, hf, config.train.seed), hf, folder)
     return folder

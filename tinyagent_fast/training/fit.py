@@ -46,6 +46,7 @@ from tinyagent_fast.models.bases import resolve_base
 from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.loading import LoadedModel, load_for_training, save_model
+from tinyagent_fast.models.nano import PretrainSpec
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.templates import template_hash
@@ -156,8 +157,34 @@ def train(config: Config, console: Console | None = None, *, resume: Run | None 
             refuse_changed_config(resume, config)
             processes.on_main_process(lambda: point_latest(hold(resume)))
             config = resume.located(config)
+        for line in _planned(config):
+            display.say(line)
         with display.working("train"):  # for whatever has no label of its own
             return _train(config, display, resume, hold)
+
+
+def _planned(config: Config) -> list[str]:
+    """Say what is known before anything takes long; the header has what comes out of it."""
+    data, train, base = config.data, config.train, config.model.base
+    generated = f"{data.generated_entries:,} generated entries"
+    if data.catalogue is not None:
+        generated += f" with the tools of {data.catalogue}"
+    source = generated
+    if data.train is not None:
+        source = f"{data.train}" + (f", among {generated}" if data.with_generated else "")
+    once = f", built once for these tools by {PretrainSpec().steps} steps of its own"
+    many = count_of(train.epochs, "epoch") + " in steps"
+    why = ""
+    if train.max_steps is not None:
+        many = count_of(train.max_steps, "step")
+        why = ", by --train.max-steps and not --train.epochs"
+    rows = "as many rows as fit"
+    if train.batch != "auto":
+        rows = f"{train.batch} x {train.accumulation} rows"
+    return [
+        f"data: {source}; base: {base} ({config.model.weights}){once if base == 'nano' else ''}",
+        f"training: {many} of {rows}, {train.batching}{why}",
+    ]
 
 
 def _train(config: Config, display: Display, resume: Run | None, hold: Callable[[Run], Run]) -> Run:
@@ -586,11 +613,10 @@ def _data_record(prepared: _Prepared) -> dict[str, Any]:
 
 
 def _header(prepared: _Prepared) -> dict[str, str]:
-    """Say what this run is, by the name of each line."""
+    """Say what this run is, by the name of each line; what `_planned` says stands there alone."""
     config, loaded, rows = prepared.config, prepared.loaded, prepared.rows.train.statistics
     train, count, files = config.train, prepared.processes.count, prepared.examples.files
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    steps = str(train.steps(rows.rows, count))
     leaks = [
         f"{pair.normalised} {pair.first}/{pair.second}"
         for pair in prepared.examples.leaks.between
@@ -598,13 +624,12 @@ def _header(prepared: _Prepared) -> dict[str, str]:
     ]
     if prepared.examples.left_out_as_leaks:
         leaks.append(f"{prepared.examples.left_out_as_leaks} training rows left out for them")
-    data = f"{files.train}{' (generated)' if files.generated else ''}"
+    lines = {"run": str(prepared.run.path)}
+    if files.generated:
+        lines["data"] = str(files.train)
     if (mixed := prepared.examples.summary.get("generated")) is not None:
-        data += f": {mixture_text(mixed)}"
-    lines = {
-        "run": str(prepared.run.path),
-        "preset": config.preset,
-        "data": data,
+        lines["data"] = mixture_text(mixed)
+    lines |= {
         "rows": f"{rows.rows:,} to train on, mean {rows.mean_tokens:.0f} tokens, longest "
         f"{rows.longest_tokens}, {100 * rows.supervised_share:.1f} % of tokens supervised",
         "held out": f"{prepared.examples.summary['examples']['validation']} entries, of which "
@@ -615,15 +640,14 @@ def _header(prepared: _Prepared) -> dict[str, str]:
             else "no test file: nothing is measured on one (--data.test FILE names one)"
         ),
         "leaks": ", ".join(leaks) or "no query in two splits",
-        "base": f"{prepared.base} ({config.model.weights})",
+        **({"base": prepared.base} if prepared.base != config.model.base else {}),
         "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}"
         + (f", {loaded.fused}" if loaded.fused else ""),
         "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
         f"{trainable:,} parameters",
-        "steps": f"{'packed rows:' if train.batching == 'packed' else steps} "
-        f"of {train.batch} x {train.accumulation} rows, {train.batching}"
-        + (", by --train.max-steps and not --train.epochs" if train.max_steps else ""),
     }
+    if train.max_steps is None and train.batching != "packed":
+        lines["steps"] = f"{train.steps(rows.rows, count):,}"
     if count > 1:
         batch = train.rows_per_batch * count
         lines["processes"] = f"{count}: {batch * train.accumulation} rows of all processes per step"
