@@ -391,6 +391,69 @@ def test_what_can_be_mended_is_planned_again_and_the_model_sees_what_happened() 
     assert again.endswith("Current Plan:\n\n")
 
 
+def shop(*closed: str, **more: Any) -> RunnableTool:
+    """A tool that changes something, which refuses some texts."""
+
+    async def order(value: str) -> str:
+        if value in closed:
+            raise ToolError("the shop is closed, try again")
+        return f"ordered {value}"
+
+    return runnable(order, "str", name="order", **more)
+
+
+def look(found: bool) -> RunnableTool:
+    async def look() -> str:
+        if not found:
+            raise ToolError("nothing there, try again")
+        return "milk"
+
+    return runnable(look, name="look", changes=False)
+
+
+@pytest.mark.parametrize(
+    ("plans", "failed"),
+    [
+        (['1. order("milk")\n2. join()', '1. act("hello")\n2. join()'], True),
+        (['1. order("milk")\n2. join()'] * 2 + ['1. act("hello")\n2. join()'], True),
+        (['1. order("milk")\n2. join()', '1. act("x")\n2. order("eggs")\n3. join()'], False),
+        (['1. order("eggs")\n2. order("milk")\n3. join()', "1. join()"], True),
+        (['1. look()\n2. order("$1")\n3. join()', '1. act("hello")\n2. join()'], True),
+        (["1. look()\n2. join()", '1. act("hello")\n2. join()'], False),
+    ],
+)
+@pytest.mark.parametrize("by", ["rule", "model"])
+def test_what_failed_to_change_and_is_left_out_later_is_not_done(
+    plans: list[str], failed: bool, by: str
+) -> None:
+    class Content:
+        name = "model"
+
+        async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Any:
+            done = len(executions) == len(plans)
+            return Verdict(answer=JoinerAnswer("", "Finish" if done else "Replan", "All is well."))
+
+    agent = agent_with(shop("milk"), look(False), flaky(0), script=Script(*plans))
+    outcome = run(agent if by == "rule" else replace(agent, joiner=Content()))
+    assert outcome.failed == failed == outcome.to_json()["failed"]
+    assert outcome.replans == len(plans) - 1
+    assert ("order(" in outcome.message and "Not done" in outcome.message) == failed
+    assert ("succeeded" in outcome.rounds[-1].verdict.answer.thought) == (
+        by == "rule" and not failed
+    )
+
+
+def test_a_refused_change_that_is_left_out_later_is_not_done() -> None:
+    plans = ['1. order("eggs")\n2. look()\n3. join()', '1. act("hello")\n2. join()']
+    agent = agent_with(shop(), look(False), flaky(0), script=Script(*plans))
+
+    async def refuse(tool: RunnableTool, arguments: Sequence[object]) -> bool:
+        return tool.name != "order"
+
+    outcome = run(replace(agent, allow=refuse))
+    assert outcome.failed and 'order("eggs")' in outcome.message
+
+
 def test_replans_are_limited() -> None:
     script = Script(*['1. act("x")\n2. join()'] * 3)
     outcome = run(agent_with(flaky(9), script=script, max_replans=2))

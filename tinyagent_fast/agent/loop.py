@@ -54,6 +54,8 @@ class CallRecord:
     """The same as a text, or why there is no result."""
     needs: tuple[int, ...] = ()
     """Numbers of the calls whose results it uses."""
+    changes: bool = False
+    """Its tool changes something, so a plan that leaves it out leaves it undone."""
     started_s: float
     """Since the plan began; for a call that was never run, when that was clear."""
     ended_s: float
@@ -110,6 +112,24 @@ class Execution:
         """Time from the first call's start to the last one's end."""
         ran = [call for call in self.calls if call.status != "skipped"]
         return max((c.ended_s for c in ran), default=0) - min((c.started_s for c in ran), default=0)
+
+
+def left_undone(executions: Sequence[Execution]) -> list[CallRecord]:
+    """Find the calls of earlier plans that should have changed something and did not.
+
+    A later call of the same tool that is done makes up for them, whatever its arguments: another
+    plan may well correct these.
+    """
+    left: list[CallRecord] = []
+    for execution in executions[:-1]:
+        left = _still_undone(left, execution)
+        left += [call for call in execution.calls if call.changes and call.status != "done"]
+    return _still_undone(left, executions[-1])
+
+
+def _still_undone(left: Sequence[CallRecord], later: Execution) -> list[CallRecord]:
+    made_up = {call.step.tool for call in later.calls if call.status == "done"}
+    return [call for call in left if call.step.tool not in made_up]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +236,7 @@ class _Plan:
 
     async def call(self, step: Step, earlier: Sequence[int]) -> CallRecord:
         """Wait for the calls that one needs, then run it."""
-        started = self.now()
+        started, tool = self.now(), self.tools[step.tool]
         uses = reference_uses(step.arguments)
         needs = tuple(sorted({number for number, _ in uses if number in earlier}))
         if needs:
@@ -233,6 +253,7 @@ class _Plan:
                 value=value,
                 observation=observation,
                 needs=needs,
+                changes=tool.changes,
                 started_s=started,
                 ended_s=self.now(),
             )
@@ -246,7 +267,6 @@ class _Plan:
         astray = [number for number, whole in uses if whole and number not in earlier]
         if astray:
             return ended("failed", f"Error: ${astray[0]} is no earlier call; {TRY_AGAIN}.")
-        tool = self.tools[step.tool]
         for _, wrong in call_problems(step.tool, step.arguments, {step.tool: tool.tool}):
             return ended("failed", f"Error: {wrong}; {TRY_AGAIN}.")
         try:
@@ -424,12 +444,13 @@ class RuleJoiner:
     name: ClassVar = "rule"
 
     async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Verdict:
-        """Decide by the last plan alone; of a failure that cannot be mended, say which it is."""
+        """Decide by the last plan; of a failure that cannot be mended, say which it is."""
         execution = executions[-1]
         failures = execution.failures
         mendable = any(TRY_AGAIN in failure.lower() for failure in failures)
         if not failures:
-            answer = JoinerAnswer("All calls succeeded.", "Finish", _answer(execution))
+            left = "The last plan left out what had failed." if left_undone(executions) else ""
+            answer = JoinerAnswer(left or "All calls succeeded.", "Finish", _answer(execution))
         elif mendable and not last:
             answer = JoinerAnswer("A call failed, and can be tried again.", "Replan", "")
         else:
@@ -466,12 +487,21 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The joiner's last words for the user; where it has none, what is the matter."""
+        """What no plan got done, then the joiner's last words; without any, what is the matter."""
         last = self.rounds[-1]
-        if last.verdict.answer.message or not self.failed:
-            return last.verdict.answer.message or "Done."
+        said = last.verdict.answer.message
+        if left := self.left_undone:
+            told = "; ".join(f"{c.shown()}: {c.observation.removeprefix('Error: ')}" for c in left)
+            return f"Not done: {told}" + f"\nThe last plan: {said}" * bool(said)
+        if said or not self.failed:
+            return said or "Done."
         why = last.execution.failures or ("another plan was wanted, and no more are allowed",)
         return f"Not done: {why[0].removeprefix('Error: ')}"
+
+    @property
+    def left_undone(self) -> list[CallRecord]:
+        """Calls of earlier plans that failed to change something, and that no later one made up."""
+        return left_undone([r.execution for r in self.rounds])
 
     @property
     def replans(self) -> int:
@@ -480,8 +510,8 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the last plan left anything undone."""
-        return self.gave_up or self.rounds[-1].execution.failed
+        """Whether the last plan, or all of them, left anything undone."""
+        return self.gave_up or self.rounds[-1].execution.failed or bool(self.left_undone)
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for a trace: plans with their calls, verdicts, and what it cost."""
