@@ -28,7 +28,7 @@ from tinyagent_fast.agent.loop import (
 )
 from tinyagent_fast.agent.tools import RunnableTool, ToolError
 from tinyagent_fast.inference.engine import Completion, Prompt
-from tinyagent_fast.plans.grammar import JoinerAnswer, reference_uses, substitute
+from tinyagent_fast.plans.grammar import JoinerAnswer, reference_uses, render_call, substitute
 from tinyagent_fast.plans.tools import Parameter, Tool
 
 ASK = Prompt(system=None, user="Question: q")
@@ -452,6 +452,57 @@ def test_a_refused_change_that_is_left_out_later_is_not_done() -> None:
 
     outcome = run(replace(agent, allow=refuse))
     assert outcome.failed and 'order("eggs")' in outcome.message
+
+
+def test_what_an_earlier_plan_changed_is_not_done_twice() -> None:
+    ran: list[tuple[str, list[str]]] = []
+
+    async def order(shop: str, things: list[str]) -> list[str]:
+        ran.append((shop, things))
+        return [f"{len(ran)} of {thing}" for thing in things]
+
+    order_tool = runnable(order, "str", "list[str]", name="order")
+    fails = '1. order("a", ["x"])\n2. act("")\n3. look()\n4. join()'
+    plan = '1. order("a", ["x"])\n2. act("$1")\n3. order("a", ["y"])\n4. look()\n5. join()'
+    asked: list[str] = []
+
+    async def allow(tool: RunnableTool, arguments: Sequence[object]) -> bool:
+        asked.append(tool.name)
+        return True
+
+    lookups: list[str] = []
+    see = runnable(lambda: lookups.append("x"), name="look", changes=False)
+    tools, script = (order_tool, flaky(1), see), Script(fails, plan)
+    outcome = run(replace(agent_with(*tools, script=script), allow=allow))
+    assert ran == [("a", ["x"]), ("a", ["y"])] and len(lookups) == 2
+    again = outcome.rounds[1].execution
+    assert [c.status for c in again.calls] == ["done before", "done", "done", "done"]
+    assert again.calls[0].observation == outcome.rounds[0].execution.calls[0].observation
+    assert again.calls[1].observation == '["1 of x"]'  # what it gave then is passed on
+    assert not outcome.failed and "done before" in json.dumps(outcome.to_json())
+    assert sorted(asked) == ["act", "act", "order", "order"]
+    assert outcome.cost()["calls"] == 6
+
+
+def test_what_was_done_before_does_not_make_up_for_another_call_of_the_tool() -> None:
+    first = '1. order("eggs")\n2. order("milk")\n3. join()'
+    script = Script(first, '1. order("eggs")\n2. join()')
+    outcome = run(agent_with(shop("milk"), script=script))
+    assert outcome.failed and 'order("milk")' in outcome.message
+
+
+def test_a_call_is_shown_as_the_tool_is_asked() -> None:
+    give = runnable(lambda: ["onions", "cream"], name="give", changes=False)
+    plan = '1. give()\n2. act(["$1"])\n3. join()'
+    asked = []
+
+    async def refuse(tool: RunnableTool, arguments: Sequence[object]) -> bool:
+        asked.append(render_call(tool.name, arguments))
+        return False
+
+    agent = agent_with(give, runnable(str, "list[str]"), script=Script(plan))
+    outcome = run(replace(agent, allow=refuse))
+    assert asked == ['act(["onions", "cream"])'] == [outcome.rounds[0].execution.calls[1].shown()]
 
 
 def test_replans_are_limited() -> None:

@@ -30,7 +30,8 @@ from tinyagent_fast.plans.grammar import (
 )
 from tinyagent_fast.plans.tools import JOIN, call_problems
 
-Status = Literal["done", "failed", "skipped", "refused"]
+Status = Literal["done", "done before", "failed", "skipped", "refused"]
+"""`done before` is what an earlier plan of the same request did, and is not done again."""
 
 TRY_AGAIN = "try again"
 """What an observation says where another plan can mend the matter, whatever its case."""
@@ -47,7 +48,7 @@ class CallRecord:
     step: Step
     status: Status
     arguments: tuple[object, ...]
-    """With results filled in, as far as they were there."""
+    """With results filled in, as far as they were there; converted where the tool was asked."""
     value: object = None
     """What the tool gave; None unless it is done."""
     observation: str
@@ -59,6 +60,11 @@ class CallRecord:
     started_s: float
     """Since the plan began; for a call that was never run, when that was clear."""
     ended_s: float
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its result is there, from this plan or an earlier one."""
+        return self.status in ("done", "done before")
 
     def shown(self) -> str:
         """Write the call with results filled in, for a prompt or a person."""
@@ -94,7 +100,7 @@ class Execution:
     @property
     def failed(self) -> bool:
         """Whether anything of the plan was not done."""
-        return self.problem is not None or any(call.status != "done" for call in self.calls)
+        return self.problem is not None or not all(call.is_done for call in self.calls)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -105,13 +111,18 @@ class Execution:
     @property
     def sequential_s(self) -> float:
         """Time that the calls would take one after another."""
-        return sum(call.ended_s - call.started_s for call in self.calls if call.status != "skipped")
+        return sum(call.ended_s - call.started_s for call in self.ran)
 
     @property
     def seconds(self) -> float:
         """Time from the first call's start to the last one's end."""
-        ran = [call for call in self.calls if call.status != "skipped"]
+        ran = self.ran
         return max((c.ended_s for c in ran), default=0) - min((c.started_s for c in ran), default=0)
+
+    @property
+    def ran(self) -> list[CallRecord]:
+        """The calls that were tried in this plan."""
+        return [call for call in self.calls if call.status not in ("skipped", "done before")]
 
 
 def left_undone(executions: Sequence[Execution]) -> list[CallRecord]:
@@ -123,7 +134,7 @@ def left_undone(executions: Sequence[Execution]) -> list[CallRecord]:
     left: list[CallRecord] = []
     for execution in executions[:-1]:
         left = _still_undone(left, execution)
-        left += [call for call in execution.calls if call.changes and call.status != "done"]
+        left += [call for call in execution.calls if call.changes and not call.is_done]
     return _still_undone(left, executions[-1])
 
 
@@ -162,14 +173,17 @@ async def execute(
     *,
     allow: Allow = allow_all,
     on_event: OnEvent = lambda _kind, _content: None,
+    before: Sequence[Execution] = (),
 ) -> Execution:
     """Run a plan while it is being written.
 
     Cancelling it, and leaving it in any other way, leaves no call running; plain functions, which
-    cannot be broken off, are waited for up to `grace_s` and then named. What is beside the plan's
-    text is as for `Agent`.
+    cannot be broken off, are waited for up to `grace_s` and then named. A call that changes
+    something, and that a plan of `before` did with the same arguments, is not run again: what it
+    gave then stands. The rest beside the plan's text is as for `Agent`.
     """
-    return await _Plan(tools, settings, allow, on_event).run(pieces)
+    done = {c.shown(): c for one in before for c in one.calls if c.changes and c.status == "done"}
+    return await _Plan(tools, settings, allow, on_event, done).run(pieces)
 
 
 async def whole_plan(text: str) -> Pieces:
@@ -189,6 +203,8 @@ class _Plan:
     settings: AgentSettings
     allow: Allow
     on_event: OnEvent
+    done_before: Mapping[str, CallRecord]
+    """What earlier plans changed, by how a call is written."""
     began: float = field(default_factory=time.perf_counter)
     tasks: dict[int, asyncio.Task[CallRecord]] = field(default_factory=dict)
     inner: dict[asyncio.Future[Any], str] = field(default_factory=dict)
@@ -242,7 +258,7 @@ class _Plan:
         if needs:
             await asyncio.wait([self.tasks[number] for number in needs])
         before = {number: self.tasks[number].result() for number in needs}
-        values = {number: call.value for number, call in before.items() if call.status == "done"}
+        values = {number: call.value for number, call in before.items() if call.is_done}
         arguments = tuple(substitute(argument, values) for argument in step.arguments)
 
         def ended(status: Status, observation: str, value: object = None) -> CallRecord:
@@ -260,7 +276,7 @@ class _Plan:
             self.on_event("observation", record.to_json())
             return record
 
-        if missing := [call for call in before.values() if call.status != "done"]:
+        if missing := [call for call in before.values() if not call.is_done]:
             started = self.now()
             names = ", ".join(f"${c.step.number} ({c.step.tool})" for c in missing)
             return ended("skipped", f"Not run: it needs the result of {names}.")
@@ -270,13 +286,15 @@ class _Plan:
         for _, wrong in call_problems(step.tool, step.arguments, {step.tool: tool.tool}):
             return ended("failed", f"Error: {wrong}; {TRY_AGAIN}.")
         try:
-            converted = tool.arguments(arguments)
-            if tool.changes and not await self.allow(tool, converted):
+            arguments = tuple(tool.arguments(arguments))
+            if was := self.done_before.get(render_call(tool.name, arguments)):
+                return ended("done before", was.observation, was.value)
+            if tool.changes and not await self.allow(tool, arguments):
                 return ended("refused", "Not done: the user refused it.")
             started = self.now()
-            self.on_event("start", {"number": step.number, "arguments": converted})
+            self.on_event("start", {"number": step.number, "arguments": list(arguments)})
             limit = tool.timeout_s or self.settings.call_timeout_s
-            value = await self.bounded(tool, converted, limit)
+            value = await self.bounded(tool, arguments, limit)
             observation = as_text(value)
         except _TimedOut:
             return ended("failed", f"Error: {step.tool} gave no answer in time; {TRY_AGAIN}.")
@@ -553,7 +571,7 @@ class Outcome:
         return {
             "new_tokens": sum(w.new_tokens for w in written),
             "prompt_tokens": sum(w.prompt_tokens for w in written),
-            "calls": sum(c.status != "skipped" for e in executions for c in e.calls),
+            "calls": sum(len(e.ran) for e in executions),
             "model_s": sum(w.seconds for w in written),
             "calls_s": sum(e.seconds for e in executions),
             "calls_one_after_another_s": sum(e.sequential_s for e in executions),
@@ -600,6 +618,7 @@ class Agent:
                 self.settings,
                 allow=self.allow,
                 on_event=self.on_event,
+                before=[r.execution for r in rounds],
             )
             if execution.problem is not None:
                 self.on_event("problem", {"observation": execution.problem})

@@ -475,7 +475,9 @@ def _curve(route: Sequence[_Point]) -> str:
 _TERMINAL_COLOURS = ["cyan", "green", "magenta", "blue", "yellow", "bright_cyan", "bright_green"]
 _PROBLEM = "red"
 _PANEL_COLUMNS, _ARGUMENT_LINES = 42, 6
-_STATUS_STYLES = {"running": "dim", "done": "green", "skipped": "yellow", "refused": "yellow"}
+_STATUS_STYLES = {"running": "dim", "done": "green", "done before": "green"} | dict.fromkeys(
+    ("skipped", "refused"), "yellow"
+)
 
 
 def _panel(step: DrawnStep) -> RenderableType:
