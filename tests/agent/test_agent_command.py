@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -19,9 +20,11 @@ from typing import Any
 import pytest
 from stand_ins import ScriptedWriter, planner_with
 
+from tinyagent_fast.agent.session import AgentSpec, open_agent
 from tinyagent_fast.cli import main
 from tinyagent_fast.config import Config
 from tinyagent_fast.inference import planner
+from tinyagent_fast.plans.tools import TINYAGENT
 from tinyagent_fast.runs import Run, create_run
 
 PLAN = '1. get_phone_number("Anna")\n2. send_sms(["$1"], "hello \x1b[31m")\n3. join()'
@@ -144,7 +147,10 @@ def test_real_changes_are_shown_and_asked_for(
         assert "find_lamp" not in said.partition("this would be done")[2].partition("\n")[0]
 
 
-@pytest.mark.parametrize("command", [["agent", "dim the hall"], ["serve", "--port", "0"]])
+BOTH = pytest.mark.parametrize("command", [["agent", "dim the hall"], ["serve", "--port", "0"]])
+
+
+@BOTH
 def test_tools_that_no_plan_can_call_are_refused_before_a_model_is_loaded(
     command: list[str],
     says: Callable[[str], ScriptedWriter],
@@ -161,6 +167,46 @@ def test_tools_that_no_plan_can_call_are_refused_before_a_model_is_loaded(
     assert said.err.count("the file is run") == 1
 
 
+@BOTH
+@pytest.mark.parametrize("parameters", ["person: str", "name: str, again: str", "name: int", ""])
+def test_tools_with_other_parameters_than_the_run_knows_are_refused_before_a_model_is_loaded(
+    parameters: str,
+    command: list[str],
+    says: Callable[[str], ScriptedWriter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    says(PLAN)
+    monkeypatch.setattr(planner, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    own = f"def get_phone_number({parameters}) -> str:\n    return ''\n"
+    Path("home_tools.py").write_text(HOME + own)
+    for more in ([], ["--grammar", "off"]):
+        assert main([*command, "--run", "r", "--tools", "home_tools.py", *more]) == 2
+        said = capsys.readouterr().err
+        assert f"get_phone_number({parameters})" in said and "get_phone_number(name: str)" in said
+
+
+def test_while_an_agent_is_open_the_planner_knows_its_tools_choices(tmp_path: Path) -> None:
+    path = tmp_path / "phone_tools.py"
+    path.write_text(
+        "from typing import Literal\n\n"
+        "def get_phone_number(name: Literal['Anna', 'Ben']) -> str:\n    return '1'\n"
+    )
+    held = planner_with(ScriptedWriter([]), None)
+    held.prompts = before = replace(held.prompts, grammar=True)
+
+    async def grammars() -> list[str | None]:
+        asked = before.build("call Anna").prompt, held.prompts.build("call Anna").prompt
+        async with open_agent(held, AgentSpec(tools=path)):
+            asked = asked[0], held.prompts.build("call Anna").prompt
+            assert held.prompts.tools and held.prompts.tools.keys() == TINYAGENT.keys()
+        return [one.grammar for one in asked]
+
+    free, limited = asyncio.run(grammars())
+    assert free and limited and "Ben" in limited and "Ben" not in free
+    assert held.prompts is before
+
+
 def test_one_tool_that_plans_may_call_is_enough_and_their_file_is_run_once(
     says: Callable[[str], ScriptedWriter],
     monkeypatch: pytest.MonkeyPatch,
@@ -174,11 +220,13 @@ def test_one_tool_that_plans_may_call_is_enough_and_their_file_is_run_once(
         return held
 
     monkeypatch.setattr(planner, "load", load)
-    own = HOME + HOME.replace("find_lamp", "get_phone_number") + "print('the file is run')\n"
+    own = HOME + "def get_phone_number(name: str): ...\nprint('the file is run')\n"
     Path("home_tools.py").write_text(own)
     assert main(["agent", "text Anna", "--run", "r", "--tools", "home_tools.py"]) == 1
     said = capsys.readouterr()
-    assert "note: the model may call" in said.out and said.err.count("the file is run") == 1
+    assert "note: the model may call" in said.out and "send_sms" in said.out
+    assert "does not know these tools" in said.out and "dim" in said.out
+    assert said.err.count("the file is run") == 1
 
 
 class InTurn(ScriptedWriter):
@@ -270,6 +318,7 @@ def test_the_python_of_the_document_runs(
 INTERRUPTED = """
 import signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from stand_ins import ScriptedWriter, planner_with
@@ -278,6 +327,7 @@ from tinyagent_fast.inference import planner
 
 plan = sys.argv[2]
 planner.load = lambda *_, **__: planner_with(ScriptedWriter([plan + "\\n", "2. join()"]))
+planner.find_source = lambda *_, **__: SimpleNamespace(tools=lambda: None)
 sys.exit(main(["agent", "go", "--tools", "tools.py", "--grammar", "off"]))
 """
 TOOLS = """

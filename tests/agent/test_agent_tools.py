@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from tinyagent_fast.agent.loop import Execution, Pieces, execute
+from tinyagent_fast.agent.loop import Execution, Pieces, RuleJoiner, execute
 from tinyagent_fast.agent.tools import (
     RunnableTool,
     ToolError,
@@ -62,7 +63,7 @@ def test_a_module_gives_a_tool_for_each_public_function(home: dict[str, Runnable
     assert scene.changes
     assert scene.tool.parameters == (
         Parameter("lamps", "list[str]"),
-        Parameter("scene", "str"),
+        Parameter("scene", "str", choices=("film", "dinner")),
         Parameter("percent", "int"),
     )
     assert scene.tool.description == (
@@ -71,7 +72,6 @@ def test_a_module_gives_a_tool_for_each_public_function(home: dict[str, Runnable
         "scene is one of film, dinner.",
     )
     assert scene.defaults == {"percent": 100}
-    assert scene.choices == {"scene": ["film", "dinner"]}
     assert find("hall") == "lamp-hall"  # the module's own code can call it
 
 
@@ -85,6 +85,24 @@ def run_plan(tools: dict[str, RunnableTool], text: str) -> Execution:
 def test_a_plan_calls_them_with_what_their_types_ask_for(home: dict[str, RunnableTool]) -> None:
     plan = '1. find_lamp("hall")\n2. set_scene("$1", "film", 40)\n3. join()'
     assert run_plan(home, plan).calls[1].observation == "['lamp-hall'] film 40"
+
+
+def test_a_text_that_is_none_of_the_choices_never_reaches_the_tool(
+    home: dict[str, RunnableTool],
+) -> None:
+    ran: list[object] = []
+    home["set_scene"] = replace(home["set_scene"], run=lambda *given: ran.append(given))
+    plan = (
+        '1. find_lamp("hall")\n2. set_scene(["$1"], "dance", 40)\n3. set_scene(["x"], "$1", 40)\n'
+        "4. join()"
+    )
+    execution = run_plan(home, plan)
+    assert ran == [] and [call.status for call in execution.calls] == ["done", "failed", "failed"]
+    for call in execution.calls[1:]:
+        assert "one of film, dinner" in call.observation
+        assert "try again" in call.observation
+    wrong = asyncio.run(RuleJoiner().judge("q", [execution], last=False)).answer
+    assert wrong.action == "Replan"
 
 
 @pytest.mark.parametrize(

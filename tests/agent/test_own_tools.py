@@ -31,6 +31,7 @@ def test_functions_and_catalogue_agree(files: Path, capsys: pytest.CaptureFixtur
     assert main(["tools", "check", "home.py", "--catalogue", "home.yaml"]) == 0
     said = capsys.readouterr().out
     assert "find_lamp(room: str) -> str, only looks up" in said
+    assert "volume: str = 'quiet') -> str, changes something" in said
     assert "5 tools, the same in home.yaml" in said
     assert main(["tools", "check", "home.yaml"]) == 0
 
@@ -40,6 +41,11 @@ def test_functions_and_catalogue_agree(files: Path, capsys: pytest.CaptureFixtur
     [
         ("degrees: int", "degrees: str", "set_heating"),
         ("def announce", "def announce_it", "announce_it: not in the catalogue"),
+        ("degrees: int", "warmth: int", "set_heating(room: str, warmth: int)"),
+        ('] = "quiet"', '] = "loud"', "announce.volume: is 'loud' by default"),
+        ("message: str", "message: str | None", "announce.message: may be None"),
+        ("percent: int", "percent: int = 100", "dim_lamp.percent: is 100 by default"),
+        ('"quiet", "loud"', '"quiet", "deafening"', "announce.volume: must be one of"),
     ],
 )
 def test_what_differs_is_told(
@@ -48,6 +54,21 @@ def test_what_differs_is_told(
     Path("home.py").write_text(Path("home.py").read_text().replace(old, new))
     assert main(["tools", "check", "home.py", "--catalogue", "home.yaml"]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_defaults_none_and_what_is_given_back_are_listed(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("more.py").write_text(
+        "def seek(dish: str | None = None, guests: int = 2) -> list[str] | None:\n    return []\n"
+        "def go(quick: bool): ...\n"
+    )
+    assert main(["tools", "check", "more.py"]) == 0
+    said = capsys.readouterr().out
+    assert "seek(dish: str | None = None, guests: int = 2) -> list[str] | None," in said
+    assert "go(quick: bool), changes" in said
+    assert main(["tools", "check", "home.yaml"]) == 0
+    assert "volume: str = 'quiet')" in capsys.readouterr().out
 
 
 def test_a_draft_is_a_catalogue_that_data_can_be_generated_from(files: Path) -> None:

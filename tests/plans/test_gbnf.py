@@ -225,6 +225,23 @@ def test_what_is_no_plan_of_these_tools_is_not_accepted(old: str, new: str) -> N
     assert not accepted(changed)
 
 
+def test_only_the_choices_of_a_parameter_can_be_written() -> None:
+    odd = 'say "hi"\n'
+    limited = Parameter("scene", "str", choices=("film", odd), nullable=True)
+    tools = tools_by_name([Tool("set", (limited, Parameter("text", "str")))])
+    grammar = Grammar(plan_grammar(tools))
+
+    def matches(*scenes: str | None) -> bool:
+        steps = [Step(number=n, tool="set", arguments=(s, "x")) for n, s in enumerate(scenes, 1)]
+        plan = Plan((*steps, Step(number=len(steps) + 1, tool="join", arguments=())))
+        return grammar.matches(render_plan(plan) + END_OF_PLAN)
+
+    assert matches("film", odd, None, "$2")
+    for wrong in ("films", "", "$1", "fil"):
+        assert not matches(wrong)
+    assert not matches("film", "the $1")
+
+
 def test_lengths_are_bounded_at_the_stated_sizes() -> None:
     def plan(text: str) -> str:
         return f'1. find("{text}")\n2. join(){END_OF_PLAN}'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tinyagent_fast.errors import DataError
@@ -11,6 +13,7 @@ from tinyagent_fast.plans.tools import (
     Parameter,
     Tool,
     accepts,
+    call_problems,
     signature,
     tools_by_name,
 )
@@ -59,6 +62,17 @@ def test_arguments_are_checked_against_the_type(
     parameter = Parameter("p", type_)
     assert [value for value in right if not accepts(parameter, value)] == []
     assert [value for value in wrong if accepts(parameter, value)] == []
+
+
+def test_where_choices_are_given_only_they_and_whole_references_are_right() -> None:
+    limited = Parameter("p", "str", choices=("day", "night"))
+    right, wrong = ["day", "night", "$1"], ["noon", "", "the $1", 1, None]
+    assert [value for value in right if not accepts(limited, value)] == []
+    assert [value for value in wrong if accepts(limited, value)] == []
+    assert accepts(replace(limited, nullable=True), None)
+    tools = tools_by_name([Tool("light", (limited,))])
+    ((kind, told),) = call_problems("light", ["noon"], tools)
+    assert kind == "wrong_argument_type" and "day, night" in told
 
 
 def test_none_is_right_only_where_the_parameter_is_nullable() -> None:

@@ -7,7 +7,7 @@ import shlex
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ConfigError
 from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
-from tinyagent_fast.plans.tools import TINYAGENT, Tool
+from tinyagent_fast.plans.tools import TINYAGENT, Tool, signature_differences, with_choices
 from tinyagent_fast.runs import Run
 
 JoinerName = Literal["auto", "model", "rule"]
@@ -132,10 +132,14 @@ class OpenAgent:
         """What a user should know before anything is run."""
         if not self.real:
             return ["in a sandbox: nothing real is touched"]
-        missing = [n for n in self.planner.tools or TINYAGENT if n not in self.tools]
-        if not missing:
-            return []
-        return [f"note: the model may call what is not among the tools: {', '.join(missing)}"]
+        known = self.planner.tools or TINYAGENT
+        missing = [name for name in known if name not in self.tools]
+        more = [name for name in self.tools if name not in known]
+        told = {
+            "the model may call what is not among the tools": missing,
+            "the model does not know these tools, so no plan should call them": more,
+        }
+        return [f"note: {what}: {', '.join(names)}" for what, names in told.items() if names]
 
     async def answer(
         self,
@@ -163,7 +167,8 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
     The planner stays the caller's to close.
 
     Raises:
-        ConfigError: An MCP server does not answer, or the planner can call none of the tools.
+        ConfigError: An MCP server does not answer, or the planner can call none of the tools, or
+            knows them with other parameters.
         DataError: A Python file gives no tools, or the run's test file is faulty.
     """
     run = planner.run
@@ -178,8 +183,13 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
             box = sandbox_for(None, planner.tools, path=spec.sandbox, time_scale=1.0)
             stack.callback(box.close)
             tools = box.tools
-        if planner.prompts.grammar:
-            refuse_unplanned(planner.tools, tools)
+        if spec.tools or spec.mcp:
+            refuse_unplanned(planner.tools, tools, grammar=planner.prompts.grammar)
+            # Whatever the planner writes meanwhile knows the choices, also what is only planned.
+            stack.callback(setattr, planner, "prompts", planner.prompts)
+            plain = {name: one.tool for name, one in tools.items()}
+            known = with_choices(planner.tools or TINYAGENT, plain)
+            planner.prompts = replace(planner.prompts, tools=known)
         yield OpenAgent(
             planner=planner,
             joiner=joiner,
@@ -192,14 +202,25 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
         )
 
 
-def refuse_unplanned(planned: Mapping[str, Tool] | None, tools: Mapping[str, RunnableTool]) -> None:
-    """Refuse tools of which no plan can call a single one, where a grammar knows `planned` alone.
+def refuse_unplanned(
+    planned: Mapping[str, Tool] | None, tools: Mapping[str, RunnableTool], *, grammar: bool
+) -> None:
+    """Refuse tools that the model cannot call rightly, as it plans with `planned`.
 
     Raises:
-        ConfigError: None of them is among those that the model plans with.
+        ConfigError: One of them takes other parameters than the model knows; or, where a grammar
+            lets it call what it knows alone, none of them is known.
     """
     known = TINYAGENT if planned is None else planned
-    if not set(known) & set(tools):
+    plain = {name: one.tool for name, one in tools.items()}
+    if found := signature_differences(plain, known):
+        raise ConfigError(
+            "tools that the model knows with other parameters",
+            "\n       ".join(found),
+            "give functions and catalogue the same parameters (`tools check FILE --catalogue "
+            "FILE`), and name a run that was trained on them with --run",
+        )
+    if grammar and not set(known) & set(tools):
         raise ConfigError(
             f"tools {', '.join(tools)}",
             f"the model plans with none of them, but with {', '.join(known)}",

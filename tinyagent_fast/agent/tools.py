@@ -51,13 +51,17 @@ class RunnableTool:
     """Longest time for one call; None takes the agent's."""
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Default values by parameter, for a catalogue made of the tool."""
-    choices: Mapping[str, list[str]] = field(default_factory=dict)
-    """Texts that a parameter may be, where they are limited."""
 
     @property
     def name(self) -> str:
         """The name that plans call it by."""
         return self.tool.name
+
+    @property
+    def gives(self) -> str:
+        """The type of its result as it is annotated; empty if it is not."""
+        hint = typing.get_type_hints(self.run).get("return", inspect.Signature.empty)
+        return "" if hint is inspect.Signature.empty else inspect.formatannotation(hint)
 
     @property
     def is_async(self) -> bool:
@@ -81,17 +85,19 @@ def converted(parameter: Parameter, value: object) -> object:
     """Make of a plan's argument, or of whatever a tool gave, what the parameter's type asks for.
 
     Raises:
-        ToolError: It cannot be read as that type.
+        ToolError: It cannot be read as that type, or is none of the parameter's choices.
     """
     if value is None and parameter.nullable:
         return None
     if parameter.type == "str":
-        return as_text(value)
-    if parameter.type == "list[str]":
+        text = as_text(value)
+        if not parameter.choices or text in parameter.choices:
+            return text
+    elif parameter.type == "list[str]":
         items = value if isinstance(value, (list, tuple)) else [value]
         flat = (part for i in items for part in (i if isinstance(i, (list, tuple)) else [i]))
         return [as_text(part) for part in flat]
-    if parameter.type == "bool":
+    elif parameter.type == "bool":
         known = {"true": True, "false": False}
         if isinstance(value, bool) or str(value).lower() in known:
             return value if isinstance(value, bool) else known[str(value).lower()]
@@ -100,7 +106,7 @@ def converted(parameter: Parameter, value: object) -> object:
             return int(str(value))
         except ValueError:
             pass  # said below
-    raise ToolError(f"{parameter.name} must be {parameter.type}, got {value!r}; try again")
+    raise ToolError(f"{parameter.name} must be {parameter.wanted}, got {value!r}; try again")
 
 
 def as_text(value: object) -> str:
@@ -142,7 +148,6 @@ def tool_of_function(function: Callable[..., Any]) -> RunnableTool:
     hints = typing.get_type_hints(function)
     parameters, lines = [], [*_description(function)]
     defaults: dict[str, object] = {}
-    limited: dict[str, list[str]] = {}
     for name, given in inspect.signature(function).parameters.items():
         if given.kind not in (given.POSITIONAL_ONLY, given.POSITIONAL_OR_KEYWORD):
             raise DataError(
@@ -150,15 +155,14 @@ def tool_of_function(function: Callable[..., Any]) -> RunnableTool:
                 "plans pass arguments by position only",
                 "give it one ordinary parameter for each argument",
             )
-        parameter, choices = _parameter(function.__name__, name, hints.get(name))
+        parameter = _parameter(function.__name__, name, hints.get(name))
         parameters.append(parameter)
-        if choices:
-            limited[name] = list(choices)
-            lines.append(f"{name} is one of {', '.join(choices)}.")
+        if parameter.choices:
+            lines.append(f"{name} is one of {', '.join(parameter.choices)}.")
         if given.default is not given.empty:
             defaults[name] = given.default
     made = Tool(function.__name__, tuple(parameters), description=tuple(lines))
-    return RunnableTool(tool=made, run=function, defaults=defaults, choices=limited)
+    return RunnableTool(tool=made, run=function, defaults=defaults)
 
 
 def _description(function: Callable[..., Any]) -> Iterable[str]:
@@ -170,8 +174,8 @@ def _description(function: Callable[..., Any]) -> Iterable[str]:
             yield line
 
 
-def _parameter(function: str, name: str, hint: object) -> tuple[Parameter, tuple[str, ...]]:
-    """Read a type hint: the parameter, and the texts that it may be if they are limited."""
+def _parameter(function: str, name: str, hint: object) -> Parameter:
+    """Make a parameter of a type hint."""
     nullable = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         others = [one for one in typing.get_args(hint) if one is not type(None)]
@@ -180,7 +184,7 @@ def _parameter(function: str, name: str, hint: object) -> tuple[Parameter, tuple
     if typing.get_origin(hint) is Literal and all(
         isinstance(a, str) for a in typing.get_args(hint)
     ):
-        return Parameter(name, "str", nullable=nullable), typing.get_args(hint)
+        return Parameter(name, "str", nullable=nullable, choices=typing.get_args(hint))
     is_list = typing.get_origin(hint) in (list, Sequence) and typing.get_args(hint) == (str,)
     kind = "list[str]" if is_list else _TYPES.get(hint)
     if kind is None:
@@ -189,7 +193,7 @@ def _parameter(function: str, name: str, hint: object) -> tuple[Parameter, tuple
             "it has no type that a plan can write" if hint else "it has no type hint that is clear",
             "annotate it as str, int, bool, list[str], a Literal of texts, or one of them | None",
         )
-    return Parameter(name, kind, nullable=nullable), ()
+    return Parameter(name, kind, nullable=nullable)
 
 
 def tools_of_module(path: Path) -> dict[str, RunnableTool]:
@@ -307,7 +311,15 @@ def _mcp_tool(session: Any, listed: Any) -> RunnableTool:
             kind = "list[str]"
         if kind is None:
             as_json.add(name)
-        parameters.append(Parameter(name, kind or "str", nullable=name not in required))
+        listed_texts = about.get("enum") or []
+        parameters.append(
+            Parameter(
+                name,
+                kind or "str",
+                nullable=name not in required,
+                choices=tuple(listed_texts) if _are_choices(kind, listed_texts) else (),
+            )
+        )
     made = Tool(
         re.sub(r"\W", "_", listed.name),
         tuple(parameters),
@@ -325,6 +337,10 @@ def _mcp_tool(session: Any, listed: Any) -> RunnableTool:
 
     hints = listed.annotations
     return RunnableTool(tool=made, run=run, changes=not (hints and hints.read_only_hint))
+
+
+def _are_choices(kind: str | None, listed: Sequence[object]) -> bool:
+    return kind == "str" and all(isinstance(one, str) for one in listed)
 
 
 def _json_or_text(value: object) -> object:

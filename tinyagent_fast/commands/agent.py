@@ -34,12 +34,12 @@ class AgentFlags(PlannerFlags, AgentSpec):
         """Refuse own tools that are none, before the model is loaded, which takes long.
 
         Raises:
-            ConfigError: The model plans with none of them.
+            ConfigError: The model plans with none of them, or knows other parameters.
             DataError: The file gives no tools.
         """
-        if self.own_tools is not None and self.grammar == "on":
+        if self.own_tools is not None:
             source = planner.find_source(self.model, run=self.run, runs=self.runs)
-            refuse_unplanned(source.tools(), self.own_tools)
+            refuse_unplanned(source.tools(), self.own_tools, grammar=self.grammar == "on")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeGuard
 
 import tyro
 
@@ -14,7 +14,10 @@ from tinyagent_fast.interrupts import run_async
 
 if TYPE_CHECKING:
     from tinyagent_fast.agent.tools import RunnableTool
-    from tinyagent_fast.plans.tools import Tool
+    from tinyagent_fast.data.generation.catalogue import Catalogue, SlotParameter
+    from tinyagent_fast.plans.tools import Parameter, Tool
+
+_LOOKS = {True: "changes something", False: "only looks up"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class ToolsFlags:
     mcp: str | None = None
     """Command line of an MCP server, instead of a file."""
     catalogue: Path | None = None
-    """Check that this catalogue has the same tools with the same parameters."""
+    """Check that this catalogue has the same tools with the same parameters and defaults, and gives
+    no text that is none of a parameter's choices."""
     draft: Path | None = None
     """Write a first catalogue for the tools into this new file."""
 
@@ -40,7 +44,6 @@ def run(arguments: Sequence[str]) -> int:
         )
     from tinyagent_fast.data.generation.catalogue import load_catalogue
     from tinyagent_fast.data.generation.drafts import draft_catalogue
-    from tinyagent_fast.plans.tools import signature
 
     runnable: Mapping[str, RunnableTool] = {}
     tools: Mapping[str, Tool]
@@ -50,18 +53,16 @@ def run(arguments: Sequence[str]) -> int:
         runnable = _runnable(flags)
         tools = {name: tool.tool for name, tool in runnable.items()}
     for name, tool in tools.items():
-        told = runnable.get(name)
-        looks = "" if told is None else ", changes something" if told.changes else ", only looks up"
-        print(f"{signature(tool)}{looks}")
+        print(_listed(tool, runnable.get(name)))
         for line in tool.description:
             print(f"    {line}")
     if flags.catalogue is not None:
-        known = {tool.name: tool for tool in load_catalogue(flags.catalogue).tools}
-        if problems := list(_differences(tools, known)):
+        catalogue = load_catalogue(flags.catalogue)
+        if problems := _differences(tools, runnable, catalogue):
             raise DataError(
                 f"{flags.source or flags.mcp} and {flags.catalogue}",
                 "\n       ".join(problems),
-                "a plan passes arguments by position, so both must have them alike",
+                "a plan passes all arguments by position, so both must have them alike",
             )
         print(f"{len(tools)} tools, the same in {flags.catalogue}")
     if flags.draft is not None:
@@ -88,15 +89,66 @@ def _runnable(flags: ToolsFlags) -> Mapping[str, RunnableTool]:
     return run_async(listed())
 
 
-def _differences(tools: Mapping[str, Tool], known: Mapping[str, Tool]) -> Sequence[str]:
-    from tinyagent_fast.plans.tools import signature
+def _listed(tool: Tool, runnable: RunnableTool | None) -> str:
+    """Write a tool with its defaults and what it gives, which no prompt shows."""
+    defaults = {p.name: p.default for p in tool.parameters if _has_default(p)}
+    if runnable is not None:
+        defaults = dict(runnable.defaults)
+    parts = [
+        f"{p.name}: {p.type}{' | None' * p.nullable}"
+        + (f" = {defaults[p.name]!r}" if p.name in defaults else "")
+        for p in tool.parameters
+    ]
+    gives = "str" if runnable is None else runnable.gives
+    looks = "" if runnable is None else f", {_LOOKS[runnable.changes]}"
+    return f"{tool.name}({', '.join(parts)}){f' -> {gives}' * bool(gives)}{looks}"
 
+
+def _differences(
+    tools: Mapping[str, Tool], runnable: Mapping[str, RunnableTool], catalogue: Catalogue
+) -> list[str]:
+    """Say how tools differ from a catalogue, and where its values are none of a tool's."""
+    from tinyagent_fast.plans.tools import signature_differences
+
+    known = catalogue.by_name
     found = [f"{name}: only in the catalogue" for name in known if name not in tools]
     found += [f"{name}: not in the catalogue" for name in tools if name not in known]
-    for name in tools.keys() & known.keys():
-        mine, theirs = (
-            [(p.name, p.type) for p in t.parameters] for t in (tools[name], known[name])
-        )
-        if mine != theirs:
-            found.append(f"{signature(tools[name])}, in the catalogue {signature(known[name])}")
+    found += signature_differences(tools, known)
+    for name, one in runnable.items():
+        theirs = {p.name: p for p in known[name].parameters} if name in known else {}
+        found += [
+            f"{name}.{p.name}: {told}"
+            for p in one.tool.parameters
+            if p.name in theirs
+            for told in _parameter_differences(p, theirs[p.name], one.defaults, catalogue)
+        ]
     return found
+
+
+def _parameter_differences(
+    mine: Parameter, theirs: SlotParameter, defaults: Mapping[str, object], catalogue: Catalogue
+) -> Iterator[str]:
+    if mine.nullable != theirs.nullable:
+        only = "the function" if mine.nullable else "the catalogue"
+        yield f"may be None in {only} only"
+    if mine.name in defaults:
+        default = defaults[mine.name]
+        default = list(default) if isinstance(default, tuple) else default
+        if not theirs.may_be_left_out:
+            yield f"is {default!r} by default, and has no default in the catalogue"
+        elif _has_default(theirs) and repr(default) != repr(theirs.default):
+            yield f"is {default!r} by default, in the catalogue {theirs.default!r}"
+    if mine.choices:
+        given: list[object] = [*catalogue.words.get(theirs.value or "", ())]
+        if theirs.value is not None and not given:
+            yield f"must be {mine.wanted}; the built-in kind {theirs.value} gives other texts"
+        if _has_default(theirs):
+            given.append(theirs.default)
+        if odd := [one for one in given if one is not None and one not in mine.choices]:
+            yield f"must be {mine.wanted}; the catalogue also gives {', '.join(map(repr, odd))}"
+
+
+def _has_default(parameter: Parameter) -> TypeGuard[SlotParameter]:
+    from tinyagent_fast.data.generation.catalogue import REQUIRED, SlotParameter
+
+    return isinstance(parameter, SlotParameter) and parameter.default is not REQUIRED

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, Step, render_plan
+from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, Step, render_call, render_plan
 from tinyagent_fast.plans.tools import JOIN, Parameter, Tool
 
 MAX_TEXT_UNITS = 1023
@@ -140,8 +140,8 @@ def _text_rules(key: str, named: Sequence[int]) -> Iterator[str]:
 def _argument(parameter: Parameter, key: str, named: Sequence[int]) -> str:
     """Write what `tools.accepts` accepts for a parameter."""
     rule = {"str": f"str-{key}", "list[str]": f"strs-{key}"}.get(parameter.type, parameter.type)
-    choices = [rule]
-    if parameter.type != "str" and named:
+    choices = [_quoted(render_call("", [text])[1:-1]) for text in parameter.choices] or [rule]
+    if (parameter.choices or parameter.type != "str") and named:
         choices.append(f"whole-{key}")
     if parameter.nullable:
         choices.append('"None"')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from tinyagent_fast.errors import DataError, count_of
@@ -34,6 +34,14 @@ class Parameter:
     """The kind of its literal values, such as `email`; None if that is not known."""
     sources: tuple[str, ...] = field(default=(), kw_only=True)
     """Kinds of results that it takes, as `Tool.returns` names them; none if they are not known."""
+    choices: tuple[str, ...] = field(default=(), kw_only=True)
+    """The texts that it may be; none if any will do."""
+
+    @property
+    def wanted(self) -> str:
+        """Say what it must be, for one who has to correct a call: `int` or `one of day, night`."""
+        kind = f"one of {', '.join(self.choices)}" if self.choices else self.type
+        return f"{kind} or None" if self.nullable and self.choices else kind
 
     def __post_init__(self) -> None:
         """Refuse a name or type that no prompt and no plan could use."""
@@ -85,6 +93,35 @@ def signature(tool: Tool) -> str:
     return f"{tool.name}({parameters}) -> str"
 
 
+def signature_differences(tools: Mapping[str, Tool], known: Mapping[str, Tool]) -> list[str]:
+    """Say which tools of the same name take other parameters than those that a model knows.
+
+    Parameters are held against each other by name, type and place, as plans pass them by place.
+    """
+
+    def places(tool: Tool) -> list[tuple[str, str]]:
+        return [(one.name, one.type) for one in tool.parameters]
+
+    return [
+        f"{signature(tool)}, but the catalogue has {signature(known[name])}"
+        for name, tool in tools.items()
+        if name in known and places(tool) != places(known[name])
+    ]
+
+
+def with_choices(known: Mapping[str, Tool], tools: Mapping[str, Tool]) -> dict[str, Tool]:
+    """Give the tools that a model knows with the choices that those of the same name allow.
+
+    `signature_differences` finds none between them.
+    """
+
+    def limited(tool: Tool) -> Tool:
+        pairs = zip(tool.parameters, tools[tool.name].parameters, strict=True)
+        return replace(tool, parameters=tuple(replace(p, choices=o.choices) for p, o in pairs))
+
+    return {name: limited(tool) if name in tools else tool for name, tool in known.items()}
+
+
 def tools_by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
     """Index tools by name, in the order given.
 
@@ -104,7 +141,7 @@ def tools_by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
 
 
 def accepts(parameter: Parameter, value: object) -> bool:
-    """Say whether an argument has the type its parameter asks for.
+    """Say whether an argument has the type its parameter asks for, and is one of its choices.
 
     A string that is a reference and nothing else ("$2", "${2}") is right for every type: its
     value is known only when the plan runs. None is right where the parameter is nullable. A bool
@@ -113,7 +150,8 @@ def accepts(parameter: Parameter, value: object) -> bool:
     happens in the app; a report on what the planner learned must still show the slip.
     """
     if isinstance(value, str):
-        return parameter.type == "str" or _WHOLE_REFERENCE.fullmatch(value) is not None
+        fits = parameter.type == "str" and (not parameter.choices or value in parameter.choices)
+        return fits or _WHOLE_REFERENCE.fullmatch(value) is not None
     if value is None:
         return parameter.nullable
     if isinstance(value, bool):
@@ -146,7 +184,7 @@ def call_problems(
         yield "wrong_arity", told
     for parameter, value in zip(tool.parameters, arguments):  # noqa: B905 - see wrong_arity
         if not accepts(parameter, value):
-            yield "wrong_argument_type", f"{parameter.name} must be {parameter.type}"
+            yield "wrong_argument_type", f"{parameter.name} must be {parameter.wanted}"
 
 
 _SIGNATURES = """\

@@ -42,7 +42,7 @@ def _tool(tool: RunnableTool, values: dict[str, list[str]]) -> dict[str, Any]:
             entry["value"] = kind
             slots.append(parameter.name)
             if kind not in BUILT_IN_VALUES and kind not in values:
-                values[kind] = tool.choices.get(parameter.name) or [f"some {kind}", f"other {kind}"]
+                values[kind] = list(parameter.choices) or [f"some {kind}", f"other {kind}"]
         if parameter.name in defaults or kind is None:
             entry["default"] = defaults.get(parameter.name, False)
         else:
