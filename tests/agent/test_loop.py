@@ -369,7 +369,7 @@ def flaky(times: int) -> RunnableTool:
         nonlocal left
         left -= 1
         if left >= 0:
-            raise ToolError("busy, try again")
+            raise ToolError("busy.", retry=True)
         return value
 
     return runnable(act, "str")
@@ -387,7 +387,7 @@ def test_what_can_be_mended_is_planned_again_and_the_model_sees_what_happened() 
     assert (outcome.replans, outcome.failed, outcome.message) == (1, False, "two")
     again = script.asked[1].user
     assert again.startswith(ASK.user + "\nPrevious Plan:\n")
-    assert 'act("one")\nObservation: Error: busy, try again' in again
+    assert 'act("one")\nObservation: Error: busy; try again' in again
     assert again.endswith("Current Plan:\n\n")
 
 
@@ -542,6 +542,26 @@ def test_whatever_a_tool_gives_can_be_told_and_passed_on() -> None:
         json.dumps(calls, ensure_ascii=False).encode()
         assert [call["status"] for call in calls] == ["done", "done"]
         assert scratchpad([execution]).encode().count(b"Observation: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "replans"),
+    [
+        (ToolError("closed", retry=True), 1),
+        (ToolError("Closed. Try again with another shop.", retry=True), 1),
+        (ToolError("closed, try again"), 1),
+        (ToolError("closed"), 0),
+        (ToolError("closed", retry=False), 0),
+    ],
+)
+def test_a_tool_says_by_retry_that_another_plan_can_mend_it(error: ToolError, replans: int) -> None:
+    def act() -> None:
+        raise error
+
+    script = Script("1. act()\n2. join()", "1. join()")
+    outcome = run(agent_with(runnable(act), script=script))
+    assert outcome.replans == replans
+    assert outcome.rounds[0].execution.failures[0].lower().count("try again") == replans
 
 
 def test_a_failure_that_nothing_mends_is_told_at_once() -> None:

@@ -17,7 +17,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
-from tinyagent_fast.agent.tools import RunnableTool, ToolError, as_text
+from tinyagent_fast.agent.tools import TRY_AGAIN, RunnableTool, ToolError, as_text
 from tinyagent_fast.errors import count_of
 from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.plans.grammar import (
@@ -32,9 +32,6 @@ from tinyagent_fast.plans.tools import JOIN, call_problems
 
 Status = Literal["done", "done before", "failed", "skipped", "refused"]
 """`done before` is what an earlier plan of the same request did, and is not done again."""
-
-TRY_AGAIN = "try again"
-"""What an observation says where another plan can mend the matter, whatever its case."""
 
 _MAX_CALLS = 100
 _DEEPEST_LIST = 20

@@ -31,11 +31,24 @@ _START_S = 120.0
 _JSON_TYPES = {"string": "str", "integer": "int", "boolean": "bool"}
 
 
-class ToolError(Exception):
-    """A call could not do what it was asked; the message becomes its observation.
+TRY_AGAIN = "try again"
+"""What an observation says, in any case, where another plan can mend the matter: joiners, trained
+ones too, go by these words, which also come from the sandbox and from MCP servers."""
 
-    Say "try again" in it where another plan can mend the matter: joiners go by that.
-    """
+
+class ToolError(Exception):
+    """A call could not do what it was asked; the message becomes its observation."""
+
+    def __init__(self, text: str, *, retry: bool = False) -> None:
+        """Take the message.
+
+        Args:
+            text: What went wrong, and with `retry` what to do otherwise.
+            retry: Another plan can mend the matter, so one should be made.
+        """
+        if retry and TRY_AGAIN not in text.lower():
+            text = f"{text.rstrip('.')}; {TRY_AGAIN}"
+        super().__init__(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +119,7 @@ def converted(parameter: Parameter, value: object) -> object:
             return int(str(value))
         except ValueError:
             pass  # said below
-    raise ToolError(f"{parameter.name} must be {parameter.wanted}, got {value!r}; try again")
+    raise ToolError(f"{parameter.name} must be {parameter.wanted}, got {value!r}", retry=True)
 
 
 def as_text(value: object) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyagent_fast.agent.loop import (
-    TRY_AGAIN,
     AgentSettings,
     Execution,
     execute,
@@ -24,6 +23,7 @@ from tinyagent_fast.agent.loop import (
     whole_plan,
 )
 from tinyagent_fast.agent.sandbox import RECOVERABLE, choose_fault, malformed, sandbox_for
+from tinyagent_fast.agent.tools import TRY_AGAIN
 from tinyagent_fast.data.generation.catalogue import Catalogue
 from tinyagent_fast.data.generation.prompts import joiner_prompt
 from tinyagent_fast.plans.grammar import (
