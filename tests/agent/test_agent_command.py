@@ -78,6 +78,29 @@ def test_a_request_is_carried_out_in_the_sandbox(
     assert [call["status"] for call in trace["rounds"][0]["calls"]] == ["done", "done"]
 
 
+def test_a_trace_that_cannot_be_opened_is_refused_before_anything_is_carried_out(
+    says: Callable[[str], ScriptedWriter], capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(PLAN)
+    for place in ("/proc/x", "."):
+        words = ["--sandbox", "desktop.sqlite", "--trace", place]
+        assert main(["agent", "text Anna", *words]) == 2
+        assert "name another file with --trace" in capsys.readouterr().err
+        Path("desktop.sqlite").unlink(missing_ok=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_does_not_keep_back_what_was_carried_out(
+    says: Callable[[str], ScriptedWriter],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    says(PLAN)
+    assert main(["agent", "text Anna", "--json", "--trace", "/dev/full"]) == 0
+    assert json.loads(capsys.readouterr().out)["message"].endswith("The message was sent.")
+    assert "the trace lacks this request" in caplog.text
+
+
 def test_the_report_shows_what_was_carried_out(says: Callable[[str], ScriptedWriter]) -> None:
     says(PLAN)
     assert main(["agent", "text Anna"]) == 0
@@ -281,6 +304,7 @@ def test_a_dry_run_only_plans(
         ["x", "--tools", "a.py", "--mcp", "b"],
         ["x", "--max-replans", "-1"],
         ["x", "--call-timeout-s", "0"],
+        ["x", "--call-timeout-s", "nan"],
         ["x", "--sandbox", "there"],
         ["x", "--tools", "absent.py"],
         ["x", "--mcp", "no-such-program --flag"],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shlex
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +36,13 @@ from tinyagent_fast.agent.sandbox import sandbox_for
 from tinyagent_fast.agent.tools import RunnableTool, mcp_tools, tools_of_module
 from tinyagent_fast.data.cache import load_examples
 from tinyagent_fast.data.schema import Example
-from tinyagent_fast.errors import ConfigError
+from tinyagent_fast.errors import ConfigError, plainly
 from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.tools import TINYAGENT, Tool, signature_differences, with_choices
 from tinyagent_fast.runs import Run
+
+_log = logging.getLogger(__name__)
 
 JoinerName = Literal["auto", "model", "rule"]
 
@@ -87,10 +92,10 @@ class AgentSpec:
             if self.sandbox.exists():
                 why, fix = "the file exists", "name a new file, or leave it out"
             raise ConfigError(f"--sandbox {self.sandbox}", why, fix)
-        if self.max_replans < 0 or self.call_timeout_s <= 0:
+        if self.max_replans < 0 or not 0 < self.call_timeout_s < math.inf:
             raise ConfigError(
                 f"--max-replans {self.max_replans} --call-timeout-s {self.call_timeout_s}",
-                "the first cannot be negative, and the second must be above 0",
+                "the first cannot be negative, and the second must be above 0 and finite",
                 "give other numbers",
             )
 
@@ -149,15 +154,40 @@ class OpenAgent:
         allow: Allow = allow_all,
         on_event: OnEvent = lambda _kind, _content: None,
     ) -> Outcome:
-        """Plan, carry out, judge, and write the trace; a system text for it alone may be given."""
+        """Plan, carry out, judge, and write the trace; a system text for it alone may be given.
+
+        Raises:
+            ConfigError: The trace cannot be written; nothing has been carried out then.
+        """
         model = StreamingModel(self.planner)
         agent = Agent(model, self.joiner, self.tools, self.settings, allow=allow, on_event=on_event)
-        outcome = await agent.run(request, self.planner.prompts.build(request, system).prompt)
-        if self.trace is not None:
-            self.trace.parent.mkdir(parents=True, exist_ok=True)
-            with self.trace.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(outcome.to_json(), ensure_ascii=False) + "\n")
+        prompt = self.planner.prompts.build(request, system).prompt
+        with _trace_file(self.trace) if self.trace is not None else nullcontext() as stream:
+            outcome = await agent.run(request, prompt)
+            if stream is not None:
+                _write_trace(stream, outcome)
         return outcome
+
+
+def _trace_file(path: Path) -> RawIOBase:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab", buffering=0)  # so that closing it has nothing left to write
+    except OSError as error:
+        why, fix = f"it cannot be written: {plainly(error)}", "name another file with --trace"
+        raise ConfigError(f"trace {path}", why, fix) from error
+
+
+def _write_trace(stream: RawIOBase, outcome: Outcome) -> None:
+    """Add a line; calls have been carried out, so a full disk must not keep their outcome back."""
+    try:
+        stream.write(
+            (json.dumps(outcome.to_json(), ensure_ascii=False) + "\n").encode(
+                errors="backslashreplace"
+            )
+        )
+    except OSError as error:
+        _log.warning("the trace lacks this request: %s", plainly(error))
 
 
 @asynccontextmanager
