@@ -374,6 +374,27 @@ def test_pairs_are_summed_up_for_people(call: Callable[..., Output], pairs_file:
         assert f"  {code}: 1\n" in got.out
 
 
+def test_the_figures_of_all_pairs_are_one_object_of_the_same_form_as_a_runs(
+    call: Callable[..., Output], tmp_path: Path, pairs_file: Path
+) -> None:
+    whole = json.loads(call("score", "--pairs", pairs_file, "--json", "--summary").out)
+    assert (whole["n"], whole["success"]["count"]) == (5, 2)
+    assert whole["failures"] == {"empty": 1, "missing_tool": 1, "bad_label": 1}
+    of_run = json.loads(call("score", predictions_in(tmp_path / "e"), "--json").out)
+    assert whole.keys() == of_run.keys()
+
+
+def test_a_summary_of_predictions_has_figures_and_no_plans(
+    call: Callable[..., Output], tmp_path: Path
+) -> None:
+    folder = predictions_in(tmp_path / "e")
+    told = call("score", folder, "--summary").out
+    assert "success_dag" in told
+    assert LABEL.splitlines()[0] not in told
+    as_json = call("score", folder, "--json").out
+    assert call("score", folder, "--json", "--summary").out == as_json
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import field, make_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from selenium.webdriver import Chrome
 
 from tinyagent_fast.cli import main
 from tinyagent_fast.errors import printable
+from tinyagent_fast.evaluation import scoring
 from tinyagent_fast.evaluation.scoring import Prediction
+from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.reports.flips import ComparedPlanner, flipped_plans
 from tinyagent_fast.reports.pages import compare_page, run_markdown, run_page
 from tinyagent_fast.reports.reading import read_run
@@ -127,6 +130,35 @@ def test_no_text_of_a_model_or_dataset_becomes_markup(value: str) -> None:
     shown = printable(value).replace("\r\n", "\n").replace("\r", "\n")
     assert shown in page.words or not flipped_plans(a, b, None).flips
     source.encode("utf-8")
+
+
+def test_a_metric_that_is_added_is_shown_everywhere(
+    full_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As CONTRIBUTING.md says: a field of both dataclasses and a row of the table."""
+    added: dict[type, tuple[str, Any, Any]] = {
+        scoring.PairScore: ("brief", bool, field(default=True)),
+        scoring.Metrics: ("brief", Proportion, field()),
+    }
+    for known, new in added.items():
+        more = make_dataclass(known.__name__, [new], bases=(known,), frozen=True, kw_only=True)
+        monkeypatch.setattr(scoring, known.__name__, more)
+    row = replace(scoring.METRICS["success"], title="brevity", meaning="of a test")
+    monkeypatch.setitem(scoring.METRICS, "brief", row)
+    pairs = full_run.path / "pairs.json"
+    pairs.write_text(json.dumps([{"label": "1. join()", "prediction": "1. join()"}]))
+    outputs = {"page": run_page(read_run(full_run)), "report": run_markdown(read_run(full_run))}
+    for words in (
+        f"score {full_run.path}/test/after",
+        f"score {full_run.path}/test/after --json",
+        f"score --pairs {pairs}",
+        f"score --pairs {pairs} --json",
+        f"score --pairs {pairs} --json --summary",
+    ):
+        assert main(words.split()) == 0
+        outputs[words] = capsys.readouterr().out
+    for name, text in outputs.items():
+        assert ("brief" if "--json" in name else "brevity") in text, name
 
 
 def test_the_page_has_every_part(full_run: Run) -> None:

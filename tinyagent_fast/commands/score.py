@@ -34,6 +34,8 @@ class ScoreFlags:
     """YAML catalogue with the tools that plans may call; by default the run's, else TinyAgent's."""
     json: bool = False
     """Print JSON: one object a line for --pairs, all figures for predictions."""
+    summary: bool = False
+    """Give only the figures of all plans together, as one object with --json, for --pairs too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,9 +48,10 @@ def run(arguments: Sequence[str]) -> int:
     if flags.pairs is None:
         file = next(iter(find_predictions(flags.predictions or "latest").values()))
         tools = plan_tools(flags.catalogue or catalogue_of_run(file.folder))
-        _score_predictions(file, tools, as_json=flags.json)
+        _score_predictions(file, tools, as_json=flags.json, summary=flags.summary)
     elif flags.predictions is None:
-        _score_pairs(flags.pairs, plan_tools(flags.catalogue), as_json=flags.json)
+        tools = plan_tools(flags.catalogue)
+        _score_pairs(flags.pairs, tools, as_json=flags.json, summary=flags.summary)
     else:
         raise ConfigError(
             f"score {flags.predictions} --pairs {flags.pairs}",
@@ -58,30 +61,35 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _score_pairs(path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool) -> None:
+def _score_pairs(
+    path: Path, tools: Mapping[str, Tool] | None, *, as_json: bool, summary: bool
+) -> None:
     from tinyagent_fast.evaluation.report import percent
-    from tinyagent_fast.evaluation.scoring import refuse_unknown_tools, score_pair, summarise
+    from tinyagent_fast.evaluation.scoring import (
+        METRICS,
+        refuse_unknown_tools,
+        score_pair,
+        summarise,
+    )
 
     pairs = list(_read_pairs(path))
     labels = [label for label, _ in pairs]
     refuse_unknown_tools("labels", labels, tools, _CATALOGUE, some_are_fine=True)
     scores = [score_pair(label, prediction, tools) for label, prediction in pairs]
-    if as_json:
+    if as_json and not summary:
         for score in scores:
-            line = {
-                "success": float(score.success),
-                "success_dag": float(score.success_dag),
-                "tool_recall": score.tool_recall,
-                "failure": score.failure,
-            }
-            print(json.dumps(line))
+            line = {name: float(getattr(score, name)) for name in METRICS}
+            print(json.dumps({**line, "failure": score.failure}))
         return
     if not scores:
         raise DataError(f"pairs file {path}", "the list is empty", "write at least one pair")
     metrics = summarise(scores)
-    print(f"success      {percent(metrics.success)}  n = {metrics.n}")
-    print(f"success_dag  {percent(metrics.success_dag)}")
-    print(f"tool recall  {percent(metrics.tool_recall)}")
+    if as_json:
+        print(json.dumps(metrics.to_json(), indent=2))
+        return
+    for name, metric in METRICS.items():
+        total = f"{metric.title:<12} {percent(getattr(metrics, name))}"
+        print(total if name != "success" else f"{total}  n = {metrics.n}")
     for code, count in metrics.failures.items():
         print(f"  {code}: {count}")
 
@@ -114,7 +122,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _score_predictions(
-    file: PredictionFile, tools: Mapping[str, Tool] | None, *, as_json: bool
+    file: PredictionFile, tools: Mapping[str, Tool] | None, *, as_json: bool, summary: bool
 ) -> None:
     from tinyagent_fast.evaluation.report import markdown_report
     from tinyagent_fast.evaluation.scoring import refuse_unknown_tools, score_all, summarise
@@ -131,4 +139,4 @@ def _score_predictions(
     if as_json:
         print(json.dumps(metrics.to_json(), indent=2))
     else:
-        print(markdown_report(str(file.folder), metrics, plans, tools))
+        print(markdown_report(str(file.folder), metrics, () if summary else plans, tools))

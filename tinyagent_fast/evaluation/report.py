@@ -10,6 +10,7 @@ from itertools import islice
 from tinyagent_fast.errors import printable
 from tinyagent_fast.evaluation.scoring import (
     FAILURE_CODES,
+    METRICS,
     PROBLEMS,
     Metrics,
     Prediction,
@@ -82,14 +83,12 @@ def markdown_report(
     Args:
         title: The heading.
         metrics: The figures.
-        plans: What they are of.
+        plans: What they are of; without any, only the figures are written.
         tools: By name; None stands for TinyAgent's own.
         note: A sentence on how the plans were asked for.
     """
     figures: list[tuple[Cell, ...]] = [
-        ("success (the published metric)", metrics.success),
-        ("success_dag (pure graph isomorphism)", metrics.success_dag),
-        ("tool recall (mean, conservative interval)", metrics.tool_recall),
+        *((f"{m.title} ({m.meaning})", getattr(metrics, name)) for name, m in METRICS.items()),
         *((f"{name}: {meaning}", getattr(metrics, name)) for name, meaning in PROBLEMS.items()),
     ]
     if metrics.bad_labels.count:
@@ -103,15 +102,16 @@ def markdown_report(
         ),
         success_by_calls(metrics),
     )
-    failing = islice((plan for plan in plans if not plan.score.success), _SHOWN_FAILURES)
+    all_failing = (plan for plan in plans if not plan.score.success)
+    failing = [failing_plan(plan, tools) for plan in islice(all_failing, _SHOWN_FAILURES)]
     return "\n".join(
         (
             f"# {plain(title)}\n",
             f"**{headline(metrics)}** (95 % Wilson interval)\n",
             *([f"{plain(note)}\n"] if note else []),
             *(table.to_markdown() for table in tables),
-            f"## The first {_SHOWN_FAILURES} failing plans\n",
-            *(failing_plan(plan, tools) for plan in failing),
+            *([f"## The first {_SHOWN_FAILURES} failing plans\n"] if failing else []),
+            *failing,
         )
     )
 

@@ -8,7 +8,7 @@ label and says how often and why a planner fails. `success` is the published met
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from types import NoneType
@@ -50,6 +50,27 @@ PROBLEMS: dict[str, str] = {
 }
 """What can be wrong with a plan; each kind is looked for on its own, also on a success."""
 
+
+@dataclass(frozen=True)
+class Metric:
+    """What a pair is scored by, as reports show it."""
+
+    title: str
+    meaning: str
+    total: Callable[[Sequence[float]], Proportion | Mean]
+    """Sums up the values of all pairs, each from 0 to 1."""
+
+
+def _share(values: Sequence[float]) -> Proportion:
+    return Proportion(int(sum(values)), len(values))
+
+
+METRICS: dict[str, Metric] = {
+    "success": Metric("success", "the published metric", _share),
+    "success_dag": Metric("success_dag", "pure graph isomorphism", _share),
+    "tool_recall": Metric("tool recall", "mean, conservative interval", Mean.of),
+}
+"""Fields of `PairScore` and `Metrics` that all reports and `score` show, the headline first."""
 
 _LISTED_TOOLS = 5
 
@@ -332,12 +353,14 @@ def summarise(scores: Sequence[PairScore]) -> Metrics:
     found = Counter(kind for score in scores for kind in score.problems)
     in_labels = Counter(kind for score in scores for kind in score.label_problems)
     failures = Counter(score.failure for score in scores if score.failure is not None)
+    totals: dict[str, Any] = {kind: Proportion(found[kind], n) for kind in PROBLEMS}
+    totals |= {
+        name: metric.total([getattr(score, name) for score in scores])
+        for name, metric in METRICS.items()
+    }
     return Metrics(
         n=n,
-        success=Proportion(sum(score.success for score in scores), n),
-        success_dag=Proportion(sum(score.success_dag for score in scores), n),
-        tool_recall=Mean.of(score.tool_recall for score in scores),
-        **{kind: Proportion(found[kind], n) for kind in PROBLEMS},
+        **totals,
         failures=dict(failures.most_common()),
         success_by_steps={
             steps: Proportion(sum(successes), len(successes))

@@ -15,7 +15,7 @@ from tinyagent_fast.display import size_text
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_plans
 from tinyagent_fast.evaluation.report import Cell, FactTable, percent, success_by_calls
-from tinyagent_fast.evaluation.scoring import FAILURE_CODES, ScoredPlan
+from tinyagent_fast.evaluation.scoring import FAILURE_CODES, METRICS, ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.plans.grammar import read_plan
 from tinyagent_fast.plans.tools import JOIN
@@ -196,16 +196,17 @@ def other_tables(contents: RunContents) -> Iterator[FactTable]:
                 ),
             )
     if contents.evaluations:
-        shown = ("success_dag", "unparsable", "unknown_tool", "truncated")
+        names = [*METRICS.keys(), "unparsable", "unknown_tool", "truncated"]
+        titles = (metric.title for metric in METRICS.values())
         yield FactTable(
             title="All evaluations in this folder",
-            head=("folder", "queries", "success", *shown[:1], "unreadable", "unknown tool", "cut"),
+            head=("folder", "queries", *titles, "unreadable", "unknown tool", "cut"),
             rows=tuple(
                 (
                     name,
                     evaluation.metrics.n,
-                    evaluation.metrics.success,
-                    *(percent(getattr(evaluation.metrics, figure)) for figure in shown),
+                    getattr(evaluation.metrics, names[0]),
+                    *(percent(getattr(evaluation.metrics, figure)) for figure in names[1:]),
                 )
                 for name, evaluation in contents.evaluations.items()
             ),
