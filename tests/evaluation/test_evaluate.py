@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tinyagent_fast.cli import main
-from tinyagent_fast.evaluation.evaluate import NOT_HONOURED
+from tinyagent_fast.evaluation.evaluate import ENGINES
 from tinyagent_fast.evaluation.predictions import PredictionFile
-from tinyagent_fast.inference.engine import Completion, Limits, OnToken, Prompt
+from tinyagent_fast.inference.engine import Completion, EngineName, Limits, OnToken, Prompt
 from tinyagent_fast.models import libraries
 from tinyagent_fast.prompts.retrieval import load_retriever
 from tinyagent_fast.runs import Run, create_run
@@ -340,7 +340,7 @@ FLAGS: Mapping[str, Any] = {
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-@pytest.mark.parametrize("engine", NOT_HONOURED)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_honours_a_flag_or_refuses_it_with_the_reason(
     engine: Any, flag: str, run: Run, observed: Observed, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,7 +351,7 @@ def test_an_engine_honours_a_flag_or_refuses_it_with_the_reason(
     if flag == "eval.limit" or engine == "vllm":
         words += ["--out", str(run.path / "elsewhere")]
     code = main(words)
-    if (reason := NOT_HONOURED[engine].get(flag)) is not None:
+    if (reason := ENGINES[engine].not_honoured.get(flag)) is not None:
         assert code == 2
         assert reason in capsys.readouterr().err
         assert observed.seen == {}
@@ -371,8 +371,12 @@ def test_transformers_is_torch_with_that_backend(
     assert observed.seen["backend"] == "transformers"
 
 
+def test_every_engine_there_is_can_be_evaluated() -> None:
+    assert tuple(ENGINES) == get_args(EngineName)
+
+
 def test_every_refused_flag_is_one_that_there_is() -> None:
-    assert {flag for refused in NOT_HONOURED.values() for flag in refused} <= set(FLAGS)
+    assert {flag for one in ENGINES.values() for flag in one.not_honoured} <= set(FLAGS)
 
 
 @pytest.mark.parametrize("spelling", ["--batch=5", "--eval.batch=5", "--eval.max_new_tokens=7"])

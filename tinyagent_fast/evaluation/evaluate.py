@@ -5,7 +5,7 @@ All are evaluated alike, and GGUF files are compared in a table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from tinyagent_fast.evaluation.running import (
 from tinyagent_fast.evaluation.scoring import ScoredPlan, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import ExportRecord
+from tinyagent_fast.inference.engine import EngineName
 from tinyagent_fast.runs import (
     ADAPTER_WEIGHTS,
     Run,
@@ -44,33 +45,11 @@ if TYPE_CHECKING:
     from tinyagent_fast.inference.engine import Engine
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
-EngineName = Literal["torch", "gguf", "vllm"]
-
 _SLOTS = 8
 _SPARE_TOKENS = 64
 """For prompts that a file encodes with more tokens than the run's tokenizer does."""
 _ADAPTER = "adapter"
 _MERGED = "the adapter is merged into what it runs"
-
-NOT_HONOURED: Mapping[EngineName, Mapping[str, str]] = {
-    "torch": {
-        "model": "torch evaluates the run's adapter on its base; --adapter names another",
-    },
-    "gguf": {
-        "adapter": _MERGED,
-        "backend": _MERGED,
-        "eval.lookup-tokens": "llama.cpp's server makes no guesses from the prompt",
-    },
-    "vllm": {
-        "adapter": _MERGED,
-        "backend": _MERGED,
-        "threads": "vLLM runs on the GPU",
-        "eval.batch": "vLLM decides how many prompts it decodes together",
-        "eval.parity-prompts": "vLLM decides how many prompts it decodes together",
-        "eval.lookup-tokens": "vLLM makes no guesses from the prompt unless it is set up to",
-    },
-}
-"""Flags that an engine cannot honour, each with the reason; it honours all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +92,7 @@ class EvaluatedRun:
 class EvalOptions(EvaluatedRun):
     """What to evaluate and how; what is not given comes from the run's config."""
 
-    engine: Literal["auto", "torch", "transformers", "gguf", "vllm"] = "auto"
+    engine: Literal["auto", EngineName, "transformers"] = "auto"
     """`torch` runs the adapter on its base (`transformers`: with that backend), `gguf` the exported
     files in llama.cpp, `vllm` the merged folder on CUDA; `auto` takes what `--model` is, and the
     adapter without it."""
@@ -180,7 +159,7 @@ def _check_options(options: EvalOptions) -> EvalOptions:
         "threads": options.threads,
         **{f"eval.{k.replace('_', '-')}": value for k, value in asdict(options.eval).items()},
     }
-    for name, reason in NOT_HONOURED[engine].items():
+    for name, reason in ENGINES[engine].not_honoured.items():
         if given[name] is not None:
             raise ConfigError(f"--{name} with --engine {engine}", reason, f"leave --{name} out")
     if engine == "gguf" and options.model is not None and options.model.suffix != ".gguf":
@@ -225,8 +204,7 @@ def evaluate(options: EvalOptions, display: Display) -> dict[str, EvaluationResu
             fix = "name another folder with --out"
             held.enter_context(holding(options.out or run.path, "eval", fix))
         # What is not there is told before anything takes long.
-        find = {"torch": _adapter_meant, "gguf": _files_meant, "vllm": _folder_meant}
-        find[options.engine](run, options)
+        ENGINES[options.engine].find(run, options)
         held.enter_context(display.working("eval"))  # for whatever has no label of its own
         return _evaluate(run, config, options, display)
 
@@ -259,8 +237,7 @@ def _evaluate(
     display.say(f"run {run.path.name}: {len(examples)} test queries")
     if (unfinished := run.unfinished()) is not None:
         display.say(f"note: the training of run {run.path.name} is {unfinished}")
-    measure = {"torch": _adapter, "gguf": _gguf_files, "vllm": _merged_folder}
-    return measure[options.engine](job)
+    return ENGINES[options.engine].measure(job)
 
 
 def test_queries(
@@ -544,3 +521,46 @@ def _adapter_plans(job: _Job) -> Sequence[ScoredPlan] | None:
         say(f"note: {file.path} is for something else ({', '.join(other)}); {remedy}")
         return None
     return score_all((by_key[example.key] for example in job.task.examples), job.task.tools)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedEngine:
+    """What an engine evaluates."""
+
+    find: Callable[[Run, EvalOptions], object]
+    """Says at once when what is meant is not there."""
+    measure: Callable[[_Job], dict[str, EvaluationResult]]
+    not_honoured: Mapping[str, str]
+    """Flags that it cannot honour, each with the reason; it honours all others."""
+
+
+ENGINES: Mapping[str, EvaluatedEngine] = {
+    "torch": EvaluatedEngine(
+        find=_adapter_meant,
+        measure=_adapter,
+        not_honoured={
+            "model": "torch evaluates the run's adapter on its base; --adapter names another",
+        },
+    ),
+    "gguf": EvaluatedEngine(
+        find=_files_meant,
+        measure=_gguf_files,
+        not_honoured={
+            "adapter": _MERGED,
+            "backend": _MERGED,
+            "eval.lookup-tokens": "llama.cpp's server makes no guesses from the prompt",
+        },
+    ),
+    "vllm": EvaluatedEngine(
+        find=_folder_meant,
+        measure=_merged_folder,
+        not_honoured={
+            "adapter": _MERGED,
+            "backend": _MERGED,
+            "threads": "vLLM runs on the GPU",
+            "eval.batch": "vLLM decides how many prompts it decodes together",
+            "eval.parity-prompts": "vLLM decides how many prompts it decodes together",
+            "eval.lookup-tokens": "vLLM makes no guesses from the prompt unless it is set up to",
+        },
+    ),
+}

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from tinyagent_fast.errors import ModelError
 
+EngineName = Literal["torch", "gguf", "vllm"]
 StopReason = Literal["stop", "eos", "length"]
 OnToken = Callable[[int, str], None]
 """Called with a prompt's index and the text that was added; an empty text says that the prompt is

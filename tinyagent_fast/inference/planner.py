@@ -27,7 +27,7 @@ from tinyagent_fast.config import (
 )
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.errors import ConfigError, ModelError, reading
-from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
+from tinyagent_fast.inference.engine import Completion, Engine, EngineName, Limits, OnToken, Prompt
 from tinyagent_fast.inference.second_look import doubts_left, generate_plans, known_tools
 from tinyagent_fast.plans.doubts import not_asked_for
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
@@ -38,8 +38,6 @@ from tinyagent_fast.runs import Run, find_run, read_json
 
 if TYPE_CHECKING:
     from tinyagent_fast.prompts.retrieval import ToolRetriever
-
-EngineName = Literal["auto", "torch", "gguf", "vllm"]
 
 _WEIGHTS: Mapping[str, Weights] = {"float32": "fp32", "float16": "fp16"}
 _CONTEXT_TOKENS = 8192
@@ -358,7 +356,7 @@ _KINDS = {"adapter": "an adapter", "folder": "a merged folder", "gguf": "a GGUF 
 def load(
     source: Run | str | Path | None = None,
     *,
-    engine: EngineName = "auto",
+    engine: Literal["auto", EngineName] = "auto",
     run: str | Path | None = None,
     runs: Path | str = Path("runs"),
     system: str | Path = "auto",
@@ -418,7 +416,7 @@ def load(
     )
 
 
-def _engine_of(asked: EngineName, source: PlannerSource) -> EngineName:
+def _engine_of(asked: Literal["auto", EngineName], source: PlannerSource) -> EngineName:
     """Give the engine that runs a model: the one asked for, or with `auto` the best."""
     engines = _ENGINES[source.kind]
     if asked == "auto":
@@ -440,7 +438,7 @@ def _facts(source: PlannerSource, prompts: PromptBuilder, grammar: GrammarUse) -
     if (named := prompts.describe_tools()) is not None:
         facts["it names"] = f"{named}; for others: --system nearest or FILE"
     facts["grammar"] = (
-        "plans call the listed tools only, rightly (--grammar off lets the model write freely)"
+        "plans call only listed tools, with valid arguments (--grammar off: written freely)"
         if grammar == "on"
         else "off"
     )
