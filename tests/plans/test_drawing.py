@@ -348,3 +348,7 @@ def test_many_problems_of_a_text_are_counted_in_a_terminal_and_all_listed_as_val
     assert len(drawing.problems) >= 40
     lines = drawing.to_text().splitlines()
     assert len(lines) < 8 and any("more problems" in line for line in lines)
+
+
+def test_a_drawing_without_anything_says_so_as_text() -> None:
+    assert draw_plan("", finished=False).to_text().strip() == "(no steps)"

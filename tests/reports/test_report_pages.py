@@ -23,6 +23,7 @@ from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.reports.flips import ComparedPlanner, flipped_plans
 from tinyagent_fast.reports.pages import compare_page, run_markdown, run_page
 from tinyagent_fast.reports.reading import read_run
+from tinyagent_fast.reports.tables import result_tables
 from tinyagent_fast.runs import Run
 
 VOID = {"meta", "br"}
@@ -159,6 +160,18 @@ def test_a_metric_that_is_added_is_shown_everywhere(
         outputs[words] = capsys.readouterr().out
     for name, text in outputs.items():
         assert ("brief" if "--json" in name else "brevity") in text, name
+
+
+def test_what_stands_between_backticks_is_shown_as_code(bare_run: Run) -> None:
+    source = run_page(read_run(bare_run))
+    assert "<code>tinyagent-fast export --run" in source
+    assert "`" not in Page(source).words
+
+
+def test_a_tool_that_a_plan_invents_is_marked_among_the_others(full_run: Run) -> None:
+    rows = [row for table in result_tables(read_run(full_run)) for row in table.rows]
+    marked = {str(row[0]) for row in rows if "unknown tool" in str(row[0])}
+    assert marked == {"fly (unknown tool)"}
 
 
 def test_the_page_has_every_part(full_run: Run) -> None:

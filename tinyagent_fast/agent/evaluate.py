@@ -38,7 +38,7 @@ from tinyagent_fast.agent.sandbox import (
 from tinyagent_fast.agent.session import JoinerName, join_points, joiner_of_run
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.display import Display
-from tinyagent_fast.errors import ConfigError, DataError
+from tinyagent_fast.errors import ConfigError, DataError, count_of
 from tinyagent_fast.evaluation.evaluate import (
     EvalChanges,
     EvalOptions,
@@ -63,7 +63,7 @@ _SHORTEST_TIMEOUT_S = 1.0
 """However fast the sandbox plays time, a busy machine needs so long at times."""
 _MEANINGS = {
     "plan success": "the published metric; arguments do not count",
-    "task success": "the sandbox is as the label leaves it",
+    "task success": "everything was done that the label does, arguments and all",
     "task success but wording": "the same, free texts not compared",
 }
 
@@ -201,7 +201,7 @@ def agent_tables(figures: Mapping[str, Any]) -> Iterator[FactTable]:
         for name, meaning in _MEANINGS.items()
     ]
     for k, share in figures["task_success_by_replans"].items():
-        rows.append((f"task success with at most {k} replans", _of(share)))
+        rows.append((f"task success with at most {count_of(int(k), 'replan')}", _of(share)))
     rows += [(name, v) for name, v in task_shares(figures).items() if name.startswith("joins")]
     joiner = "the model" if figures["joiner"] == "model" else "a rule, not the model"
     yield FactTable(

@@ -225,3 +225,4 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
         path.read_text(encoding="utf-8"), source=str(path)
     )  # with its own paths
     write_text(export.folder / CARD, model_card(export.run, recorded, record.content))
+    export.display.say(f"{CARD}: written")

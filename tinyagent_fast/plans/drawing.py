@@ -117,7 +117,7 @@ class PlanDrawing:
 
         text = StringIO()
         Console(file=text, width=width, color_system=None, force_terminal=False).print(self)
-        return text.getvalue()
+        return text.getvalue().lstrip("\n") or "(no steps)\n"
 
     def __rich__(self) -> RenderableType:
         """Give what rich prints: boxes layer below layer, the references between, the problems."""

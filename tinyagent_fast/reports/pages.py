@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tinyagent_fast import __version__
 from tinyagent_fast.config import dump_config
@@ -42,6 +42,7 @@ from tinyagent_fast.reports.tables import (
 )
 
 _MARKDOWN_PLANS = 10
+_BACKTICKS = re.compile(r"`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,16 @@ def _templates() -> Environment:
     templates.filters |= {
         "anchor": _anchor,
         "cell": cell_text,
+        "code": _code,
         "duration": duration,
     }
     return templates
+
+
+def _code(text: str) -> Markup:
+    """Show what stands between backticks as code."""
+    shown = str(escape(printable(text)))
+    return Markup(_BACKTICKS.sub(r"<code>\1</code>", shown))
 
 
 def _anchor(title: str) -> str:

@@ -18,7 +18,7 @@ from tinyagent_fast.evaluation.report import Cell, FactTable, percent, success_b
 from tinyagent_fast.evaluation.scoring import FAILURE_CODES, METRICS, ScoredPlan
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.plans.grammar import read_plan
-from tinyagent_fast.plans.tools import JOIN
+from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 from tinyagent_fast.reports.reading import Evaluation, Export, RunContents, child, number
 
 GALLERY_CASES = 24
@@ -62,6 +62,7 @@ def result_tables(contents: RunContents) -> Iterator[FactTable]:
     )
     yield success_by_calls(main.metrics)
     tools = tool_rows(main.plans)
+    known = TINYAGENT if contents.tools is None else contents.tools
     note = "Success is over the queries whose label calls the tool. "
     note += "Lacking and surplus count queries whose plan calls it less or more often than that."
     if len(tools) > _TOOL_ROWS:
@@ -70,7 +71,10 @@ def result_tables(contents: RunContents) -> Iterator[FactTable]:
         title="Success by tool",
         note=note,
         head=("tool", "queries", "success", "lacking", "surplus"),
-        rows=tuple(tools[:_TOOL_ROWS]),
+        rows=tuple(
+            (tool if tool in known else f"{tool} (unknown tool)", *figures)
+            for tool, *figures in tools[:_TOOL_ROWS]
+        ),
     )
     before = contents.evaluations.get("test/before")
     yield FactTable(
