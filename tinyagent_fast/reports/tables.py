@@ -72,8 +72,8 @@ def result_tables(contents: RunContents) -> Iterator[FactTable]:
         note=note,
         head=("tool", "queries", "success", "lacking", "surplus"),
         rows=tuple(
-            (tool if tool in known else f"{tool} (unknown tool)", *figures)
-            for tool, *figures in tools[:_TOOL_ROWS]
+            (row[0] if row[0] in known else f"{row[0]} (unknown tool)", *row[1:])
+            for row in tools[:_TOOL_ROWS]
         ),
     )
     before = contents.evaluations.get("test/before")
