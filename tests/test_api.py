@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -28,11 +30,17 @@ from tinyagent_fast import (
     find_run,
     load,
     load_config,
+    load_tools,
     preset_config,
+    run_agent,
     score_pairs,
     train,
 )
+from tinyagent_fast.agent.tools import RunnableTool
+from tinyagent_fast.inference.engine import Completion, Engine, Limits, OnToken, Prompt
+from tinyagent_fast.inference.planner import Planner
 from tinyagent_fast.plans.drawing import draw_plan
+from tinyagent_fast.prompts.builder import ChosenText, PromptBuilder
 from tinyagent_fast.runs import create_run
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "trl", "peft", "numpy")
@@ -106,6 +114,8 @@ VALUES = {
     "name": "one",
     "pairs": [],
     "path": "mine.yaml",
+    "planner": Planner(cast("Engine", None), PromptBuilder(system=ChosenText(None, "none"))),
+    "request": "Call Ann",
     "text": "1. join()",
 }
 """What stands for the parameters that a function must be given."""
@@ -212,3 +222,71 @@ def test_settings_of_a_wrong_type_make_no_run(
     with pytest.raises(UserError, match=r"train\.epochs: 'two' is not a number"):
         train(replace(config, train=replace(config.train, epochs="two")))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+LAMPS = "def dim(lamp: str, percent: int) -> str:\n    return f'{lamp} at {percent}'\n"
+
+
+class OnePlan:
+    """An engine that always writes the same plan."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], limits: Limits, on_token: OnToken | None = None
+    ) -> Iterator[tuple[int, Completion]]:
+        text = '1. dim("hall", 30)\n2. join()'
+        for index, _ in enumerate(prompts):
+            if on_token is not None:
+                on_token(index, text)
+            yield index, Completion(text=text, stop_reason="stop", new_tokens=9, prompt_tokens=9)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lamps(tmp_path: Path) -> dict[str, RunnableTool]:
+    (tmp_path / "lamps.py").write_text(LAMPS)
+    return load_tools(str(tmp_path / "lamps.py"))
+
+
+@pytest.fixture
+def lamp_planner(lamps: dict[str, RunnableTool]) -> Planner:
+    tools = {name: one.tool for name, one in lamps.items()}
+    prompts = PromptBuilder(system=ChosenText(None, "none"), tools=tools)
+    return Planner(cast("Engine", OnePlan()), prompts)
+
+
+@pytest.mark.parametrize(
+    ("allow", "status"),
+    [
+        (False, "refused"),
+        (True, "done"),
+        (lambda name, arguments: (name, arguments) == ("dim", ["hall", 30]), "done"),
+        (lambda _name, arguments: arguments[1] > 50, "refused"),
+    ],
+)
+def test_an_agent_changes_with_own_tools_what_it_is_allowed_to(
+    allow: Any, status: str, lamp_planner: Planner, lamps: dict[str, RunnableTool], tmp_path: Path
+) -> None:
+    for tools in (lamps, tmp_path / "lamps.py", str(tmp_path / "lamps.py")):
+        outcome = run_agent(lamp_planner, "Dim the hall", tools, allow=allow)
+        assert [call.status for call in outcome.rounds[-1].execution.calls] == [status]
+        assert outcome.failed == (status == "refused")
+
+
+def test_an_agent_without_tools_works_in_a_sandbox_and_is_asked_for_nothing(
+    lamp_planner: Planner,
+) -> None:
+    outcome = run_agent(lamp_planner, "Dim the hall")
+    assert [call.status for call in outcome.rounds[-1].execution.calls] == ["done"]
+
+
+def test_an_agent_in_an_event_loop_is_refused_with_the_way_that_works(
+    lamp_planner: Planner,
+) -> None:
+    async def in_a_notebook() -> bool:
+        with pytest.raises(UserError, match="event loop"):
+            run_agent(lamp_planner, "Dim the hall")
+        return (await asyncio.to_thread(run_agent, lamp_planner, "Dim the hall")).failed
+
+    assert not asyncio.run(in_a_notebook())

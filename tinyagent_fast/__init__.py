@@ -13,7 +13,14 @@ from tinyagent_fast.privacy import turn_reports_off
 from tinyagent_fast.version import __version__
 
 if TYPE_CHECKING:
-    from tinyagent_fast.api import evaluate_run, export_run, score_pairs, train
+    from tinyagent_fast.api import (
+        evaluate_run,
+        export_run,
+        load_tools,
+        run_agent,
+        score_pairs,
+        train,
+    )
     from tinyagent_fast.config import (
         Config,
         DataConfig,
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
         TrainConfig,
         dump_config,
     )
+    from tinyagent_fast.data.generation.catalogue import load_catalogue
     from tinyagent_fast.errors import GateError, UserError
     from tinyagent_fast.evaluation.evaluate import EvalChanges, EvalOptions
     from tinyagent_fast.export.settings import ExportSettings
@@ -53,14 +61,17 @@ __all__ = [
     "export_run",
     "find_run",
     "load",
+    "load_catalogue",
     "load_config",
+    "load_tools",
     "preset_config",
+    "run_agent",
     "score_pairs",
     "train",
 ]
 
 _MODULES = {
-    "api": ("evaluate_run", "export_run", "score_pairs", "train"),
+    "api": ("evaluate_run", "export_run", "load_tools", "run_agent", "score_pairs", "train"),
     "config": (
         "Config",
         "DataConfig",
@@ -70,6 +81,7 @@ _MODULES = {
         "TrainConfig",
         "dump_config",
     ),
+    "data.generation.catalogue": ("load_catalogue",),
     "errors": ("GateError", "UserError"),
     "evaluation.evaluate": ("EvalChanges", "EvalOptions"),
     "export.settings": ("ExportSettings",),

@@ -5,12 +5,15 @@ torch and transformers are imported when a function needs them, in the order tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from tinyagent_fast.agent.loop import Outcome
+from tinyagent_fast.agent.tools import RunnableTool, tools_of_module
 from tinyagent_fast.config import Config, typed
 from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, wrong_type
@@ -18,6 +21,8 @@ from tinyagent_fast.evaluation.evaluate import EvalOptions, evaluate
 from tinyagent_fast.evaluation.running import EvaluationResult
 from tinyagent_fast.evaluation.scoring import Metrics, score_pair, summarise
 from tinyagent_fast.export.settings import ExportSettings, check_settings
+from tinyagent_fast.inference.planner import Planner
+from tinyagent_fast.interrupts import run_async
 from tinyagent_fast.plans.tools import Tool
 from tinyagent_fast.runs import Run, find_run, holding
 
@@ -162,3 +167,78 @@ def score_pairs(
                 wanted = "two texts, (label, prediction); a plan that is missing is the text ''"
                 raise wrong_type(f"pair {len(scores)}", pair, wanted)
     return summarise(scores)
+
+
+@typed
+def load_tools(path: str | Path) -> dict[str, RunnableTool]:
+    """Load a Python file whose public functions are tools, as `agent --tools` does.
+
+    Returns:
+        The tools by name, for `run_agent`; the `tool` of each is what plans know of it.
+
+    Raises:
+        DataError: The file cannot be loaded, or holds no function that can be a tool.
+    """
+    return tools_of_module(Path(path))
+
+
+@typed
+def run_agent(
+    planner: Planner,
+    request: str,
+    tools: Mapping[str, RunnableTool] | str | Path | None = None,
+    *,
+    allow: bool | Callable[[str, Sequence[object]], bool] = False,
+    system: str | None = None,
+    max_replans: int = 2,
+    call_timeout_s: float = 30.0,
+) -> Outcome:
+    """Plan a request, carry the plan out, judge what came of it, and plan again where that helps.
+
+    Args:
+        planner: Writes the plans, and judges where it was trained to.
+        request: What should be done.
+        tools: By name, as `load_tools` gives them, or a Python file; None takes the planner's
+            tools in a sandbox, where nothing real is touched.
+        allow: Whether calls of your tools that change something are done: all, none, or what a
+            function says that is given the tool's name and the arguments, one call at a time.
+        system: A system text for this request.
+        max_replans: How often another plan is made at most.
+        call_timeout_s: Longest time for one call; a tool may have its own.
+
+    Returns:
+        What came of it: `message` for the user, `failed`, and every call in `rounds`. It is also
+        written into the run's `agent/traces.jsonl`.
+
+    Raises:
+        UserError: Anything that a user can repair; a call that fails is none.
+    """
+    from tinyagent_fast.agent.loop import allow_all
+    from tinyagent_fast.agent.session import AgentSpec, open_agent
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass  # as it should be
+    else:
+        raise ConfigError(
+            "run_agent() in an event loop, such as a notebook's",
+            "it runs one of its own",
+            "call it in a thread: await asyncio.to_thread(run_agent, planner, request)",
+        )
+    file = None if tools is None or isinstance(tools, Mapping) else Path(tools)
+    spec = AgentSpec(tools=file, max_replans=max_replans, call_timeout_s=call_timeout_s)
+    spec.check()
+    one_at_a_time = asyncio.Lock()
+
+    async def allowed(tool: RunnableTool, arguments: Sequence[object]) -> bool:
+        if isinstance(allow, bool):
+            return allow
+        async with one_at_a_time:  # others go on meanwhile
+            return await asyncio.to_thread(allow, tool.name, arguments)
+
+    async def answer() -> Outcome:
+        async with open_agent(planner, spec, tools if isinstance(tools, Mapping) else None) as one:
+            return await one.answer(request, system, allow=allowed if one.real else allow_all)
+
+    return run_async(answer())

@@ -311,12 +311,18 @@ def _checked(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
         wrong = "empty" if names and value == "" else f"not {_described(hint, value)}"
         problems.append(f"{name}: {shown(value)} is {wrong}")
         return value
-    if is_dataclass(value) and not isinstance(value, type):
+    if _are_settings(value):
         parts = typing.get_type_hints(type(value)).items()
         value = replace(
             value, **{n: _checked(f"{name}.{n}", getattr(value, n), h, problems) for n, h in parts}
         )
     return value
+
+
+def _are_settings(value: Any) -> bool:
+    """Say whether it is an object of fields that stay; a planner, say, is none."""
+    known = not isinstance(value, type) and is_dataclass(value)
+    return known and value.__dataclass_params__.frozen
 
 
 def check_config(config: Config) -> None:

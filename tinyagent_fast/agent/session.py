@@ -191,10 +191,13 @@ def _write_trace(stream: RawIOBase, outcome: Outcome) -> None:
 
 
 @asynccontextmanager
-async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAgent]:
+async def open_agent(
+    planner: Planner, spec: AgentSpec, own_tools: Mapping[str, RunnableTool] | None = None
+) -> AsyncIterator[OpenAgent]:
     """Open the tools that are meant, and give an agent that plans with them.
 
-    The planner stays the caller's to close.
+    The planner stays the caller's to close. `own_tools` are those of a program, instead of the
+    ones that the spec names.
 
     Raises:
         ConfigError: An MCP server does not answer, or the planner can call none of the tools, or
@@ -205,15 +208,16 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
     text = joiner_of_run(run, spec.joiner, None)
     joiner = RuleJoiner() if text is None else ModelJoiner(StreamingModel(planner).complete, text)
     async with AsyncExitStack() as stack:
-        if spec.own_tools is not None:
-            tools = spec.own_tools
+        own = spec.own_tools if own_tools is None else own_tools
+        if own is not None:
+            tools = own
         elif spec.mcp:
             tools = await stack.enter_async_context(mcp_tools(spec.mcp))
         else:
             box = sandbox_for(None, planner.tools, path=spec.sandbox, time_scale=1.0)
             stack.callback(box.close)
             tools = box.tools
-        if spec.tools or spec.mcp:
+        if own is not None or spec.mcp:
             refuse_unplanned(planner.tools, tools, grammar=planner.prompts.grammar)
             # Whatever the planner writes meanwhile knows the choices, also what is only planned.
             stack.callback(setattr, planner, "prompts", planner.prompts)
@@ -224,7 +228,7 @@ async def open_agent(planner: Planner, spec: AgentSpec) -> AsyncIterator[OpenAge
             planner=planner,
             joiner=joiner,
             tools=tools,
-            real=bool(spec.tools or spec.mcp),
+            real=own is not None or bool(spec.mcp),
             settings=AgentSettings(
                 max_replans=spec.max_replans, call_timeout_s=spec.call_timeout_s
             ),

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tinyagent_fast.config import typed
 from tinyagent_fast.data.generation import phrases
 from tinyagent_fast.data.generation.phrases import parse_phrase
 from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
@@ -126,13 +127,16 @@ def _slots_of(mention: str) -> set[str]:
         return set()  # which the checks report
 
 
-def load_catalogue(path: Path | None = None) -> Catalogue:
+@typed
+def load_catalogue(path: str | Path | None = None) -> Catalogue:
     """Read a catalogue as described in data/README.md, or TinyAgent's own, and check it whole.
+
+    Its `by_name` are the tools as plans know them, for scoring and drawing.
 
     Raises:
         DataError: The file is missing, no YAML, or breaks a rule; all problems are listed.
     """
-    path = path or BUILT_IN_CATALOGUE
+    path = BUILT_IN_CATALOGUE if path is None else Path(path)
     if path.suffix == ".py":
         raise DataError(
             f"tool catalogue {path}",
