@@ -28,7 +28,7 @@ MAX_PLAN_CHARS = 100_000  # longer texts are refused unread; real plans stay bel
 PLAN_ERRORS: dict[str, str] = {  # every code of `PlanError`, with its meaning
     "too_long": f"the text has more than {MAX_PLAN_CHARS:,} characters and was not read",
     "empty": "there is no step in the text",
-    "bad_syntax": "a line before join is no step of the form `1. tool(arguments)`",
+    "bad_syntax": "a line before join is no step of the form 1. tool(arguments)",
     "bad_arguments": "the arguments of a step are not Python literals",
     "join_arguments": "join has arguments",
     "bad_number": "a step number is 0 or has more than 9 digits",
