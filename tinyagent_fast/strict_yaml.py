@@ -65,6 +65,11 @@ def load_yaml(text: str) -> Any:
                 raise ValueError(f"line {line}: the tag {tag} has no meaning here; leave it out")
             return super().compose_node(parent, index)
 
+        def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+            # JSON escapes an emoji as two halves, which YAML leaves apart.
+            halves = super().construct_scalar(node).encode("utf-16-le", "surrogatepass")
+            return halves.decode("utf-16-le", "surrogatepass")
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()
             for key, _ in node.value:

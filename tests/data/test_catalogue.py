@@ -281,13 +281,23 @@ FAULTS: list[tuple[dict[str, object], str]] = [
     ({"find_bed__plant__value": "end"}, "follows: must name the parameter that holds the start"),
     ({"find_tap__bed__from": 3}, "find_tap.bed.from: must be a kind of result"),
     ({"find_tap__bed__as": ["See"]}, "find_tap.bed.as: must be a list of texts that contain {}"),
-    ({"find_tap__bed__as": ["{} for $5"]}, "find_tap.bed.as: has a $ and digits"),
+    ({"find_tap__bed__as": ["{} for $5"]}, "find_tap.bed.as: '{} for $5' would be read"),
     ({"water__taps__as": ["See {}"]}, "water.taps.as: only for parameters of type str"),
     ({"find_tap__phrases": ["{bed:literal}"]}, "wants a literal {bed}, which has no `value`"),
     ({"water__litres__default": None, "water__slowly__default": 1}, "slowly.default: must be of"),
     ({"water__litres__default": True}, "water.litres.default: must be of type int"),
     ({"water__remark__nullable": "yes"}, "water.remark.nullable: must be true or false"),
-    ({"water__remark__default": "cost $5"}, "water.remark.default: must be of type str"),
+    ({"water__remark__default": "cost $5"}, "water.remark.default: 'cost $5' would be read"),
+    ({"water__remark__default": "a" * 1999}, "takes more than 2,000 characters"),
+    ({"water__litres__default": -(2**63)}, "is no number that a plan can have"),
+    ({"values__litres": [1, 2**64]}, "values.litres: 18446744073709551616 is no number"),
+    ({"values__plant": ["rose", "a" * 120_000]}, "takes more than 2,000 characters"),
+    ({"values__plant": ["a <END_OF_PLAN>", "oak"]}, "'a <END_OF_PLAN>' has <END_OF_PLAN> in it"),
+    ({"water__remark__default": "<END_OF_RESPONSE>"}, "remark.default: '<END_OF_RESPONSE>' has <"),
+    ({"find_bed__weight": 1e308, "water__weight": 1e308}, "add up to no number"),
+    ({"find_bed__weight": 10**400}, "find_bed.weight: must be a number of 0 or more, got 1000"),
+    ({"values__plant": ["rose", "\ud83c"]}, r"values.plant[1]: '\ud83c' has half a character"),
+    ({"find_bed__description": ["a", "b\udf89"]}, "description[1]: 'b\\udf89' has half a char"),
     ({"values__plant": []}, "values.plant: must be a list of words that is not empty"),
     ({"values__plant": "rose"}, "values.plant: must be a list of words that is not empty"),
     ({"values__plant": ["rose", True]}, "values.plant: True is no text; put it in quotes"),
@@ -326,6 +336,54 @@ def test_a_document_that_is_no_catalogue_is_refused(
     with pytest.raises(DataError) as caught:
         load_catalogue(write(document))
     assert message in caught.value.why
+
+
+def test_the_longest_arguments_of_a_catalogue_are_written_and_read_again(
+    write: Callable[[object], Path], tmp_path: Path
+) -> None:
+    numbers = [2**63 - 1, 1 - 2**63]
+    document = own(values__plant=["a" * 1998, "b\\" * 600], values__litres=numbers)
+    spec = GenerationSpec(train_entries=10, test_entries=2, catalogue=write(document))
+    files = generate_dataset(spec, tmp_path / "out")
+    assert len(list(read_entries(files.train, on_bad_entry="error"))) == 10
+
+
+def test_a_plan_that_only_many_long_arguments_make_too_long_is_the_catalogues_fault(
+    write: Callable[[object], Path], tmp_path: Path
+) -> None:
+    default = {"type": "str", "default": "a" * 1990}
+    document = {
+        "values": {"w": ["x", "y", "z"]},
+        "tools": [
+            {
+                "name": "go",
+                "parameters": [
+                    {"name": "x", "type": "str", "value": "w"},
+                    *({"name": f"p{number}", **default} for number in range(60)),
+                ],
+                "phrases": ["go {x}"],
+            }
+        ],
+    }
+    with pytest.raises(DataError, match="100,000"):
+        generate_dataset(GenerationSpec(catalogue=write(document)), tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.json"))
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+@pytest.mark.parametrize("escaped", [True, False])
+def test_an_emoji_comes_through_however_json_writes_it(
+    tmp_path: Path, escaped: bool, line_break: str
+) -> None:
+    path, words = tmp_path / "catalogue.json", ["🎉", "Füße", "x"]
+    text = json.dumps(own(values__plant=words), ensure_ascii=escaped, indent=1)
+    assert (r"\ud83c\udf89" in text) == escaped
+    path.write_bytes(text.replace("\n", line_break).encode())
+    assert load_catalogue(path).words["plant"] == tuple(words)
+    spec = GenerationSpec(train_entries=20, test_entries=2, catalogue=path)
+    files = generate_dataset(spec, tmp_path / "out")
+    plans = [entry.examples[0].output for entry in read_entries(files.train, on_bad_entry="error")]
+    assert any('"🎉"' in plan for plan in plans)
 
 
 def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:

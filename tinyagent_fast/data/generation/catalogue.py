@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +19,15 @@ from typing import Any
 
 from tinyagent_fast.config import typed
 from tinyagent_fast.data.generation import phrases
-from tinyagent_fast.data.generation.phrases import parse_phrase
+from tinyagent_fast.data.generation.phrases import MOST_CHARACTERS, parse_phrase
 from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
-from tinyagent_fast.errors import DataError, did_you_mean, plainly
-from tinyagent_fast.plans.grammar import references
+from tinyagent_fast.errors import DataError, did_you_mean, plainly, shown
+from tinyagent_fast.plans.grammar import (
+    END_OF_PLAN,
+    END_OF_RESPONSE,
+    references,
+    render_call,
+)
 from tinyagent_fast.plans.tools import JOIN, PARAMETER_TYPES, Parameter, Tool, accepts
 from tinyagent_fast.strict_yaml import load_yaml, read_yaml_text
 
@@ -154,7 +160,7 @@ def load_catalogue(path: str | Path | None = None) -> Catalogue:
         raise DataError(
             f"tool catalogue {path}", f"it is no valid YAML: {error}", "correct the YAML"
         ) from error
-    problems: list[str] = []
+    problems = list(_half_characters(document, ""))
     catalogue = _read_document(document, path, problems)
     if problems or catalogue is None:
         raise DataError(
@@ -291,7 +297,7 @@ def _read_tool(raw: dict[str, Any], problems: list[str]) -> CatalogueTool:
     weight = tool.take(
         "weight",
         "a number of 0 or more",
-        lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+        lambda value: type(value) in (int, float) and 0 <= value <= sys.float_info.max,
         1,
     )
     read = [_read_parameter(p, tool.where, problems) for p in parameters if _named(p)]
@@ -344,8 +350,11 @@ def _read_parameter(raw: dict[str, Any], tool: str, problems: list[str]) -> Slot
 
 def _catalogue_problems(catalogue: Catalogue) -> list[str]:
     problems = []
-    if not any(tool.weight > 0 for tool in catalogue.tools):
+    weight = sum(tool.weight for tool in catalogue.tools)
+    if weight == 0:
         problems.append("every tool has weight 0, so none would ever be asked for")
+    if weight == math.inf:
+        problems.append("the weights of all tools add up to no number; make them smaller")
     problems += [f"{name}: defined twice" for name in _repeated(t.name for t in catalogue.tools)]
     problems += [
         f"values.{kind}: the name stands for what follows from the {begins}; take another one"
@@ -353,10 +362,10 @@ def _catalogue_problems(catalogue: Catalogue) -> list[str]:
         if kind in catalogue.words
     ]
     problems += [
-        f"values.{kind}: {word!r} would be read as the result of a call; write no $ and digits"
+        f"values.{kind}: {shown(word)} {problem}"
         for kind, words in catalogue.words.items()
         for word in words
-        if references([word])
+        if isinstance(word, str | int) and (problem := _argument_problem(word))
     ]
     taken = {kind for t in catalogue.tools for p in t.parameters for kind in p.sources}
     problems += [
@@ -395,14 +404,49 @@ def _parameter_problems(
         )
     if parameter.embed != ("{}",) and (parameter.type != "str" or not parameter.sources):
         problems.append(".as: only for parameters of type str that have `from`")
-    if references(text.replace("{}", "") for text in parameter.embed):
-        problems.append(".as: has a $ and digits, which name the result of a call")
+    problems += [
+        f".as: {shown(text)} {problem}"
+        for text in parameter.embed
+        if (problem := _argument_problem(text.replace("{}", "")))
+    ]
     default = parameter.default
-    free = default is REQUIRED or parameter.value in _DERIVED
-    if not free and (not accepts(parameter, default) or references([default])):
+    if default is REQUIRED or parameter.value in _DERIVED:
+        return problems
+    if not accepts(parameter, default):
         wanted = f"of type {parameter.type}" + ("" if parameter.nullable else " and not null")
-        problems.append(f".default: must be {wanted}, got {default!r}")
+        problems.append(f".default: must be {wanted}, got {shown(default)}")
+    elif problem := _argument_problem(default):
+        problems.append(f".default: {shown(default)} {problem}")
     return problems
+
+
+def _argument_problem(value: object) -> str | None:
+    """Say why a value of a right type cannot be an argument of a plan that is trained on."""
+    if references([value]):
+        return "would be read as the result of a call; write no $ and digits"
+    try:
+        written = render_call("", [value])
+    except ValueError:
+        return f"is no number that a plan can have: they lie within {2**63 - 1} of 0"
+    if stop := next((s for s in (END_OF_PLAN, END_OF_RESPONSE) if s in written), None):
+        return f"has {stop} in it, where a model stops writing"
+    if len(written) - len("()") > MOST_CHARACTERS:
+        return f"takes more than {MOST_CHARACTERS:,} characters in a plan"
+    return None
+
+
+def _half_characters(value: object, where: str) -> Iterator[str]:
+    """Find texts that no file can hold, with half of an emoji, say, as JSON escapes it."""
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        place = where or "the top level"
+        yield f"{place}: {shown(value)} has half a character; write the whole one"
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _half_characters(item, f"{where}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _half_characters(key, where)
+            yield from _half_characters(item, f"{where}.{key}" if where else str(key))
 
 
 def _value_problem(

@@ -22,7 +22,7 @@ from tinyagent_fast.data.generation.prompts import (
 from tinyagent_fast.data.generation.queries import SINGLE_CALLS, Mix, Request, write_request
 from tinyagent_fast.data.splits import normalise_query
 from tinyagent_fast.errors import DataError, plainly
-from tinyagent_fast.plans.grammar import parse_plan, render_call
+from tinyagent_fast.plans.grammar import MAX_PLAN_CHARS, parse_plan, render_call
 from tinyagent_fast.plans.tools import JOIN
 from tinyagent_fast.runs import unfinished_folder
 
@@ -218,7 +218,15 @@ class _EntryWriter:
         self, request: Request, messages: list[dict[str, str]]
     ) -> Iterator[dict[str, Any]]:
         """Play the plan through, and write what a joiner and a planner should say then."""
-        plan = parse_plan(_render(request))
+        text = _render(request)
+        if len(text) > MAX_PLAN_CHARS:
+            raise DataError(
+                f"catalogue {self.catalogue.name!r}",
+                f"a plan made from it has {len(text):,} characters, and none of more than "
+                f"{MAX_PLAN_CHARS:,} is ever read",
+                "shorten its longest words and defaults, or ask for plans with fewer calls",
+            )
+        plan = parse_plan(text)
         share, user = self.spec.failure_share, messages[-1]["content"]
         played = self.outcomes.points(request.query, user, plan, share, self.rng)
         for index, point in enumerate(played, start=1):

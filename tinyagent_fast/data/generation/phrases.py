@@ -14,7 +14,8 @@ from functools import cache
 
 _SLOT = re.compile(r"\{(\w+)(?::(!?)(\w[\w ]*))?\}")
 _KIND = re.compile(r"<(\w+)>")
-_MOST_CHARACTERS = 2000
+MOST_CHARACTERS = 2000
+"""Of a phrase, and of whatever a catalogue puts into a plan as one argument."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def parse_phrase(text: str) -> Phrase:
     Raises:
         ValueError: Brackets or braces are wrong; the message says how.
     """
-    if len(text) > _MOST_CHARACTERS:
-        raise ValueError(f"has more than {_MOST_CHARACTERS:,} characters")
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"has more than {MOST_CHARACTERS:,} characters")
     try:
         phrase, end = _parse(text, 0, "")
     except RecursionError as error:
