@@ -302,7 +302,21 @@ def test_real_labels_can_be_scored_against_themselves() -> None:
         ('1. open_note("$1", "")\n2. join()', "bad_reference"),
         ("1. open_note(x)\n2. join()", "unparsable, bad_arguments"),
         ("hello", "unparsable, no_join"),
+        ('1. open_note("a", "")\n2. join()<END_OF_PLAN>', None),
+        ('1. open_note("a", "")\r\n2. join()<END_OF_PLAN>\r\n', None),
     ],
 )
 def test_a_label_that_its_own_copy_does_not_match_is_named(label: str, reason: str | None) -> None:
     assert why_hopeless(label) == reason
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        '1. open_note("a <END_OF_PLAN> b", "")\n2. join()',
+        '1. open_note("ä", "")\r\n2. open_note("<END_OF_PLAN>", "")\r\n3. join()<END_OF_PLAN>',
+    ],
+)
+def test_a_label_that_is_cut_at_a_stop_string_can_never_succeed(label: str) -> None:
+    assert score_pair(label, label).success
+    assert "<END_OF_PLAN>" in str(why_hopeless(label))

@@ -18,7 +18,7 @@ from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.reference import reference_scores, unknown_tools
 from tinyagent_fast.evaluation.statistics import Mean, Proportion
 from tinyagent_fast.inference.engine import StopReason
-from tinyagent_fast.plans.grammar import Plan, PlanReading, read_plan
+from tinyagent_fast.plans.grammar import END_OF_PLAN, Plan, PlanReading, read_plan
 from tinyagent_fast.plans.graph import Dag, DagError, plan_dag, same_dag
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT, Tool, call_problems
 
@@ -223,11 +223,14 @@ def score_pair(
 
 
 def why_hopeless(label: str, tools: Mapping[str, Tool] | None = TINYAGENT) -> str | None:
-    """Say why not even a prediction equal to a label would count as success; None if it would."""
+    """Say why not even a model that writes a label would succeed; None if it would."""
     score = score_pair(label, label, tools)
-    if score.success and not score.bad_label:
-        return None
-    return ", ".join(score.label_problems) or "it has no dependency graph"
+    if not score.success or score.bad_label:
+        return ", ".join(score.label_problems) or "it has no dependency graph"
+    # Writing ends at the first stop string, wherever it stands.
+    if not score_pair(label, label.partition(END_OF_PLAN)[0], tools).success:
+        return f"{END_OF_PLAN} stands within the plan, and all that follows it is cut off"
+    return None
 
 
 def refuse_unknown_tools(
