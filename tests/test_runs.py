@@ -30,6 +30,7 @@ from tinyagent_fast.runs import (
     point_latest,
     read_json,
     refuse_taken_name,
+    sha256_of,
     unfinished_folder,
     write_json,
     write_text,
@@ -374,6 +375,28 @@ def test_data_files_of_a_run_are_found_from_any_folder(
     assert run.test_file() == tmp_path / "test.json"
     write_json(run.path / "data.json", {"base": "b", "test_file": {"path": "generated.json"}})
     assert run.test_file() == Path("generated.json"), "where it was, though it is gone"
+
+
+@pytest.mark.parametrize("line_break", [b"\n", b"\r\n"])
+def test_a_run_says_whether_its_catalogue_is_the_one_it_was_trained_with(
+    config: Config, tmp_path: Path, line_break: bytes
+) -> None:
+    assert create_run(config).changed_catalogue() is None, "TinyAgent's own tools"
+    path = tmp_path / "töne.yaml"
+    path.write_bytes(b"name: a" + line_break)
+    named = replace(config, name="own", data=replace(config.data, catalogue=path))
+    run = create_run(named)
+    assert run.changed_catalogue() is None, "an earlier version kept no hash"
+    record = {"path": str(path), "sha256": sha256_of(path)}
+    write_json(run.path / "data.json", {"catalogue_file": record})
+    assert run.changed_catalogue() is None
+    path.write_bytes(b"name: b" + line_break)
+    assert str(path) in str(run.changed_catalogue())
+    path.unlink()
+    with pytest.raises(ConfigError) as gone:
+        run.changed_catalogue()
+    assert "run own" in gone.value.why
+    assert str(run.config_path) in gone.value.fix
 
 
 def no_links(*_: object, **__: object) -> None:

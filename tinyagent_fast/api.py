@@ -109,6 +109,8 @@ def export_run(
     display.say(f"run {found.path.name}, adapter {adapter}")
     if (unfinished := found.unfinished()) is not None:
         display.say(f"note: the training of run {found.path.name} is {unfinished}")
+    if (changed := found.changed_catalogue()) is not None:
+        display.say(f"note: {changed}")
     held = holding(settings.out or found.path, "export", "name another folder with --out")
     with held, display.working("export"):  # for whatever has no label of its own
         from tinyagent_fast.models.libraries import prepare_libraries

@@ -158,6 +158,36 @@ class Run:
         """Find the training file of this run, as `test_file` does."""
         return self._data_file("train_file", self.config().data.train)
 
+    def catalogue(self) -> Path | None:
+        """Find the tool catalogue of this run; None stands for TinyAgent's own tools.
+
+        Raises:
+            ConfigError: It is gone.
+        """
+        path = self.config().data.catalogue
+        if path is not None and not path.exists():
+            raise ConfigError(
+                f"tool catalogue {path}",
+                f"run {self.path.name} names it, and there is no such file",
+                f"put it back, or name it by `catalogue` under `data` in {self.config_path}",
+            )
+        return path
+
+    def changed_catalogue(self) -> str | None:
+        """Say that the catalogue is not what it was when the run was trained.
+
+        Returns:
+            One line; None where it is the same, or where an earlier version kept no hash of it.
+
+        Raises:
+            ConfigError: It is gone.
+        """
+        path = self.catalogue()
+        recorded = None if path is None else self._record("data.json").get("catalogue_file")
+        if path is None or not recorded or recorded["sha256"] == sha256_of(path):
+            return None
+        return f"tool catalogue {path} has changed since run {self.path.name} was trained with it"
+
     def _data_file(self, name: str, configured: Path | None) -> Path | None:
         recorded = self._record("data.json").get(name)
         named = recorded["path"] if recorded else configured

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.config import Config
-from tinyagent_fast.errors import Stopped, TrainingError
+from tinyagent_fast.data.generation.catalogue import BUILT_IN_CATALOGUE
+from tinyagent_fast.errors import Stopped, TrainingError, UserError
 from tinyagent_fast.interrupts import Terminated
 from tinyagent_fast.runs import Run, find_run, point_latest, read_json, write_json
 from tinyagent_fast.training import fit
@@ -271,6 +272,30 @@ def test_changed_data_under_the_same_name_is_refused(
         fit.train(config, quiet, resume=run)
     assert "its data changed" in str(caught.value)
     assert "train_file.sha256" in str(caught.value)
+
+
+def test_another_catalogue_under_the_same_name_is_refused(
+    tiny_config: MakeConfig, tmp_path: Path, quiet: Any
+) -> None:
+    path = tmp_path / "tools.yaml"
+    built_in = BUILT_IN_CATALOGUE.read_bytes()
+    path.write_bytes(built_in)
+    config = tiny_config(data={"limit_entries": 8, "catalogue": path}, train={"max_steps": 1})
+    run = fit.train(config, quiet)
+    path.write_bytes(built_in + b"# a wish\n")
+    with pytest.raises(TrainingError) as caught:
+        fit.train(config, quiet, resume=run)
+    assert "its data changed" in str(caught.value)
+    assert "catalogue_file.sha256" in str(caught.value)
+    path.unlink()
+    with pytest.raises(UserError, match=f"run {run.path.name} names it"):
+        fit.train(config, quiet, resume=run)
+    path.write_bytes(built_in)
+    record = read_json(run.path / "data.json")
+    del record["catalogue_file"]  # as earlier versions wrote it
+    write_json(run.path / "data.json", record)
+    path.write_bytes(built_in + b"# a wish\n")
+    fit.train(config, quiet, resume=run)
 
 
 def test_another_set_of_trained_parameters_is_refused(

@@ -250,7 +250,8 @@ def test_queries(
         one.
 
     Raises:
-        ConfigError: Retrieved prompts are wanted, and there is no retriever that writes them.
+        ConfigError: Retrieved prompts are wanted, and there is no retriever that writes them; or
+            the run's catalogue is gone.
         DataError: There is no test file, it is faulty, or its labels call tools that the run's
             catalogue does not know.
     """
@@ -260,6 +261,8 @@ def test_queries(
         retriever_of_run,
     )
 
+    if (changed := run.changed_catalogue()) is not None:
+        display.say(f"note: {changed}")
     processes = init_processes()
     examples, test_sha256 = processes.main_process_first(lambda: load_test_examples(config))
     refuse_unscorable(config, examples)

@@ -340,7 +340,7 @@ class PlannerSource:
 
     def tools(self) -> Mapping[str, Tool] | None:
         """Find the tools that its plans may call; None stands for TinyAgent's own."""
-        return plan_tools(self.config().data.catalogue)
+        return plan_tools(self.run.catalogue() if self.run else None)
 
 
 _ENGINES: Mapping[str, tuple[EngineName, ...]] = {
@@ -435,6 +435,8 @@ def _facts(source: PlannerSource, prompts: PromptBuilder, grammar: GrammarUse) -
     facts = {"model": _shown(source.path), "system text": prompts.system.source}
     if source.run is not None and (unfinished := source.run.unfinished()) is not None:
         facts["training"] = f"run {source.run.path.name} is {unfinished}"
+    if source.run is not None and (changed := source.run.changed_catalogue()) is not None:
+        facts["tools"] = changed
     if (named := prompts.describe_tools()) is not None:
         facts["it names"] = f"{named}; for others: --system nearest or FILE"
     facts["grammar"] = (

@@ -110,7 +110,9 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
         notes.append(f"the training is {unfinished}")
     steps, validations = read_history(run, notes)
     folders = list(_evaluation_folders(run.path))
-    tools = plan_tools(catalogue or config.data.catalogue) if folders else None
+    tools = plan_tools(catalogue or run.catalogue()) if folders else None
+    if folders and catalogue is None and (changed := run.changed_catalogue()) is not None:
+        notes.append(changed)
     data = _read_object(run.path / "data.json", notes)
     found = (_read_evaluation(name, folder, tools, notes) for name, folder in folders)
     evaluations = {evaluation.name: evaluation for evaluation in found if evaluation is not None}
@@ -141,7 +143,7 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
 def catalogue_of_run(folder: Path) -> Path | None:
     """Find the catalogue that the plans in a run, or in a folder within it, were made for."""
     run = _run_around(folder)
-    return None if run is None else run.config().data.catalogue
+    return None if run is None else run.catalogue()
 
 
 def tasks_of_run(folder: Path) -> Mapping[str, object]:

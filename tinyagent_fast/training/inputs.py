@@ -39,7 +39,7 @@ from tinyagent_fast.prompts.rows import RowFile, encode_examples
 from tinyagent_fast.prompts.system_text import parse
 from tinyagent_fast.prompts.templates import template_hash
 from tinyagent_fast.prompts.tokens import PromptTokenizer
-from tinyagent_fast.runs import Run, key_of
+from tinyagent_fast.runs import Run, key_of, sha256_of
 
 GENERATED = Path("data/generated")
 _SOME_MOMENT = datetime(2000, 1, 1)
@@ -204,6 +204,7 @@ def _read_examples(
             "test": len(test_examples),
         },
         **({"generated": mixed_in} if mixed_in else {}),
+        **_about_catalogue(data.catalogue),
         "read": {"train": asdict(table.report), "test": asdict(test.report) if test else None},
         "leaks": asdict(leaks),
     }
@@ -218,6 +219,13 @@ def _read_examples(
         left_out_as_leaks=leaked,
     )
     return examples, train, epoch
+
+
+def _about_catalogue(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    plan_tools(path)  # refuses one that is not there
+    return {"catalogue_file": {"path": str(path), "sha256": sha256_of(path)}}
 
 
 def _with_generated_rows(

@@ -128,6 +128,7 @@ def refuse_changed_config(run: Run, config: Config) -> None:
 
     Raises:
         TrainingError: They differ; every difference is listed.
+        ConfigError: The run's tool catalogue is gone.
     """
 
     def comparable(config: Config) -> dict[str, Any]:
@@ -138,6 +139,7 @@ def refuse_changed_config(run: Run, config: Config) -> None:
         return plain
 
     _refuse_difference(run, "config", comparable(run.config()), comparable(config))
+    run.catalogue()
 
 
 def trainable_parameters(model: Any) -> dict[str, list[int]]:
@@ -158,6 +160,8 @@ def remember_or_compare(
         plain = json.loads(json.dumps(now))
         if resumed and path.exists():
             before = read_json(path)
+            if "catalogue_file" not in before:  # earlier versions kept no hash of it
+                plain.pop("catalogue_file", None)
             _refuse_difference(run, name, _without_places(before), _without_places(plain))
         else:
             write_json(path, plain)
