@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,9 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
     steps, validations = read_history(run, notes)
     folders = list(_evaluation_folders(run.path))
     tools = plan_tools(catalogue or run.catalogue()) if folders else None
-    if folders and catalogue is None and (changed := run.changed_catalogue()) is not None:
-        notes.append(changed)
+    if folders and catalogue is None:
+        with suppress(ConfigError):  # a damaged data.json, which is noted below
+            notes += filter(None, [run.changed_catalogue()])
     data = _read_object(run.path / "data.json", notes)
     found = (_read_evaluation(name, folder, tools, notes) for name, folder in folders)
     evaluations = {evaluation.name: evaluation for evaluation in found if evaluation is not None}
