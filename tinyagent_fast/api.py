@@ -237,7 +237,7 @@ def run_agent(
         if isinstance(allow, bool):
             return allow
         async with one_at_a_time:  # others go on meanwhile
-            return await asyncio.to_thread(allow, tool.name, arguments)
+            return await asyncio.to_thread(allow, tool.name, list(arguments))
 
     async def answer() -> Outcome:
         async with open_agent(planner, spec, tools if isinstance(tools, Mapping) else None) as one:
