@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tinyagent_fast.evaluation.reference import ReferenceScores, reference_scores
 from tinyagent_fast.plans.grammar import (
     END_OF_PLAN,
     MAX_PLAN_CHARS,
@@ -243,6 +249,48 @@ def test_a_joiner_answer_is_read_as_the_app_acts_on_it(
     text: str, answer: tuple[str, str | None, str]
 ) -> None:
     assert parse_joiner(text) == JoinerAnswer(*answer)
+
+
+class Garbage:
+    """Lies in a cycle, so that the collector runs Python code, and with it other threads."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        assert [*range(50)]
+
+
+@pytest.fixture
+def threads_that_change_often() -> Iterator[None]:
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(20, 5, 5)
+    yield
+    sys.setswitchinterval(interval)
+    gc.set_threshold(*thresholds)
+
+
+@pytest.mark.usefixtures("threads_that_change_often")
+def test_threads_that_read_plans_at_once_read_the_same_as_one() -> None:
+    """Python 3.11 counts how deep the parsing of all threads together is."""
+    text = '1. open_note("x")\n2. send_sms(["$1", ["b", ["c"]]], "x")\n3. join()'
+    start = threading.Barrier(4)
+
+    def read(_: int) -> list[tuple[str, ReferenceScores]]:
+        start.wait()
+        found = []
+        for _ in range(700):
+            Garbage()
+            plan = parse_plan(text)
+            found.append((render_plan(plan), reference_scores(text, text)))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        readings = list(pool.map(read, range(4)))
+    assert {reading for each in readings for reading in each} == {
+        (text, reference_scores(text, text))
+    }
 
 
 ANSWERS = st.lists(

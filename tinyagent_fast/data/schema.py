@@ -11,14 +11,13 @@ from __future__ import annotations
 import ast
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from tinyagent_fast.errors import printable
-from tinyagent_fast.plans.grammar import loose_steps
+from tinyagent_fast.plans.grammar import loose_steps, parse_expression
 from tinyagent_fast.plans.tools import JOIN
 
 PointKind = Literal["plan", "join", "replan"]
@@ -323,10 +322,7 @@ def _as_json(value: object) -> object:
 def _try_literal(text: str) -> object:
     """Return the value of a Python literal, or the exception that says why it is none."""
     try:
-        with warnings.catch_warnings():
-            # An unknown escape such as "\d" is a warning in some Python versions only.
-            warnings.simplefilter("ignore")
-            return ast.literal_eval(text)
+        return ast.literal_eval(parse_expression(text.lstrip(" \t")))
     except _LITERAL_ERRORS as error:
         return error
 

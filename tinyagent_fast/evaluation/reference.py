@@ -25,12 +25,11 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
-from tinyagent_fast.plans.grammar import loose_steps
+from tinyagent_fast.plans.grammar import loose_steps, parse_expression
 from tinyagent_fast.plans.graph import Dag, same_dag
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 
@@ -129,10 +128,7 @@ def _arguments(raw: str) -> tuple[object, ...]:
     if raw == "":
         return ()
     try:
-        with warnings.catch_warnings():
-            # An odd escape warns, and under an "error" filter would change the verdict.
-            warnings.simplefilter("ignore")
-            value = ast.literal_eval(raw)
+        value = ast.literal_eval(parse_expression(raw.lstrip(" \t")))
     except Exception:  # the original takes any failure for text that is no literal
         return (raw,)
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ PLAN_ERRORS: dict[str, str] = {  # every code of `PlanError`, with its meaning
 }
 
 _NOT_LITERAL = (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError)
+_PARSING = threading.RLock()  # Python 3.11 counts the depth of all threads' parsing together
 _THOUGHT = "Thought:"
 _HEADER = re.compile(r"([0-9]+)\. (\w+)\(")
 _CLOSED = re.compile(r"\)\s*(?:#.*)?\Z", re.DOTALL)
@@ -181,10 +183,7 @@ def _read_arguments(rest: str) -> tuple[tuple[object, ...], str]:
     """Read `arguments)  # comment` with Python's own parser; nothing is evaluated."""
     source = f"_({rest}"
     try:
-        with warnings.catch_warnings():
-            # An odd escape warns, and under an "error" filter would not parse.
-            warnings.simplefilter("ignore")
-            call = ast.parse(source, mode="eval").body
+        call = parse_expression(source)
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise PlanError("bad_arguments", f"{_shown(rest)} is not one list of arguments")
         if call.keywords:
@@ -199,6 +198,20 @@ def _read_arguments(rest: str) -> tuple[tuple[object, ...], str]:
     if not plain or call.end_lineno != 1 or call.end_col_offset is None:
         raise PlanError("bad_arguments", f"{_shown(rest)} holds a value no tool can take")
     return arguments, source.encode()[2 : call.end_col_offset - 1].decode()
+
+
+def parse_expression(source: str) -> ast.expr:
+    """Parse one Python expression, in any number of threads, without evaluating it.
+
+    Raises:
+        SyntaxError, ValueError, MemoryError, RecursionError: As `ast.parse` does.
+
+    Source: https://github.com/python/cpython/issues/106905 (why threads must wait for each other)
+    """
+    with _PARSING, warnings.catch_warnings():
+        # An odd escape warns, and under an "error" filter would not parse.
+        warnings.simplefilter("ignore")
+        return ast.parse(source, mode="eval").body
 
 
 def _is_plain(value: object) -> bool:
