@@ -22,6 +22,7 @@ from tinyagent_fast.evaluation.statistics import mcnemar_exact_p
 pytestmark = pytest.mark.slow
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "own_tools.md").read_text(encoding="utf-8")
+FILES = {"python": "home.py", "yaml": "home.yaml", "json": "requests.json"}
 LINES = [
     shlex.split(line, comments=True)[1:]
     for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, flags=re.S)
@@ -31,7 +32,9 @@ LINES = [
 
 
 def run(folder: Path, words: list[str]) -> str:
-    """Run a command where the document's files are, and give what it says."""
+    """Run a command where the document's files are, and give what it says, also into a file."""
+    at = words.index(">") if ">" in words else len(words)
+    words, file = words[:at], words[at + 1 :]
     done = subprocess.run(
         [sys.executable, "-m", "tinyagent_fast", *words],
         cwd=folder,
@@ -41,6 +44,8 @@ def run(folder: Path, words: list[str]) -> str:
         check=False,
     )
     assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    if file:
+        (folder / file[0]).write_text(done.stdout, encoding="utf-8")
     return done.stdout
 
 
@@ -48,7 +53,7 @@ def run(folder: Path, words: list[str]) -> str:
 def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Return the folder in which the document was followed, and what each command said."""
     folder = tmp_path_factory.mktemp("home")
-    for kind, name in (("python", "home.py"), ("yaml", "home.yaml")):
+    for kind, name in FILES.items():
         (block,) = re.findall(rf"```{kind}\n(.*?)```", DOCUMENT, flags=re.S)
         (folder / name).write_text(block, encoding="utf-8")
     return folder, [run(folder, words) for words in LINES]
@@ -74,7 +79,16 @@ def test_the_arguments_of_most_plans_are_right_too(followed: tuple[Path, list[st
 
 
 def test_the_agent_calls_the_functions_of_the_document(followed: tuple[Path, list[str]]) -> None:
-    assert "lamp-hall is at 30 percent" in followed[1][-1]
+    (said,) = (said for words, said in zip(LINES, followed[1], strict=True) if words[0] == "agent")
+    assert "lamp-hall is at 30 percent" in said
+
+
+def test_requests_of_ones_own_are_answered_and_scored(followed: tuple[Path, list[str]]) -> None:
+    folder, said = followed
+    asked = json.loads((folder / "requests.json").read_text(encoding="utf-8"))
+    answers = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["request"] for line in answers] == [one["request"] for one in asked]
+    assert f"n = {len(asked)}" in said[-1]
 
 
 def test_plan_success_does_not_fall_when_joins_are_added(followed: tuple[Path, list[str]]) -> None:
