@@ -126,6 +126,15 @@ def test_what_is_looked_up_twice_is_looked_up_once() -> None:
     assert written(Twice(FORGOTTEN, twice), [HELD])[0].text == once
 
 
+def test_a_look_up_is_one_also_where_nothing_that_takes_its_result_is_listed() -> None:
+    call = 'get_phone_number("Ada")'
+    alone = held_to_tools(
+        Prompt(system=f"Tools:\n{LISTED.splitlines()[0]}\n", user="Ada's number?")
+    )
+    done = written(Twice(f"1. {call}\n2. {call}\n3. join()"), [alone])
+    assert done[0].text == f"1. {call}\n2. join()"
+
+
 def test_free_texts_plans_that_were_broken_off_and_what_is_no_plan_are_left_alone() -> None:
     for prompt, text in ((FREE, FORGOTTEN), (HELD, FORGOTTEN[:40]), (HELD, "no plan")):
         engine = Twice(text)

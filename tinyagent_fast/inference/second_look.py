@@ -20,7 +20,7 @@ from tinyagent_fast.plans.grammar import Plan, PlanError, parse_plan, render_pla
 from tinyagent_fast.plans.tools import Tool, tools_by_name
 from tinyagent_fast.prompts.builder import listed_tools
 
-SECOND_LOOK_VERSION = 2
+SECOND_LOOK_VERSION = 3
 """Raised when other plans come out of it, as predictions of two versions are not mixed.
 
 No hash of its sources: that would put predictions aside for a comment."""
@@ -44,10 +44,10 @@ def generate_plans(
     again: list[tuple[int, Completion, Prompt, Plan]] = []
     for index, written in engine.generate(prompts, limits, on_token):
         prompt = prompts[index]
-        listed = _listed(prompt, tools)
-        completion = _shortened(written, listed)
+        completion = _shortened(prompt, written, tools)
         plan, found = _plan(completion), doubts_left(prompt, completion, tools)
         if plan and found and len(found[0].before) < MAX_CALLS:
+            listed = _listed(prompt, tools)
             grammar = plan_grammar(listed, begun=found[0].before, following=found[0].instead)
             again.append((index, completion, replace(prompt, grammar=grammar), plan))
         else:
@@ -61,10 +61,9 @@ def generate_plans(
         prompts = [prompt for _, _, prompt, _ in again]
         for at, written in engine.generate(prompts, limits, waiting):
             index, first, prompt, plan = again[at]
-            listed = _listed(prompt, tools)
-            second = _shortened(written, listed)
+            second = _shortened(prompt, written, tools)
             other = _plan(second)
-            better = other is not None and _is_better(other, plan, listed)
+            better = other is not None and _is_better(other, plan, _listed(prompt, tools))
             yield (
                 index,
                 replace(
@@ -91,10 +90,11 @@ def _listed(prompt: Prompt, tools: Mapping[str, Tool] | None) -> Mapping[str, To
     return listed_tools(prompt, known_tools(tools)) if prompt.grammar is not None else {}
 
 
-def _shortened(done: Completion, tools: Mapping[str, Tool]) -> Completion:
+def _shortened(prompt: Prompt, done: Completion, tools: Mapping[str, Tool] | None) -> Completion:
     """Leave repeated look-ups out of a plan; other texts stay as they are, to the letter."""
-    plan = _plan(done) if tools else None
-    shorter = without_repeats(plan, tools) if plan else None
+    plan = _plan(done) if prompt.grammar is not None else None
+    # A look-up is one also where no tool that takes its result is listed.
+    shorter = without_repeats(plan, known_tools(tools)) if plan else None
     return done if shorter is None or shorter == plan else replace(done, text=render_plan(shorter))
 
 
