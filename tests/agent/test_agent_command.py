@@ -143,6 +143,7 @@ def types(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     [
         ([], "y\n", True),
         ([], "YES\n", True),
+        ([], "all\n", True),
         ([], "n\n", False),
         ([], "\n", False),
         ([], "", False),
@@ -285,6 +286,36 @@ def test_tools_of_an_mcp_server_are_planned_with_asked_for_and_planned_again(
     (trace,) = map(json.loads, Path("runs/r/agent/traces.jsonl").read_text().splitlines())
     statuses = [[call["status"] for call in one["calls"]] for one in trace["rounds"]]
     assert statuses == [["failed", "skipped"], ["done", "done"]]
+
+
+def test_yes_to_all_holds_for_one_plan(
+    says: Callable[[str], ScriptedWriter],
+    types: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    says("")
+    Path("home_tools.py").write_text(
+        HOME.replace("import tool", "import ToolError, tool").replace(
+            "    Path(",
+            "    if percent > 100:\n        raise ToolError('at most 100', retry=True)\n    Path(",
+        )
+    )
+    plans = [
+        HOME_PLAN.replace("3. join()", '3. dim("$1", 200)\n4. join()'),
+        HOME_PLAN.replace("40", "100"),
+    ]
+    monkeypatch.setattr(
+        planner,
+        "load",
+        lambda *_, **__: planner_with(InTurn(plans), Run(Path("runs/r"))),
+    )
+    types("all\n")
+    words = ["agent", "dim the hall", "--tools", "home_tools.py", "--grammar", "off"]
+    assert main(words) == 1
+    said = capsys.readouterr().out
+    assert said.count("do it?") == 2
+    assert Path("dimmed").read_text() == "lamp-hall 40"
 
 
 def test_a_dry_run_only_plans(

@@ -363,3 +363,23 @@ def test_a_plan_is_carried_out_before_the_user_s_eyes_and_asks_before_it_changes
         assert not browser.execute_script(OVERLAPS)
         assert not browser.execute_script(OUTSIDE)
     assert browser.get_log("browser") == []
+
+
+def test_one_word_allows_all_calls_of_a_plan(browser: Chrome, tmp_path: Path) -> None:
+    (tmp_path / "page_home.py").write_text(HOME)
+    spec = AgentSpec(tools=tmp_path / "page_home.py")
+    with serving(planner_with(ScriptedWriter(HOME_PLAN)), agent=spec) as server:
+        browser.get(server.url)
+        wait_until(lambda: browser.find_element(By.ID, "act").is_displayed(), "the button")
+        for _ in range(2):  # the second request is asked about again
+            write(browser, "#request", "dim the hall")
+            click(browser, "#act")
+            wait_until(lambda: "40" in text_of(browser, "asked"), "a question")
+            assert list(tmp_path.glob("done-*")) == []
+            click(browser, "#allow-all")
+            wait_until(lambda: text_of(browser, "answer"), "the answer")
+            assert browser.execute_script(STATUSES) == ["done", "done", "done"]
+            assert not browser.find_element(By.ID, "question").is_displayed()
+            for done in tmp_path.glob("done-*"):
+                done.unlink()
+    assert browser.get_log("browser") == []

@@ -30,12 +30,14 @@ class AgentView:
         self.ask = ask
         self._plan = PlanUnderWay(tools)
         self._asking = asyncio.Lock()
+        self._all = False
         self._live = self._new_live()
 
     def on_event(self, kind: str, content: Mapping[str, Any]) -> None:
         """Take an event of the agent."""
         self._plan.on_event(kind, content)
         if kind == "plan":
+            self._all = False
             if content["number"]:
                 self.console.print(Text("planning again", style="bold"))
             self._live = self._new_live()
@@ -59,19 +61,25 @@ class AgentView:
             self._live.stop()
 
     async def allow(self, tool: RunnableTool, arguments: Sequence[object]) -> bool:
-        """Show what would be changed and ask, one call at a time; no answer is a no."""
+        """Show what would be changed and ask, one call at a time; no answer is a no.
+
+        The answer "all" holds for the calls of this plan, and not for those of another one.
+        """
         if not self.ask:
             return True
         call = render_call(tool.name, arguments)
         async with self._asking:
+            if self._all:
+                return True
             live = self._live.is_started
             self.close()
             self.console.print(Text(f"this would be done: {printable(call)}", style="bold"))
-            self.console.print("do it? \\[y/N] ", end="")
-            answer = await _typed_line()
+            self.console.print("do it? \\[y/N, all: yes to the rest of this plan] ", end="")
+            answer = (await _typed_line()).strip().lower()
             if live:
                 self._live.start()
-        return answer.strip().lower() in ("y", "yes")
+            self._all = answer in ("a", "all")
+        return self._all or answer in ("y", "yes")
 
     def _new_live(self) -> Live:
         return Live(console=self.console, refresh_per_second=8, get_renderable=self._graph)
