@@ -71,6 +71,23 @@ def test_defaults_none_and_what_is_given_back_are_listed(
     assert "volume: str = 'quiet')" in capsys.readouterr().out
 
 
+def test_kinds_of_few_words_are_named_unless_they_are_a_tool_s_choices(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def named(*more: str) -> set[str]:
+        assert main(["tools", "check", *more]) == 0
+        _, _, said = capsys.readouterr().out.partition("few words: ")
+        return set(re.findall(r"(\w+) \(\d+\)", said))
+
+    assert named("home.py", "--catalogue", "home.yaml") == {"room", "news"}
+    assert named("home.yaml") == {"room", "news", "level"}
+    assert named("home.py") == set()
+    text = Path("home.yaml").read_text()
+    many = ", ".join(f"room {n}" for n in range(100))
+    Path("home.yaml").write_text(re.sub(r"room: \[.*\]", f"room: [{many}]", text))
+    assert named("home.py", "--catalogue", "home.yaml") == {"news"}
+
+
 def test_a_draft_is_a_catalogue_that_data_can_be_generated_from(files: Path) -> None:
     assert main(["tools", "check", "home.py", "--draft", "draft.yaml"]) == 0
     draft, tools = load_catalogue(Path("draft.yaml")), tools_of_module(Path("home.py"))

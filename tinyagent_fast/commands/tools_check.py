@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tinyagent_fast.data.generation.catalogue import Catalogue, SlotParameter
     from tinyagent_fast.plans.tools import Parameter, Tool
 
+_FEW_WORDS = 100  # a choice; the built-in names are some hundred each
 _LOOKS = {True: "changes something", False: "only looks up"}
 
 
@@ -47,8 +48,10 @@ def run(arguments: Sequence[str]) -> int:
 
     runnable: Mapping[str, RunnableTool] = {}
     tools: Mapping[str, Tool]
+    catalogue = None if flags.catalogue is None else load_catalogue(flags.catalogue)
     if flags.source is not None and flags.source.suffix in (".yaml", ".yml"):
-        tools = {tool.name: tool for tool in load_catalogue(flags.source).tools}
+        own = load_catalogue(flags.source)
+        tools, catalogue = own.by_name, catalogue or own
     else:
         runnable = _runnable(flags)
         tools = {name: tool.tool for name, tool in runnable.items()}
@@ -56,8 +59,7 @@ def run(arguments: Sequence[str]) -> int:
         print(_listed(tool, runnable.get(name)))
         for line in tool.description:
             print(f"    {line}")
-    if flags.catalogue is not None:
-        catalogue = load_catalogue(flags.catalogue)
+    if flags.catalogue is not None and catalogue is not None:
         if problems := _differences(tools, runnable, catalogue):
             raise DataError(
                 f"{flags.source or flags.mcp} and {flags.catalogue}",
@@ -65,6 +67,12 @@ def run(arguments: Sequence[str]) -> int:
                 "a plan passes all arguments by position, so both must have them alike",
             )
         print(f"{len(tools)} tools, the same in {flags.catalogue}")
+    if catalogue is not None and (few := ", ".join(_few_words(catalogue, tools))):
+        print(
+            f"note: few words: {few}. A planner learns so few by heart, and may write one of them "
+            f"where another is typed; unless these are all there are, give {_FEW_WORDS} or more "
+            "(docs/own_tools.md)"
+        )
     if flags.draft is not None:
         if flags.draft.exists() or not runnable:
             why = "the file exists" if runnable else "the source is a catalogue already"
@@ -146,6 +154,20 @@ def _parameter_differences(
             given.append(theirs.default)
         if odd := [one for one in given if one is not None and one not in mine.choices]:
             yield f"must be {mine.wanted}; the catalogue also gives {', '.join(map(repr, odd))}"
+
+
+def _few_words(catalogue: Catalogue, tools: Mapping[str, Tool]) -> Iterator[str]:
+    """Name the kinds of texts that have few words, apart from a tool's choices, which are all."""
+    whole = {
+        theirs.value
+        for name, tool in tools.items()
+        if name in catalogue.by_name
+        for mine, theirs in zip(tool.parameters, catalogue.by_name[name].parameters, strict=True)
+        if mine.choices
+    }
+    for kind, words in catalogue.words.items():
+        if kind not in whole and len(words) < _FEW_WORDS and isinstance(words[0], str):
+            yield f"{kind} ({len(words)})"
 
 
 def _has_default(parameter: Parameter) -> TypeGuard[SlotParameter]:
