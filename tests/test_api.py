@@ -6,8 +6,12 @@ import ast
 import asyncio
 import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -272,6 +276,41 @@ def test_an_agent_changes_with_own_tools_what_it_is_allowed_to(
         outcome = run_agent(lamp_planner, "Dim the hall", tools, allow=allow)
         assert [call.status for call in outcome.rounds[-1].execution.calls] == [status]
         assert outcome.failed == (status == "refused")
+
+
+def test_an_answer_that_is_no_bool_allows_nothing_and_what_asking_raises_reaches_the_caller(
+    lamp_planner: Planner, lamps: dict[str, RunnableTool]
+) -> None:
+    def broken(_name: str, _arguments: Sequence[object]) -> bool:
+        raise KeyError("mine")
+
+    with pytest.raises(UserError, match="what allow gives 'n'"):
+        run_agent(lamp_planner, "Dim", lamps, allow=lambda *_: "n")  # type: ignore[arg-type,return-value]
+    with pytest.raises(KeyError, match="mine"):
+        run_agent(lamp_planner, "Dim", lamps, allow=broken)
+
+
+def test_ctrl_c_does_not_wait_for_the_one_who_is_asked(
+    lamp_planner: Planner, lamps: dict[str, RunnableTool]
+) -> None:
+    answered = threading.Event()
+
+    def ask(_name: str, _arguments: Sequence[object]) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        answered.wait(20)
+        return True
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_agent(lamp_planner, "Dim", lamps, allow=ask)
+    assert time.monotonic() - began < 15
+    answered.set()
+
+
+def test_an_agent_in_the_middle_of_a_stream_is_refused(lamp_planner: Planner) -> None:
+    for _ in lamp_planner.plan_each(["Dim the hall"]):
+        with pytest.raises(UserError, match="stream is open"):
+            run_agent(lamp_planner, "Dim the hall")
 
 
 def test_an_agent_without_tools_works_in_a_sandbox_and_is_asked_for_nothing(

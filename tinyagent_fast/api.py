@@ -215,7 +215,7 @@ def run_agent(
     Raises:
         UserError: Anything that a user can repair; a call that fails is none.
     """
-    from tinyagent_fast.agent.loop import allow_all
+    from tinyagent_fast.agent.loop import allow_all, in_thread
     from tinyagent_fast.agent.session import AgentSpec, open_agent
 
     try:
@@ -228,6 +228,7 @@ def run_agent(
             "it runs one of its own",
             "call it in a thread: await asyncio.to_thread(run_agent, planner, request)",
         )
+    planner.refuse_open_stream()
     file = None if tools is None or isinstance(tools, Mapping) else Path(tools)
     spec = AgentSpec(tools=file, max_replans=max_replans, call_timeout_s=call_timeout_s)
     spec.check()
@@ -237,7 +238,10 @@ def run_agent(
         if isinstance(allow, bool):
             return allow
         async with one_at_a_time:  # others go on meanwhile
-            return await asyncio.to_thread(allow, tool.name, list(arguments))
+            answer = await in_thread(allow, tool.name, list(arguments))
+        if not isinstance(answer, bool):
+            raise wrong_type("what allow gives", answer, "True or False")
+        return answer
 
     async def answer() -> Outcome:
         async with open_agent(planner, spec, tools if isinstance(tools, Mapping) else None) as one:

@@ -62,7 +62,7 @@ def noting_interrupts() -> Iterator[None]:
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine from the main thread; a stop signal cancels it and is raised at its end.
+    """Run a coroutine; in the main thread a stop signal cancels it and is raised at its end.
 
     Raised in the midst of an event loop, an exception takes with it what the loop had in hand, and
     a task that waits for that never ends. `asyncio.run` knows this for its own handler only. A loop

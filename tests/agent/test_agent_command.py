@@ -24,7 +24,6 @@ from tinyagent_fast.agent.session import AgentSpec, open_agent
 from tinyagent_fast.cli import main
 from tinyagent_fast.config import Config
 from tinyagent_fast.inference import planner
-from tinyagent_fast.plans.tools import TINYAGENT
 from tinyagent_fast.runs import Run, create_run
 
 PLAN = '1. get_phone_number("Anna")\n2. send_sms(["$1"], "hello \x1b[31m")\n3. join()'
@@ -87,6 +86,23 @@ def test_a_trace_that_cannot_be_opened_is_refused_before_anything_is_carried_out
         assert main(["agent", "text Anna", *words]) == 2
         assert "name another file with --trace" in capsys.readouterr().err
         Path("desktop.sqlite").unlink(missing_ok=True)
+
+
+def test_half_a_trace_is_taken_back(
+    says: Callable[[str], ScriptedWriter], caplog: pytest.LogCaptureFixture
+) -> None:
+    resource = pytest.importorskip("resource", reason="needs limits of a process")
+    says(PLAN)
+    assert main(["agent", "text Anna"]) == 0
+    whole = Path("runs/r/agent/traces.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 200, limits[1]))
+        assert main(["agent", "text Anna"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the trace lacks this request" in caplog.text
+    assert Path("runs/r/agent/traces.jsonl").read_bytes() == whole
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
@@ -210,25 +226,56 @@ def test_tools_with_other_parameters_than_the_run_knows_are_refused_before_a_mod
         assert f"get_phone_number({parameters})" in said and "get_phone_number(name: str)" in said
 
 
-def test_while_an_agent_is_open_the_planner_knows_its_tools_choices(tmp_path: Path) -> None:
-    path = tmp_path / "phone_tools.py"
+def phones(folder: Path, *names: str) -> AgentSpec:
+    """Tools of which one knows only some names."""
+    path = folder / f"{names[0]}_tools.py"
     path.write_text(
-        "from typing import Literal\n\n"
-        "def get_phone_number(name: Literal['Anna', 'Ben']) -> str:\n    return '1'\n"
+        f"from typing import Literal\n\ndef get_phone_number(name: Literal[{names}]) -> str:\n"
+        "    return '1'\n"
     )
+    return AgentSpec(tools=path)
+
+
+def test_agents_of_one_planner_each_know_their_own_tools_choices(tmp_path: Path) -> None:
     held = planner_with(ScriptedWriter([]), None)
     held.prompts = before = replace(held.prompts, grammar=True)
 
-    async def grammars() -> list[str | None]:
-        asked = before.build("call Anna").prompt, held.prompts.build("call Anna").prompt
-        async with open_agent(held, AgentSpec(tools=path)):
-            asked = asked[0], held.prompts.build("call Anna").prompt
-            assert held.prompts.tools and held.prompts.tools.keys() == TINYAGENT.keys()
-        return [one.grammar for one in asked]
+    async def grammars() -> list[str]:
+        async with (
+            open_agent(held, phones(tmp_path, "Anna", "Ben")) as first,
+            open_agent(held, phones(tmp_path, "Zoe", "Yann")) as second,
+        ):
+            built = [one.prompts.build("call Anna").prompt for one in (held, first, second)]
+            return [str(prompt.grammar) for prompt in built]
 
-    free, limited = asyncio.run(grammars())
-    assert free and limited and "Ben" in limited and "Ben" not in free
+    free, first, second = asyncio.run(grammars())
+    assert "Ben" in first and "Ben" not in second + free
+    assert "Zoe" in second and "Zoe" not in first + free
     assert held.prompts is before
+
+
+def test_what_is_doubted_without_own_tools_is_doubted_with_them(tmp_path: Path) -> None:
+    held = planner_with(ScriptedWriter(['1. get_phone_number("Zed")\n', "2. join()"]), None)
+    held.prompts = replace(held.prompts, grammar=True)
+
+    async def problems() -> tuple[str, ...]:
+        async with open_agent(held, phones(tmp_path, "Zed", "Ben")) as agent:
+            held.prompts = agent.prompts
+            return held.plan("text Ann").problems
+
+    alone = held.plan("text Ann").problems
+    assert "'Zed' is not in the request" in " ".join(alone)
+    assert asyncio.run(problems()) == alone
+
+
+def test_a_dry_run_knows_own_tools_choices(
+    says: Callable[[str], ScriptedWriter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says('1. get_phone_number("Zed")\n2. join()')
+    path = phones(tmp_path, "Anna", "Ben").tools
+    assert main(["agent", "text Zed", "--tools", str(path), "--dry-run", "--json"]) == 0
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert any("one of Anna, Ben" in problem for problem in problems)
 
 
 def test_one_tool_that_plans_may_call_is_enough_and_their_file_is_run_once(
@@ -323,7 +370,9 @@ def test_a_dry_run_only_plans(
 ) -> None:
     says(HOME_PLAN)
     Path("home_tools.py").write_text(HOME)
-    assert main(["agent", "dim", "--tools", "home_tools.py", "--dry-run"]) == 0
+    words = ["agent", "dim", "--tools", "home_tools.py", "--dry-run"]
+    assert main(words) == 2  # no plan can call them
+    assert main([*words, "--grammar", "off"]) == 0
     assert "find_lamp" in capsys.readouterr().out
     assert not Path("dimmed").exists() and not Path("runs/r/agent").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,21 @@ def run_plan(tools: dict[str, RunnableTool], text: str) -> Execution:
 def test_a_plan_calls_them_with_what_their_types_ask_for(home: dict[str, RunnableTool]) -> None:
     plan = '1. find_lamp("hall")\n2. set_scene("$1", "film", 40)\n3. join()'
     assert run_plan(home, plan).calls[1].observation == "['lamp-hall'] film 40"
+
+
+def test_a_tools_file_may_be_named_as_any_module(tmp_path: Path) -> None:
+    path = tmp_path / "email.py"
+    path.write_text("def send(text: str) -> None: ...\n")
+    assert tools_of_module(path)["send"].gives == "None"
+    assert sys.modules.get("email") is not sys.modules[tools_of_module(path)["send"].run.__module__]
+    assert importlib.import_module("email.mime.text")
+
+
+def test_type_hints_that_are_not_there_are_a_fault_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "hints.py"
+    path.write_text("def send(text: 'Gone') -> str: ...\n")
+    with pytest.raises(DataError, match="tool send"):
+        tools_of_module(path)
 
 
 def test_a_text_that_is_none_of_the_choices_never_reaches_the_tool(

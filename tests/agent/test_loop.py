@@ -27,6 +27,7 @@ from tinyagent_fast.agent.loop import (
     scratchpad,
 )
 from tinyagent_fast.agent.tools import RunnableTool, ToolError
+from tinyagent_fast.errors import ModelError
 from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.plans.grammar import JoinerAnswer, reference_uses, render_call, substitute
 from tinyagent_fast.plans.tools import Parameter, Tool
@@ -257,6 +258,122 @@ def test_what_cannot_be_broken_off_is_waited_for_and_then_named() -> None:
     assert execute(patient, "1. act()\n2. join()").left_running == ()
 
 
+def test_what_may_still_be_done_is_not_begun_again() -> None:
+    begun = []
+    may_end = threading.Event()
+
+    def send(value: str) -> str:
+        begun.append(value)
+        may_end.wait(20)
+        return "sent"
+
+    class Stubborn:
+        name = "model"
+
+        async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Any:
+            return Verdict(answer=JoinerAnswer("", "Finish" if last else "Replan", ""))
+
+    slow = runnable(send, "str", name="send")
+    script = Script(*['1. send("A")\n2. send("B")\n3. join()'] * 3)
+    agent = agent_with(slow, script=script, call_timeout_s=0.05, grace_s=0.01)
+    outcome = run(replace(agent, joiner=Stubborn()))
+    assert sorted(begun) == ["A", "B"]
+    assert outcome.failed and "may still be done" in outcome.message
+    script.plans = ['1. send("A")\n2. join()']
+    assert run(agent).replans == 0
+    may_end.set()
+
+
+def test_waiting_is_no_work() -> None:
+    async def slow() -> str:
+        await asyncio.sleep(0.2)
+        return "no number"
+
+    async def number(value: int) -> str:
+        return str(value)
+
+    async def refuse(*_: Any) -> bool:
+        await asyncio.sleep(0.2)
+        return False
+
+    tools = runnable(slow, name="slow", changes=False), runnable(number, "int", name="number")
+    agent = agent_with(*tools)
+    execution = execute(agent, '1. slow()\n2. number("$1")\n3. join()')
+    assert 0.2 <= execution.sequential_s < 0.3
+    asked = loop.execute(pieces_of("1. number(1)\n2. join()"), agent.tools, allow=refuse)
+    assert asyncio.run(asked).sequential_s == 0
+
+
+class Breaks(Script):
+    """Writes the plans that it has, and then, or where one is not whole, cannot go on."""
+
+    async def plan(self, prompt: Prompt, done: Callable[[Completion], None]) -> Pieces:
+        text = self.plans[0] if self.plans else ""
+        if text:
+            async for piece in super().plan(prompt, done):
+                yield piece
+        if not text.endswith("join()"):
+            raise ModelError("the prompt", "it is too long", "ask for less")
+
+
+@pytest.mark.parametrize(
+    "plan", ['1. order("eggs")\n2. order("milk")\n3. join()', '1. order("eggs")\n2. order("milk']
+)
+def test_what_was_done_is_told_where_no_more_can_be_written(plan: str) -> None:
+    outcome = run(agent_with(shop("milk"), script=Breaks(plan)))
+    assert outcome.failed
+    calls = [call.status for one in outcome.rounds for call in one.execution.calls]
+    assert calls[0] == "done"
+    assert "it is too long" in json.dumps(outcome.to_json())
+
+
+def test_without_a_call_a_plan_that_cannot_be_written_is_the_caller_s_error() -> None:
+    with pytest.raises(ModelError, match="too long"):
+        run(agent_with(shop(), script=Breaks()))
+
+
+def test_where_the_model_cannot_judge_a_rule_does_and_says_so() -> None:
+    class Full:
+        name = "model"
+
+        async def judge(self, request: str, executions: Sequence[Execution], *, last: bool) -> Any:
+            raise ModelError("the prompt", "it is too long", "ask for less")
+
+    told: list[Any] = []
+    agent = agent_with(shop(), script=Script('1. order("milk")\n2. join()'))
+    agent = replace(
+        agent, joiner=Full(), on_event=lambda kind, content: told.append((kind, content))
+    )
+    outcome = run(agent)
+    assert not outcome.failed and outcome.message == "ordered milk"
+    (join,) = (content for kind, content in told if kind == "join")
+    assert join["by"] == "rule" and "it is too long" in join["thought"]
+
+
+def test_numbers_beyond_those_of_a_plan_are_passed_on() -> None:
+    async def big() -> int:
+        return 2**64
+
+    async def count(value: int) -> str:
+        return str(value)
+
+    tools = runnable(big, name="big", changes=False), runnable(count, "int", name="count")
+    _, call = execute(agent_with(*tools), '1. big()\n2. count("$1")\n3. join()').calls
+    assert (call.status, call.observation) == ("done", str(2**64))
+
+
+def test_what_fails_in_asking_reaches_the_caller() -> None:
+    async def ask(*_: Any) -> bool:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        asyncio.run(
+            loop.execute(
+                pieces_of('1. order("milk")\n2. join()'), agent_with(shop()).tools, allow=ask
+            )
+        )
+
+
 def test_any_exception_of_a_tool_is_its_observation() -> None:
     def act() -> None:
         raise StopIteration(3)
@@ -420,6 +537,17 @@ def look(found: bool) -> RunnableTool:
         (['1. order("eggs")\n2. order("milk")\n3. join()', "1. join()"], True),
         (['1. look()\n2. order("$1")\n3. join()', '1. act("hello")\n2. join()'], True),
         (["1. look()\n2. join()", '1. act("hello")\n2. join()'], False),
+        (
+            ['1. order("milk")\n2. order("salt")\n3. join()', '1. order("oil")\n2. join()'],
+            True,
+        ),
+        (
+            [
+                '1. order("milk")\n2. order("salt")\n3. join()',
+                '1. order("oil")\n2. order("rye")\n3. join()',
+            ],
+            False,
+        ),
     ],
 )
 @pytest.mark.parametrize("by", ["rule", "model"])
@@ -433,7 +561,7 @@ def test_what_failed_to_change_and_is_left_out_later_is_not_done(
             done = len(executions) == len(plans)
             return Verdict(answer=JoinerAnswer("", "Finish" if done else "Replan", "All is well."))
 
-    agent = agent_with(shop("milk"), look(False), flaky(0), script=Script(*plans))
+    agent = agent_with(shop("milk", "salt"), look(False), flaky(0), script=Script(*plans))
     outcome = run(agent if by == "rule" else replace(agent, joiner=Content()))
     assert outcome.failed == failed == outcome.to_json()["failed"]
     assert outcome.replans == len(plans) - 1

@@ -357,7 +357,7 @@ def test_a_plan_is_carried_out_before_the_user_s_eyes_and_asks_before_it_changes
         wait_until(lambda: text_of(browser, "answer"), "the answer")
         assert browser.execute_script(STATUSES) == ["done", "done", "refused"]
         assert [path.name for path in tmp_path.glob("done-*")] == ["done-40"]
-        assert "user refused" in text_of(browser, "calls")
+        assert "not allowed" in text_of(browser, "calls")
         assert not browser.find_element(By.ID, "question").is_displayed()
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
         assert not browser.execute_script(OVERLAPS)

@@ -493,7 +493,7 @@ def test_an_answer_that_nothing_waits_for_and_a_failing_model_say_so(
     assert ask(server, "POST", "/allow", {"question": "x", "allow": True}).status == 404
     for body in (b"", b"[]", b"{}", b'{"question": [1]}'):
         assert ask(server, "POST", "/allow", body).status == 404
-    writer = ScriptedWriter(HOME_PLAN)
+    writer = ScriptedWriter([])
     with serving(planner_with(writer), agent=home) as other:
         for error, said in (
             (ModelError("a", "b", "shorten it"), "shorten it"),

@@ -199,6 +199,16 @@ def test_a_name_that_the_request_has_not_is_a_problem_of_its_call() -> None:
     assert planned.problems[0].endswith("'Ada' is not in the request")
 
 
+def test_two_doubts_about_one_call_are_both_told() -> None:
+    prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), grammar=True)
+    plan = SURE.replace("Ada", "+1 555 777 1234")
+    with Planner(Twice(plan, plan), prompts) as planner:
+        told = planner.plan("text Bo").problems
+    assert len(told) == 2
+    assert any("what it looks up" in one for one in told)
+    assert any("is not in the request" in one for one in told)
+
+
 def test_the_terminal_shows_both_and_a_plan_that_stays_once() -> None:
     prompts = PromptBuilder(system=ChosenText(FREE.system, "a test"), grammar=True)
     for answers, times in (([FORGOTTEN, MENDED], 2), ([FORGOTTEN, FORGOTTEN], 1), ([SURE], 1)):

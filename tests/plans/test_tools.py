@@ -16,6 +16,7 @@ from tinyagent_fast.plans.tools import (
     call_problems,
     signature,
     tools_by_name,
+    with_choices,
 )
 
 SIGNATURES = """\
@@ -62,6 +63,24 @@ def test_arguments_are_checked_against_the_type(
     parameter = Parameter("p", type_)
     assert [value for value in right if not accepts(parameter, value)] == []
     assert [value for value in wrong if accepts(parameter, value)] == []
+
+
+def test_own_tools_hold_a_model_s_to_fewer_texts_and_to_no_none() -> None:
+    known = {"f": Tool("f", (Parameter("p", "str", nullable=True, value="room"),))}
+    strict = {"f": Tool("f", (Parameter("p", "str", choices=("a", "b")),))}
+    lax = {"f": Tool("f", (Parameter("p", "str", nullable=True),))}
+    (held,) = with_choices(known, strict)["f"].parameters
+    assert (held.choices, held.nullable, held.value) == (("a", "b"), False, "room")
+    assert with_choices(known, lax) == known
+    (held,) = with_choices(strict, lax)["f"].parameters
+    assert not held.nullable
+
+
+def test_a_choice_that_is_a_reference_is_refused() -> None:
+    for text in ("$5", "${5}"):
+        with pytest.raises(DataError, match="earlier call"):
+            Parameter("price", "str", choices=(text, "more"))
+    assert Parameter("price", "str", choices=("$5 or less", "more"))
 
 
 def test_where_choices_are_given_only_they_and_whole_references_are_right() -> None:

@@ -12,13 +12,14 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
 from tinyagent_fast.agent.tools import TRY_AGAIN, RunnableTool, ToolError, as_text
-from tinyagent_fast.errors import count_of
+from tinyagent_fast.errors import UserError, count_of
 from tinyagent_fast.inference.engine import Completion, Prompt
 from tinyagent_fast.plans.grammar import (
     JoinerAnswer,
@@ -54,8 +55,10 @@ class CallRecord:
     """Numbers of the calls whose results it uses."""
     changes: bool = False
     """Its tool changes something, so a plan that leaves it out leaves it undone."""
+    unsettled: bool = False
+    """It took too long and could not be broken off, so it may still be done."""
     started_s: float
-    """Since the plan began; for a call that was never run, when that was clear."""
+    """Since the plan began: when the tool was asked, or else when what it needs was there."""
     ended_s: float
 
     @property
@@ -65,7 +68,7 @@ class CallRecord:
 
     def shown(self) -> str:
         """Write the call with results filled in, for a prompt or a person."""
-        return render_call(self.step.tool, [_plain(argument) for argument in self.arguments])
+        return _shown(self.step.tool, self.arguments)
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for a trace."""
@@ -119,14 +122,15 @@ class Execution:
     @property
     def ran(self) -> list[CallRecord]:
         """The calls that were tried in this plan."""
-        return [call for call in self.calls if call.status not in ("skipped", "done before")]
+        return [call for call in self.calls if call.status in ("done", "failed")]
 
 
 def left_undone(executions: Sequence[Execution]) -> list[CallRecord]:
     """Find the calls of earlier plans that should have changed something and did not.
 
-    A later call of the same tool that is done makes up for them, whatever its arguments: another
-    plan may well correct these.
+    A later call of the same tool that is done makes up for all whose texts and numbers are among
+    its own, as where two recipients become one list; else for one, as its arguments may well have
+    been corrected.
     """
     left: list[CallRecord] = []
     for execution in executions[:-1]:
@@ -136,8 +140,27 @@ def left_undone(executions: Sequence[Execution]) -> list[CallRecord]:
 
 
 def _still_undone(left: Sequence[CallRecord], later: Execution) -> list[CallRecord]:
-    made_up = {call.step.tool for call in later.calls if call.status == "done"}
-    return [call for call in left if call.step.tool not in made_up]
+    remaining, others = list(left), []
+    done = [call for call in later.calls if call.status == "done"]
+    for call in done:
+        parts = set(_parts(call.arguments))
+        same = [c for c in remaining if c.step.tool == call.step.tool]
+        contained = [c for c in same if parts.issuperset(_parts(c.arguments))]
+        remaining = [c for c in remaining if c not in contained]
+        if not contained:
+            others.append(call)
+    for call in others:
+        corrected = next((c for c in remaining if c.step.tool == call.step.tool), None)
+        remaining = [c for c in remaining if c is not corrected]
+    return remaining
+
+
+def _parts(value: object) -> Iterator[str]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield as_text(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +199,14 @@ async def execute(
 
     Cancelling it, and leaving it in any other way, leaves no call running; plain functions, which
     cannot be broken off, are waited for up to `grace_s` and then named. A call that changes
-    something, and that a plan of `before` did with the same arguments, is not run again: what it
-    gave then stands. The rest beside the plan's text is as for `Agent`.
+    something, and that a plan of `before` did with the same arguments, or may still be doing, is
+    not run again: what it gave then stands. The rest beside the plan's text is as for `Agent`.
+
+    Raises:
+        UserError: No plan can be written, before anything was carried out; later such an error is
+            the plan's problem, so that what was done is not lost.
     """
-    done = {c.shown(): c for one in before for c in one.calls if c.changes and c.status == "done"}
-    return await _Plan(tools, settings, allow, on_event, done).run(pieces)
+    return await _Plan(tools, settings, allow, on_event, before).run(pieces)
 
 
 async def whole_plan(text: str) -> Pieces:
@@ -200,8 +226,7 @@ class _Plan:
     settings: AgentSettings
     allow: Allow
     on_event: OnEvent
-    done_before: Mapping[str, CallRecord]
-    """What earlier plans changed, by how a call is written."""
+    before: Sequence[Execution]
     began: float = field(default_factory=time.perf_counter)
     tasks: dict[int, asyncio.Task[CallRecord]] = field(default_factory=dict)
     inner: dict[asyncio.Future[Any], str] = field(default_factory=dict)
@@ -209,24 +234,33 @@ class _Plan:
 
     async def run(self, pieces: Pieces) -> Execution:
         """Start the calls of a plan as its lines come, and wait for all of them."""
-        text, done_chars, problem = "", 0, None
         try:
-            async with aclosing(pieces) as written:
-                async for piece in written:
-                    text += piece
-                    self.on_event("text", {"piece": piece})
-                    while problem is None and (end := text.find("\n", done_chars)) >= 0:
-                        done_chars = end + 1
-                        problem = self.start_calls(text[:done_chars], whole=False)
-                    if problem is not None:
-                        break
-            problem = problem or self.start_calls(text, whole=True)
+            text, problem = await self.read(pieces)
             if self.tasks:
                 await asyncio.wait(self.tasks.values())
         finally:
             left = await self.stop()
         calls = tuple(task.result() for task in self.tasks.values())
         return Execution(text=text, calls=calls, problem=problem, left_running=left)
+
+    async def read(self, pieces: Pieces) -> tuple[str, str | None]:
+        """Take a plan to its end or to what is wrong with it, which is given beside the text."""
+        text, done_chars = "", 0
+        try:
+            async with aclosing(pieces) as written:
+                async for piece in written:
+                    text += piece
+                    self.on_event("text", {"piece": piece})
+                    while (end := text.find("\n", done_chars)) >= 0:
+                        done_chars = end + 1
+                        problem = self.start_calls(text[:done_chars], whole=False)
+                        if problem is not None:
+                            return text, problem
+        except UserError as error:
+            if not self.tasks and not any(one.calls for one in self.before):
+                raise
+            return text, f"Error: no more of the plan could be written: {error.what}: {error.why}"
+        return text, self.start_calls(text, whole=True)
 
     def start_calls(self, text: str, *, whole: bool) -> str | None:
         """Start what the text has newly; give what is wrong with it, which ends the plan."""
@@ -249,16 +283,19 @@ class _Plan:
 
     async def call(self, step: Step, earlier: Sequence[int]) -> CallRecord:
         """Wait for the calls that one needs, then run it."""
-        started, tool = self.now(), self.tools[step.tool]
+        tool = self.tools[step.tool]
         uses = reference_uses(step.arguments)
         needs = tuple(sorted({number for number, _ in uses if number in earlier}))
         if needs:
             await asyncio.wait([self.tasks[number] for number in needs])
+        started = self.now()
         before = {number: self.tasks[number].result() for number in needs}
         values = {number: call.value for number, call in before.items() if call.is_done}
         arguments = tuple(substitute(argument, values) for argument in step.arguments)
 
-        def ended(status: Status, observation: str, value: object = None) -> CallRecord:
+        def ended(
+            status: Status, observation: str, value: object = None, *, unsettled: bool = False
+        ) -> CallRecord:
             record = CallRecord(
                 step=step,
                 status=status,
@@ -267,6 +304,7 @@ class _Plan:
                 observation=observation,
                 needs=needs,
                 changes=tool.changes,
+                unsettled=unsettled,
                 started_s=started,
                 ended_s=self.now(),
             )
@@ -274,7 +312,6 @@ class _Plan:
             return record
 
         if missing := [call for call in before.values() if not call.is_done]:
-            started = self.now()
             names = ", ".join(f"${c.step.number} ({c.step.tool})" for c in missing)
             return ended("skipped", f"Not run: it needs the result of {names}.")
         astray = [number for number, whole in uses if whole and number not in earlier]
@@ -284,29 +321,43 @@ class _Plan:
             return ended("failed", f"Error: {wrong}; {TRY_AGAIN}.")
         try:
             arguments = tuple(tool.arguments(arguments))
-            if was := self.done_before.get(render_call(tool.name, arguments)):
-                return ended("done before", was.observation, was.value)
-            if tool.changes and not await self.allow(tool, arguments):
-                return ended("refused", "Not done: the user refused it.")
+        except ToolError as error:
+            return ended("failed", f"Error: {error}")
+        if was := self.begun_before.get(_shown(tool.name, arguments)):
+            if was.unsettled:
+                return ended("failed", was.observation, unsettled=True)
+            return ended("done before", was.observation, was.value)
+        if tool.changes and not await self.allow(tool, arguments):
+            return ended("refused", "Not done: it was not allowed.")
+        try:
             started = self.now()
             self.on_event("start", {"number": step.number, "arguments": list(arguments)})
             limit = tool.timeout_s or self.settings.call_timeout_s
             value = await self.bounded(tool, arguments, limit)
             observation = as_text(value)
         except _TimedOut:
-            return ended("failed", f"Error: {step.tool} gave no answer in time; {TRY_AGAIN}.")
+            late = f"Error: {step.tool} gave no answer in time"
+            if tool.changes and not tool.is_async:  # a second time might do it twice
+                return ended("failed", f"{late}, and may still be done.", unsettled=True)
+            return ended("failed", f"{late}; {TRY_AGAIN}.")
         except ToolError as error:
             return ended("failed", f"Error: {error}")
         except Exception as error:  # a tool may fail in any way; the joiner sees how
             return ended("failed", f"Error: {type(error).__name__}: {error}")
         return ended("done", observation, value)
 
+    @cached_property
+    def begun_before(self) -> Mapping[str, CallRecord]:
+        """What earlier plans changed, or may still be changing, by how a call is written."""
+        changing = [c for one in self.before for c in one.calls if c.changes]
+        return {c.shown(): c for c in changing if c.status == "done" or c.unsettled}
+
     async def bounded(self, tool: RunnableTool, arguments: Sequence[object], limit: float) -> Any:
         """Run a tool; on a time-out or when the call is cancelled, break it off."""
         if tool.is_async:
             inner: asyncio.Future[Any] = asyncio.ensure_future(tool.run(*arguments))
         else:
-            inner = _in_thread(tool, arguments)
+            inner = in_thread(tool.run, *arguments)
         self.inner[inner] = tool.name
         inner.add_done_callback(self.forget)
         try:
@@ -339,6 +390,10 @@ class _Plan:
         return time.perf_counter() - self.began
 
 
+def _shown(tool: str, arguments: Sequence[object]) -> str:
+    return render_call(tool, [_plain(argument) for argument in arguments])
+
+
 def _plain(value: object, depth: int = 0) -> Any:
     """Give what plans and traces can hold; whatever else a tool gave stands as its text."""
     if isinstance(value, list) and depth < _DEEPEST_LIST:
@@ -351,8 +406,11 @@ def _stopped(why: str) -> str:
     return f"Error: the plan was stopped, as {why}. Correct this and {TRY_AGAIN}."
 
 
-def _in_thread(tool: RunnableTool, arguments: Sequence[object]) -> asyncio.Future[Any]:
-    """Run a plain function in a thread of its own, so that any number run side by side."""
+def in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Run a plain function in a thread of its own, so that any number run side by side.
+
+    Nothing waits for the thread when the program ends or the future is cancelled.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()
@@ -368,7 +426,7 @@ def _in_thread(tool: RunnableTool, arguments: Sequence[object]) -> asyncio.Futur
         value: Any = None
         error: BaseException | None = None
         try:
-            value = context.run(tool.run, *arguments)
+            value = context.run(function, *arguments)
         except StopIteration as stop:  # no future can hold one
             error = RuntimeError(f"StopIteration: {stop}")
         except BaseException as raised:  # raised again where the result is awaited
@@ -376,7 +434,7 @@ def _in_thread(tool: RunnableTool, arguments: Sequence[object]) -> asyncio.Futur
         with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             loop.call_soon_threadsafe(settle, value, error)
 
-    threading.Thread(target=work, name=f"tool {tool.name}", daemon=True).start()
+    threading.Thread(target=work, daemon=True).start()
     return future
 
 
@@ -440,6 +498,8 @@ class Verdict:
     answer: JoinerAnswer
     completion: Completion | None = None
     """What the model wrote, if one judges."""
+    by: str = ""
+    """Who decided, where it was not the agent's joiner."""
 
 
 class Joiner(Protocol):
@@ -506,12 +566,12 @@ class Outcome:
         last = self.rounds[-1]
         said = last.verdict.answer.message
         if left := self.left_undone:
-            told = "; ".join(f"{c.shown()}: {c.observation.removeprefix('Error: ')}" for c in left)
+            told = "; ".join(f"{c.shown()}: {_reason(c.observation)}" for c in left)
             return f"Not done: {told}" + f"\nThe last plan: {said}" * bool(said)
         if said or not self.failed:
             return said or "Done."
         why = last.execution.failures or ("another plan was wanted, and no more are allowed",)
-        return f"Not done: {why[0].removeprefix('Error: ')}"
+        return f"Not done: {_reason(why[0])}"
 
     @property
     def left_undone(self) -> list[CallRecord]:
@@ -575,6 +635,10 @@ class Outcome:
         }
 
 
+def _reason(observation: str) -> str:
+    return observation.removeprefix("Error: ").removeprefix("Not done: ")
+
+
 @dataclass(frozen=True)
 class Agent:
     """A writer of plans, tools and a joiner, put together."""
@@ -596,6 +660,9 @@ class Agent:
         Args:
             request: What the user asked for, for the joiner.
             prompt: Asks for the first plan.
+
+        Raises:
+            UserError: No plan can be written, before anything was carried out.
         """
         began = time.perf_counter()
         rounds: list[Round] = []
@@ -620,11 +687,11 @@ class Agent:
             if execution.problem is not None:
                 self.on_event("problem", {"observation": execution.problem})
             executions = [*(r.execution for r in rounds), execution]
-            verdict = await self.joiner.judge(request, executions, last=last)
+            verdict = await self._judged(request, executions, last=last)
             answer = verdict.answer
             plan = done[-1] if done else None
             rounds.append(Round(execution=execution, plan=plan, verdict=verdict))
-            self.on_event("join", {"by": self.joiner.name, **vars(answer)})
+            self.on_event("join", {"by": verdict.by or self.joiner.name, **vars(answer)})
             if answer.action != "Replan":
                 break
             if last:
@@ -647,3 +714,16 @@ class Agent:
             },
         )
         return outcome
+
+    async def _judged(
+        self, request: str, executions: Sequence[Execution], *, last: bool
+    ) -> Verdict:
+        """Let the joiner decide; where it cannot, a rule does, as what was done must be told."""
+        try:
+            return await self.joiner.judge(request, executions, last=last)
+        except UserError as error:
+            rule = RuleJoiner()
+            verdict = await rule.judge(request, executions, last=True)
+            told = f"The model could not judge ({error.what}: {error.why}), so a rule did. "
+            told += verdict.answer.thought
+            return replace(verdict, answer=replace(verdict.answer, thought=told), by=rule.name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -33,13 +35,15 @@ from tinyagent_fast.agent.models import (
     joiner_text_of,
 )
 from tinyagent_fast.agent.sandbox import sandbox_for
-from tinyagent_fast.agent.tools import RunnableTool, mcp_tools, tools_of_module
+from tinyagent_fast.agent.tools import RunnableTool, mcp_tools, plain_tools, tools_of_module
 from tinyagent_fast.data.cache import load_examples
 from tinyagent_fast.data.schema import Example
 from tinyagent_fast.errors import ConfigError, plainly
 from tinyagent_fast.inference.planner import Planner
+from tinyagent_fast.inference.second_look import known_tools
 from tinyagent_fast.plans.drawing import PlanDrawing, draw_plan
 from tinyagent_fast.plans.tools import TINYAGENT, Tool, signature_differences, with_choices
+from tinyagent_fast.prompts.builder import PromptBuilder
 from tinyagent_fast.runs import Run
 
 _log = logging.getLogger(__name__)
@@ -61,9 +65,9 @@ class AgentSpec:
     joiner: JoinerName = "auto"
     """Who judges the observations: the model, or a rule; `auto` is the model where it was trained
     on join points, else the rule."""
-    max_replans: int = 2
+    max_replans: int = AgentSettings.max_replans
     """How often another plan is made at most."""
-    call_timeout_s: float = 30.0
+    call_timeout_s: float = AgentSettings.call_timeout_s
     """Longest time for one call; a tool may have its own."""
     trace: Path | None = None
     """File that gets a line of JSON for each request; by default agent/traces.jsonl in the run's
@@ -119,6 +123,8 @@ class OpenAgent:
     """A planner with tools that can be run; it answers requests, also several at once."""
 
     planner: Planner
+    prompts: PromptBuilder
+    """Makes prompts as the planner's does; a grammar of them knows the tools' choices."""
     joiner: Joiner
     tools: Mapping[str, RunnableTool]
     real: bool
@@ -130,7 +136,7 @@ class OpenAgent:
     @property
     def plain_tools(self) -> dict[str, Tool]:
         """The tools as plans know them."""
-        return {name: one.tool for name, one in self.tools.items()}
+        return plain_tools(self.tools)
 
     @property
     def notes(self) -> list[str]:
@@ -161,7 +167,7 @@ class OpenAgent:
         """
         model = StreamingModel(self.planner)
         agent = Agent(model, self.joiner, self.tools, self.settings, allow=allow, on_event=on_event)
-        prompt = self.planner.prompts.build(request, system).prompt
+        prompt = self.prompts.build(request, system).prompt
         with _trace_file(self.trace) if self.trace is not None else nullcontext() as stream:
             outcome = await agent.run(request, prompt)
             if stream is not None:
@@ -180,12 +186,13 @@ def _trace_file(path: Path) -> RawIOBase:
 
 def _write_trace(stream: RawIOBase, outcome: Outcome) -> None:
     """Add a line; calls have been carried out, so a full disk must not keep their outcome back."""
+    line = json.dumps(outcome.to_json(), ensure_ascii=False) + "\n"
+    data = line.encode(errors="backslashreplace")
     try:
-        stream.write(
-            (json.dumps(outcome.to_json(), ensure_ascii=False) + "\n").encode(
-                errors="backslashreplace"
-            )
-        )
+        if (written := stream.write(data) or 0) < len(data):
+            # Half a line would spoil the next one too.
+            stream.truncate(stream.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         _log.warning("the trace lacks this request: %s", plainly(error))
 
@@ -217,15 +224,14 @@ async def open_agent(
             box = sandbox_for(None, planner.tools, path=spec.sandbox, time_scale=1.0)
             stack.callback(box.close)
             tools = box.tools
+        prompts = planner.prompts
         if own is not None or spec.mcp:
-            refuse_unplanned(planner.tools, tools, grammar=planner.prompts.grammar)
-            # Whatever the planner writes meanwhile knows the choices, also what is only planned.
-            stack.callback(setattr, planner, "prompts", planner.prompts)
-            plain = {name: one.tool for name, one in tools.items()}
-            known = with_choices(planner.tools or TINYAGENT, plain)
-            planner.prompts = replace(planner.prompts, tools=known)
+            refuse_unplanned(planner.tools, tools, grammar=prompts.grammar)
+            known = with_choices(known_tools(planner.tools), plain_tools(tools))
+            prompts = replace(prompts, tools=known)
         yield OpenAgent(
             planner=planner,
+            prompts=prompts,
             joiner=joiner,
             tools=tools,
             real=own is not None or bool(spec.mcp),
@@ -246,8 +252,7 @@ def refuse_unplanned(
             lets it call what it knows alone, none of them is known.
     """
     known = TINYAGENT if planned is None else planned
-    plain = {name: one.tool for name, one in tools.items()}
-    if found := signature_differences(plain, known):
+    if found := signature_differences(plain_tools(tools), known):
         raise ConfigError(
             "tools that the model knows with other parameters",
             "\n       ".join(found),

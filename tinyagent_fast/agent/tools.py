@@ -73,7 +73,9 @@ class RunnableTool:
     @property
     def gives(self) -> str:
         """The type of its result as it is annotated; empty if it is not."""
-        hint = typing.get_type_hints(self.run).get("return", inspect.Signature.empty)
+        hint = _type_hints(self.run).get("return", inspect.Signature.empty)
+        if hint is type(None):
+            return "None"
         return "" if hint is inspect.Signature.empty else inspect.formatannotation(hint)
 
     @property
@@ -92,6 +94,11 @@ class RunnableTool:
             ToolError: One of them is no value of its parameter's type.
         """
         return [converted(p, v) for p, v in zip(self.tool.parameters, values, strict=True)]
+
+
+def plain_tools(tools: Mapping[str, RunnableTool]) -> dict[str, Tool]:
+    """Give tools as plans know them, by name."""
+    return {name: one.tool for name, one in tools.items()}
 
 
 def converted(parameter: Parameter, value: object) -> object:
@@ -158,7 +165,7 @@ def tool_of_function(function: Callable[..., Any]) -> RunnableTool:
     Raises:
         DataError: A parameter has no type, or one that no plan can write.
     """
-    hints = typing.get_type_hints(function)
+    hints = _type_hints(function)
     parameters, lines = [], [*_description(function)]
     defaults: dict[str, object] = {}
     for name, given in inspect.signature(function).parameters.items():
@@ -176,6 +183,17 @@ def tool_of_function(function: Callable[..., Any]) -> RunnableTool:
             defaults[name] = given.default
     made = Tool(function.__name__, tuple(parameters), description=tuple(lines))
     return RunnableTool(tool=made, run=function, defaults=defaults)
+
+
+def _type_hints(function: Callable[..., Any]) -> Mapping[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        raise DataError(
+            f"tool {function.__name__}",
+            f"its type hints cannot be read: {error}",
+            "import or define what they name, also where the program runs",
+        ) from error
 
 
 def _description(function: Callable[..., Any]) -> Iterable[str]:
@@ -215,7 +233,8 @@ def tools_of_module(path: Path) -> dict[str, RunnableTool]:
     Raises:
         DataError: The file cannot be loaded, or holds no function that can be a tool.
     """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: the file may be called as a module that others import later.
+    spec = importlib.util.spec_from_file_location(f"tinyagent_fast_tools_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         why = "it is no Python file" if path.exists() else "there is no such file"
         raise DataError(f"tools {path}", why, "name a .py file with functions")

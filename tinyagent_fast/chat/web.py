@@ -232,6 +232,7 @@ class PlannerServer:
 
     async def _serve(self) -> None:
         async with self._opened as self._agent:
+            self._planner.prompts = self._agent.prompts  # what is only planned knows the tools too
             await self._uvicorn.serve(sockets=[self._listener])
 
     def stop(self) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tinyagent_fast.agent.loop import Outcome
     from tinyagent_fast.agent.tools import RunnableTool
     from tinyagent_fast.inference.planner import Planner
+    from tinyagent_fast.prompts.builder import PromptBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,12 @@ def run(arguments: Sequence[str]) -> int:
     from tinyagent_fast.display import Display
 
     console = Console(highlight=False, quiet=flags.json)
-    if not flags.dry_run:
-        flags.check_tools()
+    flags.check_tools()
     with flags.load() as planner:
         Display(console).header("tinyagent-fast agent", planner.facts)
         if flags.dry_run:
+            if flags.own_tools is not None or flags.mcp:
+                planner.prompts = run_async(_limited_prompts(flags, planner))
             if flags.json:
                 print(json.dumps(planner.plan(flags.request).to_json(), ensure_ascii=False))
             else:
@@ -80,6 +82,12 @@ def run(arguments: Sequence[str]) -> int:
     if flags.json:
         print(json.dumps(outcome.to_json(), ensure_ascii=False))
     return int(outcome.failed)
+
+
+async def _limited_prompts(flags: RequestFlags, planner: Planner) -> PromptBuilder:
+    """Let plans know what own tools take, also where they are not carried out."""
+    async with open_agent(planner, flags) as agent:
+        return agent.prompts
 
 
 async def _answer(flags: RequestFlags, planner: Planner, console: Console) -> Outcome:

@@ -76,11 +76,13 @@ class PlannedRequest:
         nobody named it.
         """
         left = doubts_left(self.built.prompt, self.completion, self.tools)
-        doubtful = {doubt.number: f"in doubt: {doubt.why}" for doubt in left}
-        if self.plan is not None:
-            unsaid = not_asked_for(self.plan, known_tools(self.tools), self.request)
-            doubtful = {n: f"in doubt: {why}" for n, why in unsaid.items()} | doubtful
-        return draw_plan(self.text, self.tools).with_problems(doubtful)
+        drawing = draw_plan(self.text, self.tools).with_problems(
+            {doubt.number: f"in doubt: {doubt.why}" for doubt in left}
+        )
+        if self.plan is None:
+            return drawing
+        unsaid = not_asked_for(self.plan, known_tools(self.tools), self.request)
+        return drawing.with_problems({n: f"in doubt: {why}" for n, why in unsaid.items()})
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -297,12 +299,7 @@ class Planner:
             ModelError: The planner is closed, or this thread itself is in the middle of a stream,
                 and would wait for ever.
         """
-        if self._writes_for == threading.get_ident():
-            why, fix = (
-                "a stream is open",
-                "take it to its end, or close it, before the next request",
-            )
-            raise ModelError("planner", why, fix)
+        self.refuse_open_stream()
         with self._lock:
             why, fix = "it has been closed, and its model is gone", "open another one with load()"
             if self.closed:
@@ -316,6 +313,17 @@ class Planner:
                 raise
             finally:
                 self._writes_for = None
+
+    def refuse_open_stream(self) -> None:
+        """Refuse what would wait for ever, as this thread itself is in the middle of a stream.
+
+        Raises:
+            ModelError: It is.
+        """
+        if self._writes_for == threading.get_ident():
+            why = "a stream is open"
+            fix = "take it to its end, or close it, before the next request"
+            raise ModelError("planner", why, fix)
 
     def __enter__(self) -> Planner:
         """Give the planner."""

@@ -59,7 +59,8 @@ class DrawnStep:
     problems: tuple[str, ...]
     mark: Mark = "same"
     status: str = ""
-    """`running`, `done`, `failed`, `skipped` or `refused`, once the plan is run."""
+    """`running`, or what became of the call (`done`, `done before`, `failed`, `skipped` or
+    `refused`), once the plan is run."""
     outcome: str = ""
     """What the call gave, or why it gave nothing."""
 

@@ -56,10 +56,10 @@ def plan_grammar(
 
     Whatever is written under it can be read by `grammar.parse_plan`: lines are numbered from 1,
     join comes last, followed by `<END_OF_PLAN>`, every call has its tool's number and kinds of
-    arguments, and `$k` names an earlier line. Strings are written as `grammar.render_plan` writes
-    them, without control characters other than escaped line breaks and tabs. In a string, `$`
-    before any other number or before `{` is not possible, since an executor would take it for a
-    reference: an amount is written `$ 500` or `USD 500`.
+    arguments, those with choices one of these, and `$k` names an earlier line. Strings are written
+    as `grammar.render_plan` writes them, without control characters other than escaped line breaks
+    and tabs. In a string, `$` before any other number or before `{` is not possible, since an
+    executor would take it for a reference: an amount is written `$ 500` or `USD 500`.
 
     Args:
         tools: The tools that may be called.

@@ -41,7 +41,7 @@ class Parameter:
     def wanted(self) -> str:
         """Say what it must be, for one who has to correct a call: `int` or `one of day, night`."""
         kind = f"one of {', '.join(self.choices)}" if self.choices else self.type
-        return f"{kind} or None" if self.nullable and self.choices else kind
+        return f"{kind} or None" if self.nullable else kind
 
     def __post_init__(self) -> None:
         """Refuse a name or type that no prompt and no plan could use."""
@@ -56,6 +56,12 @@ class Parameter:
                 f"parameter {self.name!r} has type {self.type!r}",
                 f"argument checks know only {', '.join(PARAMETER_TYPES)}",
                 "use the nearest of these types",
+            )
+        if odd := [one for one in self.choices if _WHOLE_REFERENCE.fullmatch(one)]:
+            raise DataError(
+                f"parameter {self.name!r} may be {', '.join(map(repr, odd))}",
+                "in a plan that is the result of an earlier call",
+                "give another text, such as one with a word before the number",
             )
 
 
@@ -103,21 +109,26 @@ def signature_differences(tools: Mapping[str, Tool], known: Mapping[str, Tool]) 
         return [(one.name, one.type) for one in tool.parameters]
 
     return [
-        f"{signature(tool)}, but the catalogue has {signature(known[name])}"
+        f"{signature(tool)}, but the model knows {signature(known[name])}"
         for name, tool in tools.items()
         if name in known and places(tool) != places(known[name])
     ]
 
 
 def with_choices(known: Mapping[str, Tool], tools: Mapping[str, Tool]) -> dict[str, Tool]:
-    """Give the tools that a model knows with the choices that those of the same name allow.
+    """Give the tools that a model knows, held to what those of the same name take.
 
-    `signature_differences` finds none between them.
+    These may have fewer texts, and no None. `signature_differences` finds none between them.
     """
 
     def limited(tool: Tool) -> Tool:
         pairs = zip(tool.parameters, tools[tool.name].parameters, strict=True)
-        return replace(tool, parameters=tuple(replace(p, choices=o.choices) for p, o in pairs))
+        return replace(
+            tool,
+            parameters=tuple(
+                replace(p, choices=o.choices, nullable=p.nullable and o.nullable) for p, o in pairs
+            ),
+        )
 
     return {name: limited(tool) if name in tools else tool for name, tool in known.items()}
 
