@@ -183,15 +183,19 @@ class Run:
             ConfigError: It is gone.
         """
         path = self.catalogue()
-        recorded = None if path is None else self._record("data.json").get("catalogue_file")
-        if path is None or not recorded or recorded["sha256"] == sha256_of(path):
+        recorded = {} if path is None else self._recorded_file("catalogue_file")
+        if path is None or recorded.get("sha256") in (None, sha256_of(path)):
             return None
         return f"tool catalogue {path} has changed since run {self.path.name} was trained with it"
 
     def _data_file(self, name: str, configured: Path | None) -> Path | None:
+        named = self._recorded_file(name).get("path", configured)
+        return None if named is None else self.locate(str(named))
+
+    def _recorded_file(self, name: str) -> dict[str, Any]:
+        """Take what data.json says of a file; empty where it says nothing, or is damaged there."""
         recorded = self._record("data.json").get(name)
-        named = recorded["path"] if recorded else configured
-        return None if named is None else self.locate(named)
+        return recorded if isinstance(recorded, dict) else {}
 
     def _record(self, name: str) -> dict[str, Any]:
         """Read a JSON file of the run; empty if the run ended before it was written."""

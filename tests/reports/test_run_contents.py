@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,8 @@ from tinyagent_fast.errors import UserError
 from tinyagent_fast.evaluation.scoring import FAILURE_CODES, Prediction, score_all
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.presets import preset_config
+from tinyagent_fast.reports.charts import run_charts
+from tinyagent_fast.reports.pages import run_markdown
 from tinyagent_fast.reports.reading import RunContents, number, read_run
 from tinyagent_fast.reports.tables import (
     PUBLISHED_TEST_QUERIES,
@@ -116,6 +120,91 @@ def test_broken_and_repeated_lines_of_history_are_counted(full_run: Run) -> None
     assert told(contents, "2 lines cannot be read")
     assert told(contents, "1 records of repeated steps")
     assert number(contents.steps[40], "loss") is None
+
+
+TRACE: dict[str, Any] = {
+    "request": "Write\u2028it\u2029down\x85now",
+    "message": "Done.",
+    "failed": False,
+    "rounds": [
+        {"calls": [{"tool": "open_note", "arguments": ["n", ""], "observation": "opened"}]},
+    ],
+}
+
+
+def write_lines(path: Path, *records: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def test_a_request_with_separators_in_it_is_reported_whole(full_run: Run) -> None:
+    path = full_run.path / "agent" / "traces.jsonl"
+    write_lines(path, TRACE)
+    with path.open("a") as stream:
+        stream.write('{"request": "half\n')
+    contents = read_run(full_run)
+    (trace,) = contents.traces
+    assert trace.request == TRACE["request"]
+    assert told(contents, "agent/traces.jsonl: 1 line")
+    assert "open_note('n', ''): opened" in run_markdown(contents)
+
+
+@pytest.mark.parametrize("value", [None, "1", True, 10**400, float("nan"), float("inf")])
+def test_what_is_no_finite_number_is_none(value: object) -> None:
+    assert number({"n": value}, "n") is None
+
+
+def damaged(record: Any) -> Iterator[Any]:
+    """Give copies of a record, in each of which one value is gone or another one."""
+    for key in record if isinstance(record, dict) else range(len(record)):
+        for value in ("x", -5):
+            copy = deepcopy(record)
+            copy[key] = value
+            yield copy
+        lacking = deepcopy(record)
+        del lacking[key]
+        yield lacking
+        if isinstance(record[key], (dict, list)):
+            for value in damaged(record[key]):
+                copy = deepcopy(record)
+                copy[key] = value
+                yield copy
+
+
+def test_no_damaged_value_of_a_record_keeps_a_report_from_being_written(
+    bare_run: Run, tmp_path: Path, write_predictions: Callable[..., None]
+) -> None:
+    write_predictions(bare_run.evaluation, ["1. rest()\n2. join()"])
+    catalogue = tmp_path / "own.yaml"
+    catalogue.write_text("tools: [{name: rest, phrases: [rest]}]")
+    text = bare_run.config_path.read_text().replace("catalogue: null", f"catalogue: {catalogue}")
+    bare_run.config_path.write_text(text)
+    data: dict[str, Any] = {"test_file": {"path": "t", "sha256": "t"}, "examples": {"test": 1}}
+    data["catalogue_file"] = {"path": str(catalogue), "sha256": "c"}
+    data["generated"] = {"rows": 5, "path": "g", "own_rows": 2, "own_passes": 1, "left_out": 3}
+    data["rows"] = {"train": {"rows": 9, "tokens": 90, "supervised_tokens": 9}}
+    step = {"event": "step", "step": 10, "loss": 0.5, "learning_rate": 1e-4, "tokens_per_s": 9.0}
+    checked = {"event": "evaluation", "step": 10, "loss": 0.5, "samples": 4, "best": True}
+    checked |= {"success": 0.5, "success_dag": 0.5}
+    machine = {"gpu": {"name": "card"}, "cpus": 2, "versions": {"torch": "2"}, "folder": "f"}
+    machine |= {"started": "now", "python": "3", "git": {"commit": "c", "clean": True}}
+    for name, record in (
+        ("data.json", data),
+        ("history.jsonl", step),
+        ("history.jsonl", checked),
+        ("agent/traces.jsonl", TRACE),
+        ("environment.json", machine),
+        ("timings.json", {"all": 1.0}),
+    ):
+        path = bare_run.path / name
+        write_lines(path, record)
+        assert not told(read_run(bare_run), "left out")
+        for one in damaged(record):
+            write_lines(path, one)
+            contents = read_run(bare_run)
+            assert run_markdown(contents)
+            assert all(chart.lines for chart in run_charts(contents.steps, contents.validations))
+        write_lines(path, record)
 
 
 def test_failed_and_skipped_gates_are_not_called_passed(full_run: Run) -> None:

@@ -151,14 +151,24 @@ def mixture_text(generated: Mapping[str, Any]) -> str:
 
     Args:
         generated: What data.json of a run has under that name.
+
+    Raises:
+        DataError: It is damaged.
     """
-    left_out = generated["left_out"]
-    return (
-        f"{count_of(generated['own_rows'], 'row')}, "
-        f"{count_of(generated['own_passes'], 'time')} each, among {generated['rows']:,} generated "
-        f"ones ({generated['path']}"
-        + (f"; {count_of(left_out, 'more')} left out for held-out queries)" if left_out else ")")
-    )
+    try:
+        left_out = generated["left_out"]
+        return (
+            f"{count_of(generated['own_rows'], 'row')}, {count_of(generated['own_passes'], 'time')}"
+            f" each, among {generated['rows']:,} generated ones ({generated['path']}"
+            + (f"; {count_of(left_out, 'more')} left out for held-out queries" if left_out else "")
+            + ")"
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            "data.json of a run",
+            f"what it says of the generated rows is damaged: {error!r}",
+            "put the file back as it was written, from another copy, or train again",
+        ) from error
 
 
 def leak_report(splits: Mapping[str, Sequence[str]]) -> LeakReport:

@@ -7,8 +7,8 @@ What is missing or cannot be read is noted and no more.
 from __future__ import annotations
 
 import json
-import math
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from typing import Any
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import plan_tools
-from tinyagent_fast.errors import ConfigError, DataError, plainly
+from tinyagent_fast.data.splits import mixture_text
+from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.evaluation.predictions import MAIN_EVALUATIONS, PredictionFile
 from tinyagent_fast.evaluation.scoring import Metrics, ScoredPlan, score_all, summarise
 from tinyagent_fast.evaluation.statistics import Proportion
 from tinyagent_fast.export.record import Artefact, ExportRecord
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.runs import ADAPTER_WEIGHTS, Run, sha256_of
+from tinyagent_fast.runs import ADAPTER_WEIGHTS, Run, read_json, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,16 @@ class Export:
         return f"All {len(self.gates)} gates passed."
 
 
+@dataclass(frozen=True)
+class Trace:
+    """A request that the command `agent` has carried out."""
+
+    request: str
+    calls: str
+    """The calls of all its plans with what they gave."""
+    answer: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunContents:
     """All that is known of a run; `notes` says what is not there or not as it should be."""
@@ -84,10 +95,12 @@ class RunContents:
     export: Export | None
     agent: Mapping[str, object]
     """Figures of agent-eval; empty where it was not run."""
-    traces: tuple[Mapping[str, object], ...]
-    """Requests that the command `agent` has carried out, the latest last."""
+    traces: tuple[Trace, ...]
+    """The latest last."""
     environment: Mapping[str, object]
     data: Mapping[str, object]
+    mixture: str
+    """How rows of a file and generated ones were mixed; empty where they were not."""
     timings_s: Mapping[str, float]
     notes: tuple[str, ...]
 
@@ -134,9 +147,10 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
         evaluations=evaluations,
         export=_read_export(run.path, notes),
         agent=_read_optional(run.path / "agent" / "metrics.json", notes),
-        traces=_read_traces(run.path / "agent" / "traces.jsonl"),
+        traces=_read_traces(run.path / "agent" / "traces.jsonl", notes),
         environment=_read_object(run.path / "environment.json", notes),
         data=data,
+        mixture=_mixture(data.get("generated"), notes),
         timings_s={k: v for k in timings if (v := number(timings, k)) is not None},
         notes=tuple(notes),
     )
@@ -163,9 +177,10 @@ def _run_around(folder: Path) -> Run | None:
 def number(record: Mapping[str, object], key: str) -> float | None:
     """Take a finite number out of a JSON object; None if there is none."""
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    # A whole number may be too large for any float.
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def child(record: Mapping[str, object], key: str) -> Mapping[str, object]:
@@ -179,24 +194,45 @@ def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
         notes.append(f"{path.name} is missing")
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{path.name} cannot be read and is left out: {plainly(error)}")
+        return read_json(path)
+    except ConfigError as error:
+        notes.append(f"{path.name} is left out: {error.why}")
         return {}
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} is left out: it is no JSON object")
-        return {}
-    return value
 
 
 def _read_optional(path: Path, notes: list[str]) -> Mapping[str, object]:
     return _read_object(path, notes) if path.exists() else {}
 
 
-def _read_traces(path: Path) -> tuple[Mapping[str, object], ...]:
-    if not path.exists():
-        return ()
-    return tuple(trace for trace in _json_lines(path) if isinstance(trace.get("rounds"), list))
+def _mixture(generated: Any, notes: list[str]) -> str:
+    try:
+        return "" if generated is None else mixture_text(generated)
+    except DataError as error:
+        notes.append(f"data.json: {error.why}")
+        return ""
+
+
+def _read_traces(path: Path, notes: list[str]) -> tuple[Trace, ...]:
+    found = [_trace(line) for line in _json_lines(path)] if path.exists() else []
+    if unread := found.count(None):
+        notes.append(f"agent/traces.jsonl: {unread} lines cannot be read and are left out")
+    return tuple(trace for trace in found if trace is not None)
+
+
+def _trace(record: Mapping[str, Any]) -> Trace | None:
+    try:
+        plans = [
+            "; ".join(
+                f"{call['tool']}({', '.join(map(repr, call['arguments']))}): {call['observation']}"
+                for call in plan["calls"]
+            )
+            for plan in record["rounds"]
+        ]
+        outcome = "not done" if record["failed"] else "done"
+        answer = f"{outcome}: {record['message']}"
+        return Trace(str(record["request"]), " Planned again: ".join(plans), answer)
+    except (KeyError, TypeError):
+        return None
 
 
 def read_history(
@@ -236,7 +272,8 @@ def read_history(
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, object]]:
     """Give the object of each line; an empty one for a line that is none."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines: a request may hold a separator that JSON leaves as it is, such as U+2028.
+    for line in path.read_bytes().split(b"\n"):
         if line.strip():
             try:
                 value = json.loads(line)
@@ -247,7 +284,7 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, object]]:
 
 def _validation(step: int, record: Mapping[str, object]) -> ValidationRecord | None:
     samples, success = number(record, "samples"), number(record, "success")
-    if not samples or success is None or not 0 <= success <= 1:
+    if samples is None or samples < 1 or samples % 1 or success is None or not 0 <= success <= 1:
         return None
     return ValidationRecord(
         step=step,

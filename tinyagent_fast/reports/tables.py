@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 from tinyagent_fast.agent.evaluate import agent_tables
-from tinyagent_fast.data.splits import mixture_text
 from tinyagent_fast.display import size_text
 from tinyagent_fast.errors import DataError
 from tinyagent_fast.evaluation.comparison import compare_plans
@@ -187,7 +185,11 @@ def other_tables(contents: RunContents) -> Iterator[FactTable]:
     if contents.agent:
         yield from agent_tables(contents.agent)
     if contents.traces:
-        yield _trace_table(contents.traces[-_TRACES:])
+        yield FactTable(
+            title="Requests carried out",
+            head=("request", "calls and observations", "answer"),
+            rows=tuple((t.request, t.calls, t.answer) for t in contents.traces[-_TRACES:]),
+        )
     if contents.export is not None:
         yield _export_table(contents, contents.export)
         if contents.export.gates:
@@ -222,27 +224,6 @@ def other_tables(contents: RunContents) -> Iterator[FactTable]:
             head=("work", "time"),
             rows=tuple((name, duration(s)) for name, s in contents.timings_s.items()),
         )
-
-
-def _trace_table(traces: Sequence[Mapping[str, Any]]) -> FactTable:
-    """List requests that were carried out, each with its calls and what these gave."""
-    rows = []
-    for trace in traces:
-        plans = (
-            "; ".join(
-                f"{call['tool']}({', '.join(map(repr, call['arguments']))}): {call['observation']}"
-                for call in plan["calls"]
-            )
-            for plan in trace["rounds"]
-        )
-        outcome = "not done" if trace["failed"] else "done"
-        told = " Planned again: ".join(plans)
-        rows.append((trace["request"], told, f"{outcome}: {trace['message']}"))
-    return FactTable(
-        title="Requests carried out",
-        head=("request", "calls and observations", "answer"),
-        rows=tuple(rows),
-    )
 
 
 def _export_table(contents: RunContents, export: Export) -> FactTable:
@@ -287,8 +268,8 @@ def _facts(contents: RunContents) -> Iterator[tuple[str, str]]:
     for name, own in (("train", config.data.train), ("test", config.data.test)):
         path = child(contents.data, f"{name}_file").get("path", own)
         yield f"{name} file", f"{path}{'' if own else ' (generated)'}"
-    if mixed := child(contents.data, "generated"):
-        yield "rows of the train file", mixture_text(mixed)
+    if contents.mixture:
+        yield "rows of the train file", contents.mixture
     rows = child(child(contents.data, "rows"), "train")
     if (count := number(rows, "rows")) is not None:
         tokens, supervised = number(rows, "tokens") or 0, number(rows, "supervised_tokens") or 0
