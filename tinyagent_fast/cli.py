@@ -181,14 +181,15 @@ def _refuse_empty(name: str, arguments: list[str]) -> None:
     """Refuse a value without a character, such as that of a variable which is not set.
 
     Words are looked at, as a parsed path of no character is the folder here. `compare` itself says
-    which of its two names is empty.
+    which of its two names is empty, and no more.
     """
     from tinyagent_fast.errors import UserError
 
-    if name == "compare":
-        return
     for before, word in pairwise([name, *arguments]):
-        if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
+        named = word == "" and name == "compare" and not before.startswith("--")
+        if (word == "" and not named) or (
+            word.startswith("--") and word.find("=") == len(word) - 1
+        ):
             what = word or f"{before} ''"
             raise UserError(what, "the value is empty", "give one, or leave it out")
 

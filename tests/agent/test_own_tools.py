@@ -97,6 +97,42 @@ def test_a_draft_is_a_catalogue_that_data_can_be_generated_from(files: Path) -> 
     assert main(["tools", "check", "home.py", "--draft", "draft.yaml"]) == 2  # it is there now
 
 
+def test_a_draft_gives_every_parameter_just_its_choices(files: Path) -> None:
+    Path("modes.py").write_text(
+        "from typing import Literal\n"
+        'def set_mode(mode: Literal["eco", "boost"]) -> str: ...\n'
+        'def dim(level: Literal["low", "high"], number: Literal["one"]) -> str: ...\n'
+        'def warm(level: Literal["mild", "hot"], end: Literal["never"], all_day: str) -> str: ...\n'
+        'def cool(level: Literal["low", "high"]) -> str: ...\n'
+    )
+    assert main(["tools", "check", "modes.py", "--draft", "new/modes.yaml"]) == 0
+    draft = load_catalogue(Path("new/modes.yaml"))
+    for tool in tools_of_module(Path("modes.py")).values():
+        for mine, theirs in zip(
+            tool.tool.parameters, draft.by_name[tool.tool.name].parameters, strict=True
+        ):
+            if mine.choices:
+                assert draft.words[theirs.value or ""] == mine.choices
+    assert main(["tools", "check", "modes.py", "--catalogue", "new/modes.yaml"]) == 0
+
+
+@pytest.mark.parametrize("default", ['"costs $5"', str(2**64)])
+def test_a_draft_that_could_not_be_loaded_is_not_written(
+    default: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = "str" if default.startswith('"') else "int"
+    Path("odd.py").write_text(f"def say(what: {kind} = {default}) -> str: ...\n")
+    for _ in range(2):
+        assert main(["tools", "check", "odd.py", "--draft", "odd.yaml"]) == 2
+        assert "say.what.default" in capsys.readouterr().err
+    assert not list(files.glob("odd.yaml*"))
+
+
+def test_a_draft_is_no_python_file(files: Path) -> None:
+    assert main(["tools", "check", "home.py", "--draft", "draft.py"]) == 2
+    assert not Path("draft.py").exists()
+
+
 def test_the_catalogue_gives_requests_that_use_all_tools(files: Path) -> None:
     words = ["--catalogue", "home.yaml", "--out", "data/lamps"]
     assert main(["data", "generate", *words, "--train-entries", "60", "--test-entries", "5"]) == 0

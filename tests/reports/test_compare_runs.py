@@ -105,6 +105,14 @@ def test_shown_flips_come_from_both_sides(of_a: int, of_b: int, shown: tuple[int
     assert (winners["A"], winners["B"]) == shown
 
 
+@pytest.mark.parametrize("out", [".", "page", "page.md"])
+def test_a_page_is_named_as_one_before_anything_is_read(
+    out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "a", "b", "--out", out]) == 2
+    assert ".html" in capsys.readouterr().err
+
+
 def test_the_terminal_lists_flips_of_both_sides() -> None:
     shown = "\n".join(_text(compared([(True, False)] * 30 + [(False, True)] * 10)))
     every = shown.split("All flipped queries")[1]

@@ -43,7 +43,10 @@ def run(arguments: Sequence[str]) -> int:
     """Compare; gives 0 whatever the outcome is."""
     flags = tyro.cli(CompareFlags, args=list(arguments), prog="tinyagent-fast compare")
     from tinyagent_fast.reports.flips import find_planners, flipped_plans, tools_of_both
+    from tinyagent_fast.reports.pages import checked_page, compare_page
+    from tinyagent_fast.runs import write_text
 
+    out = None if flags.out is None else checked_page(flags.out)
     a, b = find_planners(flags.a, flags.b, flags.runs)
     tools = tools_of_both(a, b, flags.catalogue)
     compared = flipped_plans(a, b, tools, common=flags.common)
@@ -51,12 +54,9 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(compared.to_json(), indent=2))
     else:
         print("\n".join(_text(compared)))
-    if flags.html or flags.out is not None:
-        from tinyagent_fast.reports.pages import compare_page
-        from tinyagent_fast.runs import write_text
-
+    if flags.html or out is not None:
         name = a.name.strip("/").replace("/", "-")
-        path = flags.out or b.folder / f"compare-{name}.html"
+        path = out or b.folder / f"compare-{name}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, compare_page(compared))
         # Beside the JSON of --json, the line would break what reads it.

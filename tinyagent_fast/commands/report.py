@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyagent_fast.errors import ConfigError
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFlags:
@@ -31,14 +29,12 @@ def run(arguments: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--run")
     flags = tyro.cli(ReportFlags, args=words, prog="tinyagent-fast report")
-    from tinyagent_fast.reports.pages import run_headline, run_markdown, run_page
+    from tinyagent_fast.reports.pages import checked_page, run_headline, run_markdown, run_page
     from tinyagent_fast.reports.reading import read_run
     from tinyagent_fast.runs import find_run, write_text
 
     found = find_run(flags.run, flags.runs)
-    page = flags.out or found.path / "report.html"
-    if page.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--out {page}", "a page's name ends in .html", f"--out {page}.html")
+    page = checked_page(flags.out or found.path / "report.html")
     contents = read_run(found, flags.catalogue)
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, run_page(contents))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tinyagent_fast.plans.tools import Parameter, Tool
 
 _FEW_WORDS = 100  # a choice; the built-in names are some hundred each
+_YAML = (".yaml", ".yml")
 _LOOKS = {True: "changes something", False: "only looks up"}
 
 
@@ -44,12 +45,11 @@ def run(arguments: Sequence[str]) -> int:
             "tools check", "it checks one source", "name a .py or .yaml file first, or --mcp"
         )
     from tinyagent_fast.data.generation.catalogue import load_catalogue
-    from tinyagent_fast.data.generation.drafts import draft_catalogue
 
     runnable: Mapping[str, RunnableTool] = {}
     tools: Mapping[str, Tool]
     catalogue = None if flags.catalogue is None else load_catalogue(flags.catalogue)
-    if flags.source is not None and flags.source.suffix in (".yaml", ".yml"):
+    if flags.source is not None and flags.source.suffix in _YAML:
         own = load_catalogue(flags.source)
         tools, catalogue = own.by_name, catalogue or own
     else:
@@ -74,13 +74,30 @@ def run(arguments: Sequence[str]) -> int:
             "(docs/own_tools.md)"
         )
     if flags.draft is not None:
-        if flags.draft.exists() or not runnable:
-            why = "the file exists" if runnable else "the source is a catalogue already"
-            raise ConfigError(f"--draft {flags.draft}", why, "name a new file, or leave it out")
-        flags.draft.write_text(draft_catalogue(flags.draft.stem, runnable), encoding="utf-8")
-        load_catalogue(flags.draft)
+        _draft(flags.draft, runnable)
         print(f"written: {flags.draft}; edit its phrases and words, then `tools check` it again")
     return 0
+
+
+def _draft(path: Path, runnable: Mapping[str, RunnableTool]) -> None:
+    """Write a catalogue that can be loaded, or none."""
+    from tinyagent_fast.data.generation.catalogue import load_catalogue
+    from tinyagent_fast.data.generation.drafts import draft_catalogue
+    from tinyagent_fast.runs import whole_file
+
+    why = "" if runnable else "the source is a catalogue already"
+    why = why or "the file exists" * path.exists()
+    why = why or "a catalogue's name ends in .yaml" * (path.suffix not in _YAML)
+    if why:
+        raise ConfigError(f"--draft {path}", why, "name a new .yaml file, or leave it out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        part.write_text(draft_catalogue(path.stem, runnable), encoding="utf-8")
+        try:
+            load_catalogue(part)
+        except DataError as error:
+            fix = "change that in the functions, such as a default; nothing was written"
+            raise DataError(f"--draft {path}", error.why, fix) from error
 
 
 def _runnable(flags: ToolsFlags) -> Mapping[str, RunnableTool]:

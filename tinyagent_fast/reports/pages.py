@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from tinyagent_fast import __version__
 from tinyagent_fast.config import dump_config
-from tinyagent_fast.errors import printable
+from tinyagent_fast.errors import ConfigError, printable
 from tinyagent_fast.evaluation.report import (
     FactTable,
     cell_text,
@@ -66,6 +67,18 @@ class Case:
         label, prediction = (draw_plan(text, self.tools) for text in (row.label, row.prediction))
         for name, plan in zip(self.names, mark_differences(label, prediction), strict=True):
             yield name, Markup(plan.to_svg(name))
+
+
+def checked_page(path: Path) -> Path:
+    """Give a path back to which a page can be written.
+
+    Raises:
+        ConfigError: A browser would not take a file of that name for a page.
+    """
+    if path.suffix not in (".html", ".htm"):
+        named = path / "page.html" if path.is_dir() else f"{path}.html"
+        raise ConfigError(f"--out {path}", "a page's name ends in .html", f"--out {named}")
+    return path
 
 
 def run_page(contents: RunContents) -> str:

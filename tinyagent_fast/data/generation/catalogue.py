@@ -36,7 +36,7 @@ REQUIRED = object()
 """Marks a parameter without a default."""
 
 _NAME = re.compile(r"[^\W\d]\w*")
-_DERIVED = {"end": ("start", "str"), "all_day": ("due", "bool")}
+DERIVED_KINDS = {"end": ("start", "str"), "all_day": ("due", "bool")}
 """Kinds that follow from another parameter: its kind of value, and the type of what follows."""
 
 
@@ -54,7 +54,7 @@ class SlotParameter(Parameter):
     @property
     def may_be_left_out(self) -> bool:
         """Whether a phrase need not name it: it has a default, or follows from something."""
-        derived = self.value in _DERIVED or self.unsaid is not None
+        derived = self.value in DERIVED_KINDS or self.unsaid is not None
         return self.default is not REQUIRED or derived
 
 
@@ -214,7 +214,7 @@ class _Mapping:
             return value
         if key not in self.raw and default is not None:
             return default
-        self.problems.append(f"{self.where}.{key}: must be {wanted}, got {value!r}")
+        self.problems.append(f"{self.where}.{key}: must be {wanted}, got {shown(value)}")
         return default
 
 
@@ -280,7 +280,7 @@ def _read_words(raw: Any, problems: list[str]) -> dict[str, tuple[str | int, ...
             problems.append(f"{where}: must be a list of words that is not empty")
             continue
         odd = [entry for entry in entries if type(entry) not in (str, int)]
-        problems += [f"{where}: {o!r} is no text; put it in quotes" for o in odd]
+        problems += [f"{where}: {shown(o)} is no text; put it in quotes" for o in odd]
         if not odd and len({type(entry) for entry in entries}) > 1:
             problems.append(f"{where}: holds texts and numbers; put the numbers in quotes")
         words[str(kind)] = tuple(entries)
@@ -358,14 +358,14 @@ def _catalogue_problems(catalogue: Catalogue) -> list[str]:
     problems += [f"{name}: defined twice" for name in _repeated(t.name for t in catalogue.tools)]
     problems += [
         f"values.{kind}: the name stands for what follows from the {begins}; take another one"
-        for kind, (begins, _) in _DERIVED.items()
+        for kind, (begins, _) in DERIVED_KINDS.items()
         if kind in catalogue.words
     ]
     problems += [
         f"values.{kind}: {shown(word)} {problem}"
         for kind, words in catalogue.words.items()
         for word in words
-        if isinstance(word, str | int) and (problem := _argument_problem(word))
+        if isinstance(word, str | int) and (problem := _word_problem(word))
     ]
     taken = {kind for t in catalogue.tools for p in t.parameters for kind in p.sources}
     problems += [
@@ -410,7 +410,7 @@ def _parameter_problems(
         if (problem := _argument_problem(text.replace("{}", "")))
     ]
     default = parameter.default
-    if default is REQUIRED or parameter.value in _DERIVED:
+    if default is REQUIRED or parameter.value in DERIVED_KINDS:
         return problems
     if not accepts(parameter, default):
         wanted = f"of type {parameter.type}" + ("" if parameter.nullable else " and not null")
@@ -418,6 +418,12 @@ def _parameter_problems(
     elif problem := _argument_problem(default):
         problems.append(f".default: {shown(default)} {problem}")
     return problems
+
+
+def _word_problem(word: str | int) -> str | None:
+    if isinstance(word, str) and not word.strip():
+        return "is blank, so a request would say nothing where the plan passes it"
+    return _argument_problem(word)
 
 
 def _argument_problem(value: object) -> str | None:
@@ -452,9 +458,9 @@ def _half_characters(value: object, where: str) -> Iterator[str]:
 def _value_problem(
     catalogue: Catalogue, tool: CatalogueTool, parameter: SlotParameter
 ) -> str | None:
-    value, known = parameter.value, {*catalogue.words, *BUILT_IN_VALUES, *_DERIVED}
-    if value in _DERIVED:
-        kind, type_name = _DERIVED[value]
+    value, known = parameter.value, {*catalogue.words, *BUILT_IN_VALUES, *DERIVED_KINDS}
+    if value in DERIVED_KINDS:
+        kind, type_name = DERIVED_KINDS[value]
         begins = next((p for p in tool.parameters if p.name == parameter.follows), None)
         if begins is None:
             return f".follows: must name the parameter that holds the {kind}"
@@ -471,7 +477,7 @@ def _value_problem(
             )
         return None
     if parameter.follows is not None:
-        return f".follows: only goes with `value: {'` or `'.join(_DERIVED)}`"
+        return f".follows: only goes with `value: {'` or `'.join(DERIVED_KINDS)}`"
     if value is None:
         return None
     if value not in known:
@@ -518,7 +524,7 @@ def _phrase_problems(catalogue: Catalogue, tool: CatalogueTool, text: str) -> li
         if parameter.name not in said:
             continue
         manners = {s.manner for s in slots if s.name == parameter.name} - {""}
-        if parameter.value in _DERIVED:
+        if parameter.value in DERIVED_KINDS:
             problems.append(f"names {slot}, which follows from another parameter")
         elif parameter.value is None and not parameter.sources:
             problems.append(f"names {slot}, which has neither `value` nor `from`")

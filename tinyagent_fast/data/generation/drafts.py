@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from tinyagent_fast.agent.tools import RunnableTool
+from tinyagent_fast.data.generation.catalogue import DERIVED_KINDS
 from tinyagent_fast.data.generation.values import BUILT_IN_VALUES, INTEGER_KINDS
 from tinyagent_fast.plans.tools import Parameter
 
@@ -37,7 +38,7 @@ def _tool(tool: RunnableTool, values: dict[str, list[str]]) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": parameter.name, "type": parameter.type}
         if parameter.nullable:
             entry["nullable"] = True
-        kind = _kind(parameter)
+        kind = _kind(parameter, tool.name, values)
         if kind is not None:
             entry["value"] = kind
             slots.append(parameter.name)
@@ -63,11 +64,14 @@ def _tool(tool: RunnableTool, values: dict[str, list[str]]) -> dict[str, Any]:
     return made
 
 
-def _kind(parameter: Parameter) -> str | None:
+def _kind(parameter: Parameter, tool: str, values: Mapping[str, list[str]]) -> str | None:
     """Choose where a parameter's values come from; None for truth values, which have a default."""
+    name, choices = parameter.name, list(parameter.choices)
+    if choices:  # of a kind that gives just these
+        free = name not in BUILT_IN_VALUES | DERIVED_KINDS.keys()
+        return name if free and values.get(name, choices) == choices else f"{tool}_{name}"
     if parameter.type == "bool":
         return None
     if parameter.type == "int":
-        return parameter.name if parameter.name in INTEGER_KINDS else "number"
-    known = parameter.name in BUILT_IN_VALUES and parameter.name not in INTEGER_KINDS
-    return parameter.name if known or parameter.name != "end" else "text"
+        return name if name in INTEGER_KINDS else "number"
+    return "text" if name in INTEGER_KINDS | DERIVED_KINDS.keys() else name

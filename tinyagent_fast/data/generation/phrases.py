@@ -110,13 +110,13 @@ def most(phrase: Phrase) -> Counter[str]:
 
 
 def says_nothing(phrase: Phrase) -> bool:
-    """Tell whether nothing is left of a phrase without its optional parts."""
+    """Tell whether nothing is left of a phrase in its shortest form."""
     return not any(
         part.strip()
         if isinstance(part, str)
-        else any(not says_nothing(wording) for wording in part.wordings)
+        else not any(map(says_nothing, part.wordings))
         if isinstance(part, Either)
-        else not isinstance(part, Maybe)
+        else isinstance(part, Kind) or (isinstance(part, Slot) and not part.silent)
         for part in phrase
     )
 
