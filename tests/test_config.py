@@ -288,6 +288,12 @@ def test_numbers_that_no_library_takes_are_refused_early(text: str) -> None:
         check_config(parse_config(text))
 
 
+@pytest.mark.parametrize("name", ["epochs", "max_steps", "learning_rate", "seed"])
+def test_a_number_beyond_all_floats_is_refused_as_others(name: str) -> None:
+    with pytest.raises(ConfigError, match=name.replace("_", ".")):
+        check_config(parse_config(f"train: {{{name}: 1{'0' * 400}}}"))
+
+
 def test_names_may_be_written_with_hyphens_as_on_the_command_line() -> None:
     assert parse_config("train: {learning-rate: 1e-3}").train.learning_rate == 1e-3
     (problem,) = problems_of("train: {learning-rate: 1e-3, learning_rate: 2e-3}")

@@ -306,7 +306,7 @@ def _checked(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     """Convert a value and what settings hold; add a problem for each of another type."""
     try:
         value = _converted(value, hint)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         names = Path in (hint, *typing.get_args(hint))
         wrong = "empty" if names and value == "" else f"not {_described(hint, value)}"
         problems.append(f"{name}: {shown(value)} is {wrong}")
@@ -511,7 +511,7 @@ def _converted(value: Any, hint: Any) -> Any:
         for kind in () if value == "" and Path in kinds else kinds:
             try:
                 return _converted(value, kind)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
     elif hint is bool and isinstance(value, str) and value.lower() in _TRUTH:
         return _TRUTH[value.lower()]

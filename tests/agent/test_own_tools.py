@@ -56,6 +56,28 @@ def test_what_differs_is_told(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("default: quiet", "default: loud"),
+        (", default: quiet", ""),
+        ("name: volume,", "name: volume, nullable: true,"),
+    ],
+)
+def test_two_catalogues_are_held_against_each_other(
+    old: str, new: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path("home.yaml").read_text().replace("{message}", "{message} {volume}")
+    text = text.replace("[ in a {volume} voice]", "")
+    assert old in text
+    Path("home.yaml").write_text(text)
+    Path("other.yaml").write_text(text.replace(old, new))
+    assert main(["tools", "check", "home.yaml", "--catalogue", "home.yaml"]) == 0
+    for one, other in (("home.yaml", "other.yaml"), ("other.yaml", "home.yaml")):
+        assert main(["tools", "check", one, "--catalogue", other]) == 2
+        assert "announce.volume: " in capsys.readouterr().err
+
+
 def test_defaults_none_and_what_is_given_back_are_listed(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +105,12 @@ def test_kinds_of_few_words_are_named_unless_they_are_a_tool_s_choices(
     assert named("home.yaml") == {"room", "news", "level"}
     assert named("home.py") == set()
     text = Path("home.yaml").read_text()
+    said_only = text.replace("values:", "values:\n  mood: [kind, cold]\n  unused: [one, two]")
+    said_only = said_only.replace('phrases: ["', 'phrases: ["<mood> ')
+    Path("home.yaml").write_text(said_only)
+    assert named("home.yaml") == {"room", "news", "level"}
+    Path("home.yaml").write_text(said_only.replace("{message}", "{message:mood}"))
+    assert named("home.yaml") == {"room", "news", "level", "mood"}
     many = ", ".join(f"room {n}" for n in range(100))
     Path("home.yaml").write_text(re.sub(r"room: \[.*\]", f"room: [{many}]", text))
     assert named("home.py", "--catalogue", "home.yaml") == {"news"}

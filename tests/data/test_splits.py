@@ -100,6 +100,21 @@ def test_a_number_that_groups_cannot_make_is_refused_with_what_to_set() -> None:
         split(["a", "A", "b", "B"], 3)
 
 
+@given(sizes=st.lists(st.integers(2, 9), min_size=1, max_size=6), wanted=st.integers(1, 60))
+def test_what_is_said_of_a_number_that_cannot_be_met_can_be_followed(
+    sizes: list[int], wanted: int
+) -> None:
+    queries = [f"q {query}" for query, size in enumerate(sizes) for _ in range(size)]
+    wanted = min(wanted, len(queries) - 1)
+    try:
+        split(queries, wanted)
+    except DataError as error:
+        _, _, number = error.fix.partition("--data.validation-entries ")
+        assert number or len(sizes) == 1
+        if number:
+            assert len(split(queries, int(number))[2].validation) == int(number) > 0
+
+
 def test_forty_thousand_entries_take_about_a_second() -> None:
     queries = [f'Send "Report {at}" to Ann and Bob, then call Carl at {at}' for at in range(40_000)]
     started = time.process_time()

@@ -25,6 +25,7 @@ from tinyagent_fast.reports.tables import (
     cause_rows,
     comparability,
     gallery,
+    other_tables,
     tool_rows,
 )
 from tinyagent_fast.runs import Run
@@ -248,6 +249,23 @@ def test_comparable_is_only_what_was_tested_on_the_published_file(
     assert verdict().startswith("Comparable with the published results only if")
     (full_run.path / "eval" / "made_with.json").write_text('{"test_sha256": "other"}')
     assert "not the run's own" in verdict()
+
+
+def test_a_file_is_called_generated_only_where_the_run_made_it(bare_run: Run) -> None:
+    def files(**data: object) -> dict[str, object]:
+        (bare_run.path / "data.json").write_text(json.dumps(data))
+        (facts,) = (t for t in other_tables(read_run(bare_run)) if t.title == "Circumstances")
+        return {str(row[0]): row[1] for row in facts.rows if str(row[0]).endswith(" file")}
+
+    made = {"train_file": {"path": "made.json"}, "test_file": {"path": "test.json"}}
+    assert files(**made) == {
+        "train file": "made.json (generated)",
+        "test file": "test.json (generated)",
+    }
+    text = bare_run.config_path.read_text().replace("train: null", "train: mine.json")
+    bare_run.config_path.write_text(text)
+    of_the_run = files(train_file={"path": "mine.json"}, test_file=None)
+    assert of_the_run == {"train file": "mine.json", "test file": "none"}
 
 
 def plan(key: str, text: str, label: str = RIGHT) -> Prediction:

@@ -116,9 +116,7 @@ def _runnable(flags: ToolsFlags) -> Mapping[str, RunnableTool]:
 
 def _listed(tool: Tool, runnable: RunnableTool | None) -> str:
     """Write a tool with its defaults and what it gives, which no prompt shows."""
-    defaults = {p.name: p.default for p in tool.parameters if _has_default(p)}
-    if runnable is not None:
-        defaults = dict(runnable.defaults)
+    defaults = _defaults(tool, runnable)
     parts = [
         f"{p.name}: {p.type}{' | None' * p.nullable}"
         + (f" = {defaults[p.name]!r}" if p.name in defaults else "")
@@ -127,6 +125,12 @@ def _listed(tool: Tool, runnable: RunnableTool | None) -> str:
     gives = "str" if runnable is None else runnable.gives
     looks = "" if runnable is None else f", {_LOOKS[runnable.changes]}"
     return f"{tool.name}({', '.join(parts)}){f' -> {gives}' * bool(gives)}{looks}"
+
+
+def _defaults(tool: Tool, runnable: RunnableTool | None) -> Mapping[str, object]:
+    if runnable is not None:
+        return runnable.defaults
+    return {p.name: p.default for p in tool.parameters if _has_default(p)}
 
 
 def _differences(
@@ -139,13 +143,14 @@ def _differences(
     found = [f"{name}: only in the catalogue" for name in known if name not in tools]
     found += [f"{name}: not in the catalogue" for name in tools if name not in known]
     found += signature_differences(tools, known)
-    for name, one in runnable.items():
+    for name, tool in tools.items():
         theirs = {p.name: p for p in known[name].parameters} if name in known else {}
+        defaults = _defaults(tool, runnable.get(name))
         found += [
             f"{name}.{p.name}: {told}"
-            for p in one.tool.parameters
+            for p in tool.parameters
             if p.name in theirs
-            for told in _parameter_differences(p, theirs[p.name], one.defaults, catalogue)
+            for told in _parameter_differences(p, theirs[p.name], defaults, catalogue)
         ]
     return found
 
@@ -153,8 +158,10 @@ def _differences(
 def _parameter_differences(
     mine: Parameter, theirs: SlotParameter, defaults: Mapping[str, object], catalogue: Catalogue
 ) -> Iterator[str]:
+    from tinyagent_fast.data.generation.catalogue import SlotParameter
+
     if mine.nullable != theirs.nullable:
-        only = "the function" if mine.nullable else "the catalogue"
+        only = "the source" if mine.nullable else "the catalogue"
         yield f"may be None in {only} only"
     if mine.name in defaults:
         default = defaults[mine.name]
@@ -163,6 +170,8 @@ def _parameter_differences(
             yield f"is {default!r} by default, and has no default in the catalogue"
         elif _has_default(theirs) and repr(default) != repr(theirs.default):
             yield f"is {default!r} by default, in the catalogue {theirs.default!r}"
+    elif isinstance(mine, SlotParameter) and _has_default(theirs):
+        yield f"has no default, in the catalogue {theirs.default!r}"
     if mine.choices:
         given: list[object] = [*catalogue.words.get(theirs.value or "", ())]
         if theirs.value is not None and not given:
@@ -174,7 +183,8 @@ def _parameter_differences(
 
 
 def _few_words(catalogue: Catalogue, tools: Mapping[str, Tool]) -> Iterator[str]:
-    """Name the kinds of texts that have few words, apart from a tool's choices, which are all."""
+    """Name the kinds of texts passed that have few words, apart from choices, which are all."""
+    passed = catalogue.passed_kinds
     whole = {
         theirs.value
         for name, tool in tools.items()
@@ -183,7 +193,8 @@ def _few_words(catalogue: Catalogue, tools: Mapping[str, Tool]) -> Iterator[str]
         if mine.choices
     }
     for kind, words in catalogue.words.items():
-        if kind not in whole and len(words) < _FEW_WORDS and isinstance(words[0], str):
+        few = len(words) < _FEW_WORDS and isinstance(words[0], str)
+        if few and kind in passed and kind not in whole:
             yield f"{kind} ({len(words)})"
 
 

@@ -111,10 +111,13 @@ def _chosen_groups(groups: Mapping[str, set[str]], wanted: int, seed: int) -> se
             chosen.add(query)
             missing -= len(groups[query])
     if missing:
+        least = min(map(len, groups.values()))
         raise DataError(
             f"validation_entries = {wanted:,} cannot be met exactly",
             "entries with the same query stay together, and their groups do not add up to it",
-            f"--data.validation-entries {wanted - missing}",
+            f"--data.validation-entries {wanted - missing or least}"
+            if len(groups) > 1
+            else "give a file with more than one query",
         )
     return chosen
 

@@ -267,7 +267,8 @@ def _facts(contents: RunContents) -> Iterator[tuple[str, str]]:
     yield "adapter", f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}"
     for name, own in (("train", config.data.train), ("test", config.data.test)):
         path = child(contents.data, f"{name}_file").get("path", own)
-        yield f"{name} file", f"{path}{'' if own else ' (generated)'}"
+        generated = " (generated)" * (config.data.train is None and own is None)
+        yield f"{name} file", "none" if path is None else f"{path}{generated}"
     if contents.mixture:
         yield "rows of the train file", contents.mixture
     rows = child(child(contents.data, "rows"), "train")

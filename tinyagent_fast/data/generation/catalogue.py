@@ -94,6 +94,15 @@ class Catalogue:
         """Give the tools by their names."""
         return {tool.name: tool for tool in self.tools}
 
+    @property
+    def passed_kinds(self) -> set[str]:
+        """Name the kinds whose words a plan can pass; words of others are only said."""
+        kinds = {p.value for tool in self.tools for p in tool.parameters if p.value is not None}
+        for text in (t for tool in self.tools for t in (*tool.phrases, tool.mention or "")):
+            blanks = phrases.blanks(parse_phrase(text))
+            kinds |= {blank.manner for blank in blanks if isinstance(blank, phrases.Slot)}
+        return kinds
+
     def providers(self, kind: str) -> list[CatalogueTool]:
         """List the tools whose result is of a kind and that can be mentioned in a phrase."""
         return [tool for tool in self.tools if tool.mention is not None and tool.returns == kind]
