@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from tinyagent_fast.cli import COMMANDS, main
-from tinyagent_fast.commands import data_download, score, train
+from tinyagent_fast.commands import data_download, preview, score, train
 from tinyagent_fast.config import Config
 from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, DataError, GateError, UserError
@@ -644,6 +644,26 @@ def test_rows_are_shown_with_their_counts_as_the_preset_of_this_machine_has_them
     assert "shared prefix" in last
     alone = call("preview", "--preset", "smoke", "--rows", "1", *files).out.splitlines()[-1]
     assert alone.startswith("1 row: ") and "shared" not in alone
+
+
+@pytest.mark.parametrize(
+    ("most", "own", "generated", "shown_own", "shown_generated"),
+    [
+        (3, 30_000, 100, 2, 1),
+        (4, 2, 30_000, 2, 2),
+        (10, 2, 5, 2, 5),
+        (10, 20, 1, 9, 1),
+        (2, 5, 0, 2, 0),
+    ],
+)
+def test_of_a_mixture_both_kinds_of_rows_are_shown(
+    most: int, own: int, generated: int, shown_own: int, shown_generated: int
+) -> None:
+    mixed = {"own_rows": own, "rows": generated}
+    # Further passes over the own rows stand behind the generated ones.
+    chosen = preview.chosen_rows(most, 3 * own + generated, mixed)
+    assert chosen == [*range(shown_own), *range(own, own + shown_generated)]
+    assert preview.chosen_rows(most, 3, None) == [0, 1, 2][:most]
 
 
 def test_no_rows_are_nothing_to_show(call: Callable[..., Output]) -> None:

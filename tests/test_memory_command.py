@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -72,7 +73,7 @@ sys.exit(main(["memory", "--card", "l4"]))
         "not measured on this card",
         "recommended: 8 x 2 rows, checkpointing auto, nf4",
         "tinyagent-fast train --preset l4 --train.batch 8",
-        "hours per epoch at 70-85 % of 57 TFLOP/s",
+        "time per epoch at 70-85 % of 57 TFLOP/s",
     ):
         assert words in done.stdout
 
@@ -258,6 +259,15 @@ def test_hours_follow_the_rate_and_the_rows(plan: Plan) -> None:
     for how, (best, _) in slow["hours_per_epoch"].items():
         assert half["hours_per_epoch"][how][0] == pytest.approx(best / 2, rel=0.01)
     assert slow["hours_per_epoch"]["off"][0] < slow["hours_per_epoch"]["true"][0]
+
+
+def test_a_short_training_takes_some_time_all_the_same(
+    plan: Plan, text: Callable[..., str]
+) -> None:
+    nano = ["--preset", "nano", "--card", "l4"]
+    assert 0 < plan(*nano)["preset"]["hours"][0] < 0.1
+    said = re.search(r"([\d.]+)-([\d.]+) minutes for 1 epoch", text(*nano))
+    assert said and 0 < float(said[1]) < float(said[2])
 
 
 def test_hours_are_those_of_the_steps_that_are_made(plan: Plan, text: Callable[..., str]) -> None:

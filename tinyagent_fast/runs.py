@@ -169,7 +169,8 @@ class Run:
             raise ConfigError(
                 f"tool catalogue {path}",
                 f"run {self.path.name} names it, and there is no such file",
-                f"put it back, or name it by `catalogue` under `data` in {self.config_path}",
+                "put it back, name it with --catalogue where the command has that flag, or by "
+                f"`catalogue` under `data` in {self.config_path}",
             )
         return path
 

@@ -144,7 +144,14 @@ def _hours(flops: float, tflops: float | None) -> list[float] | None:
     """Give the least and the most hours; None where the speed is not known."""
     if tflops is None:
         return None
-    return [round(flops / (tflops * share * 3.6e15), 2) for share in _REACHED]
+    return [float(f"{flops / (tflops * share * 3.6e15):.3g}") for share in _REACHED]
+
+
+def _range(least: float, most: float) -> str:
+    """Write hours for people: in minutes where they are few."""
+    if most < 0.1:
+        return f"{60 * least:.2g}-{60 * most:.2g} minutes"
+    return f"{least:g}-{most:g} hours"
 
 
 def _as_asked(estimator: MemoryEstimator, tflops: float | None) -> dict[str, Any]:
@@ -311,7 +318,7 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
     hours = ""
     if asked["hours"] is not None:
         steps = "" if config.train.max_steps is None else f"{config.train.max_steps:,} steps, "
-        hours = ", {:g}-{:g} hours for ".format(*asked["hours"]) + steps
+        hours = f", {_range(*asked['hours'])} for {steps}"
         hours += count_of(asked["epochs"], "epoch")
     lines = [
         "",
@@ -337,11 +344,11 @@ def _advice(answer: dict[str, Any], config: Config) -> list[str]:
         lines.append("hours are not predicted for a CPU; the first steps of a training tell them")
     else:
         hours = ", ".join(
-            f"{best:g}-{worst:g} with checkpointing {how}"
-            for how, (best, worst) in answer["hours_per_epoch"].items()
+            f"{_range(*both)} with checkpointing {how}"
+            for how, both in answer["hours_per_epoch"].items()
         )
         lines.append(
-            f"hours per epoch at {100 * _REACHED[1]:.0f}-{100 * _REACHED[0]:.0f} % of "
+            f"time per epoch at {100 * _REACHED[1]:.0f}-{100 * _REACHED[0]:.0f} % of "
             f"{answer['tflops']:g} TFLOP/s: {hours}"
         )
     if counted := answer.get("dry_run"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice, takewhile
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from tinyagent_fast.commands.config_flags import parser_of, resolve_config
@@ -46,11 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     mixed = examples.summary.get("generated")
     if mixed is not None:
         console.print(mixture_text(mixed), markup=False)
-    # Own rows come first and generated ones behind them, so that some of both are shown.
-    step = len(examples.train) // known.rows if mixed else 1
-    rows = tokenizer.training_rows(
-        islice(examples.train, 0, max(1, step) * known.rows, max(1, step))
-    )
+    chosen = chosen_rows(known.rows, len(examples.train), mixed)
+    rows = tokenizer.training_rows(examples.train[row] for row in chosen)
     for row in rows:
         _show(console, tokenizer, row)
     supervised = sum(row.supervised_tokens for row in rows)
@@ -63,6 +60,15 @@ def run(arguments: Sequence[str]) -> int:
         said += f", shared prefix {shared} tokens"
     console.print(said, markup=False)
     return 0
+
+
+def chosen_rows(most: int, rows: int, mixed: Mapping[str, Any] | None) -> list[int]:
+    """Choose the rows to show: the first ones, and of a mixture some of own and generated rows."""
+    if mixed is None:
+        return list(range(min(most, rows)))
+    own, generated = mixed["own_rows"], mixed["rows"]
+    behind = min(generated, max(most // 2, most - own))
+    return [*range(min(own, most - behind)), *range(own, own + behind)]
 
 
 def _show(console: Any, tokenizer: Any, row: Any) -> None:
