@@ -451,6 +451,24 @@ def test_what_is_downloaded_already_needs_no_space(tmp_path: Path) -> None:
     assert found.status == "ok"
 
 
+def test_only_encoded_rows_take_space_for_each_pass_over_the_own_rows(tiny_data: Path) -> None:
+    def sizes(**data: Any) -> dict[str, float]:
+        config = preset_config("cpu")
+        data = {"train": tiny_data / "training_data.json", "with_generated": True, **data}
+        return {
+            what: size * 2**30
+            for what, _, size in doctor.disk_uses(
+                replace(config, data=replace(config.data, **data))
+            )
+        }
+
+    once, often = sizes(own_passes=1), sizes(own_passes=40)
+    size = (tiny_data / "training_data.json").stat().st_size
+    assert often["data"] == once["data"] == sizes(train=None)["data"] > 0
+    assert often["cache"] - once["cache"] == pytest.approx(39 * size)
+    assert sizes(train=Path("data/training_data.json"))["data"] > 734_000_000
+
+
 def test_downloads_are_all_right_unless_they_are_forbidden(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -630,6 +648,23 @@ def test_a_failure_is_shown_with_its_fix_and_gives_exit_code_1(
     code, out, _ = call("doctor", "--preset", "smoke", "--data.train", "missing.json", "--json")
     assert code == 1
     assert [f["name"] for f in json.loads(out) if f["status"] == "failure"] == ["data"]
+
+
+def test_every_check_is_made_where_the_training_file_is_cut_off_and_none_reads_it(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyagent_fast.data import cache
+
+    def too_early(*_: object, **__: object) -> None:
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(cache, "check_head", too_early)  # with which every reading begins
+    (tmp_path / "bad.json").write_text('{"a": {"input": "x"')
+    code, out, err = call("doctor", "--preset", "cpu", "--data.train", "bad.json", "--json")
+    assert code == 1, err
+    found = {finding["name"]: finding["status"] for finding in json.loads(out)}
+    assert {name for name, status in found.items() if status == "failure"} == {"data"}
+    assert {"packages", "gpu", "memory", "backend", "disk", "base", "export"} < set(found)
 
 
 @pytest.mark.parametrize("base", ["./missing", "a/b/c", "missing.gguf", "-odd-"])

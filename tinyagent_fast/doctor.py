@@ -342,16 +342,18 @@ def _estimator(
     config: Config, backend: str = "transformers", usable_gib: float = 0.0
 ) -> MemoryEstimator | None:
     """Estimate with rows of the longest length allowed; None where the base's size is not known."""
-    from tinyagent_fast.training.memory import MemoryEstimator, base_shape, row_lengths
+    from tinyagent_fast.training.memory import MemoryEstimator, base_shape, longest_rows
 
     try:
         shape = base_shape(config.model.base)
     except ModelError:
         return None
-    longest = config.model.max_length_tokens
-    lengths, _ = row_lengths(config, (longest, longest))
     return MemoryEstimator(
-        config=config, shape=shape, lengths=lengths, backend=backend, usable_gib=usable_gib
+        config=config,
+        shape=shape,
+        lengths=longest_rows(config),
+        backend=backend,
+        usable_gib=usable_gib,
     )
 
 
@@ -421,15 +423,19 @@ def disk_uses(config: Config) -> list[tuple[str, Path, float]]:
     from tinyagent_fast.training.memory import adapter_weights
 
     data, runs = config.data, config.runs
-    size = float(data.generated_entries * _GENERATED_BYTES)
+    folder, own, missing, generated = Path("data"), 0, 0, data.generated_entries * _GENERATED_BYTES
     if data.train is not None:
-        there = data.train.exists()
-        own = data.train.stat().st_size if there else _PUBLISHED_BYTES.get(data.train, 0)
-        size = own * data.own_passes + size * data.with_generated
-    uses = [("cache", cache_folder(), 2 * size)]  # entries, and rows as token ids
-    if data.train is None or not data.train.exists():
-        # The hub's cache and this folder share one copy if they are on the same disk.
-        uses.append(("data", data.train.parent if data.train else Path("data"), size))
+        generated *= data.with_generated
+        if data.train.exists():
+            own = data.train.stat().st_size
+        else:
+            folder, own = data.train.parent, _PUBLISHED_BYTES.get(data.train, 0)
+            missing = own  # its copy in the hub's cache is the same one on the same disk
+    # Entries, and rows as token ids, of which own ones may stand there several times.
+    cached = own + generated + (own * data.own_passes + generated)
+    uses = [("cache", cache_folder(), float(cached))]
+    if missing or generated:
+        uses.append(("data", folder, float(missing + generated)))
     estimator = _estimator(config)
     if estimator is not None:
         weights, adapter = _weights(estimator), adapter_weights(estimator.shape, config.lora)

@@ -593,6 +593,22 @@ _SAMPLE_ROWS = 256
 _LONGEST_ROWS = 64
 
 
+def longest_rows(config: Config) -> RowLengths:
+    """Take a row as long as a config allows, without a look at its data."""
+    return _rows_of(config, 1, config.model.max_length_tokens, config.model.max_length_tokens)
+
+
+def _rows_of(config: Config, rows: int, mean: int, longest: int) -> RowLengths:
+    published = config.data.train == REAL_TRAIN
+    return RowLengths(
+        rows=rows,
+        mean_tokens=mean,
+        longest_tokens=longest,
+        supervised_tokens=mean * _PUBLISHED.supervised_tokens / _PUBLISHED.mean_tokens,
+        shared_tokens=min(_PUBLISHED.shared_tokens, mean) if published else 0.0,
+    )
+
+
 def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengths, str]:
     """Find the lengths of a config's rows: as given (mean, longest), counted, or as published.
 
@@ -620,14 +636,7 @@ def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengt
     else:
         mean = longest = allowed
         source = "the longest allowed, not counted; --lengths MEAN,LONGEST gives others"
-    lengths = RowLengths(
-        rows=rows,
-        mean_tokens=mean,
-        longest_tokens=longest,
-        supervised_tokens=mean * _PUBLISHED.supervised_tokens / _PUBLISHED.mean_tokens,
-        shared_tokens=min(_PUBLISHED.shared_tokens, mean) if published else 0.0,
-    )
-    return lengths, source
+    return _rows_of(config, rows, mean, longest), source
 
 
 def _can_count(train: Path, base: str) -> bool:
