@@ -93,7 +93,21 @@ class Run:
         return self.path / "eval"
 
     def config(self) -> Config:
-        """Read the run's resolved config.
+        """Read the run's resolved config, with its data files where they lie now.
+
+        Raises:
+            ConfigError: It is missing or was edited into something unreadable.
+        """
+        config = self.recorded_config()
+        data = config.data
+        train, test, catalogue = (
+            None if path is None else self.locate(path)
+            for path in (data.train, data.test, data.catalogue)
+        )
+        return replace(config, data=replace(data, train=train, test=test, catalogue=catalogue))
+
+    def recorded_config(self) -> Config:
+        """Read the run's resolved config as it was written, with the paths that it had then.
 
         Raises:
             ConfigError: It is missing or was edited into something unreadable.
@@ -112,13 +126,7 @@ class Run:
                 f"it cannot be read: {plainly(error)}",
                 "put the file back as it was written, from another copy, or train again",
             ) from error
-        config = parse_config(text, source=str(self.config_path), whole=True)
-        data = config.data
-        train, test, catalogue = (
-            None if path is None else self.locate(path)
-            for path in (data.train, data.test, data.catalogue)
-        )
-        return replace(config, data=replace(data, train=train, test=test, catalogue=catalogue))
+        return parse_config(text, source=str(self.config_path), whole=True)
 
     def locate(self, recorded: str | Path) -> Path:
         """Find a path that the run recorded, also when the program runs in another folder now.
@@ -157,6 +165,10 @@ class Run:
     def train_file(self) -> Path | None:
         """Find the training file of this run, as `test_file` does."""
         return self._data_file("train_file", self.config().data.train)
+
+    def mixed_in_file(self) -> Path | None:
+        """Find the generated file whose rows stand among those of the training file, if any do."""
+        return self._data_file("generated", None)
 
     def catalogue(self) -> Path | None:
         """Find the tool catalogue of this run; None stands for TinyAgent's own tools.

@@ -13,7 +13,7 @@ import pytest
 
 from tinyagent_fast.config import Config
 from tinyagent_fast.display import Display
-from tinyagent_fast.errors import GateError
+from tinyagent_fast.errors import ConfigError, GateError
 from tinyagent_fast.export import pipeline, proof
 from tinyagent_fast.export.checkpoints import open_checkpoint
 from tinyagent_fast.export.pipeline import run_export
@@ -264,6 +264,20 @@ def test_merged_alone_needs_no_llama_cpp(run: Run, quiet: Any, tmp_path: Path) -
     assert export.record.content["passed"] is True
     assert not (tmp_path / "gguf").exists()
     assert not (tmp_path / "Modelfile").exists()
+
+
+def test_a_damaged_record_of_the_run_is_named_before_anything_is_made(
+    run: Run, quiet: Any, tmp_path: Path
+) -> None:
+    copy = Run(shutil.copytree(run.path, tmp_path / "runs" / run.path.name))
+    damaged = copy.path / "test" / "after" / "metrics.json"
+    damaged.parent.mkdir(parents=True, exist_ok=True)
+    damaged.write_text('{"success": {"share": 0.', encoding="utf-8")
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError) as caught:
+        run_export(prepared(copy, quiet, to="merged", out=out, gates="off"))
+    assert caught.value.exit_code == 2 and str(damaged) in str(caught.value)
+    assert not (out / "merged").exists()
 
 
 def test_no_file_is_converted_that_neither_a_flag_nor_a_gate_asks_for(

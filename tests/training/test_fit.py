@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from tinyagent_fast.api import evaluate_run
 from tinyagent_fast.config import Config, EvalConfig
+from tinyagent_fast.distributed import Processes
 from tinyagent_fast.errors import ConfigError, DataError, ModelError, TrainingError
 from tinyagent_fast.evaluation.predictions import PredictionFile
 from tinyagent_fast.models.nano import PretrainSpec
@@ -106,6 +108,23 @@ def test_how_often_the_steps_pass_over_the_rows_is_said_and_many_times_are_warne
         assert f"{steps} steps are {steps} passes" in said
         assert ("warning" in said) == (fix is not None)
         assert (fix or "") in said
+
+
+@pytest.mark.parametrize(
+    ("passes", "own_passes", "fix"),
+    [(1, 4, None), (1, 40, "--data.own-passes 4"), (2, 3, "--data.own-passes 2"), (5, 1, "epochs")],
+)
+def test_what_counts_is_how_often_each_own_row_is_seen(
+    tiny_config: MakeConfig, passes: int, own_passes: int, fix: str | None
+) -> None:
+    config = tiny_config(
+        data={"own_passes": own_passes, "with_generated": True},
+        train={"max_steps": None, "epochs": float(passes)},
+    )
+    said = fit._passes(config, 50 * passes, 100, 1)
+    assert ("warning" in said) == (fix is not None)
+    assert (fix or "") in said
+    assert (f"each own row is seen {passes * own_passes} times" in said) == (own_passes > 1)
 
 
 def test_what_is_known_before_any_long_work_is_said_first_and_once(
@@ -200,6 +219,22 @@ def test_an_adapters_card_says_what_it_is_and_names_no_path_of_the_machine(
         for block in re.findall(r"```python\n(.*?)```", card, flags=re.S):
             compile(block, "README.md", "exec")
     assert not list(run.checkpoints.glob("*/README.md"))
+
+
+def test_each_process_on_a_cpu_gets_its_share_of_the_cores_that_they_may_use(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(_: Any, config: Config, *__: Any) -> Any:
+        return config.train.threads
+
+    four = Processes(rank=0, count=4, local_rank=0, local_count=4)
+    monkeypatch.setattr(fit, "init_processes", lambda: four)
+    monkeypatch.setattr(fit, "choose_compute", chosen)
+    monkeypatch.setattr(fit, "why_not_shared", lambda *_: "not asked")
+    config = tiny_config(train={"threads": None})
+    for cores, threads in ((1, 1), (8, 2)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert fit._with_compute(config, None, Mock(), Mock(), None) == threads  # type: ignore[arg-type]
 
 
 def test_a_run_with_retrieved_prompts_keeps_the_retriever_that_made_them(

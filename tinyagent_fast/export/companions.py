@@ -26,7 +26,7 @@ from tinyagent_fast.plans.gbnf import MAX_TEXT_UNITS, NO_CHARACTERS, plan_gramma
 from tinyagent_fast.plans.grammar import END_OF_PLAN
 from tinyagent_fast.plans.tools import TINYAGENT, Tool
 from tinyagent_fast.prompts.templates import render_prompt
-from tinyagent_fast.runs import Run, write_text
+from tinyagent_fast.runs import Run, read_json, write_text
 from tinyagent_fast.training.best import Best
 from tinyagent_fast.version import __version__
 
@@ -277,8 +277,7 @@ def _quoted(what: str, folder: Path) -> tuple[str, str] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content
+    return read_json(path) if path.exists() else {}
 
 
 def _render(name: str, context: Mapping[str, Any]) -> str:

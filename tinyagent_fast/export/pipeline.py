@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyagent_fast.config import parse_config
 from tinyagent_fast.display import size_text
 from tinyagent_fast.errors import GateError
 from tinyagent_fast.export.chat_template import chat_template
@@ -63,6 +62,7 @@ def run_export(export: Export) -> Path:
     record.update(tinyagent_fast=__version__, **identity, environment=machine, **nothing_proved)
     if settings.fresh:
         record.update(artefacts=[])
+    _card(export)  # what is damaged in the run is found before the work
     merged = _make_merged(export, identity)
     gates: list[Gate] = []
     with unfinished_folder(export.folder, "work") as work:
@@ -93,6 +93,10 @@ def _identity(export: Export) -> dict[str, Any]:
         "trained_on_weights": export.config.model.weights,
         "qat": export.config.train.qat,
     }
+
+
+def _card(export: Export) -> str:
+    return model_card(export.run, export.run.recorded_config(), export.record.content)
 
 
 def _make(export: Export, path: str, kind: Kind, depends: Sequence[object], work: Work) -> Artefact:
@@ -220,9 +224,5 @@ def _finish(export: Export, gates: Sequence[Gate], seconds: float) -> None:
         seconds=round(seconds, 2),
     )
     write_text(export.folder / "report.md", export_report(record.content))
-    path = export.run.config_path
-    recorded = parse_config(
-        path.read_text(encoding="utf-8"), source=str(path)
-    )  # with its own paths
-    write_text(export.folder / CARD, model_card(export.run, recorded, record.content))
+    write_text(export.folder / CARD, _card(export))
     export.display.say(f"{CARD}: written")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 import signal
 import sys
@@ -47,6 +46,7 @@ from tinyagent_fast.models.families import ModelShape
 from tinyagent_fast.models.libraries import prepare_libraries
 from tinyagent_fast.models.loading import LoadedModel, load_for_training, save_model
 from tinyagent_fast.models.nano import PretrainSpec
+from tinyagent_fast.models.threads import usable_cores
 from tinyagent_fast.prompts.builder import encode_prompts
 from tinyagent_fast.prompts.loading import load_tokenizer, resolve_tokenizer_folder
 from tinyagent_fast.prompts.templates import template_hash
@@ -189,7 +189,7 @@ def _planned(config: Config) -> list[str]:
 
 def _train(config: Config, display: Display, resume: Run | None, hold: Callable[[Run], Run]) -> Run:
     """Train a new run, or go on with one that this process holds."""
-    run, steps = resume, "steps and validation"
+    run, steps, is_over = resume, "steps and validation", False
 
     def begin(new: Run) -> Run:
         nonlocal run
@@ -206,6 +206,7 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
         run = prepared.run
         with display.timed(steps):
             _fit(prepared, checkpoint, resumed=resume is not None)
+        is_over = True
         display.say(f"trained in {display.timings_s[steps]:.0f} s")
         _finish(prepared)
     except KeyboardInterrupt as stop:
@@ -215,7 +216,8 @@ def _train(config: Config, display: Display, resume: Run | None, hold: Callable[
         saved = next((path.name for path in checkpoints(run)), None)
         why = "there is no checkpoint yet, so it begins with the first step"
         if saved is not None:
-            why = f"{saved} is the last one that was saved; steps behind it are made again"
+            rest = "no step is left to make" if is_over else "steps behind it are made again"
+            why = f"{saved} is the last one that was saved; {rest}"
         raise _stopped(run, f"stopped by {NAMES[number]}", why, number) from stop
     except Exception as error:
         if run is None or not is_full_disk(error):
@@ -344,7 +346,7 @@ def _prepare(
 ) -> _Prepared:
     """Read data, build the base, encode rows, load the model and make the run's folder."""
     processes = init_processes()
-    examples, base, rows = _read(config, display)
+    examples, base, rows = _read(config, display, resume)
     with display.working("loading the base model"):
         loaded = load_for_training(config, base)
     _refuse_rows_past_the_context(loaded, rows)
@@ -379,10 +381,13 @@ def _prepare(
     return prepared
 
 
-def _read(config: Config, display: Display) -> tuple[RunExamples, str, RunRows]:
+def _read(config: Config, display: Display, resume: Run | None) -> tuple[RunExamples, str, RunRows]:
     """Read the examples, find or build the base, and encode the rows for it."""
     processes = init_processes()
-    examples = processes.main_process_first(lambda: load_run_examples(config, display.bar))
+    mixed_in = None if resume is None else resume.mixed_in_file()
+    examples = processes.main_process_first(
+        lambda: load_run_examples(config, display.bar, mixed_in)
+    )
     refuse_unscorable(config, examples.test, examples.validation)
     queries = [example.query for example in examples.test]
     base = processes.on_main_process(
@@ -442,8 +447,7 @@ def _with_compute(
             config,
             train=replace(
                 config.train,
-                threads=config.train.threads
-                or max(1, (os.cpu_count() or 1) // processes.local_count),
+                threads=config.train.threads or max(1, usable_cores() // processes.local_count),
             ),
             model=replace(
                 config.model,
@@ -771,10 +775,15 @@ def _passes(config: Config, steps: int, rows: int, processes: int) -> str:
     shown = float(f"{passes:.3g}")
     said = f"{count_of(steps, 'step')} {'is' if steps == 1 else 'are'} {shown:,g} "
     said += f"{'pass' if shown == 1 else 'passes'} over {count_of(rows, 'row')}"
-    if passes <= _MANY_PASSES:
+    own = config.data.own_passes
+    if own > 1:
+        said += f", in which each own row is seen {float(f'{passes * own:.3g}'):,g} times"
+    if passes * own <= _MANY_PASSES:
         return said
     fewer = f"--train.epochs {_MANY_PASSES:g}"
-    if train.max_steps is not None:
+    if passes <= _MANY_PASSES:
+        fewer = f"--data.own-passes {max(1, int(_MANY_PASSES / passes))}"
+    elif train.max_steps is not None:
         fewer = f"--train.max-steps {max(1, int(steps / passes * _MANY_PASSES))}"
     return (
         f"warning: {said}; after {_MANY_PASSES:g} an adapter mostly learns them by heart; "
@@ -818,7 +827,7 @@ def _plan_success(prepared: _Prepared, trainer: Any, history: History) -> PlanSu
         return new
 
     def save(folder: Path, best: Best) -> None:
-        card = adapter_card(run, config, best)
+        card = adapter_card(run, run.recorded_config(), best)
         notes = {"best.json": asdict(best), ADAPTER_CARD: card}
         save_model(loaded.model, loaded.tokenizer.hf, folder, notes)
 
@@ -851,7 +860,7 @@ def _keep_best(prepared: _Prepared) -> bool:
     run, loaded, display = prepared.run, prepared.loaded, prepared.display
     best = read_best(run)
     if best is None:
-        notes = {ADAPTER_CARD: adapter_card(run, prepared.config, None)}
+        notes = {ADAPTER_CARD: adapter_card(run, run.recorded_config(), None)}
         save_model(loaded.model, loaded.tokenizer.hf, run.adapter, notes)
         display.say("no evaluation was made: the last adapter is kept")
     else:

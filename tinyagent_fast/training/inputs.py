@@ -87,8 +87,13 @@ class RunRows:
     validation: RowFile | None
 
 
-def data_files(config: Config, stage: Stage = unseen) -> DataFiles:
+def data_files(config: Config, stage: Stage = unseen, mixed_in: Path | None = None) -> DataFiles:
     """Find the run's files; generate them, as a stage, when the config names no file.
+
+    Args:
+        config: The run's config.
+        stage: Generating is one.
+        mixed_in: The file whose rows were mixed in before; it is generated where it is gone.
 
     Raises:
         DataError: A named file is missing, or only the test file is named.
@@ -109,7 +114,8 @@ def data_files(config: Config, stage: Stage = unseen) -> DataFiles:
                 "it is not there",
                 "make data downloads the published files; --data.train and --data.test name others",
             )
-    mixed_in = _generated_files(data, stage)[0] if data.with_generated else None
+    if data.with_generated and (mixed_in is None or not mixed_in.exists()):
+        mixed_in = _generated_files(data, stage)[0]
     return DataFiles(data.train, data.test, False, mixed_in)
 
 
@@ -139,8 +145,12 @@ def _generation_key(spec: GenerationSpec) -> str:
     return settings + hashlib.sha256(b"".join(contents)).hexdigest()
 
 
-def load_run_examples(config: Config, stage: Stage = unseen) -> RunExamples:
+def load_run_examples(
+    config: Config, stage: Stage = unseen, mixed_in: Path | None = None
+) -> RunExamples:
     """Read, split and sample the examples of a run; each part that takes long is a stage.
+
+    The arguments are those of `data_files`.
 
     Returns:
         The examples; validation entries and test queries are kept out of training.
@@ -148,7 +158,7 @@ def load_run_examples(config: Config, stage: Stage = unseen) -> RunExamples:
     Raises:
         DataError: A file is faulty or too small.
     """
-    files = data_files(config, stage)
+    files = data_files(config, stage, mixed_in)
     with stage("reading data", ""):
         examples, train, epoch = _read_examples(files, config)
     if config.data.prompts == "as-is":
@@ -320,9 +330,8 @@ def retriever_of_run(run: Run, stage: Stage = unseen) -> ToolRetriever | None:
         test=test if test is not None and test.exists() else None,
         points="plan",
         prompts="as-is",
-        own_passes=1,
     )
-    examples = load_run_examples(replace(config, data=data), stage)
+    examples = load_run_examples(replace(config, data=data), stage, run.mixed_in_file())
     if len(examples.train) < 2:
         return None
     retriever, _ = _train_retriever(examples.train, config, stage)
@@ -416,7 +425,7 @@ def encode_run_rows(
     key_parts = [
         summary["train_file"]["sha256"],
         summary["test_file"] and summary["test_file"]["sha256"],
-        summary.get("generated"),
+        summary.get("generated", {}).get("sha256"),
         vocabulary,
         tokenizer.bos_id,
         tokenizer.eos_id,

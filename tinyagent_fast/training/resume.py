@@ -169,7 +169,7 @@ def remember_or_compare(
 
 def _without_places(record: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out where files lay, which differs from folder to folder."""
-    kept = {name: value for name, value in _flat(record).items() if not name.endswith("_file.path")}
+    kept = {name: value for name, value in _flat(record).items() if not name.endswith(".path")}
     return kept | ({"base": Path(kept["base"]).name} if "base" in kept else {})
 
 
