@@ -551,15 +551,18 @@ def _timed(bench: Bench, loaded: Any, trainer: Any, config: Any) -> dict[str, An
 def rates(
     seconds: list[float], tokens: list[int], warmup: int, rows_per_step: int
 ) -> dict[str, Any]:
-    """Turn step times into rates, leaving the warm-up out."""
+    """Turn step times into rates by the median step, leaving the warm-up out.
+
+    One step of a card that others use too may take five times as long.
+    """
     measured, counted = seconds[warmup:], tokens[warmup:]
-    total = sum(measured)
+    median = statistics.median(measured) if measured else math.nan
     return {
         "step_s": [round(s, 4) for s in seconds],
         "first_step_s": round(seconds[0], 3) if seconds else None,
-        "median_step_s": round(statistics.median(measured), 4) if measured else None,
-        "tokens_per_s": round(sum(counted) / total, 1) if measured else None,
-        "samples_per_s": round(rows_per_step * len(measured) / total, 3) if measured else None,
+        "median_step_s": round(median, 4) if measured else None,
+        "tokens_per_s": round(statistics.fmean(counted) / median, 1) if measured else None,
+        "samples_per_s": round(rows_per_step / median, 3) if measured else None,
     }
 
 

@@ -203,6 +203,15 @@ def _other_model(before: Measurement | None, item: Measurement) -> bool:
     return before is None or before.model != item.model
 
 
+def test_rates_are_those_of_the_median_step_whatever_one_of_them_took():
+    def of(slowest_s):
+        seconds = [9.0, 1.1, 1.0, slowest_s, 1.2, 1.1]
+        return gpu_check.rates(seconds, [5, *[100] * 5], warmup=1, rows_per_step=4)
+
+    for name in ("median_step_s", "tokens_per_s", "samples_per_s"):
+        assert of(5.4)[name] == of(1.3)[name] > 0
+
+
 def test_rates_leave_the_warm_up_out_and_are_none_without_measured_steps():
     figures = gpu_check.rates([9.0, 1.0, 3.0], [5, 100, 300], warmup=1, rows_per_step=4)
     assert figures["first_step_s"] == 9.0 and figures["median_step_s"] == 2.0
