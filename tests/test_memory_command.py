@@ -41,7 +41,8 @@ def text(
 @pytest.fixture
 def plan(text: Callable[..., str]) -> Plan:
     """Return a function that gives the answer as JSON."""
-    return lambda *words: json.loads(text(*words, "--json"))
+    decoder = json.JSONDecoder()  # behind the JSON stands what took long, on stderr
+    return lambda *words: dict(decoder.raw_decode(text(*words, "--json"))[0])
 
 
 def cell(answer: dict[str, Any], batch: int, weights: str, checkpointing: str) -> dict[str, Any]:
@@ -228,26 +229,64 @@ def test_the_rows_of_a_file_of_ones_own_are_its_own_and_those_that_are_mixed_in(
         assert plan(*base, *own, *mixed, *passes)["lengths"]["rows"] == 3 * 32 + 70
 
 
-def test_rows_are_counted_where_data_and_a_tokenizer_are_there(
-    plan: Plan, tiny_base: Path, tiny_data: Path
+@pytest.mark.parametrize("prompts", [["as-is"], ["short"], ["short", "--data.with-generated"]])
+def test_rows_are_counted_as_training_has_them_where_data_and_a_tokenizer_are_there(
+    plan: Plan, tiny_base: Path, tiny_data: Path, prompts: list[str]
 ) -> None:
-    from tinyagent_fast.data.cache import load_examples
     from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
+    from tinyagent_fast.training.inputs import encode_run_rows, load_run_examples
 
     train = tiny_data / "training_data.json"
-    words = ["--model.base", str(tiny_base), "--data.train", str(train)]
-    answer = plan(*words, "--data.validation-entries", "8")
+    words = ["--model.base", str(tiny_base), "--data.train", str(train), "--data.prompts", *prompts]
+    words += ["--data.validation-entries", "8", "--data.generated-entries", "70"]
+    answer = plan(*words)
+    config = resolve_config("train", words, lambda: "l4")
+    config = replace(config, data=replace(config.data, test=None))
     tokenizer = PromptTokenizer(load_tokenizer(tiny_base))
-    examples = load_examples(train, on_bad_entry="error")
-    rows = tokenizer.training_rows(examples)
-    lengths = [len(row.input_ids) for row in rows]
-    assert answer["lengths"]["longest_tokens"] == max(lengths)
-    assert answer["lengths"]["mean_tokens"] == pytest.approx(sum(lengths) / len(lengths))
-    assert answer["lengths"]["rows"] == 40 - 8
+    rows = encode_run_rows(config, load_run_examples(config), tokenizer).train.statistics
+    assert answer["lengths"]["rows"] == rows.rows
+    assert answer["lengths"]["longest_tokens"] == rows.longest_tokens
+    assert answer["lengths"]["mean_tokens"] == pytest.approx(rows.mean_tokens)
     assert str(train) in answer["lengths"]["source"]
     shape = json.loads((tiny_base / "config.json").read_text(encoding="utf-8"))
     assert answer["shape"]["hidden"] == shape["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data.train", "FILE", "--data.joins-per-plan", "0.1"],
+        ["--data.train", "FILE", "--data.limit-entries", "20"],
+        ["--data.train", "FILE", "--data.prompts", "short", "--data.with-generated"],
+        ["--preset", "nano"],
+    ],
+)
+def test_rows_of_all_points_are_as_many_as_are_trained_on(
+    plan: Plan, tiny_data: Path, words: list[str]
+) -> None:
+    from tinyagent_fast.training.inputs import load_run_examples
+
+    words = [str(tiny_data / "training_data.json") if word == "FILE" else word for word in words]
+    words += ["--data.points", "all", "--data.validation-entries", "8"]
+    words += ["--data.generated-entries", "40"]
+    config = resolve_config("train", words, lambda: "l4")
+    config = replace(config, data=replace(config.data, test=None))
+    rows = len(load_run_examples(config).train)
+    for lengths in ([], ["--lengths", "300,400"]):
+        assert plan(*words, *lengths)["lengths"]["rows"] == rows
+
+
+def test_a_training_file_that_is_not_there_is_refused_unless_it_is_the_published_one(
+    text: Callable[..., str],
+) -> None:
+    assert "typo.json" in text("--data.train", "typo.json", code=2)
+    assert "39,030" in text("--data.train", "data/training_data.json")
+
+
+def test_published_lengths_are_not_taken_for_those_of_rewritten_prompts(plan: Plan) -> None:
+    source = plan("--data.prompts", "short")["lengths"]["source"]
+    assert "rewritten" in source and "rewritten" not in plan()["lengths"]["source"]
 
 
 def test_hours_follow_the_rate_and_the_rows(plan: Plan) -> None:

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from tinyagent_fast.commands.config_flags import parser_of, resolve_config
+from tinyagent_fast.display import Display
 from tinyagent_fast.errors import ConfigError, count_of
 from tinyagent_fast.training.memory import (
     LIBRARIES_GIB,
@@ -52,7 +55,8 @@ def run(arguments: Sequence[str]) -> int:
     # `auto` is what it is on a machine with a GPU that was set up by the Makefile.
     backend = "unsloth" if config.model.backend == "auto" else config.model.backend
     backend = "transformers" if config.train.qat != "off" else backend
-    lengths, counted = row_lengths(config, flags.lengths and _two_lengths(flags.lengths))
+    given = flags.lengths and _two_lengths(flags.lengths)
+    lengths, counted = row_lengths(config, given, Display(Console(stderr=True)).bar)
     estimator = MemoryEstimator(
         config=config,
         shape=base_shape(config.model.base),
@@ -179,9 +183,6 @@ def _dry_run(estimator: MemoryEstimator) -> dict[str, Any]:
     What Unsloth computes by its own forward, and what it would where it is not installed, is
     counted on the transformers path.
     """
-    from rich.console import Console
-
-    from tinyagent_fast.display import Display
     from tinyagent_fast.training.dry_run import dry_run
     from tinyagent_fast.training.unsloth_dry_run import can_count, dry_runs_by_unsloth
 
@@ -274,7 +275,6 @@ def _command(rest: Sequence[str], config: Config, found: BatchChoice) -> str:
 
 
 def _show(answer: dict[str, Any], config: Config) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 

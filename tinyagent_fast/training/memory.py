@@ -21,13 +21,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyagent_fast.config import BASE_MODEL, Checkpointing, Config, LoraConfig
-from tinyagent_fast.data.cache import ExampleTable, load_examples
+from tinyagent_fast.display import Stage, unseen
 from tinyagent_fast.errors import ModelError, plainly
 from tinyagent_fast.models.families import ModelShape, nearest_family
 from tinyagent_fast.models.published import PUBLISHED, TINYLLAMA_32K
 from tinyagent_fast.presets import PRESETS, REAL_TRAIN
+
+if TYPE_CHECKING:
+    from tinyagent_fast.training.inputs import RunExamples
 
 GIB = 2**30
 ERROR_SHARE = 0.15
@@ -609,34 +613,63 @@ def _rows_of(config: Config, rows: int, mean: int, longest: int) -> RowLengths:
     )
 
 
-def row_lengths(config: Config, given: tuple[int, int] | None) -> tuple[RowLengths, str]:
+def row_lengths(
+    config: Config, given: tuple[int, int] | None, stage: Stage = unseen
+) -> tuple[RowLengths, str]:
     """Find the lengths of a config's rows: as given (mean, longest), counted, or as published.
+
+    Args:
+        config: The config, whose prompts count as training rewrites them.
+        given: Mean and longest; None to find them.
+        stage: Reading, generating and training a retriever are some.
 
     Returns:
         The lengths, and where they come from.
+
+    Raises:
+        DataError: A data file is faulty, or missing and not the published one.
     """
     data, allowed = config.data, config.model.max_length_tokens
     if given is None and data.train is not None and _can_count(data.train, config.model.base):
-        return _counted(config, data.train), f"a sample and the longest texts of {data.train}"
-    published = data.train == REAL_TRAIN
-    rows = _PUBLISHED.rows
-    if data.train is None:
-        rows = max(1, data.generated_entries - data.validation_entries)
-    elif not published and data.train.exists():
-        rows = _kept_rows(config, _examples_of(config, data.train))
-    rows = min(rows, data.limit_entries or rows)
-    if data.with_generated:
-        rows = rows * data.own_passes + data.generated_entries
+        counted = _counted(config, _read_examples(config, stage))
+        return counted, f"a sample and the longest texts of {data.train}"
+    rows, rewritten = _count_rows(config, stage), data.prompts != "as-is"
     if given is not None:
         (mean, longest), source = given, "as given"
-    elif published:
+    elif data.train == REAL_TRAIN:
         longest = min(_PUBLISHED.longest_tokens, allowed)
         mean = min(int(_PUBLISHED.mean_tokens), longest)
-        source = "as published for plans; --lengths MEAN,LONGEST gives others"
+        source = "as published for plans" + ", before their prompts are rewritten" * rewritten
+        source += "; --lengths MEAN,LONGEST gives others"
     else:
         mean = longest = allowed
         source = "the longest allowed, not counted; --lengths MEAN,LONGEST gives others"
     return _rows_of(config, rows, mean, longest), source
+
+
+def _count_rows(config: Config, stage: Stage) -> int:
+    """Count the rows of an epoch; their prompts may be any."""
+    data = config.data
+    absent = data.train == REAL_TRAIN and not REAL_TRAIN.exists()
+    if not absent and (data.train is not None or data.points != "plan"):
+        as_is = replace(config, data=replace(data, prompts="as-is"))
+        return _rows_in(_read_examples(as_is, stage))
+    rows = _PUBLISHED.rows if absent else data.generated_entries - data.validation_entries
+    rows = max(1, min(rows, data.limit_entries or rows))
+    return rows * data.own_passes + data.generated_entries * data.with_generated
+
+
+def _read_examples(config: Config, stage: Stage) -> RunExamples:
+    from tinyagent_fast.training.inputs import load_run_examples
+
+    test = config.data.test
+    if test is not None and not test.exists():  # it has no say in how long rows are
+        config = replace(config, data=replace(config.data, test=None))
+    return load_run_examples(config, stage)
+
+
+def _rows_in(examples: RunExamples) -> int:
+    return int(examples.summary["examples"]["train"])
 
 
 def _can_count(train: Path, base: str) -> bool:
@@ -645,40 +678,25 @@ def _can_count(train: Path, base: str) -> bool:
     return train.exists() and tokenizer and find_spec("transformers") is not None
 
 
-def _counted(config: Config, train: Path) -> RowLengths:
+def _counted(config: Config, run: RunExamples) -> RowLengths:
     """Count tokens of a seeded sample, and of the rows with the longest texts."""
     from tinyagent_fast.prompts.loading import load_tokenizer
     from tinyagent_fast.prompts.tokens import PromptTokenizer
 
-    data = config.data
-    table = _examples_of(config, train)
     tokenizer = PromptTokenizer(load_tokenizer(Path(config.model.base)), config.model.prompt_format)
 
     def encode(indices: Iterable[int]) -> list[dict[str, list[int]]]:
-        examples = (table[index] for index in indices)
+        examples = (run.train[index] for index in indices)
         rows = tokenizer.training_rows(examples)
         return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
 
-    sizes = [len(e.system or "") + len(e.user) + len(e.output) for e in table]
+    sizes = [len(e.system or "") + len(e.user) + len(e.output) for e in run.train]
     longest = encode(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_LONGEST_ROWS])
-    picked = random.Random(data.seed).sample(range(len(sizes)), min(len(sizes), _SAMPLE_ROWS))
-    sample = RowLengths.of(encode(picked), config)
-    tokens = max(sample.longest_tokens, *(len(row["input_ids"]) for row in longest))
-    rows = _kept_rows(config, table)
+    rng = random.Random(config.data.seed)
+    sample = encode(rng.sample(range(len(sizes)), min(len(sizes), _SAMPLE_ROWS)))
+    tokens = max(len(row["input_ids"]) for row in (*sample, *longest))
     return replace(
-        sample,
-        rows=rows * data.own_passes + data.generated_entries * data.with_generated,
+        RowLengths.of(sample, config),
+        rows=_rows_in(run),
         longest_tokens=min(tokens, config.model.max_length_tokens),
     )
-
-
-def _examples_of(config: Config, train: Path) -> ExampleTable:
-    return load_examples(train, on_bad_entry=config.data.on_bad_entry, points=config.data.points)
-
-
-def _kept_rows(config: Config, table: ExampleTable) -> int:
-    """Count the rows of a file that are trained on, held-out entries apart."""
-    entries = len(set(table.column("entry_key")))
-    kept = max(0, entries - config.data.validation_entries)
-    kept = min(kept, config.data.limit_entries or kept)
-    return max(1, round(len(table) * kept / entries))
