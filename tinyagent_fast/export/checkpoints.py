@@ -35,7 +35,8 @@ BLOCK_BYTES = 2**20
 _INFINITE_F16 = 65520.0
 
 _FILES = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja")
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+"""Of a model in several files: which tensor is in which."""
 _SINGLE = "model.safetensors"
 
 
@@ -105,25 +106,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"its weights are quantised ({method}), and rounding them again would cost quality",
             "name the folder of the same model in bf16, f16 or f32",
         )
-    if (folder / _INDEX).exists():
+    if (folder / INDEX).exists():
         return Checkpoint(folder, config, _open_shards(folder))
     if (folder / _SINGLE).exists():
         return Checkpoint(folder, config, stored_tensors(folder / _SINGLE))
     refuse_pickles(folder)
-    why = f"it has neither {_SINGLE} nor {_INDEX}"
+    why = f"it has neither {_SINGLE} nor {INDEX}"
     raise ModelError(f"folder {folder}", why, "copy the weights into it")
 
 
 def _open_shards(folder: Path) -> dict[str, StoredTensor]:
     """Read the headers of all shards, and hold them against the index."""
-    where = read_model_json(folder / _INDEX).get("weight_map")
+    where = read_model_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ModelError(f"{folder / _INDEX}", "it has no weight_map", "copy the file again")
+        raise ModelError(f"{folder / INDEX}", "it has no weight_map", "copy the file again")
     for name in where.values():
         plain = isinstance(name, str) and name == Path(name).name and "\0" not in name
         if not plain or name in ("", ".."):
             why = f"it names the file {name!r:.80}, which is no name of a file beside it"
-            raise ModelError(f"{folder / _INDEX}", why, "copy the file again")
+            raise ModelError(f"{folder / INDEX}", why, "copy the file again")
     shards = sorted(set(where.values()))
     if absent := [name for name in shards if not _is_there(folder / name)]:
         listed = ", ".join(printable(name, one_line=True)[:80] for name in absent)

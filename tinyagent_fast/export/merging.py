@@ -20,6 +20,7 @@ import numpy as np
 from tinyagent_fast.errors import GateError, ModelError
 from tinyagent_fast.export.chat_template import chat_template
 from tinyagent_fast.export.checkpoints import (
+    INDEX,
     VALUE_BYTES,
     Checkpoint,
     Floats,
@@ -241,7 +242,7 @@ def _write_configs(base: Path, target: Path, dtype: str) -> None:
     if dtype != "base":
         config["dtype"] = config["torch_dtype"] = _DTYPE_NAMES[dtype]
     write_json(target / "config.json", config)
-    index = base / "model.safetensors.index.json"
+    index = base / INDEX
     if index.exists():
         content = read_model_json(index)
         size_bytes = sum(path.stat().st_size for path in target.glob("*.safetensors"))

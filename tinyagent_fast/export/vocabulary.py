@@ -94,10 +94,8 @@ def read_vocabulary(folder: Path, embedding_rows: int) -> GgufVocabulary:
     model = file.get("model", {})
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise _other_ids(folder, f"its model is {model.get('type')}, and only BPE is known here")
-    settings, added = (
-        read_model_json(folder / "tokenizer_config.json"),
-        file.get("added_tokens", []),
-    )
+    settings = read_model_json(folder / "tokenizer_config.json")
+    added = file.get("added_tokens", [])
     names = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
     if model.get("byte_fallback"):
         vocabulary = _llama_vocabulary(folder, file, added)

@@ -650,8 +650,6 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
         f"{trainable:,} parameters",
     }
-    if train.max_steps is None and train.batching != "packed":
-        lines["steps"] = f"{train.steps(rows.rows, count):,}"
     if count > 1:
         batch = train.rows_per_batch * count
         lines["processes"] = f"{count}: {batch * train.accumulation} rows of all processes per step"
@@ -746,8 +744,7 @@ def _checked_trainer(prepared: _Prepared, *, resumed: bool) -> Any:
             processes=processes,
             tracking=tracking_arguments(config.track, run),
         )
-    if not resumed:
-        display.say(_passes(config, trainer.steps, len(trainer.train_dataset), processes.count))
+    display.say(_passes(config, trainer.steps, len(trainer.train_dataset), processes.count))
     prompts = encode_prompts(loaded.tokenizer, prepared.examples.validation)
     with display.working("checking the longest batch"):
         report = preflight(trainer, loaded, rows, prompts, config.eval.batch, prepared.estimator)
