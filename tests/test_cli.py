@@ -880,6 +880,37 @@ def test_ctrl_c_that_native_code_makes_another_error_of_is_no_bug(
         signal.signal(signal.SIGINT, before)
 
 
+class _Attribute:
+    """An attribute that gets a signal while its class is made, as any may within an import."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _makes_a_class(_: object) -> int:
+    type("Broken", (), {"attribute": _Attribute()})
+    return 0
+
+
+def _gives_a_reason_of_its_own(_: object) -> int:
+    try:
+        return _makes_a_class(None)
+    except Exception as error:
+        raise UserError("a model", str(error), "take another one") from error
+
+
+@pytest.mark.parametrize("work", [_makes_a_class, _gives_a_reason_of_its_own])
+def test_ctrl_c_while_a_class_is_made_is_no_bug(
+    work: Callable[[object], int], call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "run", work)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert call("score").code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_again_while_the_process_ends_leaves_message_and_code_as_they_are() -> None:
     done = python("""
 import atexit, signal, sys

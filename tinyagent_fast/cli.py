@@ -131,19 +131,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     from tinyagent_fast.errors import GateError, UserError, printable
-    from tinyagent_fast.interrupts import noted_interrupt
+    from tinyagent_fast.interrupts import unwrapping_interrupts
 
     try:
-        _refuse_empty(name, arguments)
-        from tinyagent_fast.models.libraries import quieten
+        with unwrapping_interrupts():
+            _refuse_empty(name, arguments)
+            from tinyagent_fast.models.libraries import quieten
 
-        quieten()  # before the first import that reaches bitsandbytes
-        # Threads that spin for long while they wait starve each other on a shared machine.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-        module = importlib.import_module(f"tinyagent_fast.commands.{COMMANDS[name][0]}")
-        code = int(module.run(arguments))
-        sys.stdout.flush()  # here, where a closed pipe is no error yet
-        return code
+            quieten()  # before the first import that reaches bitsandbytes
+            # Threads that spin for long while they wait starve each other on a shared machine.
+            os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+            module = importlib.import_module(f"tinyagent_fast.commands.{COMMANDS[name][0]}")
+            code = int(module.run(arguments))
+            sys.stdout.flush()  # here, where a closed pipe is no error yet
+            return code
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
@@ -167,8 +168,6 @@ def _run(name: str, arguments: list[str]) -> int:
         print(_not_installed(name, error), file=sys.stderr)
         return 2
     except Exception as error:
-        if isinstance(error, SystemError) and (noted := noted_interrupt()):
-            return _stopped(name, arguments, noted)
         if (told := _explained(name, error)) is None:
             return _bug()
         print(f"error: {told}", file=sys.stderr)

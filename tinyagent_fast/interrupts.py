@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM that no library can swallow: they are noted as well as raised.
 
-A native module that imports another one in the middle of Ctrl-C clears the exception and goes on.
+A native module that imports another one in the middle of Ctrl-C clears the exception and goes on;
+Python 3.11 makes a RuntimeError of one that comes while a class is made, native code a SystemError.
 """
 
 from __future__ import annotations
@@ -101,9 +102,28 @@ def _interrupt(number: int) -> KeyboardInterrupt:
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
-def noted_interrupt() -> KeyboardInterrupt | None:
-    """Give the signal that came, if one did; native code may have made another error of it."""
-    return _interrupt(_noted[-1]) if _noted else None
+@contextmanager
+def unwrapping_interrupts() -> Iterator[None]:
+    """Let a stop signal leave as itself where whoever was under way made another error of it.
+
+    Raises:
+        KeyboardInterrupt: Such an error came from a signal, at whatever remove.
+    """
+    from tinyagent_fast.errors import UserError
+
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__
+        if isinstance(error, UserError) and isinstance(cause, KeyboardInterrupt):
+            raise  # a command's own word on how it goes on
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__
+        if cause is None and isinstance(error, SystemError) and _noted:
+            cause = _interrupt(_noted[-1])  # native code does not always say what it came from
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def raise_swallowed_interrupt() -> None:
@@ -112,6 +132,7 @@ def raise_swallowed_interrupt() -> None:
     Raises:
         KeyboardInterrupt: There was one, and whoever should have ended did not.
     """
-    if stop := noted_interrupt():
+    if _noted:
+        stop = _interrupt(_noted[-1])
         _noted.clear()
         raise stop
