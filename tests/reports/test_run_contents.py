@@ -30,6 +30,7 @@ from tinyagent_fast.reports.tables import (
 )
 from tinyagent_fast.runs import Run
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 RIGHT = '1. open_note("n", "")\n2. join()'
 NO_CALL = "1. join()"
 
@@ -158,7 +159,7 @@ def test_what_is_no_finite_number_is_none(value: object) -> None:
 def damaged(record: Any) -> Iterator[Any]:
     """Give copies of a record, in each of which one value is gone or another one."""
     for key in record if isinstance(record, dict) else range(len(record)):
-        for value in ("x", -5):
+        for value in ("x", -5, []):
             copy = deepcopy(record)
             copy[key] = value
             yield copy
@@ -189,7 +190,11 @@ def test_no_damaged_value_of_a_record_keeps_a_report_from_being_written(
     checked |= {"success": 0.5, "success_dag": 0.5}
     machine = {"gpu": {"name": "card"}, "cpus": 2, "versions": {"torch": "2"}, "folder": "f"}
     machine |= {"started": "now", "python": "3", "git": {"commit": "c", "clean": True}}
+    tasks = json.loads((RESULTS / "agent-nano.json").read_text())
+    tasks["joins"] = {"confusion": {"finish": {"finish": 3, "replan": 1}}}
+    tasks["joins"]["message_match"] = {"count": 1, "total": 2}
     for name, record in (
+        ("agent/metrics.json", tasks),
         ("data.json", data),
         ("history.jsonl", step),
         ("history.jsonl", checked),
@@ -206,6 +211,17 @@ def test_no_damaged_value_of_a_record_keeps_a_report_from_being_written(
             assert run_markdown(contents)
             assert all(chart.lines for chart in run_charts(contents.steps, contents.validations))
         write_lines(path, record)
+
+
+def test_no_damaged_value_of_an_export_record_keeps_a_report_from_being_written(
+    full_run: Run,
+) -> None:
+    path = full_run.path / "export" / "export.json"
+    record = json.loads(path.read_text())
+    assert read_run(full_run).export is not None
+    for one in damaged(record):
+        path.write_text(json.dumps(one))
+        assert run_markdown(read_run(full_run))
 
 
 def test_failed_and_skipped_gates_are_not_called_passed(full_run: Run) -> None:

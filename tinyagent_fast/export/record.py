@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tinyagent_fast.config import typed
 from tinyagent_fast.runs import files_of, read_json, sha256_of, write_json
 
 Kind = Literal["merged", "gguf", "importance"]
@@ -51,7 +52,7 @@ class ExportRecord:
     @property
     def artefacts(self) -> list[Artefact]:
         """All whole artefacts."""
-        return [Artefact(**item) for item in self.content["artefacts"]]
+        return [typed(Artefact)(**item) for item in self.content["artefacts"]]
 
     def update(self, **facts: Any) -> None:
         """Set top-level facts, which are plain values, and write the file."""

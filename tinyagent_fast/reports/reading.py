@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyagent_fast.agent.evaluate import agent_tables, task_shares
 from tinyagent_fast.config import Config
 from tinyagent_fast.data.generation.catalogue import plan_tools
 from tinyagent_fast.data.splits import mixture_text
@@ -146,7 +147,7 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
         validations=validations,
         evaluations=evaluations,
         export=_read_export(run.path, notes),
-        agent=_read_optional(run.path / "agent" / "metrics.json", notes),
+        agent=_read_tasks(run.path, notes),
         traces=_read_traces(run.path / "agent" / "traces.jsonl", notes),
         environment=_read_object(run.path / "environment.json", notes),
         data=data,
@@ -165,7 +166,7 @@ def catalogue_of_run(folder: Path) -> Path | None:
 def tasks_of_run(folder: Path) -> Mapping[str, object]:
     """Find the figures of agent-eval in a run, or in the run that a folder lies in, if any."""
     run = _run_around(folder)
-    return {} if run is None else _read_optional(run.path / "agent" / "metrics.json", [])
+    return {} if run is None else _read_tasks(run.path, [])
 
 
 def _run_around(folder: Path) -> Run | None:
@@ -200,8 +201,16 @@ def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
         return {}
 
 
-def _read_optional(path: Path, notes: list[str]) -> Mapping[str, object]:
-    return _read_object(path, notes) if path.exists() else {}
+def _read_tasks(run: Path, notes: list[str]) -> Mapping[str, object]:
+    """Read the figures of agent-eval, if all are there that tables and comparisons show."""
+    path = run / "agent" / "metrics.json"
+    figures = _read_object(path, notes) if path.exists() else {}
+    try:
+        _ = (list(agent_tables(figures)), task_shares(figures)) if figures else ()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        notes.append(f"agent/metrics.json cannot be read and is left out: {error!r}")
+        return {}
+    return figures
 
 
 def _mixture(generated: Any, notes: list[str]) -> str:
