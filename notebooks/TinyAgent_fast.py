@@ -6,7 +6,7 @@ A line `# %%` begins a code cell, `# %% [markdown]` a text cell. It also runs as
 # %% [markdown]
 # # tinyagent_fast: train a planner and measure its plans
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/tinyagent_fast/blob/main/notebooks/TinyAgent_fast.ipynb)
+# To open it in Colab: *File - Upload notebook*.
 #
 # For a request, the model writes a plan of function calls in which `$1` stands for the result of
 # call 1. This notebook trains such a planner, measures it, exports it as GGUF, measures the GGUF,

@@ -40,7 +40,7 @@ PLAN = '1. get_email_address("Sid")\n2. join()'
 GPU_PRESETS = ("t4", "l4", "a100", "paper", "seed")
 CHEAP = ("data generate", "data check", "memory", "score", "compare", "report")
 """Commands that are also run as written, on files made for the test."""
-OF_OTHERS = {"--jinja", "--check", "--quick", "--durations"}
+OF_OTHERS = {"--jinja", "--check", "--quick", "--rounds", "--durations"}
 """Flags in the text that belong to other programs."""
 
 

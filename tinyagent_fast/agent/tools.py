@@ -284,7 +284,9 @@ async def mcp_tools(command: str | Sequence[str]) -> AsyncIterator[dict[str, Run
         from mcp.client.stdio import stdio_client
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "MCP tools", "the package `mcp` is not installed", "pip install 'tinyagent-fast[mcp]'"
+            "MCP tools",
+            "the package `mcp` is not installed",
+            "pip install -e '.[mcp]' in the project's folder",
         ) from error
     words = shlex.split(command) if isinstance(command, str) else list(command)
     server = StdioServerParameters(command=words[0], args=words[1:])

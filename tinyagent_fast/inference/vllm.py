@@ -49,8 +49,8 @@ class VllmEngine:
             raise ModelError(
                 "engine vllm",
                 f"the package vllm cannot be used: {error}",
-                "pip install 'tinyagent-fast[vllm]' into an environment of its own, with CUDA; or "
-                "leave --engine out",
+                "pip install -e '.[vllm]' in the project's folder, into an environment of its own, "
+                "with CUDA; or leave --engine out",
             ) from error
         self.folder, self.tokenizer = folder, tokenizer
         fix = "make it with `tinyagent-fast export --to merged`, on a machine with CUDA"
