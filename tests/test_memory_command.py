@@ -79,17 +79,6 @@ sys.exit(main(["memory", "--card", "l4"]))
         assert words in done.stdout
 
 
-def test_the_former_name_of_the_command_still_works(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["memory", "--json"]) == 0
-    expected = capsys.readouterr()
-    assert main(["plan", "--json"]) == 0
-    got = capsys.readouterr()
-    assert got.out == expected.out
-    assert "memory" in got.err and not expected.err
-
-
 def test_every_batch_weight_and_checkpointing_has_a_prediction(plan: Plan) -> None:
     answer = plan()
     assert len(answer["predictions"]) == 5 * 2 * 3

@@ -72,7 +72,6 @@ _GOES_ON = {
     "are kept where they were finished; start again with: {command}",
 }
 """What to do after a stop, by command; once there is a run, `train` says it itself."""
-_FORMER_NAMES = {"plan": "memory"}
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
@@ -105,9 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"tinyagent-fast {__version__}")
         return 0
-    if words[0] in _FORMER_NAMES:
-        print(f"`{words[0]}` is now called `{_FORMER_NAMES[words[0]]}`", file=sys.stderr)
-        words[0] = _FORMER_NAMES[words[0]]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
@@ -136,11 +132,10 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         with unwrapping_interrupts():
             _refuse_empty(name, arguments)
-            from tinyagent_fast.models.libraries import quieten
+            from tinyagent_fast.models.libraries import quieten, set_environment
 
             quieten()  # before the first import that reaches bitsandbytes
-            # Threads that spin for long while they wait starve each other on a shared machine.
-            os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+            set_environment()
             module = importlib.import_module(f"tinyagent_fast.commands.{COMMANDS[name][0]}")
             code = int(module.run(arguments))
             sys.stdout.flush()  # here, where a closed pipe is no error yet

@@ -190,6 +190,9 @@ def preset_config(name: str) -> Config:
 
 def choose_preset() -> tuple[str, str]:
     """Choose the preset for this machine; the second value is the reason, for the user."""
+    from tinyagent_fast.models.libraries import set_environment
+
+    set_environment()
     import torch
 
     if not torch.cuda.is_available():

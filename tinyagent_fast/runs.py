@@ -40,6 +40,7 @@ _PACKAGES = (
 )
 # fmt: on
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_CHECKSUMS = "checksums.json"
 _LATEST = "latest"
 _RESERVED = (_LATEST, "bases")
 """Names under `runs/` that are no runs: the link to the newest one, and base models made here."""
@@ -594,6 +595,26 @@ def sha256_of(path: Path) -> str:
 def files_of(path: Path) -> list[Path]:
     """List all files of a folder in their order, or the file itself."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the sha256 of all files that are in a folder into one more, for `why_not_whole`."""
+    sums = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files_of(folder)}
+    write_json(folder / _CHECKSUMS, sums)
+
+
+def why_not_whole(folder: Path) -> str | None:
+    """Compare a folder's files with its checksums; None if all are as they were written."""
+    try:
+        sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name, sha256 in sums.items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if sha256_of(folder / name) != sha256:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{_CHECKSUMS}, which is written last, cannot be read: {plainly(error)}"
+    return None
 
 
 def key_of(parts: Iterable[object]) -> str:

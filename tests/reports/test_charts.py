@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -53,6 +56,17 @@ def test_every_colour_is_the_pages_own() -> None:
         assert {"var(--a)", "var(--dim)", "var(--rule)"} <= set(
             re.findall(r"var\([^)]*\)", drawing)
         )
+
+
+def test_charts_are_drawn_though_a_notebook_names_a_backend_that_is_not_here() -> None:
+    program = """
+from tinyagent_fast.reports.charts import Chart, Line
+print(len(Chart(title="a", unit="b", lines=(Line(name="c", points=[(0, 1.0)]),)).svg()))
+"""
+    kernel = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, env=kernel)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ids_are_referred_to_within_a_chart_and_differ_between_charts() -> None:

@@ -118,6 +118,25 @@ def test_only_the_adapter_is_trainable(build: Callable[..., Built]) -> None:
     assert all("lora_" in name for name in trainable)
 
 
+def test_of_several_cards_in_one_process_one_is_used(
+    build: Callable[..., Built], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    usual = TrainingArguments.__post_init__
+
+    def on_two_cards(arguments: TrainingArguments) -> None:
+        usual(arguments)
+        arguments._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_two_cards)
+    trainer, _, dataset = build(rows=8, batch=2, max_steps=4)
+    assert trainer.args.train_batch_size == 2
+    trainer.train()
+    assert len(losses_of(trainer)) == 4
+    assert trainer.tokens_seen == sum(len(row["input_ids"]) for row in dataset)
+
+
 def train_two_steps(
     build: Callable[..., Built], batch: int, accumulation: int, *, per_token: bool = True
 ) -> tuple[list[float], dict[str, Any]]:

@@ -421,8 +421,6 @@ def _evaluate(
     tools = plan_tools(config.data.catalogue)
     tasks = _find_tasks(examples, tools, options.grammar == "on", display)
     display.say(f"run {run.path.name}: {len(tasks)} tasks")
-    if (unfinished := run.unfinished()) is not None:
-        display.say(f"note: the training of run {run.path.name} is {unfinished}")
     untaught = ", as the run was not trained on join points" * (options.joiner == "auto")
     judging = f"a rule{untaught}" if text is None else "the model"
     display.say(f"observations are judged by {judging}")

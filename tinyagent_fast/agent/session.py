@@ -86,9 +86,6 @@ class AgentSpec:
         """
         if self.tools and self.mcp:
             raise ConfigError("--tools with --mcp", "tools come from one place", "leave one out")
-        if self.tools and not self.tools.is_file():
-            why, fix = "there is no such file", "name a .py file with functions"
-            raise ConfigError(f"--tools {self.tools}", why, fix)
         if self.mcp is not None:
             _refuse_no_program(self.mcp)
         if self.sandbox and (self.tools or self.mcp or self.sandbox.exists()):

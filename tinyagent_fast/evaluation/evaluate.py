@@ -235,8 +235,6 @@ def _evaluate(
     )
     job = _Job(run=run, config=config, options=options, task=task, display=display)
     display.say(f"run {run.path.name}: {len(examples)} test queries")
-    if (unfinished := run.unfinished()) is not None:
-        display.say(f"note: the training of run {run.path.name} is {unfinished}")
     return ENGINES[options.engine].measure(job)
 
 
@@ -261,6 +259,8 @@ def test_queries(
         retriever_of_run,
     )
 
+    if (unfinished := run.unfinished()) is not None:
+        display.say(f"note: the training of run {run.path.name} is {unfinished}")
     if (changed := run.changed_catalogue()) is not None:
         display.say(f"note: {changed}")
     processes = init_processes()

@@ -27,6 +27,7 @@ import ast
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from itertools import takewhile
 
 from tinyagent_fast.plans.grammar import loose_steps, parse_expression
@@ -173,19 +174,13 @@ def _graph(steps: list[_Step], shapes: _Shapes) -> Dag:
 
 def _ordered(befores: list[list[int]]) -> list[int]:
     """Order steps after what they depend on; fail on a cycle or a chain that is too long."""
-    after: list[list[int]] = [[] for _ in befores]
-    for node, nodes in enumerate(befores):
-        for before in nodes:
-            after[before].append(node)
-    waits_for = [len(nodes) for nodes in befores]
+    try:
+        order = list(TopologicalSorter(dict(enumerate(befores))).static_order())
+    except CycleError:
+        raise _OriginalRaises("RecursionError") from None
     depth = [0] * len(befores)
-    order = [node for node, count in enumerate(waits_for) if count == 0]
     for node in order:
-        for other in after[node]:
-            depth[other] = max(depth[other], depth[node] + 1)
-            waits_for[other] -= 1
-            if waits_for[other] == 0:
-                order.append(other)
-    if len(order) < len(befores) or max(depth, default=0) > _MAX_DEPTH:
+        depth[node] = max((depth[before] + 1 for before in befores[node]), default=0)
+    if max(depth, default=0) > _MAX_DEPTH:
         raise _OriginalRaises("RecursionError")
     return order

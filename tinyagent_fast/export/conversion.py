@@ -75,8 +75,6 @@ class ConversionReport:
     """Tensors whose rows did not fit the type wanted, each as `name: wanted -> written`."""
     worst_relative_rmse: Mapping[str, float]
     """By type: the worst of the rows compared with the folder; empty if nothing was quantised."""
-    without_importance: tuple[str, ...]
-    """Tensors that could be weighed but are not in the importance matrix, if one was used."""
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values for export.json."""
@@ -202,11 +200,6 @@ def convert_to_gguf(
         notes=(*notes, *vocabulary.notes),
         fallbacks=tuple(f"{one.tensor.gguf}: {one.fallback}" for one in targets if one.fallback),
         worst_relative_rmse=worst,
-        without_importance=tuple(
-            one.tensor.gguf
-            for one in targets
-            if weighed and one.kind in WEIGHTED and one.weights is None
-        ),
     )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tinyagent_fast.config import (
     MOST_THREADS,
     Config,
+    EvalConfig,
     GrammarUse,
     ModelConfig,
     PromptFormat,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS: Mapping[str, Weights] = {"float32": "fp32", "float16": "fp16"}
 _CONTEXT_TOKENS = 8192
-_MAX_NEW_TOKENS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ class Planner:
     """Writes the plans; it is closed with the planner."""
     prompts: PromptBuilder
     """Makes prompts of requests, and knows the tools."""
-    max_new_tokens: int = _MAX_NEW_TOKENS
+    max_new_tokens: int = EvalConfig.max_new_tokens
     """Where a plan is broken off."""
     batch: int = 1
     """Requests that `plan_batch` answers together."""
@@ -416,8 +416,7 @@ def load(
     return Planner(
         opened,
         prompts,
-        max_new_tokens=max_new_tokens
-        or (config.eval.max_new_tokens if found.run else _MAX_NEW_TOKENS),
+        max_new_tokens=max_new_tokens or config.eval.max_new_tokens,
         batch=batch,
         facts={**_facts(found, prompts, grammar), "engine": runs_with},
         run=found.run,

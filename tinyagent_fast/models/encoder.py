@@ -106,10 +106,6 @@ class Encoder:
                 shutil.copytree(self.folder, part, dirs_exist_ok=True)
         return sorted(folder.iterdir())
 
-    def size_mib(self) -> float:
-        """Measure its files."""
-        return sum(path.stat().st_size for path in self.folder.iterdir()) / 2**20
-
     @classmethod
     def in_folder(cls, folder: Path) -> Encoder:
         """Take the encoder that a folder holds."""

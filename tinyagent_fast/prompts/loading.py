@@ -163,12 +163,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 def switched_off(folder: Path) -> tuple[str, ...]:
     """Name what a folder's tokenizer.json switches on and `load_tokenizer` switches off."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return ()
-    with reading(f"tokenizer in {folder}", "copy or download its files again"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(name for name in ("truncation", "padding") if content.get(name))
+    content = _json_object(folder / "tokenizer.json")
+    return tuple(name for name in ("truncation", "padding") if content.get(name))
 
 
 def _from_files(folder: Path) -> Any:

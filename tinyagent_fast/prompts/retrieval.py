@@ -32,13 +32,13 @@ from tinyagent_fast.models.encoder import Encoder, EncoderTraining, encoder_fold
 from tinyagent_fast.plans.tools import JOIN, TINYAGENT
 from tinyagent_fast.prompts.system_text import SystemText, parse, render, united
 from tinyagent_fast.runs import (
-    files_of,
     key_of,
     replace_folder,
     sha256_of,
     unfinished_folder,
     whole_file,
-    write_json,
+    why_not_whole,
+    write_checksums,
     write_text,
 )
 
@@ -50,7 +50,7 @@ RETRIEVER = "retriever.json"
 
 _WEIGHTS = "retriever.npz"
 _ENCODER = "retriever-encoder"
-_UNSEEN, _SUMS = "unseen.npy", "sha256.json"
+_UNSEEN = "unseen.npy"
 _log = logging.getLogger(__name__)
 _POOL = 1500
 """Solved requests that are kept as examples for prompts."""
@@ -195,7 +195,8 @@ class ToolRetriever:
     def scored_by(self) -> str:
         """Say what scores the tools."""
         if isinstance(self.scorer, Encoder):
-            return f"an encoder of {self.scorer.size_mib():,.1f} MiB"
+            size_bytes = sum(path.stat().st_size for path in self.scorer.folder.iterdir())
+            return f"an encoder of {size_bytes / 2**20:,.1f} MiB"
         return "TF-IDF and linear classifiers"
 
     def save(self, folder: Path) -> list[Path]:
@@ -423,7 +424,7 @@ def _fit_encoder(
             scorer, unseen = _cross_validated(fit, queries, wanted)
             whole = scorer.folder.parent
             np.save(whole / _UNSEEN, unseen)
-            write_json(whole / _SUMS, _sums(whole))
+            write_checksums(whole)
             replace_folder(whole, folder)
         found = _open_fitted(folder)
     assert found is not None, "what was just written can be opened"
@@ -436,21 +437,11 @@ def _open_fitted(folder: Path) -> tuple[Encoder, np.ndarray] | None:
 
     if not folder.exists():
         return None
-    try:
-        said = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
-        if said != _sums(folder):
-            raise ValueError("its files are not those that were written")
-    except (OSError, ValueError) as error:
-        _log.warning("%s: the cache is damaged (%s), the encoder is trained anew", folder, error)
+    if (why := why_not_whole(folder)) is not None:
+        _log.warning("%s: the cache is damaged (%s), the encoder is trained anew", folder, why)
         shutil.rmtree(folder)
         return None
     return Encoder.in_folder(folder / _ENCODER), np.load(folder / _UNSEEN, allow_pickle=False)
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """Give the sha256 of each file of a cached encoder, without the file that keeps them."""
-    files = (path for path in files_of(folder) if path.name != _SUMS)
-    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
 def _fit_tfidf(queries: Sequence[str]) -> tuple[Tfidf, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,7 @@ class Chart:
 
     def svg(self) -> Markup:
         """Draw the chart as an `svg` element with the colours of the page's CSS variables."""
+        _take_a_backend_that_is_here()
         import matplotlib
         from cycler import cycler
         from matplotlib.figure import Figure
@@ -177,6 +180,7 @@ def run_charts(
 
 def plot_training(run: Run) -> Path:
     """Draw loss and plan success into `training.png` in the run's folder; gives its path."""
+    _take_a_backend_that_is_here()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -187,3 +191,14 @@ def plot_training(run: Run) -> Path:
     path = run.path / "training.png"
     figure.savefig(path, dpi=110)
     return path
+
+
+def _take_a_backend_that_is_here() -> None:
+    """Let matplotlib be imported by a program that a notebook's cell runs in another environment.
+
+    It gets the kernel's own backend named, `module://matplotlib_inline...`, and refuses one that is
+    not installed, though files need none.
+    """
+    named = os.environ.get("MPLBACKEND", "").removeprefix("module://").partition(".")[0]
+    if named == "matplotlib_inline" and find_spec(named) is None:
+        os.environ["MPLBACKEND"] = "agg"

@@ -232,7 +232,6 @@ def pack(
     rows: Sequence[Mapping[str, ArrayLike]],
     *,
     smallest_shared_tokens: int | None = SMALLEST_SHARED_TOKENS,
-    behind_tokens: int = 0,
 ) -> PackedSequence:
     """Write the rows of a micro-batch as one packed sequence.
 
@@ -242,7 +241,6 @@ def pack(
     Args:
         rows: With input_ids and labels; the order does not matter, as losses are summed.
         smallest_shared_tokens: A shorter beginning is repeated; None shares nothing at all.
-        behind_tokens: How many tokens, shared by all rows, are left out and attended elsewhere.
 
     Returns:
         The sequence, on the CPU.
@@ -251,13 +249,16 @@ def pack(
         DataError: A row has no supervised token.
     """
     kept = sorted((_row(row, at) for at, row in enumerate(rows)), key=lambda row: row.in_order)
-    return _packed(kept, _shares(kept), smallest_shared_tokens, behind_tokens)
+    return _packed(kept, _shares(kept), smallest_shared_tokens)
 
 
 def _packed(
-    rows: Sequence[_Row], shares: Sequence[int], smallest: int | None, behind_tokens: int
+    rows: Sequence[_Row], shares: Sequence[int], smallest: int | None, behind_tokens: int = 0
 ) -> PackedSequence:
-    """Write ordered rows, of which each shares so many tokens with the next, as one sequence."""
+    """Write ordered rows, of which each shares so many tokens with the next, as one sequence.
+
+    The first `behind_tokens`, shared by all rows, are left out and attended elsewhere.
+    """
     import torch
 
     if smallest is None:

@@ -618,8 +618,11 @@ def _data_record(prepared: _Prepared) -> dict[str, Any]:
 
 def _header(prepared: _Prepared) -> dict[str, str]:
     """Say what this run is, by the name of each line; what `_planned` says stands there alone."""
+    import torch
+
     config, loaded, rows = prepared.config, prepared.loaded, prepared.rows.train.statistics
     train, count, files = config.train, prepared.processes.count, prepared.examples.files
+    cards = torch.cuda.device_count() if loaded.device == "cuda" else 0
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     leaks = [
         f"{pair.normalised} {pair.first}/{pair.second}"
@@ -646,7 +649,8 @@ def _header(prepared: _Prepared) -> dict[str, str]:
         "leaks": ", ".join(leaks) or "no query in two splits",
         **({"base": prepared.base} if prepared.base != config.model.base else {}),
         "backend": f"{loaded.backend} on {loaded.device}, compute {loaded.compute_dtype}"
-        + (f", {loaded.fused}" if loaded.fused else ""),
+        + (f", {loaded.fused}" if loaded.fused else "")
+        + (f"; one of {cards} GPUs, torchrun takes all" if cards > 1 == count else ""),
         "adapter": f"LoRA r {config.lora.rank}, alpha {config.lora.alpha}, {config.lora.targets}, "
         f"{trainable:,} parameters",
     }

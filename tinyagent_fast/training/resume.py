@@ -14,41 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from tinyagent_fast.config import Config, to_mapping
-from tinyagent_fast.errors import TrainingError, plainly
+from tinyagent_fast.errors import TrainingError
 from tinyagent_fast.runs import (
     Run,
     cut_broken_line,
-    files_of,
     read_json,
-    sha256_of,
+    why_not_whole,
+    write_checksums,
     write_json,
     write_text,
 )
 
 _LISTED = 20
-_CHECKSUMS = "checksums.json"
 
 
 def keep_checkpoint(written: Path, target: Path) -> None:
     """Give a checkpoint that was written its name, with the checksums of its files."""
-    sums = {path.relative_to(written).as_posix(): sha256_of(path) for path in files_of(written)}
-    write_json(written / _CHECKSUMS, sums)
+    write_checksums(written)
     shutil.rmtree(target, ignore_errors=True)
     written.replace(target)
-
-
-def why_not_whole(checkpoint: Path) -> str | None:
-    """Compare a checkpoint's files with their checksums; None if all are as they were written."""
-    try:
-        sums = json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8"))
-        for name, sha256 in sums.items():
-            if not (checkpoint / name).exists():
-                return f"{name} is missing"
-            if sha256_of(checkpoint / name) != sha256:
-                return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{_CHECKSUMS}, which is written last, cannot be read: {plainly(error)}"
-    return None
 
 
 def last_checkpoint(run: Run, say: Callable[[str], None] = lambda _: None) -> Path | None:

@@ -181,6 +181,10 @@ class PlanTraining(_Trainer):  # type: ignore[misc]
         with reading(f"checkpoint {checkpoint}", _OLDER):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(f"scaler.pt in {checkpoint}", _OLDER):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(f"checkpoint {checkpoint}", _OLDER):
             super()._load_rng_state(checkpoint)
@@ -242,7 +246,7 @@ def _arguments(
     bf16, fp16 = loaded.compute_dtype == "bfloat16", cuda and loaded.compute_dtype == "float16"
     # What a former run of this process, or Unsloth, has left there would decide otherwise.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "fp16" if fp16 else "no"
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=train.rows_per_batch
         * (train.accumulation if shared_prefix else 1),
@@ -275,6 +279,10 @@ def _arguments(
         ddp_find_unused_parameters=False,  # every step uses the whole adapter
         **(tracking or {"report_to": "none"}),
     )
+    if arguments.n_gpu > 1:
+        # Several cards in one process would multiply rows and loss: torchrun gives each its own.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def optimizer_name(train: TrainConfig, *, cuda: bool) -> str:
