@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tinyagent_fast.config import Config, dump_config, parse_config, typed
-from tinyagent_fast.errors import ConfigError, did_you_mean, plainly, wrong_type
+from tinyagent_fast.errors import ConfigError, DataError, did_you_mean, plainly, wrong_type
 from tinyagent_fast.strict_yaml import read_yaml_text
 
 # fmt: off
@@ -536,6 +536,28 @@ def strict_json(text: str) -> Any:
         return found
 
     return json.loads(text, object_pairs_hook=once)
+
+
+def read_list(what: str, path: Path, fix: str) -> list[Any]:
+    """Read a JSON list that a user wrote, or objects one in a line.
+
+    Args:
+        what: What the file is and its name, for errors.
+        path: The file.
+        fix: What to do where it is something else.
+
+    Raises:
+        DataError: It cannot be read, or holds something else.
+    """
+    try:
+        text = read_text(path).strip()
+        lines = text.split("\n") if text.startswith("{") else None
+        found = strict_json(text) if lines is None else list(map(strict_json, lines))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(what, f"it cannot be read as JSON: {plainly(error)}", fix) from error
+    if not isinstance(found, list):
+        raise DataError(what, "the top level is no list", fix)
+    return found
 
 
 @contextmanager

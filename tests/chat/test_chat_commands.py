@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from stand_ins import ScriptedWriter, planner_with
 
+from tinyagent_fast.chat.requests import FiledRequest, read_requests
 from tinyagent_fast.cli import main
 from tinyagent_fast.errors import ModelError
 from tinyagent_fast.inference import planner
@@ -122,7 +123,8 @@ def test_a_file_of_requests_is_answered_in_order_and_can_be_scored(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{}", "no list"),
+        ("3", "no list"),
+        ("{}", "entry 1"),
         ("[", "JSON"),
         ("[]", "empty"),
         ('["open it", 3]', "entry 2"),
@@ -145,6 +147,12 @@ def test_a_bad_file_of_requests_is_refused_before_anything_is_loaded(
     path.write_text(content, encoding="utf-8")
     assert main(["chat", "--requests", str(path), "--json"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_requests_may_stand_one_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"request": "open it"}\n{"request": "close it", "label": "1. join()"}\n')
+    assert read_requests(path) == [FiledRequest("open it"), FiledRequest("close it", "1. join()")]
 
 
 def test_requests_are_answered_until_the_input_ends(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyagent_fast.errors import DataError, UserError, plainly
+from tinyagent_fast.errors import DataError, UserError
 from tinyagent_fast.prompts.builder import check_text
-from tinyagent_fast.runs import read_text, strict_json
+from tinyagent_fast.runs import read_list
 
 if TYPE_CHECKING:
     from tinyagent_fast.display import Display
@@ -30,16 +30,15 @@ class FiledRequest:
 def read_requests(path: Path) -> list[FiledRequest]:
     """Read a JSON list whose entries are texts, or objects with `request` and perhaps `label`.
 
+    Objects may also stand one in a line.
+
     Raises:
         DataError: The file or an entry is something else; nothing is skipped.
     """
     name = f"requests file {path}"
-    try:
-        entries = strict_json(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(name, f"it cannot be read as JSON: {plainly(error)}", _FIX) from error
-    if not isinstance(entries, list) or not entries:
-        raise DataError(name, "it is no list, or an empty one", _FIX)
+    entries = read_list(name, path, _FIX)
+    if not entries:
+        raise DataError(name, "the list is empty", _FIX)
     found = []
     for number, entry in enumerate(entries, start=1):
         values = entry if isinstance(entry, dict) else {"request": entry}

@@ -99,6 +99,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 _FLAGS_HELP = (
+    "Without --preset it is that of --card, else l4 (the defaults shown are those of cpu). "
     "--card l4|t4|a100 or --gpu-gib GIB names the memory, --tflops N what the card sustains, "
     "--lengths MEAN,LONGEST the tokens of the rows, --dry-run counts the memory of a training step "
     "on tensors without content (needs torch, no GPU), --json prints JSON."

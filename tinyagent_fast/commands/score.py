@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tinyagent_fast.errors import ConfigError, DataError, plainly
+from tinyagent_fast.errors import ConfigError, DataError
 from tinyagent_fast.plans.tools import Tool
-from tinyagent_fast.runs import read_text, strict_json
+from tinyagent_fast.runs import read_list
 
 if TYPE_CHECKING:
     from tinyagent_fast.evaluation.predictions import PredictionFile
@@ -95,20 +95,7 @@ def _score_pairs(
 
 
 def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        text = read_text(path).strip()
-        lines = text.split("\n") if text.startswith("{") else None
-        pairs: Any = strict_json(text) if lines is None else list(map(strict_json, lines))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"pairs file {path}",
-            f"it cannot be read as JSON: {plainly(error)}",
-            "check path and content",
-        ) from error
-    if not isinstance(pairs, list):
-        raise DataError(
-            f"pairs file {path}", "the top level is no list", "write [{label, prediction}, ...]"
-        )
+    pairs = read_list(f"pairs file {path}", path, "write [{label, prediction}, ...]")
     for number, pair in enumerate(pairs):
         values = pair if isinstance(pair, dict) else {}
         label, prediction = values.get("label"), values.get("prediction", values.get("plan"))
