@@ -265,9 +265,9 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-MOST_THREADS = 1024
+_MOST_THREADS = 1024
 _LARGEST = 2**31 - 1
-_MOST = {"train.threads": MOST_THREADS, "data.own-passes": 1000}
+_MOST = {"train.threads": _MOST_THREADS, "data.own-passes": 1000}
 """Of counts that would take a machine's memory or hours long before the largest number."""
 _UNIONS = (typing.Union, types.UnionType)
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -323,6 +323,17 @@ def _are_settings(value: Any) -> bool:
     """Say whether it is an object of fields that stay; a planner, say, is none."""
     known = not isinstance(value, type) and is_dataclass(value)
     return known and value.__dataclass_params__.frozen
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of CPU threads that no machine has; None is for all of this one's.
+
+    Raises:
+        ConfigError: It is such a number.
+    """
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        why = f"it must be from 1 to {_MOST_THREADS:,}"
+        raise ConfigError(f"--threads {threads}", why, "leave it out")
 
 
 def check_config(config: Config) -> None:

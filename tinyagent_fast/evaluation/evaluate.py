@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tinyagent_fast.config import MOST_THREADS, Backend, Config, GrammarUse, check_config
+from tinyagent_fast.config import Backend, Config, GrammarUse, check_config, check_threads
 from tinyagent_fast.display import Display, size_text
 from tinyagent_fast.distributed import init_processes, launch_environment
 from tinyagent_fast.errors import ConfigError
@@ -171,9 +171,7 @@ def _check_options(options: EvalOptions) -> EvalOptions:
             raise ConfigError(
                 f"--{flag} {path}", "there is no such file or folder", "check the path"
             )
-    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
-        why = f"it must be from 1 to {MOST_THREADS:,}"
-        raise ConfigError(f"--threads {options.threads}", why, "leave it out")
+    check_threads(options.threads)
     count = launch_environment().count
     if engine != "torch" and count > 1:
         raise ConfigError(

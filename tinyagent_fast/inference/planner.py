@@ -17,13 +17,13 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinyagent_fast.config import (
-    MOST_THREADS,
     Config,
     EvalConfig,
     GrammarUse,
     ModelConfig,
     PromptFormat,
     Weights,
+    check_threads,
     typed,
 )
 from tinyagent_fast.data.generation.catalogue import plan_tools
@@ -399,11 +399,10 @@ def load(
         ConfigError: There is no such run, model or system text.
         ModelError: The model cannot be loaded.
     """
-    for name, value in (("max-new-tokens", max_new_tokens), ("threads", threads), ("batch", batch)):
+    for name, value in (("max-new-tokens", max_new_tokens), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}", "it must be at least 1", "give another number")
-    if threads is not None and threads > MOST_THREADS:
-        raise ConfigError(f"--threads {threads}", f"{MOST_THREADS:,} is the most", "leave it out")
+    check_threads(threads)
     path = source.path if isinstance(source, Run) else source
     found = find_source(path, run=run, runs=Path(runs))
     chosen = _engine_of(engine, found)
