@@ -42,6 +42,28 @@ def test_a_stop_signal_ends_an_event_loop_at_any_instant() -> None:
     assert _printed(STOPPED_AT_RANDOM, timeout_s=120) == "150\n"
 
 
+def test_ctrl_c_from_python_code_is_raised_though_the_work_went_on() -> None:
+    text = """
+import asyncio, os, signal
+from tinyagent_fast.interrupts import run_async
+
+async def goes_on():
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        return 2
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _ in range(2):
+    try:
+        print(run_async(goes_on()))
+    except KeyboardInterrupt:
+        print("stopped", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    assert _printed(text, timeout_s=60) == "stopped True\nstopped True\n"
+
+
 def test_a_stop_signal_is_raised_though_the_work_ended() -> None:
     text = """
 import asyncio, os, signal

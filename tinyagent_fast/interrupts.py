@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a program to end: the keys of a terminal; `kill`, batch systems and containers."""
+_PYTHONS_OWN = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 NAMES: Mapping[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 _BLOCKED_S = 2.0
@@ -36,8 +37,8 @@ def exit_code(number: int) -> int:
 
 
 @contextmanager
-def noting_interrupts() -> Iterator[None]:
-    """Note every stop signal inside; one that is not Python's own to handle is left alone."""
+def noting_interrupts(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """Note these signals inside; one that is not Python's own to handle is left alone."""
 
     def note(number: int, _: object) -> None:
         _noted.append(number)
@@ -46,10 +47,8 @@ def noting_interrupts() -> Iterator[None]:
         _cancel.pop()(number)
 
     previous = {}
-    for number, usual in zip(
-        STOP_SIGNALS, (signal.default_int_handler, signal.SIG_DFL), strict=True
-    ):
-        if signal.getsignal(number) is usual:
+    for number in numbers:
+        if signal.getsignal(number) is _PYTHONS_OWN[number]:
             try:
                 previous[number] = signal.signal(number, note)
             except ValueError:  # only the main thread may
@@ -59,7 +58,8 @@ def noting_interrupts() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        _noted.clear()
+        if previous:  # else they are noted by who called
+            _noted.clear()
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
@@ -92,10 +92,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         finally:
             _cancel.clear()
 
-    try:
-        return asyncio.run(whole())
-    finally:
-        raise_swallowed_interrupt()  # also where the work ended before it could be cancelled
+    with noting_interrupts([signal.SIGINT]):  # of Python code; commands note all themselves
+        try:
+            return asyncio.run(whole())
+        finally:
+            raise_swallowed_interrupt()  # also where the work ended before it could be cancelled
 
 
 def _interrupt(number: int) -> KeyboardInterrupt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,7 @@ def read_run(run: Run, catalogue: Path | None = None) -> RunContents:
         validations=validations,
         evaluations=evaluations,
         export=_read_export(run.path, notes),
-        agent=_read_tasks(run.path, notes),
+        agent=_read_tasks(run.path, lambda figures: list(agent_tables(figures)), notes),
         traces=_read_traces(run.path / "agent" / "traces.jsonl", notes),
         environment=_read_object(run.path / "environment.json", notes),
         data=data,
@@ -166,7 +166,7 @@ def catalogue_of_run(folder: Path) -> Path | None:
 def tasks_of_run(folder: Path) -> Mapping[str, object]:
     """Find the figures of agent-eval in a run, or in the run that a folder lies in, if any."""
     run = _run_around(folder)
-    return {} if run is None else _read_tasks(run.path, [])
+    return {} if run is None else _read_tasks(run.path, task_shares, [])
 
 
 def _run_around(folder: Path) -> Run | None:
@@ -201,12 +201,14 @@ def _read_object(path: Path, notes: list[str]) -> Mapping[str, object]:
         return {}
 
 
-def _read_tasks(run: Path, notes: list[str]) -> Mapping[str, object]:
-    """Read the figures of agent-eval, if all are there that tables and comparisons show."""
+def _read_tasks(
+    run: Path, show: Callable[[Mapping[str, Any]], object], notes: list[str]
+) -> Mapping[str, object]:
+    """Read the figures of agent-eval; none where those that `show` needs are not all there."""
     path = run / "agent" / "metrics.json"
     figures = _read_object(path, notes) if path.exists() else {}
     try:
-        _ = (list(agent_tables(figures)), task_shares(figures)) if figures else ()
+        _ = show(figures) if figures else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         notes.append(f"agent/metrics.json cannot be read and is left out: {error!r}")
         return {}
